@@ -1,0 +1,1 @@
+//! Nodes as records, the index over them and the desired state computed from it.

@@ -1,0 +1,1 @@
+//! Inner packets: checked views, checksums, segmentation and coalescing.

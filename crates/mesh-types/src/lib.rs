@@ -1,0 +1,35 @@
+//! Vocabulary shared by every program of the project: keys, prefixes, names, file formats, limits.
+//!
+//! No I/O, no clock, no randomness and no async: a type here can be built and compared in any test.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`key`] | public, private and preshared keys; redacted and zeroised |
+//! | [`net`] | cluster prefixes, pod CIDRs, endpoints and which of them are believable |
+//! | [`node`] | validated node names, sites |
+//! | [`annotations`] | the Kubernetes keys we read and write, with their parsers |
+//! | [`defaults`] | port, mark, table and names we use unless told otherwise |
+//! | [`limits`] | every bound, each with its reason |
+//! | [`netstate`] | kernel objects as data: what the core wants and `netcfg` does |
+//! | [`node_file`] | the file `meshd` leaves for the CNI plugin |
+//! | [`attachment`] | the record the CNI plugin keeps for each pod interface |
+//! | [`roster`] | the YAML file that replaces Kubernetes outside a cluster |
+//! | [`relay_frame`] | what a node and `keyrelay` say to each other inside their tunnel |
+//! | [`status`] | the document behind `meshd status --json` |
+//! | [`time`] | the clock as a number, handed in by the shells |
+
+pub mod annotations;
+pub mod attachment;
+pub mod defaults;
+pub mod key;
+pub mod limits;
+pub mod net;
+pub mod netstate;
+pub mod node;
+pub mod node_file;
+pub mod relay_frame;
+pub mod roster;
+pub mod status;
+pub mod time;
+
+pub use ipnet::{IpNet, Ipv4Net, Ipv6Net};

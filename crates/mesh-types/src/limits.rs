@@ -1,0 +1,69 @@
+//! Every bound of the project, each with the reason for its number.
+
+/// Longest node name (DNS subdomain, RFC 1123; Kubernetes' own bound).
+pub const NAME_BYTES_MAX: usize = 253;
+
+/// Candidates believed of one node. Cloud nodes have one to four addresses per family; more than
+/// this is a mistake or an attempt to make us an amplifier.
+pub const CANDIDATES_PER_NODE_MAX: usize = 16;
+
+/// Longest `endpoints` annotation read; 16 bracketed IPv6 endpoints with separators fit eight times.
+pub const ENDPOINTS_ANNOTATION_BYTES_MAX: usize = 8 * 1024;
+
+/// Pod CIDRs of one node. Kubernetes allows two (one per family); the roster may split further.
+pub const POD_CIDRS_PER_NODE_MAX: usize = 16;
+
+/// Cluster prefixes. One per family is usual; migrations have a second pair.
+pub const CLUSTER_PREFIXES_MAX: usize = 16;
+
+/// Nodes in one mesh. Kubernetes' own stated maximum is 5,000; memory per idle peer is a few KiB.
+pub const NODES_MAX: usize = 8_192;
+
+/// Largest file of ours we read back (key, roster, node file): a roster of `NODES_MAX` nodes fits.
+pub const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// Largest CNI configuration accepted on stdin; runtimes send a few KiB.
+pub const CNI_STDIN_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// Engines of one peer: (own keys: current and next) x (peer keys: current and next) x (process
+/// generations: this one and its predecessor during a hand-over).
+pub const ENGINES_PER_PEER_MAX: usize = 8;
+
+/// Packets kept for a peer while its first handshake runs. The kernel keeps 128 (`MAX_STAGED_PACKETS`
+/// in drivers/net/wireguard/device.h); super-packets count once.
+pub const STAGED_PACKETS_PER_PEER_MAX: usize = 128;
+
+/// Bytes kept for all peers together while handshakes run: a thousand dead peers must not hold
+/// more than this. One 64 KiB super-packet for each of 256 peers.
+pub const STAGED_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// Handshake messages accepted from one source (IPv4 address or IPv6 /64) per second, as the kernel
+/// (`PACKETS_PER_SECOND` in drivers/net/wireguard/ratelimiter.c).
+pub const HANDSHAKES_PER_SOURCE_PER_SECOND: u32 = 20;
+
+/// Burst of handshake messages from one source (`PACKETS_BURSTABLE`, same file).
+pub const HANDSHAKES_PER_SOURCE_BURST: u32 = 5;
+
+/// Sources the limiter remembers; beyond it the oldest are forgotten. The kernel bounds its table at
+/// 8192 to 16384 entries by memory.
+pub const HANDSHAKE_SOURCES_MAX: usize = 8_192;
+
+/// Handshake messages handled per second over all sources before cookies are asked for. One costs
+/// about 100 us (two to four X25519 operations), so this is a fifth of a core.
+pub const HANDSHAKES_PER_SECOND_BEFORE_COOKIES: u32 = 2_000;
+
+/// Allowed prefixes over all peers.
+pub const ALLOWED_IPS_MAX: usize = 262_144;
+
+/// UDP payload of one GSO send: 65,535 less IPv4 and UDP headers (udp(7)).
+pub const GSO_BYTES_MAX: usize = 65_507;
+
+/// Datagrams in one GSO send; kernels before 6.9 stop at 64 (`UDP_MAX_SEGMENTS`).
+pub const GSO_SEGMENTS_MAX: usize = 64;
+
+/// Bytes read from the TUN before the socket is looked at again: bounds the wait of a small packet
+/// behind a bulk flow (measured: 128 to 256 KiB cost no throughput).
+pub const TUN_DRAIN_BYTES: usize = 256 * 1024;
+
+/// GRO buffers received before the TUN is looked at again.
+pub const UDP_DRAIN_BUFFERS: usize = 4;
