@@ -1,0 +1,226 @@
+//! The command line. clap stays in this file: the rest of the daemon sees the plain structs below.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
+use mesh_types::defaults;
+use mesh_types::net::EndpointHint;
+
+/// WireGuard mesh overlay for Kubernetes: the daemon of one node.
+#[derive(Debug, Parser)]
+#[command(name = "meshd", version, propagate_version = true, arg_required_else_help = false)]
+pub struct Args {
+    /// Which messages to log, as `tracing` filters them: `info`, `meshd=debug,info`.
+    #[arg(long, global = true, env = "MESHD_LOG", default_value = "info")]
+    pub log: String,
+    /// How to log.
+    #[arg(long, global = true, env = "MESHD_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the mesh on this node until told to stop.
+    Run(Box<RunArgs>),
+    /// Print what this node thinks of itself and of every other node.
+    Status(StatusArgs),
+    /// Remove everything of ours from this node: TUN, routes, rules, guard, keys.
+    Uninstall(UninstallArgs),
+}
+
+#[derive(Debug, Clone, ClapArgs)]
+pub struct RunArgs {
+    /// Name of this node, as in Kubernetes or the roster [default: the host name].
+    #[arg(long, env = "MESHD_NODE_NAME")]
+    pub node_name: Option<String>,
+    /// Prefix all pods of the cluster live in, one per family; repeat or separate by commas.
+    #[arg(long = "cluster-cidr", env = "MESHD_CLUSTER_CIDR", value_delimiter = ',')]
+    pub cluster_cidrs: Vec<IpNet>,
+    /// Prefix of Services, never accepted as a pod CIDR; repeat or separate by commas.
+    #[arg(long = "service-cidr", env = "MESHD_SERVICE_CIDR", value_delimiter = ',')]
+    pub service_cidrs: Vec<IpNet>,
+    /// Node records from this YAML file instead of Kubernetes; watched for changes.
+    #[arg(long, env = "MESHD_ROSTER", conflicts_with = "kubeconfig")]
+    pub roster: Option<PathBuf>,
+    /// How to reach the API server [default: the service account of the pod].
+    #[arg(long, env = "MESHD_KUBECONFIG")]
+    pub kubeconfig: Option<PathBuf>,
+    #[command(flatten)]
+    pub places: Places,
+    #[command(flatten)]
+    pub kernel: KernelArgs,
+    /// UDP port for WireGuard.
+    #[arg(long, env = "MESHD_LISTEN_PORT", default_value_t = defaults::UDP_PORT)]
+    pub listen_port: u16,
+    /// TCP address of /healthz, /readyz and /metrics.
+    #[arg(long, env = "MESHD_ADMIN_ADDRESS", default_value_t = SocketAddr::from(([127, 0, 0, 1], defaults::ADMIN_PORT)))]
+    pub admin_address: SocketAddr,
+    /// Endpoint to publish besides those found on interfaces, ADDRESS:PORT; repeat or separate by commas.
+    #[arg(long = "endpoint", env = "MESHD_ENDPOINT", value_delimiter = ',')]
+    pub endpoints: Vec<EndpointHint>,
+    /// Interfaces whose addresses are no endpoints, besides those of container networks; `*` ends a prefix.
+    #[arg(long = "skip-interface", env = "MESHD_SKIP_INTERFACE", value_delimiter = ',')]
+    pub skip_interfaces: Vec<String>,
+    /// Interfaces whose addresses are endpoints though their name looks like a container network's.
+    #[arg(long = "use-interface", env = "MESHD_USE_INTERFACE", value_delimiter = ',')]
+    pub use_interfaces: Vec<String>,
+    /// Two sites that reach each other's private addresses, SITE=SITE; repeat or separate by commas.
+    #[arg(long = "join-sites", env = "MESHD_JOIN_SITES", value_delimiter = ',')]
+    pub joined_sites: Vec<String>,
+}
+
+/// Where our files are.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct Places {
+    /// Directory of what survives a reboot: the key, the last known cluster, pod addresses.
+    #[arg(long, env = "MESHD_STATE_DIR", default_value = defaults::STATE_DIR)]
+    pub state_dir: PathBuf,
+    /// Directory of the status socket and the lock.
+    #[arg(long, env = "MESHD_RUN_DIR", default_value = defaults::RUN_DIR)]
+    pub run_dir: PathBuf,
+}
+
+/// What our objects in the kernel are called; changed where a default clashes.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct KernelArgs {
+    /// Name of the TUN device.
+    #[arg(long, env = "MESHD_TUN_NAME", default_value = defaults::TUN_NAME)]
+    pub tun_name: String,
+    /// Routing table.
+    #[arg(long, env = "MESHD_TABLE", default_value_t = defaults::TABLE)]
+    pub table: u32,
+    /// Priority of the rule that leads into the table.
+    #[arg(long, env = "MESHD_RULE_PRIORITY", default_value_t = defaults::RULE_PRIORITY)]
+    pub rule_priority: u32,
+    /// Firewall mark of outer packets, MARK or MARK/MASK, decimal or 0x hexadecimal.
+    #[arg(long, env = "MESHD_MARK", default_value = "0x4/0x4", value_parser = parse_mark)]
+    pub mark: (u32, u32),
+}
+
+#[derive(Debug, Clone, ClapArgs)]
+pub struct StatusArgs {
+    /// Print one JSON document.
+    #[arg(long)]
+    pub json: bool,
+    /// Directory of the status socket.
+    #[arg(long, env = "MESHD_RUN_DIR", default_value = defaults::RUN_DIR)]
+    pub run_dir: PathBuf,
+}
+
+#[derive(Debug, Clone, ClapArgs)]
+pub struct UninstallArgs {
+    /// Do it; without, only say what would be removed.
+    #[arg(long)]
+    pub yes: bool,
+    /// Go on though pods are attached: their traffic is no longer kept from leaving in clear.
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    pub places: Places,
+    #[command(flatten)]
+    pub kernel: KernelArgs,
+}
+
+/// Reads the command line. `Err` carries the exit status: help and version were printed, or the one line
+/// that says what is wrong.
+#[allow(clippy::print_stderr)] // Logging is not set up before the command line is read.
+pub fn parse<I: IntoIterator<Item = std::ffi::OsString>>(argv: I) -> Result<Args, ExitCode> {
+    Args::try_parse_from(argv).map_err(|error| {
+        if error.use_stderr() {
+            eprintln!("meshd: {}", one_line(&error.render().to_string()));
+            return ExitCode::from(2);
+        }
+        // Help and version; a closed stdout is no reason to complain.
+        let _ = error.print();
+        ExitCode::SUCCESS
+    })
+}
+
+/// The report without usage and tips, on one line.
+fn one_line(report: &str) -> String {
+    let told: Vec<&str> = report
+        .lines()
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect();
+    let told = told.join(" ");
+    let told = told.strip_prefix("error: ").unwrap_or(&told);
+    format!("{told} (see meshd --help)")
+}
+
+fn parse_mark(text: &str) -> Result<(u32, u32), String> {
+    let number = |text: &str| match text.strip_prefix("0x") {
+        Some(hex) => u32::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    let (mark, mask) = text.split_once('/').unwrap_or((text, text));
+    match (number(mark), number(mask)) {
+        (Ok(mark), Ok(mask)) if mark != 0 && mark & mask == mark => Ok((mark, mask)),
+        _ => Err("write MARK/MASK with a mark above 0 inside the mask, like 0x4/0x4".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(argv: &[&str]) -> Result<Args, String> {
+        Args::try_parse_from(["meshd"].iter().chain(argv))
+            .map_err(|error| one_line(&error.render().to_string()))
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        use clap::CommandFactory;
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn every_wrong_command_line_is_told_in_one_line_that_names_the_culprit() {
+        let table: &[(&[&str], &str)] = &[
+            (&[], "subcommand"),
+            (&["walk"], "walk"),
+            (&["run", "--no-such-flag"], "--no-such-flag"),
+            (&["run", "--cluster-cidr", "10.0.0.0/33"], "10.0.0.0/33"),
+            (&["run", "--listen-port", "70000"], "70000"),
+            (&["run", "--admin-address", "localhost"], "localhost"),
+            (&["run", "--mark", "0"], "--mark"),
+            (&["run", "--mark", "0x8/0x4"], "0x8/0x4"),
+            (&["run", "--endpoint", "1.2.3.4"], "1.2.3.4"),
+            (&["run", "--roster", "a", "--kubeconfig", "b"], "--kubeconfig"),
+            (&["status", "--xml"], "--xml"),
+        ];
+        for (argv, culprit) in table {
+            let line = run(argv).expect_err("refused");
+            assert!(line.contains(culprit), "{argv:?}: {line}");
+            assert!(!line.contains('\n'), "{argv:?}: {line}");
+        }
+    }
+
+    #[test]
+    fn prefixes_may_be_repeated_or_separated_by_commas() {
+        let args = run(&[
+            "run",
+            "--cluster-cidr",
+            "10.244.0.0/16,fd00:10:244::/48",
+            "--cluster-cidr",
+            "10.245.0.0/16",
+        ])
+        .expect("good");
+        let Command::Run(run) = args.command else { panic!("run") };
+        assert_eq!(run.cluster_cidrs.len(), 3);
+        assert_eq!(run.kernel.mark, (4, 4));
+    }
+}

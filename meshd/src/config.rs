@@ -1,0 +1,245 @@
+//! The command line, checked: everything the daemon needs to know, or one line about what is wrong.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::{Context, bail, ensure};
+use ipnet::IpNet;
+use mesh_types::defaults;
+use mesh_types::net::{ClusterPrefixes, EndpointHint, overlap};
+use mesh_types::node::{NodeName, Site};
+
+use crate::args::{KernelArgs, Places, RunArgs};
+
+/// What `meshd run` was told. Holds no secret: it is printed at start.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub node: NodeName,
+    pub prefixes: ClusterPrefixes,
+    pub service_cidrs: Vec<IpNet>,
+    pub source: Source,
+    pub paths: Paths,
+    pub kernel: Kernel,
+    pub listen_port: u16,
+    pub admin_address: SocketAddr,
+    pub endpoints: Vec<EndpointHint>,
+    pub skip_interfaces: Vec<String>,
+    pub use_interfaces: Vec<String>,
+    pub joined_sites: Vec<(Site, Site)>,
+}
+
+/// Where node records come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    Roster(PathBuf),
+    /// The kubeconfig, or the service account of the pod.
+    Kubernetes(Option<PathBuf>),
+}
+
+/// Where our files are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Paths {
+    pub state_dir: PathBuf,
+    pub run_dir: PathBuf,
+}
+
+/// What our objects in the kernel are called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kernel {
+    pub tun: String,
+    pub table: u32,
+    pub rule_priority: u32,
+    pub mark: u32,
+    pub mark_mask: u32,
+}
+
+impl Paths {
+    pub fn key(&self) -> PathBuf {
+        self.state_dir.join(defaults::KEY_FILE)
+    }
+
+    pub fn node_file(&self) -> PathBuf {
+        self.state_dir.join(defaults::NODE_FILE)
+    }
+
+    pub fn cache(&self) -> PathBuf {
+        self.state_dir.join(defaults::CACHE_FILE)
+    }
+
+    /// What was installed into the kernel, so that uninstall finds it whatever its flags.
+    pub fn installed(&self) -> PathBuf {
+        self.state_dir.join("installed.json")
+    }
+
+    pub fn ipam(&self) -> PathBuf {
+        self.state_dir.join(defaults::IPAM_DIR)
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.run_dir.join(defaults::SOCKET_FILE)
+    }
+
+    /// In the state directory: two daemons that share it, share the key.
+    pub fn lock(&self) -> PathBuf {
+        self.state_dir.join("lock")
+    }
+}
+
+/// `sun_path` of `sockaddr_un` holds 108 bytes with its final zero (unix(7)).
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// Longest interface name, `IFNAMSIZ` less its final zero.
+const IFNAME_BYTES_MAX: usize = 15;
+
+/// Checks the flags of `run`. `host_name` stands in where no node name was given.
+pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
+    let prefixes = ClusterPrefixes::new(args.cluster_cidrs.clone())?;
+    let node = match &args.node_name {
+        Some(name) => name.parse().context("--node-name")?,
+        None => host_name
+            .to_ascii_lowercase()
+            .parse()
+            .context("the host name is no node name; pass --node-name")?,
+    };
+    for service in &args.service_cidrs {
+        if let Some(cluster) = prefixes.as_slice().iter().find(|ours| overlap(**ours, *service)) {
+            bail!("--service-cidr {service} overlaps --cluster-cidr {cluster}");
+        }
+    }
+    for hint in &args.endpoints {
+        if let EndpointHint::Address(address) = hint
+            && prefixes.contains(address.ip())
+        {
+            bail!(
+                "--endpoint {address} lies inside the cluster prefixes: no way to reach this node"
+            );
+        }
+    }
+    ensure!(args.listen_port != 0, "--listen-port must be above 0: peers and the guard know it");
+    let source = match &args.roster {
+        Some(path) => Source::Roster(path.clone()),
+        None => Source::Kubernetes(args.kubeconfig.clone()),
+    };
+    Ok(Config {
+        node,
+        prefixes,
+        service_cidrs: args.service_cidrs.clone(),
+        source,
+        paths: paths(&args.places)?,
+        kernel: kernel(&args.kernel)?,
+        listen_port: args.listen_port,
+        admin_address: args.admin_address,
+        endpoints: args.endpoints.clone(),
+        skip_interfaces: args.skip_interfaces.clone(),
+        use_interfaces: args.use_interfaces.clone(),
+        joined_sites: joined_sites(&args.joined_sites)?,
+    })
+}
+
+pub fn paths(places: &Places) -> anyhow::Result<Paths> {
+    let paths = Paths { state_dir: places.state_dir.clone(), run_dir: places.run_dir.clone() };
+    for (flag, path) in [("--state-dir", &paths.state_dir), ("--run-dir", &paths.run_dir)] {
+        ensure!(path.is_absolute(), "{flag} {} must be an absolute path", path.display());
+    }
+    let socket = paths.socket();
+    ensure!(
+        socket.as_os_str().len() <= SOCKET_PATH_BYTES_MAX,
+        "--run-dir: {} is longer than {SOCKET_PATH_BYTES_MAX} bytes, which a socket cannot be; choose a shorter one",
+        socket.display()
+    );
+    Ok(paths)
+}
+
+pub fn kernel(args: &KernelArgs) -> anyhow::Result<Kernel> {
+    let name = args.tun_name.as_str();
+    let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    ensure!(
+        !name.is_empty() && name.len() <= IFNAME_BYTES_MAX && name.chars().all(good),
+        "--tun-name {name:?} is no interface name: at most {IFNAME_BYTES_MAX} letters, digits, '-', '_' or '.'"
+    );
+    ensure!(
+        !name.starts_with(defaults::POD_LINK_PREFIX)
+            && !matches!(name, "." | ".." | "lo" | "all" | "default"),
+        "--tun-name {name} is taken: choose another"
+    );
+    ensure!(
+        !matches!(args.table, 0 | 253..=255),
+        "--table {} belongs to the system: choose another",
+        args.table
+    );
+    // 0 is the local table, 32766 the main one; behind it nothing of ours would be looked at.
+    ensure!(
+        (1..32_766).contains(&args.rule_priority),
+        "--rule-priority {} must be between 1 and 32765",
+        args.rule_priority
+    );
+    let (mark, mark_mask) = args.mark;
+    Ok(Kernel {
+        tun: args.tun_name.clone(),
+        table: args.table,
+        rule_priority: args.rule_priority,
+        mark,
+        mark_mask,
+    })
+}
+
+fn joined_sites(texts: &[String]) -> anyhow::Result<Vec<(Site, Site)>> {
+    texts
+        .iter()
+        .map(|text| {
+            let (a, b) = text
+                .split_once('=')
+                .with_context(|| format!("--join-sites {text:?} is not SITE=SITE"))?;
+            Ok((Site(a.trim().to_owned()), Site(b.trim().to_owned())))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsString;
+
+    use super::*;
+    use crate::args::{self, Command};
+
+    fn config(flags: &str) -> Result<Config, String> {
+        let argv = ["meshd", "run"].into_iter().chain(flags.split_whitespace()).map(OsString::from);
+        let Ok(args) = args::parse(argv) else { return Err("flags".into()) };
+        let Command::Run(run) = args.command else { panic!("run") };
+        check(&run, "Node-1").map_err(|error| format!("{error:#}"))
+    }
+
+    #[test]
+    fn the_host_name_stands_in_for_a_missing_node_name() {
+        let config = config("--cluster-cidr 10.244.0.0/16").expect("good");
+        assert_eq!(config.node.as_str(), "node-1");
+        assert_eq!(config.source, Source::Kubernetes(None));
+    }
+
+    #[test]
+    fn every_contradiction_is_told_in_one_line_that_names_the_flag() {
+        let table = [
+            ("", "--cluster-cidr"),
+            ("--cluster-cidr 10.244.0.1/16", "write 10.244.0.0/16"),
+            ("--cluster-cidr 10.0.0.0/8,10.1.0.0/16", "overlap"),
+            ("--cluster-cidr 10.244.0.0/16 --node-name A_B", "--node-name"),
+            ("--cluster-cidr 10.244.0.0/16 --service-cidr 10.244.9.0/24", "--service-cidr"),
+            ("--cluster-cidr 10.244.0.0/16 --endpoint 10.244.1.1:5", "--endpoint"),
+            ("--cluster-cidr 10.244.0.0/16 --listen-port 0", "--listen-port"),
+            ("--cluster-cidr 10.244.0.0/16 --tun-name a/b", "--tun-name"),
+            ("--cluster-cidr 10.244.0.0/16 --tun-name meshp1", "--tun-name"),
+            ("--cluster-cidr 10.244.0.0/16 --tun-name sixteen-letters-", "--tun-name"),
+            ("--cluster-cidr 10.244.0.0/16 --table 254", "--table"),
+            ("--cluster-cidr 10.244.0.0/16 --rule-priority 0", "--rule-priority"),
+            ("--cluster-cidr 10.244.0.0/16 --state-dir here", "--state-dir"),
+            ("--cluster-cidr 10.244.0.0/16 --join-sites a", "--join-sites"),
+        ];
+        for (flags, culprit) in table {
+            let line = config(flags).expect_err(flags);
+            assert!(line.contains(culprit), "{flags}: {line}");
+            assert!(!line.contains('\n'), "{flags}: {line}");
+        }
+        let long = format!("--cluster-cidr 10.244.0.0/16 --run-dir /{}", "x".repeat(100));
+        assert!(config(&long).expect_err("too long").contains("--run-dir"));
+    }
+}

@@ -1,0 +1,1 @@
+//! Kubernetes: the Node watch and the publishing of our own record.

@@ -1,0 +1,26 @@
+//! The daemon of the mesh: one per node.
+//!
+//! ```text
+//!   kube/ | roster ──> ClusterIndex ──> desired() ─┬─> netcfg: link, addresses, routes, rules, guard
+//!        (cache on disk at start)    reconcile     ├─> io: peers of the data plane
+//!                                                  └─> node file for the CNI plugin
+//!   keystore ── own key ──> io, publish             admin, metrics, status <── what all of them say
+//! ```
+//!
+//! | module | does |
+//! |---|---|
+//! | [`args`] | command line; the only place that names clap |
+//! | [`config`] | the command line, checked |
+//! | [`files`] | atomic writes and bounded reads |
+//! | [`keystore`] | the private key, bound to this node |
+//! | [`roster`], [`kube`], [`cache`] | where node records come from |
+//! | [`io`] | the data plane: TUN and UDP |
+
+pub mod args;
+pub mod cache;
+pub mod config;
+pub mod files;
+pub mod io;
+pub mod keystore;
+pub mod kube;
+pub mod roster;
