@@ -67,3 +67,15 @@ pub const TUN_DRAIN_BYTES: usize = 256 * 1024;
 
 /// GRO buffers received before the TUN is looked at again.
 pub const UDP_DRAIN_BUFFERS: usize = 4;
+
+/// Inner packets one TUN read may stand for: 64 KiB at Linux' smallest segment (`TCP_MIN_SND_MSS`, 48 bytes).
+/// A crafted segment size of 1 must not become 65,000 datagrams.
+pub const SEGMENTS_PER_SUPER_PACKET_MAX: usize = 1_366;
+
+/// Packets the coalescer holds before it is emptied into the TUN: `UDP_DRAIN_BUFFERS` GRO buffers of 128
+/// datagrams. One frame of so many pieces stays below writev's 1,024 vectors (`UIO_MAXIOV`).
+pub const COALESCE_PACKETS_MAX: usize = 512;
+
+/// Connections the coalescer can append to at one time. The table is searched in order; a burst of
+/// 64 KiB seldom holds more, and a connection pushed out only loses merging.
+pub const COALESCE_FLOWS_MAX: usize = 16;
