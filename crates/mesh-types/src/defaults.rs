@@ -28,6 +28,13 @@ pub const ROUTE_PROTOCOL_CNI: u8 = 191;
 /// Metric of the `unreachable` fallback: behind every real route.
 pub const FALLBACK_METRIC: u32 = 4_278_198_272;
 
+/// Metric of routes into the tunnel. The kernel turns 0 into this for IPv6 (`IP6_RT_PRIO_USER`,
+/// include/net/ip6_route.h): saying it for both families keeps wanted and observed routes equal.
+pub const ROUTE_METRIC: u32 = 1024;
+
+/// MTU assumed of an underlay nobody has measured (Ethernet).
+pub const UNDERLAY_MTU: u32 = 1500;
+
 /// The TUN device.
 pub const TUN_NAME: &str = "meshd0";
 

@@ -13,6 +13,21 @@ pub const ENDPOINTS_ANNOTATION_BYTES_MAX: usize = 8 * 1024;
 /// Pod CIDRs of one node. Kubernetes allows two (one per family); the roster may split further.
 pub const POD_CIDRS_PER_NODE_MAX: usize = 16;
 
+/// Shortest pod CIDR believed of one node, per family. Kubernetes' defaults are /24 and /64; a /16 is
+/// 65,536 pods on one node, a /48 the smallest site assignment (RFC 6177).
+pub const POD_CIDR_LENGTH_MIN_V4: u8 = 16;
+pub const POD_CIDR_LENGTH_MIN_V6: u8 = 48;
+
+/// Longest pod CIDR: room for the network, the node's own address and a pod.
+pub const POD_CIDR_LENGTH_MAX_V4: u8 = 30;
+pub const POD_CIDR_LENGTH_MAX_V6: u8 = 126;
+
+/// Longest site name: a label value has 63 characters, a roster may say a little more.
+pub const SITE_BYTES_MAX: usize = 253;
+
+/// Characters of foreign text shown in a message: enough to recognise it, not enough to flood a log.
+pub const SHOWN_CHARS_MAX: usize = 64;
+
 /// Cluster prefixes. One per family is usual; migrations have a second pair.
 pub const CLUSTER_PREFIXES_MAX: usize = 16;
 

@@ -1,1 +1,29 @@
 //! Nodes as records, the index over them and the desired state computed from it.
+//!
+//! ```text
+//! Node object, roster entry ──> RawNode ──> ClusterIndex: apply / delete / reset
+//!                                                │ NodeRecord or Refusal, by name
+//!        Held (who had what before, from disk) ──┤
+//!        LocalNode, Policy, PathMtus, names ─────┤
+//!                                                v
+//!                                            desired() ──> peers, NetState, node file, refused, Held
+//!                                             ├ claims      which prefix and key belongs to whom
+//!                                             └ candidates  which endpoints are worth trying
+//! ```
+//!
+//! What this module never does: decide by age or order of arrival, let a node's own words widen its
+//! prefixes, or let one bad object touch another (an overlap is the only thing two objects share).
+
+pub mod candidates;
+pub mod claims;
+pub mod desired;
+pub mod index;
+pub mod record;
+
+pub use candidates::{EndpointRefusal, PathMtus, own_endpoints};
+pub use claims::Held;
+pub use desired::{
+    ClusterView, Desired, DesiredPeer, LocalNode, NodeFileInput, OwnState, Policy, Refused, desired,
+};
+pub use index::{Change, ClusterIndex};
+pub use record::{NodeRecord, RawAddress, RawNode, Refusal};

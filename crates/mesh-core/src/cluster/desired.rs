@@ -1,0 +1,352 @@
+//! What should be, computed from what is known: the one pure function of the control plane.
+//!
+//! ```text
+//! own record ──> addresses, node file                 every other record ──> peer: key, granted
+//!    │            (first host address of each CIDR)      │                     prefixes, candidates
+//!    └──────────────> routes <───────────────────────────┘
+//!        podCIDR of a peer  -> tunnel, source = our overlay address of the family, MTU of the peer
+//!        own podCIDR        -> unreachable (pods have /32 and /128 routes of their own)
+//!        cluster prefix     -> unreachable (no node owns it: answered, never routed out)
+//! ```
+//!
+//! The same arguments give the same answer in any order of events, on any machine, at any time. The
+//! answer contains [`Held`], which the shell keeps on disk and hands in the next time.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use mesh_types::defaults::{
+    FALLBACK_METRIC, KEEPALIVE_SECONDS, MARK, MARK_MASK, ROUTE_METRIC, RULE_PRIORITY, TABLE,
+    TUN_NAME,
+};
+use mesh_types::key::PublicKey;
+use mesh_types::limits::{
+    POD_CIDR_LENGTH_MAX_V4, POD_CIDR_LENGTH_MAX_V6, POD_CIDR_LENGTH_MIN_V4, POD_CIDR_LENGTH_MIN_V6,
+};
+use mesh_types::net::{
+    ClusterPrefixes, EndpointHint, Reach, host_prefix, overlap, overlay_address, reach,
+};
+use mesh_types::netstate::{Family, NetState, Route, RouteTarget, Rule, TunLink};
+use mesh_types::node::{NodeName, Site};
+
+use super::candidates::{Candidates, EndpointRefusal, PathMtus, candidates};
+use super::claims::{Granted, Held, grant_keys, grant_prefixes};
+use super::index::ClusterIndex;
+use super::record::{NodeRecord, Refusal};
+use crate::tunnel::config::PeerConfig;
+
+/// What is known of the cluster.
+#[derive(Debug, Clone, Copy)]
+pub struct ClusterView<'a> {
+    pub nodes: &'a ClusterIndex,
+    /// [`Desired::held`] of the last time, from disk after a restart.
+    pub held: &'a Held,
+    /// Addresses of the names in [`Desired::names`], as far as they resolved.
+    pub resolved: &'a BTreeMap<String, Vec<IpAddr>>,
+}
+
+/// What this machine knows of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalNode {
+    pub name: NodeName,
+    pub key: PublicKey,
+    /// What this node publishes, see [`super::own_endpoints`].
+    pub endpoints: Vec<SocketAddr>,
+    /// Addresses of this machine's interfaces.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// What configuration says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    pub cluster: ClusterPrefixes,
+    /// Service and node networks: no pod CIDR may touch them.
+    pub excluded: Vec<IpNet>,
+    /// Pairs of sites whose private addresses reach each other.
+    pub joined_sites: Vec<(Site, Site)>,
+    pub tun: String,
+    pub table: u32,
+    pub rule_priority: u32,
+    pub mark: u32,
+    pub mark_mask: u32,
+}
+
+impl Policy {
+    /// Defaults for a cluster.
+    pub fn new(cluster: ClusterPrefixes) -> Self {
+        Self {
+            cluster,
+            excluded: Vec::new(),
+            joined_sites: Vec::new(),
+            tun: TUN_NAME.to_owned(),
+            table: TABLE,
+            rule_priority: RULE_PRIORITY,
+            mark: MARK,
+            mark_mask: MARK_MASK,
+        }
+    }
+
+    pub(super) fn joins(&self, a: &Site, b: &Site) -> bool {
+        self.joined_sites.iter().any(|(x, y)| (x, y) == (a, b) || (y, x) == (a, b))
+    }
+}
+
+/// What should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Desired {
+    /// In the order of names.
+    pub peers: Vec<DesiredPeer>,
+    pub net: NetState,
+    pub own: OwnState,
+    /// What the CNI plugin may be told; `None` while this node has no pod CIDR to give addresses from.
+    pub node_file: Option<NodeFileInput>,
+    /// Nodes that are not meshed, or only in part, and why; in the order of names.
+    pub refused: Vec<Refused>,
+    /// Endpoints that are no candidates, by reason.
+    pub endpoints_left_out: BTreeMap<EndpointRefusal, u64>,
+    /// To keep on disk and hand in the next time.
+    pub held: Held,
+    /// Names in overrides that want resolving.
+    pub names: BTreeSet<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DesiredPeer {
+    pub name: NodeName,
+    pub site: Site,
+    /// Private addresses of the peer are tried: same site, same public address, or joined by policy.
+    pub near: bool,
+    pub version: Option<String>,
+    pub config: PeerConfig,
+}
+
+/// This node as the cluster sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct OwnState {
+    pub site: Site,
+    /// Granted pod CIDRs.
+    pub pod_cidrs: Vec<IpNet>,
+    /// Overlay addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Why this node is not, or not wholly, part of the mesh.
+    pub problems: Vec<Refusal>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeFileInput {
+    pub pod_cidrs: Vec<IpNet>,
+    /// MTU of pod interfaces.
+    pub mtu: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    pub node: String,
+    pub reason: Refusal,
+}
+
+/// Computes what should be.
+pub fn desired(
+    view: &ClusterView<'_>,
+    local: &LocalNode,
+    policy: &Policy,
+    mtus: &PathMtus,
+) -> Desired {
+    let mut refused = Vec::new();
+    let granted = grant(view, local, policy, &mut refused);
+    let mut own = own_state(view.nodes, local, &granted);
+    let mut endpoints_left_out = BTreeMap::new();
+    let mut peers = Vec::new();
+    for record in believed(view.nodes).filter(|record| record.name != local.name) {
+        let Some((key, allowed_ips)) = grants_of(&granted, &record.name) else { continue };
+        let found = candidates(record, &own.site, local, policy, view.resolved);
+        for (_, why) in &found.left_out {
+            *endpoints_left_out.entry(*why).or_default() += 1;
+        }
+        refused.extend(found.problems.iter().map(|why| (record.name.clone(), why.clone())));
+        peers.push(peer(record, key, allowed_ips, found, local, mtus));
+    }
+    let net = net_state(&peers, &own, policy, mtus);
+    let node_file = (!own.pod_cidrs.is_empty())
+        .then(|| NodeFileInput { pod_cidrs: own.pod_cidrs.clone(), mtu: net.link.mtu });
+    own.problems.extend(problems_of(&refused, &local.name));
+    Desired {
+        peers,
+        net,
+        own,
+        node_file,
+        refused: all_refused(view.nodes, refused),
+        endpoints_left_out,
+        held: granted.held(),
+        names: names(view.nodes, &local.name),
+    }
+}
+
+fn believed(nodes: &ClusterIndex) -> impl Iterator<Item = &NodeRecord> {
+    nodes.records().filter_map(|(_, record)| record.ok())
+}
+
+type Refusals = Vec<(NodeName, Refusal)>;
+
+/// Judges every prefix alone, then all prefixes and keys against each other.
+fn grant(
+    view: &ClusterView<'_>,
+    local: &LocalNode,
+    policy: &Policy,
+    refused: &mut Refusals,
+) -> Granted {
+    let mut plausible: Vec<(&NodeName, Vec<IpNet>)> = Vec::new();
+    for record in believed(view.nodes) {
+        refused.extend(record.problems.iter().map(|why| (record.name.clone(), why.clone())));
+        if record.pod_cidrs.is_empty() {
+            refused.push((record.name.clone(), Refusal::NoPodCidr));
+        }
+        if record.key.is_none() && !record.has_bad_key() && record.name != local.name {
+            refused.push((record.name.clone(), Refusal::NoKey));
+        }
+        let mut good = Vec::new();
+        for cidr in &record.pod_cidrs {
+            match check_pod_cidr(*cidr, policy) {
+                Ok(()) => good.push(*cidr),
+                Err(why) => refused.push((record.name.clone(), why)),
+            }
+        }
+        plausible.push((&record.name, good));
+    }
+    let mut granted = Granted::default();
+    let claims = plausible.iter().map(|(node, prefixes)| (*node, prefixes.as_slice()));
+    grant_prefixes(claims, view.held, &mut granted);
+    let keys = believed(view.nodes).filter(|record| record.name != local.name);
+    let keys = keys.filter_map(|record| Some((&record.name, record.key?)));
+    grant_keys(keys, local.key, view.held, &mut granted);
+    refused.append(&mut granted.refused);
+    granted
+}
+
+/// Inside the cluster, of a length a node may have, and no Service or node network.
+fn check_pod_cidr(cidr: IpNet, policy: &Policy) -> Result<(), Refusal> {
+    let around = policy.cluster.as_slice().iter().find(|prefix| prefix.contains(&cidr));
+    let around = around.ok_or(Refusal::OutsideCluster(cidr))?;
+    let (min, max) = match cidr {
+        IpNet::V4(_) => (POD_CIDR_LENGTH_MIN_V4, POD_CIDR_LENGTH_MAX_V4),
+        IpNet::V6(_) => (POD_CIDR_LENGTH_MIN_V6, POD_CIDR_LENGTH_MAX_V6),
+    };
+    // The whole of a cluster prefix leaves nothing for anybody else.
+    let min = min.max(around.prefix_len().saturating_add(1));
+    if !(min..=max).contains(&cidr.prefix_len()) {
+        return Err(Refusal::Implausible { cidr, min, max });
+    }
+    match policy.excluded.iter().find(|excluded| overlap(**excluded, cidr)) {
+        Some(excluded) => Err(Refusal::Excluded(cidr, *excluded)),
+        None => Ok(()),
+    }
+}
+
+fn own_state(nodes: &ClusterIndex, local: &LocalNode, granted: &Granted) -> OwnState {
+    let mut own = OwnState::default();
+    match nodes.record(local.name.as_str()) {
+        Some(record) => own.site = record.site.clone(),
+        None => own.problems.push(match nodes.refusal(local.name.as_str()) {
+            Some(why) => why.clone(),
+            None => Refusal::OwnNodeMissing,
+        }),
+    }
+    own.pod_cidrs = granted.prefixes.get(&local.name).cloned().unwrap_or_default();
+    own.addresses = own.pod_cidrs.iter().filter_map(|cidr| overlay_address(*cidr)).collect();
+    own
+}
+
+/// A peer needs both a key and a prefix.
+fn grants_of<'a>(granted: &'a Granted, name: &NodeName) -> Option<(PublicKey, &'a [IpNet])> {
+    Some((*granted.keys.get(name)?, granted.prefixes.get(name)?))
+}
+
+fn peer(
+    record: &NodeRecord,
+    key: PublicKey,
+    allowed_ips: &[IpNet],
+    found: Candidates,
+    local: &LocalNode,
+    mtus: &PathMtus,
+) -> DesiredPeer {
+    let mtu = mtus.inner_mtu(&found.candidates);
+    // Nothing of ours is public: a NAT is presumed between us and everybody who is not near.
+    let hidden = local.endpoints.iter().all(|own| reach(own.ip()) != Reach::Public);
+    let keepalive =
+        (hidden && !found.near).then(|| Duration::from_secs(u64::from(KEEPALIVE_SECONDS)));
+    DesiredPeer {
+        name: record.name.clone(),
+        site: record.site.clone(),
+        near: found.near,
+        version: record.version.clone(),
+        config: PeerConfig {
+            key,
+            preshared: None,
+            allowed_ips: allowed_ips.to_vec(),
+            candidates: found.candidates,
+            keepalive,
+            mtu,
+        },
+    }
+}
+
+fn net_state(peers: &[DesiredPeer], own: &OwnState, policy: &Policy, mtus: &PathMtus) -> NetState {
+    let mtu = peers.iter().map(|peer| peer.config.mtu).max().unwrap_or_else(|| mtus.own_mtu());
+    let mut routes = BTreeSet::new();
+    for config in peers.iter().map(|peer| &peer.config) {
+        for destination in &config.allowed_ips {
+            let same_family = |own: &&IpAddr| own.is_ipv4() == destination.addr().is_ipv4();
+            let source = own.addresses.iter().find(same_family).copied();
+            let target = RouteTarget::Tunnel { source, mtu: config.mtu };
+            routes.insert(Route { destination: *destination, metric: ROUTE_METRIC, target });
+        }
+    }
+    for destination in policy.cluster.as_slice().iter().chain(&own.pod_cidrs) {
+        let target = RouteTarget::Unreachable;
+        routes.insert(Route { destination: *destination, metric: FALLBACK_METRIC, target });
+    }
+    let rules = [(Family::V4, policy.cluster.has_v4()), (Family::V6, policy.cluster.has_v6())];
+    let rules = rules.into_iter().filter(|(_, wanted)| *wanted).map(|(family, _)| Rule {
+        family,
+        priority: policy.rule_priority,
+        table: policy.table,
+        mark: policy.mark,
+        mark_mask: policy.mark_mask,
+    });
+    NetState {
+        link: TunLink { name: policy.tun.clone(), mtu, up: true },
+        addresses: own.addresses.iter().map(|address| host_prefix(*address)).collect(),
+        routes,
+        rules: rules.collect(),
+    }
+}
+
+fn problems_of(refused: &Refusals, name: &NodeName) -> Vec<Refusal> {
+    refused.iter().filter(|(node, _)| node == name).map(|(_, why)| why.clone()).collect()
+}
+
+/// Reasons about single objects, and the objects that could not be read at all.
+fn all_refused(nodes: &ClusterIndex, refused: Refusals) -> Vec<Refused> {
+    let unread = nodes.records().filter_map(|(name, record)| {
+        Some(Refused { node: name.to_owned(), reason: record.err()?.clone() })
+    });
+    let refused = refused
+        .into_iter()
+        .map(|(node, reason)| Refused { node: node.as_str().to_owned(), reason });
+    let mut all: Vec<Refused> = refused.chain(unread).collect();
+    // Stable: the reasons of one node stay in the order they were found in.
+    all.sort_by(|a, b| a.node.cmp(&b.node));
+    all
+}
+
+fn names(nodes: &ClusterIndex, own: &NodeName) -> BTreeSet<String> {
+    believed(nodes)
+        .filter(|record| record.name != *own)
+        .filter_map(|record| match record.endpoint_override.as_ref()? {
+            EndpointHint::Name { host, .. } => Some(host.clone()),
+            EndpointHint::Address(_) => None,
+        })
+        .collect()
+}

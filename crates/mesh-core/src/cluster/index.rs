@@ -1,0 +1,136 @@
+//! All nodes known, by name: the only mutable thing of this module.
+//!
+//! The content is a function of the objects that exist now, not of the way they came to be known: any
+//! order of events that ends with the same objects ends with the same index.
+
+use std::collections::BTreeMap;
+
+use mesh_types::limits::NODES_MAX;
+
+use super::record::{NodeRecord, RawNode, Refusal};
+
+/// Whether an event changed anything that matters.
+#[must_use]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    Nothing,
+    Relevant,
+}
+
+/// Nodes by name, each a record or the reason why there is none.
+#[derive(Debug, Clone, Default)]
+pub struct ClusterIndex {
+    nodes: BTreeMap<String, Entry>,
+    /// New names turned away since the last reset because the index was full.
+    turned_away: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Entry {
+    raw: RawNode,
+    record: Result<NodeRecord, Refusal>,
+}
+
+impl ClusterIndex {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A node appeared or changed. Another object under the same name (other uid) replaces the old one.
+    pub fn apply(&mut self, raw: RawNode) -> Change {
+        let record = NodeRecord::from_raw(&raw);
+        self.put(Entry { raw, record })
+    }
+
+    /// An object under this name exists and cannot be read.
+    pub fn apply_unreadable(&mut self, name: &str, uid: &str, why: String) -> Change {
+        let raw = RawNode { name: name.to_owned(), uid: uid.to_owned(), ..RawNode::default() };
+        self.put(Entry { raw, record: Err(Refusal::Unreadable(why)) })
+    }
+
+    /// A node is gone. News about a predecessor of the same name (other uid) changes nothing; an
+    /// empty uid means whichever there is.
+    pub fn delete(&mut self, name: &str, uid: &str) -> Change {
+        match self.nodes.get(name) {
+            Some(entry) if uid.is_empty() || entry.raw.uid == uid => {
+                self.nodes.remove(name);
+                Change::Relevant
+            }
+            _ => Change::Nothing,
+        }
+    }
+
+    /// These nodes exist, and no others. A name that appears twice is believed in neither.
+    pub fn reset(&mut self, live: Vec<RawNode>) -> Change {
+        let mut nodes: BTreeMap<String, Entry> = BTreeMap::new();
+        for raw in live {
+            let record = NodeRecord::from_raw(&raw);
+            let entry = Entry { raw, record };
+            match nodes.get_mut(&entry.raw.name) {
+                Some(twice) => {
+                    twice.raw = entry.raw.min(twice.raw.clone());
+                    twice.record = Err(Refusal::DuplicateName);
+                }
+                None => {
+                    nodes.insert(entry.raw.name.clone(), entry);
+                }
+            }
+        }
+        let turned_away = nodes.len().saturating_sub(NODES_MAX);
+        for _ in 0..turned_away {
+            nodes.pop_last();
+        }
+        let same = nodes == self.nodes && turned_away == self.turned_away;
+        self.nodes = nodes;
+        self.turned_away = turned_away;
+        if same { Change::Nothing } else { Change::Relevant }
+    }
+
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    /// Nodes left out because the mesh is full.
+    pub fn turned_away(&self) -> usize {
+        self.turned_away
+    }
+
+    pub fn record(&self, name: &str) -> Option<&NodeRecord> {
+        self.nodes.get(name)?.record.as_ref().ok()
+    }
+
+    /// Why a known node has no record.
+    pub fn refusal(&self, name: &str) -> Option<&Refusal> {
+        self.nodes.get(name)?.record.as_ref().err()
+    }
+
+    pub fn raw(&self, name: &str) -> Option<&RawNode> {
+        self.nodes.get(name).map(|entry| &entry.raw)
+    }
+
+    /// Every node in the order of names.
+    pub fn records(&self) -> impl Iterator<Item = (&str, Result<&NodeRecord, &Refusal>)> {
+        self.nodes.iter().map(|(name, entry)| (name.as_str(), entry.record.as_ref()))
+    }
+
+    /// Every node that could be read, as it was found: what the cache on disk holds.
+    pub fn raws(&self) -> impl Iterator<Item = &RawNode> {
+        self.nodes.values().filter(|entry| entry.record.is_ok()).map(|entry| &entry.raw)
+    }
+
+    fn put(&mut self, entry: Entry) -> Change {
+        if self.nodes.get(&entry.raw.name) == Some(&entry) {
+            return Change::Nothing;
+        }
+        if self.nodes.len() >= NODES_MAX && !self.nodes.contains_key(&entry.raw.name) {
+            self.turned_away = self.turned_away.saturating_add(1);
+            return Change::Relevant;
+        }
+        self.nodes.insert(entry.raw.name.clone(), entry);
+        Change::Relevant
+    }
+}
