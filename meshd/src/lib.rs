@@ -16,6 +16,7 @@
 //! | [`roster`], [`kube`], [`cache`] | where node records come from |
 //! | [`io`] | the data plane: TUN and UDP |
 
+pub mod admin;
 pub mod args;
 pub mod cache;
 pub mod config;
@@ -23,4 +24,7 @@ pub mod files;
 pub mod io;
 pub mod keystore;
 pub mod kube;
+pub mod metrics;
 pub mod roster;
+pub mod status;
+pub mod view;

@@ -1,0 +1,291 @@
+//! What the daemon answers: health, readiness and metrics over TCP, the same and the status over a socket.
+//!
+//! ```text
+//! TCP  127.0.0.1:15191    /healthz /readyz /metrics            nothing secret, anybody on the host
+//! unix RUN_DIR/meshd.sock /healthz /readyz /metrics /status    0600 in a 0700 directory, root only
+//! ```
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Json, Response};
+use axum::routing::get;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::Semaphore;
+
+use crate::view::{Snapshot, View};
+use crate::{files, metrics, status};
+
+/// Connections served at once on each listener: a kubelet, a scraper and a few people; more wait.
+const CONNECTIONS_MAX: usize = 32;
+
+/// A client that sends no whole request in this time, or none after its last, is let go.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Pause after a failed accept (no file descriptors left), so that it does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// The reconciler turns at least every 30 s; four missed turns mean that it hangs.
+const TURN_AGE_MAX: Duration = Duration::from_secs(120);
+
+/// Both listeners, bound before anything else is touched so that a taken address is told early.
+pub struct Admin {
+    tcp: TcpListener,
+    unix: UnixListener,
+}
+
+impl Admin {
+    /// Binds the TCP address and the socket. A socket left by a dead daemon is replaced; the lock has shown
+    /// that none lives.
+    pub async fn bind(address: SocketAddr, socket: &Path) -> anyhow::Result<Self> {
+        let tcp = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("listen on TCP {address}: choose another --admin-address"))?;
+        if let Some(directory) = socket.parent() {
+            files::private_directory(directory)?;
+        }
+        match std::fs::remove_file(socket) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("remove {}", socket.display()));
+            }
+            _ => {}
+        }
+        let unix = UnixListener::bind(socket)
+            .with_context(|| format!("listen on {}", socket.display()))?;
+        std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))
+            .with_context(|| format!("set {} to mode 0600", socket.display()))?;
+        Ok(Self { tcp, unix })
+    }
+
+    /// Serves until dropped or aborted.
+    pub async fn serve(self, view: Arc<View>) {
+        let public = routes().with_state(Arc::clone(&view));
+        let private = routes().route("/status", get(status_document)).with_state(view);
+        tokio::join!(serve_tcp(self.tcp, public), serve_unix(self.unix, private));
+    }
+}
+
+fn routes() -> Router<Arc<View>> {
+    Router::new()
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(scrape))
+}
+
+async fn serve_tcp(listener: TcpListener, router: Router) {
+    let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => serve_one(stream, router.clone(), permit),
+            Err(error) => pause("TCP", &error).await,
+        }
+    }
+}
+
+async fn serve_unix(listener: UnixListener, router: Router) {
+    let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        match listener.accept().await {
+            // The mode of socket and directory says the same; a bind mount of either must not open it.
+            Ok((stream, _)) => match stream.peer_cred() {
+                Ok(peer) if is_trusted(peer.uid()) => serve_one(stream, router.clone(), permit),
+                Ok(peer) => tracing::warn!(uid = peer.uid(), "turned away from the status socket"),
+                Err(error) => tracing::warn!(%error, "status socket: peer unknown, turned away"),
+            },
+            Err(error) => pause("status socket", &error).await,
+        }
+    }
+}
+
+/// Root, and whoever runs the daemon.
+fn is_trusted(uid: u32) -> bool {
+    uid == 0 || uid == rustix::process::geteuid().as_raw()
+}
+
+async fn pause(listener: &str, error: &io::Error) {
+    tracing::warn!(listener, %error, "accept failed");
+    tokio::time::sleep(ACCEPT_PAUSE).await;
+}
+
+fn serve_one<S>(stream: S, router: Router, permit: tokio::sync::OwnedSemaphorePermit)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    tokio::spawn(async move {
+        let served = hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(REQUEST_TIMEOUT)
+            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
+            .await;
+        if let Err(error) = served {
+            tracing::debug!(%error, "admin connection ended");
+        }
+        drop(permit);
+    });
+}
+
+async fn healthz(State(view): State<Arc<View>>) -> (StatusCode, String) {
+    health(view.since_turn())
+}
+
+fn health(since_turn: Option<Duration>) -> (StatusCode, String) {
+    match since_turn {
+        Some(age) if age > TURN_AGE_MAX => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("the reconciler has not turned for {} s\n", age.as_secs()),
+        ),
+        _ => (StatusCode::OK, "ok\n".to_owned()),
+    }
+}
+
+async fn readyz(State(view): State<Arc<View>>) -> (StatusCode, String) {
+    let conditions = view.conditions();
+    let ready = conditions.iter().all(|condition| condition.ok);
+    let mut text = String::new();
+    for condition in &conditions {
+        let mark = if condition.ok { '+' } else { '-' };
+        let message = if condition.message.is_empty() { "ok" } else { &condition.message };
+        text.push_str(&format!("[{mark}] {}: {message}\n", condition.name));
+    }
+    (if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, text)
+}
+
+async fn scrape(State(view): State<Arc<View>>) -> Response {
+    let rendered = match snapshot(view).await {
+        Ok(snapshot) => metrics::render(&snapshot),
+        Err(error) => Err(error),
+    };
+    match rendered {
+        Ok(text) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
+        Err(error) => failed(&error),
+    }
+}
+
+async fn status_document(State(view): State<Arc<View>>) -> Response {
+    match snapshot(view).await {
+        Ok(snapshot) => Json(status::build(&snapshot)).into_response(),
+        Err(error) => failed(&error),
+    }
+}
+
+/// Off the reactor: the data plane answers between two bursts of packets.
+async fn snapshot(view: Arc<View>) -> anyhow::Result<Snapshot> {
+    tokio::task::spawn_blocking(move || view.snapshot()).await.context("take a snapshot")
+}
+
+fn failed(error: &anyhow::Error) -> Response {
+    tracing::warn!(error = format!("{error:#}"), "admin request failed");
+    (StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n")).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::view::condition;
+    use crate::view::tests::sample;
+
+    struct Running {
+        tcp: SocketAddr,
+        socket: std::path::PathBuf,
+        view: Arc<View>,
+        _dir: tempfile::TempDir,
+        _runtime: tokio::runtime::Runtime,
+    }
+
+    fn running() -> Running {
+        let dir = tempfile::tempdir().expect("scratch");
+        let socket = dir.path().join("run/meshd.sock");
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("runtime");
+        let view = Arc::new(sample());
+        let admin = runtime
+            .block_on(Admin::bind("127.0.0.1:0".parse().expect("address"), &socket))
+            .expect("bound");
+        let tcp = admin.tcp.local_addr().expect("address");
+        runtime.spawn(admin.serve(Arc::clone(&view)));
+        Running { tcp, socket, view, _dir: dir, _runtime: runtime }
+    }
+
+    fn ask(mut stream: impl Read + Write, path: &str) -> String {
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").expect("ask");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("answer");
+        answer
+    }
+
+    #[test]
+    fn readiness_names_every_condition_and_turns_with_the_last_one() {
+        let running = running();
+        let tcp = || TcpStream::connect(running.tcp).expect("connect");
+        let answer = ask(tcp(), "/readyz");
+        assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+        assert!(answer.contains("[-] guard: not reached yet"), "{answer}");
+        for name in condition::ALL {
+            running.view.set_condition(name, Ok(()));
+        }
+        assert!(ask(tcp(), "/readyz").starts_with("HTTP/1.1 200"));
+    }
+
+    #[test]
+    fn health_fails_once_the_reconciler_hangs() {
+        let running = running();
+        let tcp = || TcpStream::connect(running.tcp).expect("connect");
+        assert!(ask(tcp(), "/healthz").starts_with("HTTP/1.1 200"));
+        running.view.beat();
+        assert!(ask(tcp(), "/healthz").starts_with("HTTP/1.1 200"));
+        assert_eq!(health(Some(TURN_AGE_MAX)).0, StatusCode::OK);
+        let hung = health(Some(TURN_AGE_MAX + Duration::from_secs(1)));
+        assert_eq!(hung.0, StatusCode::SERVICE_UNAVAILABLE);
+    }
+
+    #[test]
+    fn the_status_is_on_the_socket_and_not_on_tcp() {
+        let running = running();
+        let tcp = TcpStream::connect(running.tcp).expect("connect");
+        assert!(ask(tcp, "/status").starts_with("HTTP/1.1 404"));
+        let answer = ask(UnixStream::connect(&running.socket).expect("connect"), "/status");
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.contains(r#""node":"node-1""#));
+        let answer = ask(UnixStream::connect(&running.socket).expect("connect"), "/metrics");
+        assert!(answer.contains("meshd_build_info"), "{answer}");
+    }
+
+    #[test]
+    fn socket_and_directory_are_the_owners_alone() {
+        let running = running();
+        let mode =
+            |path: &Path| std::fs::metadata(path).expect("metadata").permissions().mode() & 0o777;
+        assert_eq!(mode(&running.socket), 0o600);
+        assert_eq!(mode(running.socket.parent().expect("parent")), 0o700);
+    }
+
+    #[test]
+    fn a_taken_address_is_told_with_the_flag_to_change() {
+        let running = running();
+        let dir = tempfile::tempdir().expect("scratch");
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+        let error =
+            runtime.block_on(Admin::bind(running.tcp, &dir.path().join("s"))).err().expect("taken");
+        assert!(format!("{error:#}").contains("--admin-address"), "{error:#}");
+    }
+}

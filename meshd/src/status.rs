@@ -1,0 +1,322 @@
+//! `meshd status`: the document the daemon builds, and the table people read.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use mesh_types::limits::FILE_BYTES_MAX;
+use mesh_types::status::{PathKind, PeerStatus, RefusedNode, STATUS_VERSION, Status};
+
+use crate::args::StatusArgs;
+use crate::config;
+use crate::view::{PeerFacts, Snapshot};
+
+/// How long a daemon may take to answer before we say that it hangs.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The document behind `meshd status --json`.
+pub fn build(snapshot: &Snapshot) -> Status {
+    let Snapshot { identity, facts, conditions, data, .. } = snapshot;
+    Status {
+        version: STATUS_VERSION,
+        node: identity.node.clone(),
+        site: facts.site.to_string(),
+        daemon_version: env!("CARGO_PKG_VERSION").to_owned(),
+        public_key: identity.public_key,
+        listen_port: identity.listen_port,
+        endpoints: facts.endpoints.clone(),
+        cluster_prefixes: identity.prefixes.as_slice().to_vec(),
+        pod_cidrs: facts.pod_cidrs.clone(),
+        mtu: facts.mtu,
+        ready: conditions.iter().all(|condition| condition.ok),
+        conditions: conditions.clone(),
+        peers: facts.peers.iter().map(|peer| peer_status(peer, snapshot)).collect(),
+        refused: facts
+            .refused
+            .iter()
+            .map(|node| RefusedNode { node: node.node.clone(), reason: node.reason.clone() })
+            .collect(),
+        drops: data.drops.clone(),
+    }
+}
+
+/// `meshd status`.
+pub fn print(args: &StatusArgs) -> anyhow::Result<()> {
+    let body = ask(args)?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        out.write_all(&body).and_then(|()| out.write_all(b"\n")).context("print")?;
+    } else {
+        let status: Status = serde_json::from_slice(&body)
+            .context("the daemon's answer is not understood: is it of another version?")?;
+        out.write_all(table(&status).as_bytes()).context("print")?;
+    }
+    out.flush().context("print")
+}
+
+/// What people read: the node, what does not hold, every peer, every node that is none.
+pub fn table(status: &Status) -> String {
+    let mut text = String::new();
+    let join = |items: Vec<String>| if items.is_empty() { "-".into() } else { items.join(" ") };
+    let strings = |nets: &[ipnet::IpNet]| join(nets.iter().map(ToString::to_string).collect());
+    let site = if status.site.is_empty() { "-" } else { &status.site };
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        text,
+        "node {}  site {site}  meshd {}\nkey {}  port {}  mtu {}\nendpoints {}\npods {} of {}",
+        status.node,
+        status.daemon_version,
+        status.public_key,
+        status.listen_port,
+        status.mtu,
+        join(status.endpoints.iter().map(ToString::to_string).collect()),
+        strings(&status.pod_cidrs),
+        strings(&status.cluster_prefixes),
+    );
+    let _ = writeln!(text, "ready {}", if status.ready { "yes" } else { "no" });
+    for condition in status.conditions.iter().filter(|c| !c.ok || !c.message.is_empty()) {
+        let mark = if condition.ok { "+" } else { "-" };
+        let _ = writeln!(text, "  {mark} {}: {}", condition.name, condition.message);
+    }
+    let mut rows: Vec<Vec<String>> = vec![
+        [
+            "NODE",
+            "SITE",
+            "KEY",
+            "ENDPOINT",
+            "PATH",
+            "HANDSHAKE",
+            "RTT",
+            "RX",
+            "TX",
+            "MTU",
+            "PROBLEM",
+        ]
+        .map(String::from)
+        .to_vec(),
+    ];
+    rows.extend(status.peers.iter().map(peer_row));
+    text.push('\n');
+    text.push_str(&columns(&rows));
+    if !status.refused.is_empty() {
+        text.push_str("\nnot meshed:\n");
+        for node in &status.refused {
+            let _ = writeln!(text, "  {}: {}", node.node, node.reason);
+        }
+    }
+    if status.drops.iter().any(|drop| drop.count > 0) {
+        text.push_str("\ndropped packets:\n");
+        for drop in status.drops.iter().filter(|drop| drop.count > 0) {
+            let _ = writeln!(text, "  {}: {}", drop.reason, drop.count);
+        }
+    }
+    text
+}
+
+fn peer_status(peer: &PeerFacts, snapshot: &Snapshot) -> PeerStatus {
+    let now = snapshot.data.now;
+    let seen = snapshot.data.peers.iter().find(|seen| seen.key == peer.config.key);
+    let problem = match seen {
+        Some(seen) => seen.problem,
+        None => "the data plane does not know it yet",
+    };
+    PeerStatus {
+        node: peer.node.clone(),
+        site: peer.site.to_string(),
+        public_key: peer.config.key,
+        allowed_ips: peer.config.allowed_ips.clone(),
+        candidates: peer.config.candidates.clone(),
+        endpoint: seen.and_then(|seen| seen.endpoint),
+        path: seen.map_or(PathKind::None, |seen| seen.path),
+        last_handshake_s: seen
+            .and_then(|seen| seen.last_handshake)
+            .map(|then| now.since(then).as_secs()),
+        rtt_ms: seen.and_then(|seen| seen.rtt).map(|rtt| rtt.as_secs_f64() * 1000.0),
+        rx_bytes: seen.map_or(0, |seen| seen.rx_bytes),
+        tx_bytes: seen.map_or(0, |seen| seen.tx_bytes),
+        mtu: peer.config.mtu,
+        keepalive_s: peer
+            .config
+            .keepalive
+            .map(|interval| u16::try_from(interval.as_secs()).unwrap_or(u16::MAX)),
+        problem: problem.to_owned(),
+    }
+}
+
+fn peer_row(peer: &PeerStatus) -> Vec<String> {
+    let or_dash = |text: Option<String>| text.filter(|t| !t.is_empty()).unwrap_or("-".into());
+    let path = match peer.path {
+        PathKind::None => "none",
+        PathKind::Direct => "direct",
+        PathKind::Roamed => "roamed",
+        PathKind::Relayed => "relayed",
+    };
+    vec![
+        peer.node.to_string(),
+        or_dash(Some(peer.site.clone())),
+        peer.public_key.to_string(),
+        or_dash(peer.endpoint.map(|endpoint| endpoint.to_string())),
+        path.to_owned(),
+        or_dash(peer.last_handshake_s.map(|age| format!("{age} s ago"))),
+        or_dash(peer.rtt_ms.map(|rtt| format!("{rtt:.1} ms"))),
+        bytes(peer.rx_bytes),
+        bytes(peer.tx_bytes),
+        peer.mtu.to_string(),
+        or_dash(Some(peer.problem.clone())),
+    ]
+}
+
+/// Bytes as `wg` shows them: binary units, two digits.
+fn bytes(count: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    if count < 1024 {
+        return format!("{count} B");
+    }
+    let mut value = count as f64 / 1024.0;
+    let mut unit = UNITS[0];
+    for next in &UNITS[1..] {
+        if value < 1024.0 {
+            break;
+        }
+        value /= 1024.0;
+        unit = next;
+    }
+    format!("{value:.2} {unit}")
+}
+
+/// Left-aligned columns, two blanks apart, no blanks at line ends.
+fn columns(rows: &[Vec<String>]) -> String {
+    let count = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max()
+    };
+    let widths: Vec<usize> = (0..count).map(|column| width(column).unwrap_or(0)).collect();
+    let mut text = String::new();
+    for row in rows {
+        let line: String =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}  ")).collect();
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// Asks the daemon over its socket.
+fn ask(args: &StatusArgs) -> anyhow::Result<Vec<u8>> {
+    let path = config::Paths { state_dir: "/".into(), run_dir: args.run_dir.clone() }.socket();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        match tokio::time::timeout(ANSWER_TIMEOUT, get(&path, "/status")).await {
+            Ok(answer) => answer,
+            Err(_) => bail!(
+                "the daemon behind {} took more than {} s to answer: look at its log",
+                path.display(),
+                ANSWER_TIMEOUT.as_secs()
+            ),
+        }
+    })
+}
+
+async fn get(socket: &std::path::Path, uri: &str) -> anyhow::Result<Vec<u8>> {
+    use http_body_util::{BodyExt, Empty, Limited};
+    use std::io::ErrorKind;
+    let stream = tokio::net::UnixStream::connect(socket).await.map_err(|error| {
+        let why = match error.kind() {
+            ErrorKind::NotFound => "meshd has not run here, or with another --run-dir",
+            ErrorKind::ConnectionRefused => {
+                "meshd is not running; traffic goes on only for pods of sessions it had, nothing leaves in clear"
+            }
+            ErrorKind::PermissionDenied => "only root may ask",
+            _ => "cannot be asked",
+        };
+        anyhow::anyhow!("{}: {why}", socket.display())
+    })?;
+    let io = hyper_util::rt::TokioIo::new(stream);
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(io).await.context("speak to the daemon")?;
+    let driver = tokio::spawn(connection);
+    let request = hyper::Request::get(uri)
+        .header("host", "meshd")
+        .body(Empty::<hyper::body::Bytes>::new())
+        .context("form the request")?;
+    let response = sender
+        .send_request(request)
+        .await
+        .context("the daemon closed the connection: only root may ask")?;
+    let status = response.status();
+    let limit = usize::try_from(FILE_BYTES_MAX).unwrap_or(usize::MAX);
+    let body = Limited::new(response.into_body(), limit)
+        .collect()
+        .await
+        .map_err(|error| anyhow::anyhow!("read the answer: {error}"))?
+        .to_bytes();
+    driver.abort();
+    if !status.is_success() {
+        bail!("the daemon answered {status}: {}", String::from_utf8_lossy(&body).trim());
+    }
+    Ok(body.to_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::tests::sample;
+
+    #[test]
+    fn the_document_joins_what_is_wanted_with_what_the_data_plane_saw() {
+        let status = build(&sample().snapshot());
+        assert_eq!(status.peers.len(), 2);
+        let live = &status.peers[0];
+        assert_eq!(live.last_handshake_s, Some(37));
+        assert_eq!(live.rtt_ms, Some(1.5));
+        assert_eq!(live.problem, "");
+        let silent = &status.peers[1];
+        assert_eq!((silent.path, silent.endpoint), (PathKind::None, None));
+        assert!(!silent.problem.is_empty());
+        assert!(!status.ready);
+        let text = serde_json::to_string(&status).expect("json");
+        assert_eq!(serde_json::from_str::<Status>(&text).expect("back"), status);
+    }
+
+    #[test]
+    fn the_table_shows_every_peer_every_refused_node_and_every_unmet_condition() {
+        let text = table(&build(&sample().snapshot()));
+        for wanted in [
+            "node-2",
+            "203.0.113.2:15190",
+            "direct",
+            "37 s ago",
+            "1.5 ms",
+            "2.00 KiB",
+            "5.00 MiB",
+            "1380",
+            "node-4: it has no pod CIDR",
+            "guard: not reached yet",
+            "source_not_allowed: 7",
+            "ready no",
+        ] {
+            assert!(text.contains(wanted), "{wanted} in\n{text}");
+        }
+        assert!(text.lines().all(|line| line == line.trim_end()));
+    }
+
+    #[test]
+    fn a_daemon_that_is_down_is_told_in_words() {
+        let dir = tempfile::tempdir().expect("scratch");
+        let args = StatusArgs { json: false, run_dir: dir.path().to_owned() };
+        let error = format!("{:#}", print(&args).expect_err("no socket"));
+        assert!(error.contains("has not run here"), "{error}");
+        drop(std::os::unix::net::UnixListener::bind(dir.path().join("meshd.sock")).expect("bind"));
+        let error = format!("{:#}", print(&args).expect_err("nobody listens"));
+        assert!(error.contains("not running"), "{error}");
+    }
+
+    #[test]
+    fn bytes_are_shown_in_binary_units() {
+        assert_eq!(bytes(0), "0 B");
+        assert_eq!(bytes(1023), "1023 B");
+        assert_eq!(bytes(1536), "1.50 KiB");
+        assert_eq!(bytes(u64::MAX), "16.00 EiB");
+    }
+}

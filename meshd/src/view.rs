@@ -1,0 +1,291 @@
+//! What the daemon knows of itself, for whoever asks: status, readiness, metrics.
+//!
+//! ```text
+//! reconcile, sources, data plane ── writes facts and conditions ──> View <── reads ── admin
+//! ```
+//!
+//! One lock, held for a copy and never across I/O; packets do not come here.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use mesh_core::tunnel::config::{PeerConfig, PeerSnapshot};
+use mesh_types::key::PublicKey;
+use mesh_types::net::ClusterPrefixes;
+use mesh_types::node::{NodeName, Site};
+use mesh_types::status::{Condition, Counter};
+use mesh_types::time::MonoTime;
+
+/// The conditions of readiness, in the order they come to hold at start.
+pub mod condition {
+    /// Pod traffic cannot leave in clear.
+    pub const GUARD: &str = "guard";
+    /// Sysctls without which nothing is forwarded.
+    pub const FORWARDING: &str = "forwarding";
+    /// TUN and UDP socket are served.
+    pub const DATA_PLANE: &str = "data-plane";
+    /// Records of the cluster are known, from their source or from the cache.
+    pub const CLUSTER: &str = "cluster";
+    /// This node has a believable record with pod CIDRs.
+    pub const OWN_NODE: &str = "own-node";
+    /// Addresses, routes and rules are as wanted.
+    pub const NETWORK: &str = "network";
+    /// Host side of every pod is as its attachment record says.
+    pub const PODS: &str = "pods";
+    /// The CNI plugin can make pods.
+    pub const NODE_FILE: &str = "node-file";
+    /// Others can learn our key and endpoints.
+    pub const PUBLISHED: &str = "published";
+
+    pub const ALL: [&str; 9] =
+        [GUARD, FORWARDING, DATA_PLANE, CLUSTER, OWN_NODE, NETWORK, PODS, NODE_FILE, PUBLISHED];
+}
+
+/// What never changes while the daemon runs.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    pub node: NodeName,
+    pub public_key: PublicKey,
+    pub listen_port: u16,
+    pub prefixes: ClusterPrefixes,
+}
+
+/// What the last turn of the reconciler found.
+#[derive(Debug, Clone, Default)]
+pub struct Facts {
+    pub site: Site,
+    pub pod_cidrs: Vec<IpNet>,
+    pub mtu: u32,
+    pub endpoints: Vec<SocketAddr>,
+    pub peers: Vec<PeerFacts>,
+    pub refused: Vec<RefusedFacts>,
+}
+
+#[derive(Debug, Clone)]
+pub struct PeerFacts {
+    pub node: NodeName,
+    pub site: Site,
+    pub config: PeerConfig,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RefusedFacts {
+    pub node: String,
+    /// In words, for people.
+    pub reason: String,
+    /// One of few, for metrics.
+    pub label: &'static str,
+}
+
+/// What the data plane says when asked.
+#[derive(Debug, Clone, Default)]
+pub struct DataFigures {
+    pub now: MonoTime,
+    pub peers: Vec<PeerSnapshot>,
+    pub drops: Vec<Counter>,
+}
+
+type DataSource = Arc<dyn Fn() -> DataFigures + Send + Sync>;
+
+/// Shared by all of the control side.
+pub struct View {
+    pub identity: Identity,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    facts: Facts,
+    conditions: BTreeMap<&'static str, (bool, String)>,
+    repairs: BTreeMap<&'static str, u64>,
+    turns: u64,
+    last_turn: Option<Instant>,
+    data: Option<DataSource>,
+}
+
+/// Everything at one moment.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    pub identity: Identity,
+    pub facts: Facts,
+    pub conditions: Vec<Condition>,
+    pub repairs: BTreeMap<&'static str, u64>,
+    /// Turns of the reconciler.
+    pub turns: u64,
+    pub data: DataFigures,
+}
+
+impl View {
+    pub fn new(identity: Identity) -> Self {
+        Self { identity, inner: Mutex::default() }
+    }
+
+    /// Sets a condition; a change of its outcome is logged.
+    pub fn set_condition(&self, name: &'static str, outcome: Result<(), String>) {
+        let (ok, message) = match outcome {
+            Ok(()) => (true, String::new()),
+            Err(message) => (false, message),
+        };
+        self.set(name, ok, message);
+    }
+
+    /// Sets a condition that holds, with something to say about it.
+    pub fn set_condition_ok(&self, name: &'static str, message: String) {
+        self.set(name, true, message);
+    }
+
+    pub fn set_facts(&self, facts: Facts) {
+        self.lock().facts = facts;
+    }
+
+    /// Something of ours was gone from the kernel and is back.
+    pub fn count_repairs(&self, kind: &'static str, count: u64) {
+        let mut inner = self.lock();
+        let total = inner.repairs.entry(kind).or_default();
+        *total = total.saturating_add(count);
+    }
+
+    /// The reconciler finished a turn.
+    pub fn beat(&self) {
+        let mut inner = self.lock();
+        inner.turns = inner.turns.saturating_add(1);
+        inner.last_turn = Some(Instant::now());
+    }
+
+    /// How long ago the reconciler last finished a turn, suspend not counted; `None` before the first.
+    pub fn since_turn(&self) -> Option<Duration> {
+        self.lock().last_turn.map(|then| then.elapsed())
+    }
+
+    /// Where figures of the data plane come from, once there is one.
+    pub fn set_data_source(&self, source: impl Fn() -> DataFigures + Send + Sync + 'static) {
+        self.lock().data = Some(Arc::new(source));
+    }
+
+    /// Every condition of readiness; one nobody has spoken about does not hold.
+    pub fn conditions(&self) -> Vec<Condition> {
+        conditions(&self.lock())
+    }
+
+    /// Everything, figures of the data plane included: may wait for a worker, so not for the reactor.
+    pub fn snapshot(&self) -> Snapshot {
+        let source = self.lock().data.clone();
+        let data = source.map(|source| source()).unwrap_or_default();
+        let inner = self.lock();
+        Snapshot {
+            identity: self.identity.clone(),
+            facts: inner.facts.clone(),
+            conditions: conditions(&inner),
+            repairs: inner.repairs.clone(),
+            turns: inner.turns,
+            data,
+        }
+    }
+
+    fn set(&self, name: &'static str, ok: bool, message: String) {
+        let before = self.lock().conditions.insert(name, (ok, message.clone()));
+        match (before, ok) {
+            (Some((true, _)), true) => {}
+            (_, true) => tracing::info!(condition = name, "holds"),
+            (Some((false, said)), false) if said == message => {}
+            (_, false) => tracing::warn!(condition = name, reason = message, "does not hold"),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // The data behind the lock is whole at every instruction: plain assignments.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn conditions(inner: &Inner) -> Vec<Condition> {
+    condition::ALL
+        .iter()
+        .map(|name| {
+            let (ok, message) =
+                inner.conditions.get(name).cloned().unwrap_or((false, "not reached yet".into()));
+            Condition { name: (*name).to_owned(), ok, message }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::time::Duration;
+
+    use mesh_types::status::PathKind;
+
+    use super::*;
+
+    pub(crate) fn key(byte: u8) -> PublicKey {
+        PublicKey::from_bytes([byte; 32]).expect("an ordinary point")
+    }
+
+    /// A node with one peer that answers, one that does not, and one node that is refused.
+    pub(crate) fn sample() -> View {
+        let view = View::new(Identity {
+            node: "node-1".parse().expect("name"),
+            public_key: key(9),
+            listen_port: 15190,
+            prefixes: ClusterPrefixes::new(vec!["10.244.0.0/16".parse().expect("prefix")])
+                .expect("prefixes"),
+        });
+        let peer = |number: u8, endpoint: &str| PeerFacts {
+            node: format!("node-{number}").parse().expect("name"),
+            site: Site("cloud-a".into()),
+            config: PeerConfig {
+                key: key(number),
+                preshared: None,
+                allowed_ips: vec![format!("10.244.{number}.0/24").parse().expect("prefix")],
+                candidates: vec![endpoint.parse().expect("endpoint")],
+                keepalive: (number == 3).then_some(Duration::from_secs(25)),
+                mtu: 1380,
+            },
+        };
+        view.set_facts(Facts {
+            site: Site("cloud-a".into()),
+            pod_cidrs: vec!["10.244.1.0/24".parse().expect("prefix")],
+            mtu: 1380,
+            endpoints: vec!["203.0.113.1:15190".parse().expect("endpoint")],
+            peers: vec![peer(2, "203.0.113.2:15190"), peer(3, "203.0.113.3:15190")],
+            refused: vec![RefusedFacts {
+                node: "node-4".into(),
+                reason: "it has no pod CIDR".into(),
+                label: "no_pod_cidr",
+            }],
+        });
+        view.set_data_source(|| DataFigures {
+            now: MonoTime::ZERO + Duration::from_secs(100),
+            peers: vec![PeerSnapshot {
+                key: key(2),
+                endpoint: Some("203.0.113.2:15190".parse().expect("endpoint")),
+                path: PathKind::Direct,
+                last_handshake: Some(MonoTime::ZERO + Duration::from_secs(63)),
+                rtt: Some(Duration::from_micros(1500)),
+                rx_bytes: 2048,
+                tx_bytes: 5 << 20,
+                session: true,
+                problem: "",
+            }],
+            drops: vec![Counter { reason: "source_not_allowed".into(), count: 7 }],
+        });
+        view
+    }
+
+    #[test]
+    fn a_condition_nobody_spoke_about_does_not_hold() {
+        let view = sample();
+        assert!(view.conditions().iter().all(|condition| !condition.ok));
+        for name in condition::ALL {
+            view.set_condition(name, Ok(()));
+        }
+        assert!(view.conditions().iter().all(|condition| condition.ok));
+        view.set_condition(condition::GUARD, Err("nft is missing".into()));
+        let broken: Vec<_> = view.conditions().into_iter().filter(|c| !c.ok).collect();
+        assert_eq!(broken.len(), 1);
+        assert_eq!(broken[0].message, "nft is missing");
+    }
+}
