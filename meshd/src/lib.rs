@@ -13,7 +13,7 @@
 //! | [`config`] | the command line, checked |
 //! | [`files`] | atomic writes and bounded reads |
 //! | [`keystore`] | the private key, bound to this node |
-//! | [`roster`], [`kube`], [`cache`] | where node records come from |
+//! | [`source`]: [`roster`], [`kube`], [`cache`] | where node records come from |
 //! | [`io`] | the data plane: TUN and UDP |
 
 pub mod admin;
@@ -26,5 +26,6 @@ pub mod keystore;
 pub mod kube;
 pub mod metrics;
 pub mod roster;
+pub mod source;
 pub mod status;
 pub mod view;

@@ -94,3 +94,7 @@ pub const COALESCE_PACKETS_MAX: usize = 512;
 /// Connections the coalescer can append to at one time. The table is searched in order; a burst of
 /// 64 KiB seldom holds more, and a connection pushed out only loses merging.
 pub const COALESCE_FLOWS_MAX: usize = 16;
+
+/// Cluster events between their source and the reconciler. A burst beyond it waits in the source, whose
+/// own back-pressure is the API server's watch window.
+pub const CLUSTER_EVENTS_MAX: usize = 256;

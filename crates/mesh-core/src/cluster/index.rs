@@ -42,12 +42,6 @@ impl ClusterIndex {
         self.put(Entry { raw, record })
     }
 
-    /// An object under this name exists and cannot be read.
-    pub fn apply_unreadable(&mut self, name: &str, uid: &str, why: String) -> Change {
-        let raw = RawNode { name: name.to_owned(), uid: uid.to_owned(), ..RawNode::default() };
-        self.put(Entry { raw, record: Err(Refusal::Unreadable(why)) })
-    }
-
     /// A node is gone. News about a predecessor of the same name (other uid) changes nothing; an
     /// empty uid means whichever there is.
     pub fn delete(&mut self, name: &str, uid: &str) -> Change {

@@ -38,6 +38,8 @@ pub struct RawNode {
     pub addresses: Vec<RawAddress>,
     /// Version of the daemon that published the record.
     pub version: Option<String>,
+    /// Why the object behind the name cannot be read; the other fields then mean nothing.
+    pub unreadable: Option<String>,
 }
 
 /// One entry of `status.addresses`.
@@ -189,6 +191,7 @@ impl From<RosterNode> for RawNode {
             site: node.site,
             addresses: Vec::new(),
             version: None,
+            unreadable: None,
         }
     }
 }
@@ -196,6 +199,9 @@ impl From<RosterNode> for RawNode {
 impl NodeRecord {
     /// Checks every field on its own.
     pub fn from_raw(raw: &RawNode) -> Result<Self, Refusal> {
+        if let Some(why) = &raw.unreadable {
+            return Err(Refusal::Unreadable(why.clone()));
+        }
         let name: NodeName = raw.name.parse()?;
         let site = raw.site.as_deref().unwrap_or_default().trim();
         if site.len() > SITE_BYTES_MAX {
