@@ -21,6 +21,9 @@ pub mod ip;
 pub mod segment;
 pub mod vnet;
 
+#[cfg(test)]
+mod tests;
+
 pub use coalesce::{CoalesceOptions, Coalescer, Frame};
 pub use ip::{Ecn, IpHeader};
 pub use segment::{SegmentError, Segmenter};
