@@ -1,12 +1,40 @@
-//! What control tells the tunnel, and what the tunnel tells control.
+//! What control and the shard tell the tunnel, and what the tunnel tells them.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
 use std::time::Duration;
 
 use ipnet::IpNet;
 use mesh_types::key::{PresharedKey, PublicKey};
+use mesh_types::limits::GSO_SEGMENTS_MAX;
 use mesh_types::status::PathKind;
 use mesh_types::time::MonoTime;
+
+use super::engine::OwnKeyId;
+use crate::packet::{CoalesceOptions, Ecn, VnetHeader};
+
+/// How one shard's tunnel is set up. The factory handed over beside it holds the own keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TunnelConfig {
+    /// The own key new engines are made with.
+    pub own: OwnKeyId,
+    /// Own keys that are answered besides (during a rotation).
+    pub also_own: Vec<OwnKeyId>,
+    pub coalesce: CoalesceOptions,
+    /// Datagrams in one GSO send; 1 where the socket has no UDP_SEGMENT.
+    pub gso_segments_max: usize,
+}
+
+impl Default for TunnelConfig {
+    fn default() -> Self {
+        Self {
+            own: OwnKeyId(0),
+            also_own: Vec::new(),
+            coalesce: CoalesceOptions::default(),
+            gso_segments_max: GSO_SEGMENTS_MAX,
+        }
+    }
+}
 
 /// Another node as the tunnel sees it. Identity is the key; everything else may change live.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,4 +65,91 @@ pub struct PeerSnapshot {
     pub session: bool,
     /// Why there is no session, in an operator's words; empty when there is one.
     pub problem: &'static str,
+}
+
+/// Where a receive buffer came from: one datagram, or a GRO burst of equal ones (the last may be shorter).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UdpMeta {
+    pub source: SocketAddr,
+    /// The address of ours it was sent to (PKTINFO).
+    pub local: Option<IpAddr>,
+    /// Length of each datagram but the last; 0 for one datagram alone.
+    pub segment_len: usize,
+    pub ecn: Ecn,
+}
+
+/// One UDP send: a datagram, or several of `segment_len` bytes (the last may be shorter) by UDP_SEGMENT.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Transmit<'a> {
+    pub dst: SocketAddr,
+    /// Source address to send from, where the peer is known to expect one.
+    pub local: Option<IpAddr>,
+    pub ecn: Ecn,
+    pub segment_len: usize,
+    pub bytes: &'a [u8],
+}
+
+/// One write to the TUN: `header` in front, then [`Self::pieces`] in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TunFrame<'a> {
+    pub header: VnetHeader,
+    pub(super) arena: &'a [u8],
+    pub(super) ranges: &'a [Range<usize>],
+}
+
+impl<'a> TunFrame<'a> {
+    /// The packet's pieces, ready for `writev`.
+    pub fn pieces(&self) -> impl Iterator<Item = &'a [u8]> + use<'a> {
+        let arena = self.arena;
+        self.ranges.iter().filter_map(move |range| arena.get(range.clone()))
+    }
+
+    /// Length of the packet without the header.
+    pub fn packet_len(&self) -> usize {
+        self.ranges.iter().map(ExactSizeIterator::len).sum()
+    }
+}
+
+/// What control may want to know at once. Only a hint: [`PeerSnapshot`] holds the state, and events beyond
+/// the bound of the queue are dropped and counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    SessionEstablished {
+        key: PublicKey,
+    },
+    /// Authenticated packets now come from there.
+    EndpointChanged {
+        key: PublicKey,
+        endpoint: SocketAddr,
+    },
+    /// No answer for 90 s; what waited for the session was dropped.
+    HandshakeGaveUp {
+        key: PublicKey,
+    },
+}
+
+/// Why `handle_timeout` wants to be called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reason {
+    /// Handshakes of `initiate_all` still to be begun.
+    InitiateAll,
+    /// A protocol timer, a probe or a deferred initiation of a peer.
+    Peer,
+}
+
+/// A part of what [`PeerConfig`]s asked for that was not done; the rest was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PeerRefusal {
+    #[error(
+        "{prefix} of peer {key} already belongs to peer {holder}: give every node its own podCIDRs"
+    )]
+    PrefixHeld { key: PublicKey, prefix: IpNet, holder: PublicKey },
+    #[error("peer {key} is listed twice: two nodes published the same public key")]
+    KeyTwice { key: PublicKey },
+    #[error(
+        "peer {key} has this node's own key: a key file was copied; delete it on one of the two"
+    )]
+    OwnKey { key: PublicKey },
+    #[error("peer {key} is beyond the bound of peers or of allowed prefixes of one mesh")]
+    TooMany { key: PublicKey },
 }
