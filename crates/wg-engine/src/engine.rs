@@ -1,0 +1,444 @@
+//! One peer's handshake and sessions over `Tunn`.
+
+use std::net::IpAddr;
+use std::ops::Range;
+use std::time::Duration;
+
+use boringtun::noise::errors::WireGuardError;
+use boringtun::noise::{Tunn, TunnResult};
+use mesh_core::tunnel::engine::{
+    COOKIE_BYTES, Engine, EngineConfig, EngineError, EngineStatus, HandshakeBuffer,
+    HandshakeOutcome, INITIATION_BYTES, OpenBurst, RESPONSE_BYTES, SealBatch, TAG_BYTES,
+    TRANSPORT_BYTES_MIN, TRANSPORT_HEADER_BYTES, TYPE_COOKIE, TYPE_INITIATION, TYPE_RESPONSE,
+    TYPE_TRANSPORT, TimerOutcome,
+};
+use mesh_types::key::PublicKey;
+use mesh_types::time::MonoTime;
+
+use crate::ring::{COUNTER_LIMIT, REKEY_AFTER_MESSAGES, Ring, Session};
+use crate::timers::{Due, REKEY_AFTER, REKEY_AFTER_ON_RECEIVE, Timers};
+
+/// Shortest distance of two initiations accepted of one peer (`INITIATIONS_PER_SECOND` in
+/// `drivers/net/wireguard/messages.h` is 50).
+const INITIATION_SPACING: Duration = Duration::from_millis(20);
+
+/// Room for a keepalive but not for an initiation, which `Tunn` then does not begin.
+const TICK_BYTES: usize = 64;
+const _: () = assert!(TICK_BYTES >= TRANSPORT_BYTES_MIN && TICK_BYTES < INITIATION_BYTES);
+
+/// A keepalive is a slot without plaintext.
+const KEEPALIVE_SLOT: Range<usize> = 0..TRANSPORT_BYTES_MIN;
+
+/// Packets `Tunn`'s queue can hold (`MAX_QUEUE_DEPTH`), and one call more to see it empty.
+const QUEUE_DRAIN_MAX: usize = 256 + 1;
+
+/// What `Tunn` keeps of old handshakes goes after 3 x Reject-After-Time (whitepaper section 6.3).
+const WIPE_AFTER: Duration = Duration::from_secs(3 * 180 + 1);
+
+/// Smallest IP headers.
+const IPV4_HEADER_BYTES: usize = 20;
+const IPV6_HEADER_BYTES: usize = 40;
+
+/// [`Engine`] over `boringtun`.
+pub struct BoringEngine {
+    /// `None`: no own key to speak with.
+    tunn: Option<Box<Tunn>>,
+    ring: Ring,
+    timers: Timers,
+    /// Local index of the initiation `Tunn` waits on; it survives an answer to the one before.
+    pending: Option<u32>,
+    last_initiation_in: Option<MonoTime>,
+    last_handshake: Option<MonoTime>,
+    wipe_at: Option<MonoTime>,
+    /// Plaintext on its way into its own slot; grows to the largest slot seen.
+    scratch: Vec<u8>,
+    /// Largest plaintext `Tunn` was ever given.
+    plaintext_max: usize,
+}
+
+impl BoringEngine {
+    pub(crate) fn new(now: MonoTime, tunn: Option<Box<Tunn>>, config: &EngineConfig<'_>) -> Self {
+        Self {
+            tunn,
+            ring: Ring::default(),
+            timers: Timers::new(now, config.keepalive, config.seed),
+            pending: None,
+            last_initiation_in: None,
+            last_handshake: None,
+            wipe_at: None,
+            scratch: Vec::new(),
+            plaintext_max: 0,
+        }
+    }
+
+    /// Moves `Tunn`'s clock on, so that it orders sessions rightly and forgets old keys.
+    fn tick(&mut self, now: MonoTime) {
+        let Some(tunn) = &mut self.tunn else { return };
+        let expired_before = tunn.is_expired();
+        let mut unused = [0; TICK_BYTES];
+        // Whatever it wants to send is dropped: the timers here decide. Its ERROR lines about idle peers, too.
+        tracing::subscriber::with_default(tracing::subscriber::NoSubscriber::default(), || {
+            let _ = tunn.update_timers(&mut unused);
+        });
+        if tunn.is_expired() && !expired_before {
+            self.ring.clear();
+            if self.pending.take().is_some() {
+                self.timers.initiation_lost(now);
+            }
+        }
+        self.ring.expire(now);
+        if self.wipe_at.is_some_and(|at| now >= at) {
+            self.wipe_at = None;
+        }
+    }
+
+    fn write_initiation(&mut self, now: MonoTime, out: &mut HandshakeBuffer) -> Option<usize> {
+        self.tick(now);
+        let tunn = self.tunn.as_mut()?;
+        let written = match tunn.format_handshake_initiation(out, true) {
+            TunnResult::WriteToNetwork(message) => message.len(),
+            _ => 0,
+        };
+        self.timers.initiation_sent(now);
+        if written != INITIATION_BYTES {
+            return None;
+        }
+        self.pending = read_u32(out, 4);
+        Some(written)
+    }
+
+    fn write_keepalive(&mut self, now: MonoTime, out: &mut HandshakeBuffer) -> Option<usize> {
+        let buffer = out.get_mut(..TRANSPORT_BYTES_MIN)?;
+        let slots = std::slice::from_ref(&KEEPALIVE_SLOT);
+        self.seal(now, SealBatch { buffer, slots }).ok()?;
+        Some(TRANSPORT_BYTES_MIN)
+    }
+
+    fn accept_initiation(
+        &mut self,
+        now: MonoTime,
+        source: IpAddr,
+        datagram: &[u8],
+        out: &mut HandshakeBuffer,
+    ) -> Result<HandshakeOutcome, EngineError> {
+        if !ephemeral_is_sound(datagram) {
+            return Err(EngineError::BadHandshake);
+        }
+        if self.last_initiation_in.is_some_and(|last| now.since(last) < INITIATION_SPACING) {
+            return Err(EngineError::StaleInitiation);
+        }
+        let tunn = self.tunn.as_mut().ok_or(EngineError::NoSession)?;
+        let reply_len = reply(tunn.decapsulate(Some(source), datagram, out), RESPONSE_BYTES)?;
+        let (remote, local) =
+            read_u32(datagram, 4).zip(read_u32(out, 4)).ok_or(EngineError::Malformed)?;
+        self.last_initiation_in = Some(now);
+        self.pending = None;
+        self.ring.add_responder(now, local, remote);
+        self.timers.received(now, false);
+        self.timers.sent(now, false);
+        self.wipe_at = Some(now + WIPE_AFTER);
+        Ok(HandshakeOutcome { reply_len, authenticated: true, session_ready: false })
+    }
+
+    fn accept_response(
+        &mut self,
+        now: MonoTime,
+        source: IpAddr,
+        datagram: &[u8],
+        out: &mut HandshakeBuffer,
+    ) -> Result<HandshakeOutcome, EngineError> {
+        if !ephemeral_is_sound(datagram) {
+            return Err(EngineError::BadHandshake);
+        }
+        let tunn = self.tunn.as_mut().ok_or(EngineError::NoSession)?;
+        let reply_len = reply(tunn.decapsulate(Some(source), datagram, out), TRANSPORT_BYTES_MIN)?;
+        drain_queue(tunn, &mut self.scratch, self.plaintext_max);
+        let (remote, local) =
+            read_u32(datagram, 4).zip(read_u32(datagram, 8)).ok_or(EngineError::Malformed)?;
+        self.ring.add_initiator(now, local, remote);
+        self.ring.count_sent();
+        if self.pending == Some(local) {
+            self.pending = None;
+        }
+        self.established(now);
+        self.timers.received(now, false);
+        self.timers.sent(now, false);
+        Ok(HandshakeOutcome { reply_len, authenticated: true, session_ready: true })
+    }
+
+    fn accept_cookie(
+        &mut self,
+        source: IpAddr,
+        datagram: &[u8],
+        out: &mut HandshakeBuffer,
+    ) -> Result<HandshakeOutcome, EngineError> {
+        let tunn = self.tunn.as_mut().ok_or(EngineError::NoSession)?;
+        match tunn.decapsulate(Some(source), datagram, out) {
+            TunnResult::Done => Ok(HandshakeOutcome::default()),
+            TunnResult::Err(error) => Err(translate(&error)),
+            _ => Err(EngineError::BadHandshake),
+        }
+    }
+
+    fn established(&mut self, now: MonoTime) {
+        self.last_handshake = Some(now);
+        self.wipe_at = Some(now + WIPE_AFTER);
+        // An initiation left open in `Tunn` would make it drop every session 90 s later: it is finished first.
+        self.timers.established(self.pending.is_none());
+    }
+
+    fn seal_slot(&mut self, slot: &mut [u8], session: &Session) -> Result<(), EngineError> {
+        let tunn = self.tunn.as_mut().ok_or(EngineError::NoSession)?;
+        let end = slot.len().checked_sub(TAG_BYTES).ok_or(EngineError::NoRoom)?;
+        let plaintext = slot.get(TRANSPORT_HEADER_BYTES..end).ok_or(EngineError::NoRoom)?;
+        self.scratch.clear();
+        self.scratch.extend_from_slice(plaintext);
+        self.plaintext_max = self.plaintext_max.max(plaintext.len());
+        let sealed = match tunn.encapsulate(&self.scratch, slot) {
+            TunnResult::WriteToNetwork(written) => {
+                written.len() == end + TAG_BYTES && names(written, session.remote)
+            }
+            _ => false,
+        };
+        if !sealed {
+            slot.fill(0);
+            return Err(EngineError::NoSession);
+        }
+        self.ring.count_sent();
+        Ok(())
+    }
+
+    fn open_one(
+        &mut self,
+        now: MonoTime,
+        datagram: &[u8],
+        output: &mut [u8],
+        used: &mut usize,
+    ) -> Result<Range<usize>, EngineError> {
+        if datagram.len() < TRANSPORT_BYTES_MIN
+            || read_u32(datagram, 0) != Some(TYPE_TRANSPORT.into())
+        {
+            return Err(EngineError::Malformed);
+        }
+        let local = read_u32(datagram, 4).ok_or(EngineError::Malformed)?;
+        if read_u64(datagram, 8).ok_or(EngineError::Malformed)? >= COUNTER_LIMIT {
+            return Err(EngineError::CounterLimit);
+        }
+        let session = self.ring.receiver(now, local)?;
+        let room = output.get_mut(*used..).unwrap_or_default();
+        if room.len() < datagram.len() - TRANSPORT_HEADER_BYTES {
+            return Err(EngineError::NoRoom);
+        }
+        let tunn = self.tunn.as_mut().ok_or(EngineError::NoSession)?;
+        let opened = match tunn.decapsulate(None, datagram, room) {
+            TunnResult::Done => Ok(0),
+            TunnResult::WriteToTunnelV4(packet, _) if packet.len() >= IPV4_HEADER_BYTES => {
+                Ok(packet.len())
+            }
+            TunnResult::WriteToTunnelV6(packet, _) if packet.len() >= IPV6_HEADER_BYTES => {
+                Ok(packet.len())
+            }
+            TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {
+                Err(EngineError::NotIp)
+            }
+            // The length and type were right, so the tag verified and the content is at fault.
+            TunnResult::Err(WireGuardError::InvalidPacket) => Err(EngineError::NotIp),
+            TunnResult::Err(error) => return Err(translate(&error)),
+            TunnResult::WriteToNetwork(_) => return Err(EngineError::Malformed),
+        };
+        self.authenticated(now, &session, !matches!(opened, Ok(0)));
+        let start = *used;
+        let end = start + opened?;
+        *used = end;
+        Ok(start..end)
+    }
+
+    /// A transport message of `session` verified.
+    fn authenticated(&mut self, now: MonoTime, session: &Session, data: bool) {
+        if self.ring.received(session.local) {
+            if let Some(tunn) = &mut self.tunn {
+                drain_queue(tunn, &mut self.scratch, self.plaintext_max);
+            }
+            self.established(now);
+        }
+        self.timers.received(now, data);
+        if session.initiator && now.since(session.established) >= REKEY_AFTER_ON_RECEIVE {
+            self.timers.want_rekey();
+        }
+    }
+}
+
+impl Engine for BoringEngine {
+    fn initiate(&mut self, now: MonoTime, force: bool, out: &mut HandshakeBuffer) -> Option<usize> {
+        if !force && !self.timers.may_initiate(now) {
+            return None;
+        }
+        self.write_initiation(now, out)
+    }
+
+    fn handle_handshake(
+        &mut self,
+        now: MonoTime,
+        source: IpAddr,
+        datagram: &[u8],
+        out: &mut HandshakeBuffer,
+    ) -> Result<HandshakeOutcome, EngineError> {
+        self.tick(now);
+        if is_message(datagram, TYPE_INITIATION, INITIATION_BYTES) {
+            self.accept_initiation(now, source, datagram, out)
+        } else if is_message(datagram, TYPE_RESPONSE, RESPONSE_BYTES) {
+            self.accept_response(now, source, datagram, out)
+        } else if is_message(datagram, TYPE_COOKIE, COOKIE_BYTES) {
+            self.accept_cookie(source, datagram, out)
+        } else {
+            Err(EngineError::Malformed)
+        }
+    }
+
+    fn handle_timeout(&mut self, now: MonoTime, out: &mut HandshakeBuffer) -> TimerOutcome {
+        if self.tunn.is_none() {
+            return TimerOutcome::Idle;
+        }
+        self.tick(now);
+        let outcome = match self.timers.poll(now, self.can_send(now)) {
+            Due::Nothing => None,
+            Due::Initiation => self.write_initiation(now, out).map(TimerOutcome::Initiation),
+            Due::Keepalive => self.write_keepalive(now, out).map(TimerOutcome::Keepalive),
+            Due::GiveUp => {
+                self.ring.clear();
+                self.pending = None;
+                self.wipe_at = Some(now + Duration::from_secs(1));
+                Some(TimerOutcome::GaveUp)
+            }
+        };
+        outcome.unwrap_or(TimerOutcome::Idle)
+    }
+
+    fn next_timeout(&self, now: MonoTime) -> Option<MonoTime> {
+        self.tunn.as_ref()?;
+        [self.timers.next(now), self.ring.next_expiry(), self.wipe_at].into_iter().flatten().min()
+    }
+
+    fn can_send(&self, now: MonoTime) -> bool {
+        self.tunn.is_some() && self.ring.sender(now).is_ok()
+    }
+
+    fn seal(&mut self, now: MonoTime, batch: SealBatch<'_>) -> Result<(), EngineError> {
+        let SealBatch { buffer, slots } = batch;
+        let mut data = false;
+        for slot in slots {
+            let session = self.ring.sender(now)?;
+            let bytes = buffer.get_mut(slot.clone()).ok_or(EngineError::NoRoom)?;
+            self.seal_slot(bytes, &session)?;
+            data |= bytes.len() > TRANSPORT_BYTES_MIN;
+        }
+        if slots.is_empty() {
+            return Ok(());
+        }
+        self.timers.sent(now, data);
+        let session = self.ring.sender(now)?;
+        let old = now.since(session.established) >= REKEY_AFTER;
+        if session.sent >= REKEY_AFTER_MESSAGES || (session.initiator && old) {
+            self.timers.want_rekey();
+        }
+        Ok(())
+    }
+
+    fn open(&mut self, now: MonoTime, burst: OpenBurst<'_>) {
+        let OpenBurst { input, datagrams, output, output_used, results } = burst;
+        for range in datagrams {
+            let result = match input.get(range.clone()) {
+                Some(datagram) => self.open_one(now, datagram, output, output_used),
+                None => Err(EngineError::Malformed),
+            };
+            results.push(result);
+        }
+    }
+
+    fn set_keepalive(&mut self, now: MonoTime, interval: Option<Duration>) {
+        self.timers.set_keepalive(now, interval);
+    }
+
+    fn status(&self, now: MonoTime) -> EngineStatus {
+        EngineStatus {
+            since_handshake: self.last_handshake.map(|at| now.since(at)),
+            session: self.can_send(now),
+        }
+    }
+}
+
+/// Type with its reserved zeroes, and length.
+pub(crate) fn is_message(datagram: &[u8], kind: u8, bytes: usize) -> bool {
+    datagram.len() == bytes && read_u32(datagram, 0) == Some(kind.into())
+}
+
+/// Whether the ephemeral key of an initiation or response can give a secret. `Tunn` does not ask.
+pub(crate) fn ephemeral_is_sound(message: &[u8]) -> bool {
+    let offset = match read_u32(message, 0) {
+        Some(kind) if kind == u32::from(TYPE_INITIATION) => 8,
+        Some(kind) if kind == u32::from(TYPE_RESPONSE) => 12,
+        _ => return false,
+    };
+    let point = message.get(offset..).and_then(|rest| rest.first_chunk::<32>());
+    point.is_some_and(|point| PublicKey::from_bytes(*point).is_ok())
+}
+
+/// The length of the one message a handshake step answers with.
+fn reply(result: TunnResult<'_>, expected: usize) -> Result<usize, EngineError> {
+    match result {
+        TunnResult::WriteToNetwork(message) if message.len() == expected => Ok(expected),
+        TunnResult::Err(error) => Err(translate(&error)),
+        _ => Err(EngineError::BadHandshake),
+    }
+}
+
+/// Empties `Tunn`'s own queue without sending. It holds at most the empty packets of ticks without a session,
+/// and a packet refused by `seal_slot` at the last instant of a session.
+fn drain_queue(tunn: &mut Tunn, scratch: &mut Vec<u8>, plaintext_max: usize) {
+    // `Tunn` panics on a shorter buffer, and wants room for an initiation whatever it writes.
+    scratch.resize(INITIATION_BYTES.max(plaintext_max + TRANSPORT_BYTES_MIN), 0);
+    for _ in 0..QUEUE_DRAIN_MAX {
+        if matches!(tunn.decapsulate(None, &[], scratch), TunnResult::Done) {
+            break;
+        }
+    }
+}
+
+/// A transport message to the peer's index `remote`.
+fn names(message: &[u8], remote: u32) -> bool {
+    read_u32(message, 0) == Some(TYPE_TRANSPORT.into()) && read_u32(message, 4) == Some(remote)
+}
+
+fn read_u32(bytes: &[u8], offset: usize) -> Option<u32> {
+    bytes.get(offset..)?.first_chunk().map(|chunk| u32::from_le_bytes(*chunk))
+}
+
+fn read_u64(bytes: &[u8], offset: usize) -> Option<u64> {
+    bytes.get(offset..)?.first_chunk().map(|chunk| u64::from_le_bytes(*chunk))
+}
+
+fn translate(error: &WireGuardError) -> EngineError {
+    match error {
+        WireGuardError::DestinationBufferTooSmall => EngineError::NoRoom,
+        WireGuardError::InvalidMac => EngineError::BadMac,
+        WireGuardError::InvalidAeadTag => EngineError::BadTag,
+        WireGuardError::InvalidCounter | WireGuardError::DuplicateCounter => EngineError::Replayed,
+        WireGuardError::NoCurrentSession
+        | WireGuardError::WrongIndex
+        | WireGuardError::UnexpectedPacket => EngineError::NoSession,
+        WireGuardError::WrongTai64nTimestamp => EngineError::StaleInitiation,
+        WireGuardError::ConnectionExpired => EngineError::Expired,
+        WireGuardError::UnderLoad => EngineError::UnderLoad,
+        WireGuardError::WrongKey
+        | WireGuardError::InvalidTai64nTimestamp
+        | WireGuardError::WrongPacketType
+        | WireGuardError::LockFailed => EngineError::BadHandshake,
+        WireGuardError::InvalidPacket | WireGuardError::IncorrectPacketLength => {
+            EngineError::Malformed
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "engine_tests.rs"]
+mod tests;
