@@ -1,2 +1,25 @@
-//! Placeholder until its first module lands.
-fn main() {}
+//! The `testbed` program: shows the mesh at work on one machine.
+
+mod args;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Args, Command};
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let result = match &args.command {
+        Command::Holder(options) => testbed::lab::hold(options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nothing to be done where even stderr is gone.
+            let _ = writeln!(std::io::stderr(), "testbed: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! Command line of the `testbed` program; clap types stop here and in the option structs of the commands.
+
+use clap::{Parser, Subcommand};
+use testbed::lab::HolderOptions;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "testbed",
+    version,
+    about = "A hybrid cluster out of network namespaces on one machine"
+)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// PID 1 of a node's namespaces
+    #[command(hide = true)]
+    Holder(HolderOptions),
+}

@@ -1,0 +1,328 @@
+//! A lab: network namespaces that play nodes, routers and pods, and the wires between them.
+//!
+//! ```text
+//! /run/meshd-testbed/<lab>/
+//!     state.json      every namespace with the process that holds it (pid and start time), every wire
+//!     <namespace>/    logs of what runs in it
+//!
+//! testbed ─ unshare(1) ─ holder = PID 1 of the namespaces   one per node or router
+//!                          └─ whatever runs inside           dies with the holder
+//! ```
+//!
+//! Nothing outside the holder's namespaces is touched: links, addresses, mounts, nftables and pods (bound below
+//! `/run/netns` in the node's own mount namespace) end with it. So `down` is: kill the holders named in the state
+//! file, remove the directory. A holder waits for a word from its maker until it stands in the state file and ends
+//! without it, so that no crash leaves a process that nothing names.
+
+mod holder;
+mod namespace;
+mod pod;
+mod process;
+mod state;
+mod topology;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Result, bail, ensure};
+
+pub use holder::{HolderOptions, hold};
+pub use namespace::{Daemon, Namespace, run_in_netns};
+pub use pod::{CNI_CONFIG, Pod, PodRequest};
+pub use process::ProcessRef;
+pub use state::{Kind, LinkState, NamespaceState, State};
+pub use topology::{API_ADDRESS_V4, CLUSTER_CIDRS, Hybrid, NodePlan, Wiring, hybrid_plan};
+
+/// Where labs keep their state; a tmpfs on every distribution, so a reboot forgets it with the namespaces.
+pub const LABS_DIR: &str = "/run/meshd-testbed";
+
+/// The programs a lab runs.
+#[derive(Debug, Clone)]
+pub struct Programs {
+    pub testbed: PathBuf,
+    pub meshd: PathBuf,
+    pub cni: PathBuf,
+}
+
+impl Programs {
+    /// All programs beside `testbed`, as cargo leaves them.
+    pub fn beside(testbed: &Path) -> Result<Self> {
+        let testbed = fs::canonicalize(testbed)
+            .with_context(|| format!("no program {}", testbed.display()))?;
+        let dir = testbed.parent().context("the testbed program has no folder")?;
+        Ok(Self { meshd: dir.join("meshd"), cni: dir.join("meshd-cni"), testbed: testbed.clone() })
+    }
+
+    /// Fails with the command to run when one is missing.
+    pub fn check(&self) -> Result<()> {
+        for program in [&self.meshd, &self.cni] {
+            ensure!(
+                program.is_file(),
+                "{} is missing; build it: cargo build -p meshd -p meshd-cni -p testbed",
+                program.display()
+            );
+        }
+        Ok(())
+    }
+}
+
+/// A running lab. Dropping it takes it down unless [`Lab::keep`] was called.
+#[derive(Debug)]
+pub struct Lab {
+    shared: Arc<Shared>,
+    programs: Programs,
+    keep: bool,
+}
+
+/// What a signal handler needs to end the lab while another thread builds it.
+#[derive(Debug)]
+struct Shared {
+    name: String,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    state: State,
+    wrappers: Vec<Child>,
+    /// Set by `down`: nothing may be added any more.
+    closed: bool,
+}
+
+/// Ends a lab from another thread, e.g. on Ctrl-C.
+#[derive(Debug, Clone)]
+pub struct Stopper(Arc<Shared>);
+
+impl Stopper {
+    pub fn down(&self) -> Result<()> {
+        self.0.down()
+    }
+}
+
+impl Lab {
+    /// An empty lab. What a dead owner of the same name left behind is removed first; a living one is an error.
+    pub fn create(name: &str, programs: Programs) -> Result<Self> {
+        require_root()?;
+        check_name(name)?;
+        if let Some(old) = State::load(name)?
+            && old.owner.is_alive()
+        {
+            bail!("lab {name} is in use by process {}; end that one first", old.owner.pid);
+        }
+        down(name)?;
+        let state = State::new(name)?;
+        state.store()?;
+        let inner = Inner { state, wrappers: Vec::new(), closed: false };
+        let shared = Arc::new(Shared { name: name.to_owned(), inner: Mutex::new(inner) });
+        Ok(Self { shared, programs, keep: false })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    pub fn dir(&self) -> PathBuf {
+        State::dir(&self.shared.name)
+    }
+
+    pub fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
+    pub fn stopper(&self) -> Stopper {
+        Stopper(Arc::clone(&self.shared))
+    }
+
+    /// Leaves everything running when this value goes.
+    pub fn keep(&mut self) {
+        self.keep = true;
+    }
+
+    /// Removes every trace of the lab.
+    pub fn down(self) -> Result<()> {
+        self.shared.down()
+    }
+
+    /// A new node or router: its own namespaces, held by a process of its own.
+    pub fn add_namespace(&self, name: &str, kind: Kind) -> Result<Namespace> {
+        check_name(name)?;
+        let mut inner = self.shared.open()?;
+        ensure!(inner.state.namespace(name).is_none(), "lab {} has {name} already", self.name());
+        let dir = self.dir().join(name);
+        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        let log = fs::File::create(dir.join("holder.log"))?;
+        let mut wrapper = self
+            .holder_command(name, kind)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .context("cannot run unshare(1) from util-linux")?;
+        let mut word = String::new();
+        let output = wrapper.stdout.take().context("holder has no stdout")?;
+        BufReader::new(output).read_line(&mut word)?;
+        if word.trim() != "ready" {
+            let _ = wrapper.wait();
+            let log = fs::read_to_string(dir.join("holder.log")).unwrap_or_default();
+            bail!("namespaces of {name} could not be made: {}", log.trim());
+        }
+        let holder = process::only_child_of(wrapper.id())?;
+        let entry = NamespaceState {
+            name: name.to_owned(),
+            kind,
+            wrapper: ProcessRef::of(wrapper.id())?,
+            holder: ProcessRef::of(holder)?,
+        };
+        let namespace = Namespace::new(&entry, dir);
+        inner.state.namespaces.push(entry);
+        inner.state.store()?;
+        let mut input = wrapper.stdin.take().context("holder has no stdin")?;
+        input.write_all(b"go\n").context("the holder ended before it was recorded")?;
+        inner.wrappers.push(wrapper);
+        drop(inner);
+        namespace.ip(&["link set lo up"])?;
+        Ok(namespace)
+    }
+
+    /// A wire between two namespaces; `near` ends in the first. The oracle captures it at the `near` end.
+    pub fn add_link(
+        &self,
+        near: (&Namespace, &str),
+        far: (&Namespace, &str),
+        underlay: bool,
+    ) -> Result<()> {
+        let mut inner = self.shared.open()?;
+        near.0.ip(&[&format!(
+            "link add {} type veth peer name {} netns {}",
+            near.1,
+            far.1,
+            far.0.pid()
+        )])?;
+        near.0.ip(&[&format!("link set {} up", near.1)])?;
+        far.0.ip(&[&format!("link set {} up", far.1)])?;
+        inner.state.links.push(LinkState {
+            namespace: near.0.name().to_owned(),
+            interface: near.1.to_owned(),
+            far_namespace: far.0.name().to_owned(),
+            far_interface: far.1.to_owned(),
+            underlay,
+        });
+        inner.state.store()
+    }
+
+    /// Every wire the oracle has to watch.
+    pub fn underlay_links(&self) -> Result<Vec<LinkState>> {
+        let inner = self.shared.open()?;
+        Ok(inner.state.links.iter().filter(|link| link.underlay).cloned().collect())
+    }
+
+    /// A namespace of this lab by name.
+    pub fn namespace(&self, name: &str) -> Result<Namespace> {
+        let inner = self.shared.open()?;
+        let entry =
+            inner.state.namespace(name).with_context(|| format!("the lab has no {name}"))?;
+        Ok(Namespace::new(entry, self.dir().join(name)))
+    }
+
+    /// Ends one namespace and everything in it, as pulling the plug does.
+    pub fn power_off(&self, name: &str) -> Result<()> {
+        let mut inner = self.shared.open()?;
+        let entry =
+            inner.state.namespace(name).with_context(|| format!("the lab has no {name}"))?.clone();
+        entry.holder.kill_and_wait()?;
+        inner.state.namespaces.retain(|other| other.name != name);
+        inner.state.links.retain(|link| link.namespace != name && link.far_namespace != name);
+        inner.state.store()
+    }
+
+    fn holder_command(&self, name: &str, kind: Kind) -> Command {
+        let mut command = Command::new("unshare");
+        command.args(["--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]);
+        command.args(["--mount-proc", "--propagation", "private", "--"]);
+        command.arg(&self.programs.testbed).arg("holder");
+        command.args(["--lab", self.name(), "--name", name, "--kind", kind.as_str()]);
+        // Its own process group: Ctrl-C on the terminal is for the testbed, which then takes the lab down.
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        command
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if !self.keep
+            && let Err(error) = self.shared.down()
+        {
+            tracing::warn!("lab {} could not be taken down: {error:#}", self.shared.name);
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open(&self) -> Result<MutexGuard<'_, Inner>> {
+        let inner = self.lock();
+        ensure!(!inner.closed, "lab {} has been taken down", self.name);
+        Ok(inner)
+    }
+
+    fn down(&self) -> Result<()> {
+        let mut inner = self.lock();
+        if std::mem::replace(&mut inner.closed, true) {
+            return Ok(());
+        }
+        let result = down(&self.name);
+        for wrapper in &mut inner.wrappers {
+            let _ = wrapper.wait();
+        }
+        result
+    }
+}
+
+/// Removes every trace of a lab, whoever made it. No lab of that name is fine.
+pub fn down(name: &str) -> Result<()> {
+    check_name(name)?;
+    if let Some(state) = State::load(name)? {
+        for entry in &state.namespaces {
+            entry.holder.kill()?;
+        }
+        for entry in &state.namespaces {
+            entry.holder.kill_and_wait()?;
+            entry.wrapper.kill_and_wait()?;
+        }
+    }
+    let dir = State::dir(name);
+    match fs::remove_dir_all(&dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("cannot remove {}", dir.display()));
+        }
+        _ => {}
+    }
+    // The last lab takes the common folder along; another lab in it is no error.
+    let _ = fs::remove_dir(LABS_DIR);
+    Ok(())
+}
+
+/// One clear line for everybody who is not root.
+pub fn require_root() -> Result<()> {
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "network namespaces need root: run it through sudo"
+    );
+    Ok(())
+}
+
+/// Names become file names, interface names and host names.
+fn check_name(name: &str) -> Result<()> {
+    let good = !name.is_empty()
+        && name.len() <= 40
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+        && !name.starts_with('-');
+    ensure!(good, "{name:?} is not a name: letters, digits and dashes, at most 40");
+    Ok(())
+}

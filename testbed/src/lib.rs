@@ -1,0 +1,12 @@
+//! The testbed: clouds out of network namespaces on one Linux machine.
+//!
+//! ```text
+//! lab      namespaces as nodes, routers and pods; one state directory per lab; down removes all of it
+//! oracle   captures every underlay link and finds pod traffic that is not encrypted
+//! traffic  what pods say to each other: TCP, UDP, ICMP, v4 and v6, checked byte by byte
+//! demo     all of it in one command, with a report and a picture
+//! ```
+//!
+//! Everything here needs root. The library is what namespace tests use; the `testbed` program is the demo.
+
+pub mod lab;
