@@ -98,3 +98,14 @@ pub const COALESCE_FLOWS_MAX: usize = 16;
 /// Cluster events between their source and the reconciler. A burst beyond it waits in the source, whose
 /// own back-pressure is the API server's watch window.
 pub const CLUSTER_EVENTS_MAX: usize = 256;
+
+/// Messages taken by one `recvmmsg`: without GRO one per datagram, as many as a GSO send holds; each has a
+/// 64 KiB buffer, so this bounds a socket at 4 MiB.
+pub const UDP_RECV_MESSAGES_MAX: usize = 64;
+
+/// Destinations remembered as refusing segmented sends; beyond it the next refusal costs one failed system
+/// call per send again. An eighth of the largest mesh behind odd paths at once is a fault elsewhere.
+pub const GSO_REFUSED_DESTINATIONS_MAX: usize = 1_024;
+
+/// Longest network interface name (`IFNAMSIZ` less the terminating zero).
+pub const INTERFACE_NAME_BYTES_MAX: usize = 15;

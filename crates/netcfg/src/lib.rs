@@ -1,1 +1,25 @@
+//! The kernel edge: everything the project asks of Linux, synchronous and without a runtime.
+//!
+//! ```text
+//! meshd, cni, testbed
+//!   |  packets                 |  configuration                       |  looking
+//!   v                          v                                      v
+//! tun   udp                  state  guard  pod                      watch  capture
+//!   \    |                     |      |     |  \                      |      |
+//!    \   |            link addr route neigh |   nft -f - (text)       |      |
+//!     \  |                      \     |    /                          |      |
+//!      sys  (the only unsafe)     netlink                         netlink   sys
+//! ```
+//!
+//! Every function works in the network namespace of the calling thread; [`netns::run_in`] gives a
+//! closure a thread inside another one. Objects we make carry our mark (name, route protocol, table,
+//! rule priority, nftables table), so that they can be found, repaired and removed, and nobody
+//! else's are touched.
 
+pub mod clock;
+mod cmsg;
+pub mod link;
+mod netlink;
+mod sys;
+pub mod tun;
+pub mod udp;

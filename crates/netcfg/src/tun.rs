@@ -1,0 +1,244 @@
+//! The TUN device: persistent, multi-queue, super-packets in both directions
+//! (Documentation/networking/tuntap.rst, drivers/net/tun.c).
+//!
+//! ```text
+//! open    /dev/net/tun -> TUNSETIFF  IFF_TUN | IFF_NO_PI | IFF_MULTI_QUEUE | IFF_VNET_HDR
+//! ladder  TUNSETOFFLOAD  CSUM TSO4 TSO6 USO4 USO6 -> without USO -> CSUM -> none
+//! read    | vnet header 10 | packet, up to 64 KiB, unsegmented |
+//! write   | vnet header 10 | first piece | next piece | ...        one writev
+//! ```
+//!
+//! The device stays when its owner dies: packets for the mesh then end in its queue and never take another route. A
+//! single-queue device cannot be reopened as a multi-queue one, so it is multi-queue from the first day.
+
+use std::ffi::{c_int, c_uint};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use anyhow::{Context as _, anyhow, bail};
+use rustix::fs::{Mode, OFlags};
+
+use crate::{link, sys};
+
+/// Bytes of the virtio network header in front of each packet.
+pub const VNET_HEADER_BYTES: usize = 10;
+
+/// How to open the device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TunOptions {
+    pub name: String,
+    /// Sets the MTU when given.
+    pub mtu: Option<u32>,
+    /// Whether to try the vnet header; without it no offload works.
+    pub vnet_hdr: bool,
+    /// Checksums are left to the reader (and trusted from the writer).
+    pub csum: bool,
+    /// TCP super-packets; needs `csum`.
+    pub tso: bool,
+    /// UDP super-packets, Linux 6.2; needs `csum`.
+    pub uso: bool,
+}
+
+impl TunOptions {
+    /// Everything the kernel has.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self { name: name.into(), mtu: None, vnet_hdr: true, csum: true, tso: true, uso: true }
+    }
+}
+
+/// What holds on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TunFeatures {
+    /// Packets carry a [`VNET_HEADER_BYTES`] header in both directions.
+    pub vnet_hdr: bool,
+    pub csum: bool,
+    pub tso: bool,
+    pub uso: bool,
+}
+
+/// One queue of a TUN device.
+#[derive(Debug)]
+pub struct Tun {
+    fd: OwnedFd,
+    name: String,
+    index: u32,
+    features: TunFeatures,
+}
+
+impl Tun {
+    /// Opens the device, making it if there is none. One program owns a device: if another holds a
+    /// queue, this fails.
+    pub fn open(options: &TunOptions) -> anyhow::Result<Self> {
+        link::check_name(&options.name)?;
+        refuse_owned(&options.name, 0)?;
+        let (fd, vnet_hdr) = attach(options)?;
+        // Another program may have attached since the check; now both see two and neither goes on.
+        refuse_owned(&options.name, 1)?;
+        sys::tun_set_persistent(fd.as_fd(), true)
+            .with_context(|| format!("make TUN device {} persistent", options.name))?;
+        let features = negotiate(fd.as_fd(), options, vnet_hdr)?;
+        let link = link::require(&options.name)?;
+        if let Some(mtu) = options.mtu.filter(|mtu| *mtu != link.mtu) {
+            link::set_mtu(link.index, mtu)
+                .with_context(|| format!("set MTU {mtu} on TUN device {}", options.name))?;
+        }
+        Ok(Self { fd, name: options.name.clone(), index: link.index, features })
+    }
+
+    /// Opens one more queue of the same device; the kernel spreads flows over them.
+    pub fn open_queue(&self) -> anyhow::Result<Self> {
+        let fd = open_clone_device()?;
+        let vnet_hdr = if self.features.vnet_hdr { libc::IFF_VNET_HDR } else { 0 };
+        sys::tun_attach(fd.as_fd(), &self.name, BASE_FLAGS | vnet_hdr)
+            .with_context(|| format!("open another queue of TUN device {}", self.name))?;
+        if self.features.vnet_hdr {
+            sys::tun_set_vnet_header_bytes(fd.as_fd(), VNET_HEADER_BYTES as c_int)
+                .context("set the vnet header size")?;
+        }
+        Ok(Self { fd, name: self.name.clone(), index: self.index, features: self.features })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Interface index.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    pub fn features(&self) -> TunFeatures {
+        self.features
+    }
+
+    /// Reads one packet or super-packet, vnet header first when there is one. Never blocks:
+    /// `WouldBlock` when nothing waits.
+    pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match rustix::io::read(&self.fd, &mut *buffer) {
+                Err(rustix::io::Errno::INTR) => {}
+                other => return Ok(other?),
+            }
+        }
+    }
+
+    /// Writes one packet or super-packet given in pieces, vnet header first when there is one.
+    pub fn write(&self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        loop {
+            match rustix::io::writev(&self.fd, pieces) {
+                Err(rustix::io::Errno::INTR) => {}
+                other => return Ok(other?),
+            }
+        }
+    }
+}
+
+impl AsFd for Tun {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Deletes the device, whoever holds it; `false` when there was none. Refuses what is no TUN device.
+pub fn remove(name: &str) -> anyhow::Result<bool> {
+    let Some(link) = link::get(name).with_context(|| format!("look for TUN device {name}"))? else {
+        return Ok(false);
+    };
+    if link.tun.is_none() {
+        bail!("{name} is no TUN device, leaving it alone");
+    }
+    link::delete(link.index).with_context(|| format!("delete TUN device {name}"))?;
+    Ok(true)
+}
+
+const BASE_FLAGS: c_int = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_MULTI_QUEUE;
+
+fn open_clone_device() -> anyhow::Result<OwnedFd> {
+    use rustix::io::Errno;
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    rustix::fs::open("/dev/net/tun", flags, Mode::empty()).map_err(|errno| match errno {
+        Errno::NOENT | Errno::NODEV | Errno::NXIO => anyhow!(
+            "there is no /dev/net/tun: load the tun module (modprobe tun), or pass the device into the container"
+        ),
+        Errno::ACCESS | Errno::PERM => anyhow!(
+            "/dev/net/tun may not be opened: run as root, or allow the device in the container's device cgroup"
+        ),
+        errno => anyhow::Error::new(errno).context("open /dev/net/tun"),
+    })
+}
+
+/// Attaches to the device; tells whether with a vnet header.
+fn attach(options: &TunOptions) -> anyhow::Result<(OwnedFd, bool)> {
+    let fd = open_clone_device()?;
+    let known = sys::tun_features(fd.as_fd()).context("ask the TUN driver what it can do")?;
+    let knows = |flag: c_int| known & flag.cast_unsigned() != 0;
+    if !knows(libc::IFF_MULTI_QUEUE) {
+        bail!("this kernel's TUN driver has no multi-queue support (Linux 3.8 or newer is needed)");
+    }
+    let vnet_hdr = options.vnet_hdr && knows(libc::IFF_VNET_HDR);
+    let flags = BASE_FLAGS | if vnet_hdr { libc::IFF_VNET_HDR } else { 0 };
+    sys::tun_attach(fd.as_fd(), &options.name, flags)
+        .map_err(|error| explain_attach(&options.name, error))?;
+    Ok((fd, vnet_hdr))
+}
+
+fn explain_attach(name: &str, error: io::Error) -> anyhow::Error {
+    match error.raw_os_error() {
+        Some(libc::EPERM) => anyhow!(
+            "TUN device {name} may not be made or opened: run as root or with CAP_NET_ADMIN"
+        ),
+        Some(libc::EBUSY) => busy(name),
+        Some(libc::EINVAL) => anyhow!(
+            "{name} exists but is no multi-queue TUN device of ours: delete it (ip link delete {name}), or choose --tun-name"
+        ),
+        _ => anyhow::Error::new(error).context(format!("open TUN device {name}")),
+    }
+}
+
+fn busy(name: &str) -> anyhow::Error {
+    anyhow!(
+        "TUN device {name} is held by another program: another meshd runs here; stop it, or choose --tun-name"
+    )
+}
+
+/// Fails when more than `own` queues of the device are open.
+fn refuse_owned(name: &str, own: u32) -> anyhow::Result<()> {
+    let link = link::get(name).with_context(|| format!("look for TUN device {name}"))?;
+    match link.and_then(|link| link.tun).and_then(|tun| tun.queues) {
+        Some(queues) if queues > own => Err(busy(name)),
+        _ => Ok(()),
+    }
+}
+
+/// Rungs of the offload ladder, best first: mask, TSO, USO.
+const LADDER: [(c_uint, bool, bool); 3] = [
+    (TSO | libc::TUN_F_USO4 | libc::TUN_F_USO6 | libc::TUN_F_CSUM, true, true),
+    (TSO | libc::TUN_F_CSUM, true, false),
+    (libc::TUN_F_CSUM, false, false),
+];
+const TSO: c_uint = libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
+
+/// Takes the first rung that is wanted and works. The mask belongs to the device and outlives its
+/// owner, so it is always set, even to nothing.
+fn negotiate(
+    fd: BorrowedFd<'_>,
+    options: &TunOptions,
+    vnet_hdr: bool,
+) -> anyhow::Result<TunFeatures> {
+    if vnet_hdr {
+        sys::tun_set_vnet_header_bytes(fd, VNET_HEADER_BYTES as c_int)
+            .context("set the vnet header size of the TUN device")?;
+        for (mask, tso, uso) in LADDER {
+            let wanted = options.csum && (options.tso || !tso) && (options.uso || !uso);
+            if !wanted {
+                continue;
+            }
+            match sys::tun_set_offload(fd, mask) {
+                Ok(()) => return Ok(TunFeatures { vnet_hdr, csum: true, tso, uso }),
+                Err(error) => tracing::debug!(%error, mask, "TUN offloads refused, trying fewer"),
+            }
+        }
+    }
+    sys::tun_set_offload(fd, 0).context("switch the TUN device's offloads off")?;
+    Ok(TunFeatures { vnet_hdr, ..TunFeatures::default() })
+}
