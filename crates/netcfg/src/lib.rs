@@ -16,10 +16,15 @@
 //! rule priority, nftables table), so that they can be found, repaired and removed, and nobody
 //! else's are touched.
 
+pub mod addr;
 pub mod clock;
 mod cmsg;
 pub mod link;
+pub mod neigh;
 mod netlink;
+pub mod netns;
+pub mod route;
 mod sys;
+pub mod sysctl;
 pub mod tun;
 pub mod udp;

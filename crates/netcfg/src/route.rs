@@ -1,0 +1,341 @@
+//! Routes and rules (rtnetlink(7), ip-route(8), ip-rule(8)).
+//!
+//! A [`KernelRoute`] is the part of a route we read or write; everything else of a foreign one is left alone, because only
+//! routes of our own protocol in our own table are ever changed.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+use mesh_types::netstate::{Family, Rule};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
+    RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use crate::addr::family;
+use crate::link;
+use crate::netlink::{Netlink, tolerate};
+
+/// The main routing table (`RT_TABLE_MAIN`).
+pub const TABLE_MAIN: u32 = 254;
+
+/// How the kernel would send a packet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouteInfo {
+    /// Outgoing interface.
+    pub oif: u32,
+    pub oif_name: String,
+    /// MTU of the route if it has one, of the interface otherwise.
+    pub mtu: u32,
+    /// Source address the kernel would choose.
+    pub source: Option<IpAddr>,
+    pub gateway: Option<IpAddr>,
+}
+
+/// What a route does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RouteKind {
+    Unicast,
+    Unreachable,
+    Blackhole,
+    /// Anything else; read, never written.
+    Other(u8),
+}
+
+/// A route of any table.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct KernelRoute {
+    pub destination: IpNet,
+    pub table: u32,
+    pub protocol: u8,
+    pub kind: RouteKind,
+    /// 0 for IPv4's default; IPv6 turns 0 into 1024.
+    pub metric: u32,
+    pub oif: Option<u32>,
+    pub gateway: Option<IpAddr>,
+    /// Preferred source of packets the node itself sends.
+    pub source: Option<IpAddr>,
+    pub mtu: Option<u32>,
+    /// The gateway is on the link although no prefix says so.
+    pub onlink: bool,
+    /// IPv4 only: the destination is on the link itself.
+    pub scope_link: bool,
+}
+
+impl KernelRoute {
+    /// A unicast route of ours, without anything optional.
+    pub fn new(destination: IpNet, table: u32, protocol: u8) -> Self {
+        Self {
+            destination,
+            table,
+            protocol,
+            kind: RouteKind::Unicast,
+            metric: 0,
+            oif: None,
+            gateway: None,
+            source: None,
+            mtu: None,
+            onlink: false,
+            scope_link: false,
+        }
+    }
+}
+
+/// Asks the kernel how it would send to `destination` with firewall mark `mark` (0 for none). Unreachable
+/// destinations are errors (`EHOSTUNREACH`, `ENETUNREACH`).
+pub fn route_get(destination: IpAddr, mark: u32) -> io::Result<RouteInfo> {
+    let destination = destination.to_canonical();
+    let mut request = RouteMessage::default();
+    request.header.address_family = family(destination);
+    request.header.destination_prefix_length = host_length(destination);
+    request.attributes.push(RouteAttribute::Destination(destination.into()));
+    if mark != 0 {
+        request.attributes.push(RouteAttribute::Mark(mark));
+    }
+    let answer = Netlink::open()?.get(RouteNetlinkMessage::GetRoute(request))?;
+    let route = from_answer(&answer).ok_or(io::ErrorKind::InvalidData)?;
+    let oif = route.oif.ok_or_else(|| {
+        io::Error::new(io::ErrorKind::NotFound, format!("the route to {destination} leads nowhere"))
+    })?;
+    let link = link::get_by_index(oif)?.ok_or(io::ErrorKind::NotFound)?;
+    Ok(RouteInfo {
+        oif,
+        oif_name: link.name,
+        mtu: route.mtu.filter(|mtu| *mtu != 0).unwrap_or(link.mtu),
+        source: route.source,
+        gateway: route.gateway,
+    })
+}
+
+/// All routes of `table`, both families, whoever made them.
+pub fn list(table: u32) -> io::Result<Vec<KernelRoute>> {
+    let mut routes = Vec::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut request = RouteMessage::default();
+        request.header.address_family = family;
+        request.header.table = short_table(table);
+        request.attributes.push(RouteAttribute::Table(table));
+        let mut netlink = Netlink::open()?;
+        netlink.filter_dumps();
+        match netlink.dump(&RouteNetlinkMessage::GetRoute(request)) {
+            Ok(answers) => routes.extend(answers.iter().filter_map(from_answer)),
+            // A table without a route does not exist.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            // A kernel without IPv6 has no routes of it.
+            Err(error)
+                if family == AddressFamily::Inet6
+                    && matches!(
+                        error.raw_os_error(),
+                        Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)
+                    ) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    routes.retain(|route| route.table == table);
+    Ok(routes)
+}
+
+/// Adds a route, or changes the one with the same destination, table and metric to it.
+pub fn replace(route: &KernelRoute) -> io::Result<()> {
+    let request = RouteNetlinkMessage::NewRoute(message(route));
+    Netlink::open()?.ack(request, NLM_F_CREATE | NLM_F_REPLACE)
+}
+
+/// Removes a route (destination, table, metric, protocol and kind must match); no error when it is gone.
+pub fn delete(route: &KernelRoute) -> io::Result<()> {
+    let request = RouteNetlinkMessage::DelRoute(message(route));
+    tolerate(Netlink::open()?.ack(request, 0), &[libc::ESRCH, libc::ENODEV, libc::ENOENT])
+}
+
+/// Rules of ours: at `priority`, into `table`, "everything that does not carry the mark", of protocol `protocol`.
+/// Other rules at the priority are not reported.
+pub fn rules(priority: u32, table: u32, protocol: u8) -> io::Result<Vec<Rule>> {
+    let mut rules = Vec::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut request = RuleMessage::default();
+        request.header.family = family;
+        let answers = match Netlink::open()?.dump(&RouteNetlinkMessage::GetRule(request)) {
+            Ok(answers) => answers,
+            Err(error)
+                if family == AddressFamily::Inet6
+                    && matches!(
+                        error.raw_os_error(),
+                        Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)
+                    ) =>
+            {
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        rules.extend(answers.iter().filter_map(|answer| our_rule(answer, protocol)));
+    }
+    rules.retain(|rule| rule.priority == priority && rule.table == table);
+    Ok(rules)
+}
+
+/// Adds a rule; no error when it stands already.
+pub fn add_rule(rule: &Rule, protocol: u8) -> io::Result<()> {
+    let request = RouteNetlinkMessage::NewRule(rule_message(rule, protocol));
+    tolerate(Netlink::open()?.ack(request, NLM_F_CREATE | NLM_F_EXCL), &[libc::EEXIST])
+}
+
+/// Removes a rule; no error when it is gone.
+pub fn delete_rule(rule: &Rule, protocol: u8) -> io::Result<()> {
+    let request = RouteNetlinkMessage::DelRule(rule_message(rule, protocol));
+    tolerate(Netlink::open()?.ack(request, 0), &[libc::ENOENT])
+}
+
+fn host_length(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
+}
+
+/// The old 8-bit field; larger numbers go by the attribute alone.
+fn short_table(table: u32) -> u8 {
+    u8::try_from(table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC)
+}
+
+fn message(route: &KernelRoute) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    let header = &mut message.header;
+    header.address_family = family(route.destination.addr());
+    header.destination_prefix_length = route.destination.prefix_len();
+    header.table = short_table(route.table);
+    header.protocol = RouteProtocol::Other(route.protocol);
+    header.kind = match route.kind {
+        RouteKind::Unicast => RouteType::Unicast,
+        RouteKind::Unreachable => RouteType::Unreachable,
+        RouteKind::Blackhole => RouteType::BlackHole,
+        RouteKind::Other(kind) => RouteType::Other(kind),
+    };
+    if route.scope_link {
+        header.scope = RouteScope::Link;
+    }
+    if route.onlink {
+        header.flags = RouteFlags::Onlink;
+    }
+    let attributes = &mut message.attributes;
+    attributes.push(RouteAttribute::Table(route.table));
+    attributes.push(RouteAttribute::Destination(route.destination.trunc().addr().into()));
+    if route.metric != 0 {
+        attributes.push(RouteAttribute::Priority(route.metric));
+    }
+    if let Some(oif) = route.oif {
+        attributes.push(RouteAttribute::Oif(oif));
+    }
+    if let Some(gateway) = route.gateway {
+        attributes.push(RouteAttribute::Gateway(gateway.into()));
+    }
+    if let Some(source) = route.source {
+        attributes.push(RouteAttribute::PrefSource(source.into()));
+    }
+    if let Some(mtu) = route.mtu {
+        attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)]));
+    }
+    message
+}
+
+fn from_answer(answer: &RouteNetlinkMessage) -> Option<KernelRoute> {
+    let RouteNetlinkMessage::NewRoute(message) = answer else { return None };
+    let header = &message.header;
+    let any: IpAddr = match header.address_family {
+        AddressFamily::Inet => Ipv4Addr::UNSPECIFIED.into(),
+        AddressFamily::Inet6 => Ipv6Addr::UNSPECIFIED.into(),
+        _ => return None,
+    };
+    let destination = IpNet::new(any, header.destination_prefix_length).ok()?;
+    let mut route =
+        KernelRoute::new(destination, u32::from(header.table), u8::from(header.protocol));
+    route.kind = match header.kind {
+        RouteType::Unicast => RouteKind::Unicast,
+        RouteType::Unreachable => RouteKind::Unreachable,
+        RouteType::BlackHole => RouteKind::Blackhole,
+        other => RouteKind::Other(u8::from(other)),
+    };
+    route.scope_link = header.scope == RouteScope::Link;
+    route.onlink = header.flags.contains(RouteFlags::Onlink);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(table) => route.table = *table,
+            RouteAttribute::Priority(metric) => route.metric = *metric,
+            RouteAttribute::Oif(oif) => route.oif = Some(*oif),
+            RouteAttribute::Gateway(gateway) => route.gateway = ip(gateway),
+            RouteAttribute::PrefSource(source) => route.source = ip(source),
+            RouteAttribute::Destination(address) => {
+                route.destination =
+                    IpNet::new(ip(address)?, header.destination_prefix_length).ok()?;
+            }
+            RouteAttribute::Metrics(metrics) => {
+                route.mtu = metrics.iter().find_map(|metric| match metric {
+                    RouteMetric::Mtu(mtu) => Some(*mtu),
+                    _ => None,
+                });
+            }
+            _ => {}
+        }
+    }
+    Some(route)
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some((*address).into()),
+        RouteAddress::Inet6(address) => Some((*address).into()),
+        _ => None,
+    }
+}
+
+fn rule_message(rule: &Rule, protocol: u8) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = match rule.family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    };
+    message.header.action = RuleAction::ToTable;
+    message.header.flags = RuleFlags::Invert;
+    message.header.table = short_table(rule.table);
+    message.attributes = vec![
+        RuleAttribute::Table(rule.table),
+        RuleAttribute::Priority(rule.priority),
+        RuleAttribute::FwMark(rule.mark),
+        RuleAttribute::FwMask(rule.mark_mask),
+        RuleAttribute::Protocol(RouteProtocol::Other(protocol)),
+    ];
+    message
+}
+
+/// A rule of the one shape we make; everything else at our priority is somebody else's.
+fn our_rule(answer: &RouteNetlinkMessage, protocol: u8) -> Option<Rule> {
+    let RouteNetlinkMessage::NewRule(message) = answer else { return None };
+    let header = &message.header;
+    let family = match header.family {
+        AddressFamily::Inet => Family::V4,
+        AddressFamily::Inet6 => Family::V6,
+        _ => return None,
+    };
+    if header.action != RuleAction::ToTable || !header.flags.contains(RuleFlags::Invert) {
+        return None;
+    }
+    let mut rule =
+        Rule { family, priority: 0, table: u32::from(header.table), mark: 0, mark_mask: 0 };
+    let mut made_by = 0;
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Table(table) => rule.table = *table,
+            RuleAttribute::Priority(priority) => rule.priority = *priority,
+            RuleAttribute::FwMark(mark) => rule.mark = *mark,
+            RuleAttribute::FwMask(mask) => rule.mark_mask = *mask,
+            RuleAttribute::Protocol(protocol) => made_by = u8::from(*protocol),
+            // A rule that looks at anything else is not ours.
+            RuleAttribute::Source(_)
+            | RuleAttribute::Destination(_)
+            | RuleAttribute::Iifname(_)
+            | RuleAttribute::Oifname(_) => return None,
+            _ => {}
+        }
+    }
+    (made_by == protocol && rule.mark_mask != 0).then_some(rule)
+}
