@@ -18,13 +18,19 @@
 
 pub mod admin;
 pub mod args;
+pub mod attachments;
 pub mod cache;
 pub mod config;
+pub mod endpoints;
 pub mod files;
+pub mod installed;
 pub mod io;
 pub mod keystore;
 pub mod kube;
+pub mod lock;
 pub mod metrics;
+pub mod node_file;
+pub mod preflight;
 pub mod roster;
 pub mod source;
 pub mod status;

@@ -1,0 +1,101 @@
+//! Keeps `node.json` in step with what the CNI plugin may know. Written only on change.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use mesh_types::node_file::NodeFile;
+
+use crate::files;
+
+/// The file and what it says.
+#[derive(Debug)]
+pub struct NodeFileKeeper {
+    path: PathBuf,
+    written: Option<NodeFile>,
+}
+
+impl NodeFileKeeper {
+    /// Starts from what is on disk, so that a restart with nothing new writes nothing.
+    pub fn new(path: PathBuf) -> Self {
+        let written = files::read_bounded(&path)
+            .ok()
+            .flatten()
+            .and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        Self { path, written }
+    }
+
+    /// Makes the file say `wanted`. A file that somebody removed is written again.
+    pub fn keep(&mut self, wanted: &NodeFile) -> anyhow::Result<()> {
+        if self.written.as_ref() == Some(wanted) && self.path.exists() {
+            return Ok(());
+        }
+        wanted.clone().check().context("what the CNI plugin would be told")?;
+        let text = serde_json::to_vec_pretty(wanted).context("format the node file")?;
+        files::write_atomic(&self.path, &text, 0o600)?;
+        tracing::info!(
+            file = %self.path.display(),
+            pod_cidrs = ?wanted.pod_cidrs,
+            mtu = wanted.mtu,
+            "node file written"
+        );
+        self.written = Some(wanted.clone());
+        Ok(())
+    }
+}
+
+/// The boot id of the kernel.
+pub fn boot_id() -> anyhow::Result<String> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .context("read /proc/sys/kernel/random/boot_id")?;
+    Ok(text.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use mesh_types::node_file::NODE_FILE_VERSION;
+
+    use super::*;
+
+    fn sample(mtu: u32) -> NodeFile {
+        NodeFile {
+            version: NODE_FILE_VERSION,
+            node: "node-1".parse().expect("name"),
+            boot_id: boot_id().expect("boot id"),
+            cluster_prefixes: vec!["10.244.0.0/16".parse().expect("prefix")]
+                .try_into()
+                .expect("prefixes"),
+            pod_cidrs: vec!["10.244.1.0/24".parse().expect("prefix")],
+            mtu,
+            tun: "meshd0".into(),
+            table: 5190,
+        }
+    }
+
+    #[test]
+    fn the_file_is_written_on_change_and_only_then_also_across_restarts() {
+        let dir = tempfile::tempdir().expect("scratch");
+        let path = dir.path().join("node.json");
+        let inode = || std::fs::metadata(&path).expect("file").ino();
+        let mut keeper = NodeFileKeeper::new(path.clone());
+        keeper.keep(&sample(1380)).expect("written");
+        let first = inode();
+        keeper.keep(&sample(1380)).expect("same");
+        NodeFileKeeper::new(path.clone()).keep(&sample(1380)).expect("same after a restart");
+        assert_eq!(inode(), first);
+        keeper.keep(&sample(1400)).expect("changed");
+        assert_ne!(inode(), first);
+        std::fs::remove_file(&path).expect("removed by somebody");
+        keeper.keep(&sample(1400)).expect("back");
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn what_the_plugin_would_refuse_is_never_written() {
+        let dir = tempfile::tempdir().expect("scratch");
+        let path = dir.path().join("node.json");
+        assert!(NodeFileKeeper::new(path.clone()).keep(&sample(100)).is_err());
+        assert!(!path.exists());
+    }
+}

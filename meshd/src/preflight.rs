@@ -1,0 +1,114 @@
+//! What a node must have before anything of ours is made: each lack is one line that says what to do.
+
+use std::fs::OpenOptions;
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail, ensure};
+
+/// Bit of CAP_NET_ADMIN (include/uapi/linux/capability.h).
+const CAP_NET_ADMIN: u32 = 12;
+
+/// The device file TUN interfaces are made with.
+const TUN_DEVICE: &str = "/dev/net/tun";
+
+/// Checks everything that can be checked without changing anything.
+pub fn check(listen_port: u16) -> anyhow::Result<()> {
+    let status = std::fs::read_to_string("/proc/self/status").context("read /proc/self/status")?;
+    check_capability(&status)?;
+    check_tun(Path::new(TUN_DEVICE))?;
+    find_program("nft", std::env::var_os("PATH").unwrap_or_default())?;
+    check_udp_port(listen_port)
+}
+
+/// May configure the network of the namespace we are in.
+pub fn check_capability(proc_status: &str) -> anyhow::Result<()> {
+    let effective = proc_status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .unwrap_or(0);
+    ensure!(
+        effective & (1 << CAP_NET_ADMIN) != 0,
+        "meshd may not configure the network: run it as root or give it CAP_NET_ADMIN"
+    );
+    Ok(())
+}
+
+fn check_tun(path: &Path) -> anyhow::Result<()> {
+    match OpenOptions::new().read(true).write(true).open(path) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => bail!(
+            "there is no {0}: load the module (modprobe tun), and in a container mount {0} from the host",
+            path.display()
+        ),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => bail!(
+            "{} may not be opened: allow the device in the container (privileged, or device 10:200)",
+            path.display()
+        ),
+        Err(error) => Err(error)
+            .with_context(|| format!("open {}: load the module (modprobe tun)", path.display())),
+    }
+}
+
+fn find_program(name: &str, path: impl AsRef<std::ffi::OsStr>) -> anyhow::Result<PathBuf> {
+    std::env::split_paths(&path)
+        .map(|directory| directory.join(name))
+        .find(|candidate| candidate.is_file())
+        .with_context(|| {
+            format!("there is no program {name} in PATH: install the package nftables")
+        })
+}
+
+/// Nobody else has the port, in either family. IPv6 may be switched off.
+fn check_udp_port(port: u16) -> anyhow::Result<()> {
+    let taken = [
+        UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).err(),
+        UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).err(),
+    ];
+    if taken.into_iter().flatten().any(|error| error.kind() == ErrorKind::AddrInUse) {
+        bail!(
+            "UDP port {port} is taken (see ss -ulpn): stop its owner or choose another --listen-port"
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(result: anyhow::Result<impl std::fmt::Debug>) -> String {
+        format!("{:#}", result.expect_err("refused"))
+    }
+
+    #[test]
+    fn a_missing_capability_is_told() {
+        assert!(check_capability("CapEff:\t000001ffffffffff\n").is_ok());
+        assert!(check_capability("CapEff:\t0000000000001000\n").is_ok());
+        for without in ["CapEff:\t0000000000000400\n", "CapEff: nonsense", ""] {
+            assert!(told(check_capability(without)).contains("CAP_NET_ADMIN"));
+        }
+    }
+
+    #[test]
+    fn a_missing_device_and_a_missing_program_are_told() {
+        let dir = tempfile::tempdir().expect("scratch");
+        assert!(told(check_tun(&dir.path().join("tun"))).contains("modprobe tun"));
+        assert!(told(find_program("nft", dir.path())).contains("nftables"));
+    }
+
+    #[test]
+    fn a_taken_port_is_told_in_either_family() {
+        let v4 = UdpSocket::bind("127.0.0.1:0").expect("bound");
+        let port = v4.local_addr().expect("address").port();
+        assert!(told(check_udp_port(port)).contains("--listen-port"));
+        drop(v4);
+        check_udp_port(port).expect("free again");
+        if let Ok(v6) = UdpSocket::bind("[::1]:0") {
+            let port = v6.local_addr().expect("address").port();
+            assert!(told(check_udp_port(port)).contains("--listen-port"));
+        }
+    }
+}
