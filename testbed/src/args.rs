@@ -1,6 +1,7 @@
 //! Command line of the `testbed` program; clap types stop here and in the option structs of the commands.
 
 use clap::{Parser, Subcommand};
+use testbed::api::process::ServeOptions;
 use testbed::lab::HolderOptions;
 
 #[derive(Debug, Parser)]
@@ -19,4 +20,7 @@ pub(crate) enum Command {
     /// PID 1 of a node's namespaces
     #[command(hide = true)]
     Holder(HolderOptions),
+    /// The small Kubernetes API server as a process of its own
+    #[command(hide = true)]
+    Apiserver(ServeOptions),
 }

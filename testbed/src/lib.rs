@@ -1,6 +1,7 @@
 //! The testbed: clouds out of network namespaces on one Linux machine.
 //!
 //! ```text
+//! api      a small Kubernetes API server that can fail on demand
 //! lab      namespaces as nodes, routers and pods; one state directory per lab; down removes all of it
 //! oracle   captures every underlay link and finds pod traffic that is not encrypted
 //! traffic  what pods say to each other: TCP, UDP, ICMP, v4 and v6, checked byte by byte
@@ -9,4 +10,5 @@
 //!
 //! Everything here needs root. The library is what namespace tests use; the `testbed` program is the demo.
 
+pub mod api;
 pub mod lab;

@@ -13,6 +13,7 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let result = match &args.command {
         Command::Holder(options) => testbed::lab::hold(options),
+        Command::Apiserver(options) => testbed::api::process::serve(options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
