@@ -1,5 +1,12 @@
 //! The small API server as kube-rs sees it: every behaviour `meshd` relies on.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test says what went wrong by failing"
+)]
+
 use std::time::Duration;
 
 use futures::{StreamExt as _, TryStreamExt as _};
