@@ -67,6 +67,10 @@ pub const HANDSHAKE_SOURCES_MAX: usize = 8_192;
 /// about 100 us (two to four X25519 operations), so this is a fifth of a core.
 pub const HANDSHAKES_PER_SECOND_BEFORE_COOKIES: u32 = 2_000;
 
+/// Keys one `keyrelay` serves: a mesh of `NODES_MAX` nodes. Each has an engine from its first handshake on
+/// (about 11 KiB, so 90 MiB at most), which is never dropped, since it remembers the last initiation.
+pub const RELAY_CLIENTS_MAX: usize = NODES_MAX;
+
 /// Allowed prefixes over all peers.
 pub const ALLOWED_IPS_MAX: usize = 262_144;
 
