@@ -1,0 +1,65 @@
+# Shared by the scripts of this folder: become root, install what is missing, find cargo.
+# Sourced, never run. Everything it says goes to stderr: stdout belongs to the programs.
+
+root_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+say() { printf '%s\n' "$*" >&2; }
+die() { say "error: $*"; exit 1; }
+
+# become_root SCRIPT ARGS...: namespaces need root; run the script again through sudo where we are not.
+become_root() {
+    [ "$(id -u)" -eq 0 ] && return
+    command -v sudo >/dev/null || die "this needs root and there is no sudo: run it as root"
+    exec sudo --preserve-env=CI,PATH,HOME,CARGO_HOME,RUSTUP_HOME,CARGO_TARGET_DIR "$@"
+}
+
+# need_packages NAME...: installs the Debian packages that are not there yet.
+need_packages() {
+    local missing=() name
+    for name in "$@"; do
+        dpkg-query -W -f '${db:Status-Status}' "$name" 2>/dev/null | grep -qx installed || missing+=("$name")
+    done
+    [ ${#missing[@]} -eq 0 ] && return
+    command -v apt-get >/dev/null || die "please install: ${missing[*]}"
+    say "installing ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq >&2 || die "apt-get update failed: is the network up?"
+    apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2 || die "could not install ${missing[*]}"
+}
+
+# need_rust: cargo with the toolchain rust-toolchain.toml names; by Debian's rustup where it is packaged, else by
+# the Rust project's own installer.
+need_rust() {
+    export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
+    if ! command -v cargo >/dev/null; then
+        if apt-cache show rustup >/dev/null 2>&1; then
+            need_packages rustup
+        else
+            need_packages curl
+            say "installing Rust by rustup"
+            curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
+                sh -s -- -y --profile minimal --default-toolchain none >&2 || die "rustup failed"
+        fi
+    fi
+    if command -v rustup >/dev/null; then
+        (cd "$root_dir" && rustup show active-toolchain >/dev/null 2>&1) ||
+            (cd "$root_dir" && rustup toolchain install >&2) || die "rustup could not install the toolchain"
+    fi
+    (cd "$root_dir" && cargo --version >&2) || die "cargo does not run"
+}
+
+# Where builds go. CI runs in a fresh clone each time: there the build folder is kept beside it, so that a
+# machine that has built before only builds what changed.
+use_target_dir() {
+    if [ -z "${CARGO_TARGET_DIR:-}" ]; then
+        if [ "${CI:-}" = true ]; then
+            CARGO_TARGET_DIR=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/meshd/target
+        else
+            CARGO_TARGET_DIR=$root_dir/target
+        fi
+    fi
+    export CARGO_TARGET_DIR
+}
+
+# What building and the lab need.
+base_packages=(gcc libc6-dev ca-certificates git iproute2 nftables procps)
