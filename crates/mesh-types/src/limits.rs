@@ -113,3 +113,6 @@ pub const GSO_REFUSED_DESTINATIONS_MAX: usize = 1_024;
 
 /// Longest network interface name (`IFNAMSIZ` less the terminating zero).
 pub const INTERFACE_NAME_BYTES_MAX: usize = 15;
+
+/// Askers for figures of the data plane at one time: status, metrics and readiness, some of each.
+pub const SNAPSHOT_REQUESTS_MAX: usize = 16;

@@ -99,7 +99,7 @@ pub struct TunFrame<'a> {
 
 impl<'a> TunFrame<'a> {
     /// The packet's pieces, ready for `writev`.
-    pub fn pieces(&self) -> impl Iterator<Item = &'a [u8]> + use<'a> {
+    pub fn pieces(&self) -> impl Iterator<Item = &'a [u8]> + Clone + use<'a> {
         let arena = self.arena;
         self.ranges.iter().filter_map(move |range| arena.get(range.clone()))
     }
