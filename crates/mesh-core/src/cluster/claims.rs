@@ -33,7 +33,7 @@ pub struct Held {
 /// The claims of all nodes, judged.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Granted {
-    /// In the order of each node's own list.
+    /// In the order of addresses, IPv4 first.
     pub prefixes: BTreeMap<NodeName, Vec<IpNet>>,
     pub keys: BTreeMap<NodeName, PublicKey>,
     pub refused: Vec<(NodeName, Refusal)>,
@@ -153,5 +153,161 @@ fn meet<'a>(claim: &mut Claim<'a>, other: Claim<'a>) {
     };
     if better && claim.node != other.node {
         claim.rival = Some((other.node, other.prefix, other.held));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_types::net::overlap;
+    use proptest::prelude::*;
+
+    fn name(text: &str) -> NodeName {
+        text.parse().expect("a name")
+    }
+
+    fn net(text: &str) -> IpNet {
+        text.parse().expect("a prefix")
+    }
+
+    fn key(byte: u8) -> PublicKey {
+        PublicKey::from_bytes([byte; 32]).expect("a key")
+    }
+
+    type Claims = Vec<(NodeName, Vec<IpNet>)>;
+
+    fn grant(claims: &Claims, held: &Held) -> Granted {
+        let mut granted = Granted::default();
+        let claims = claims.iter().map(|(node, prefixes)| (node, prefixes.as_slice()));
+        grant_prefixes(claims, held, &mut granted);
+        granted
+    }
+
+    #[test]
+    fn strangers_that_overlap_both_get_nothing_and_keep_the_rest() {
+        let claims = vec![
+            (name("a"), vec![net("10.244.1.0/24"), net("fd00::/64")]),
+            (name("b"), vec![net("10.244.0.0/20")]),
+            (name("c"), vec![net("10.244.99.0/24")]),
+        ];
+        let granted = grant(&claims, &Held::default());
+        assert_eq!(granted.prefixes[&name("a")], vec![net("fd00::/64")]);
+        assert_eq!(granted.prefixes.get(&name("b")), None);
+        assert_eq!(granted.prefixes[&name("c")], vec![net("10.244.99.0/24")]);
+        let labels: Vec<_> = granted.refused.iter().map(|(_, why)| why.label()).collect();
+        assert_eq!(labels, ["prefix_contested", "prefix_contested"]);
+    }
+
+    #[test]
+    fn who_held_a_prefix_keeps_it_against_a_wider_and_a_narrower_claim() {
+        let before = vec![(name("a"), vec![net("10.244.1.0/24")])];
+        let held = grant(&before, &Held::default()).held();
+        for theft in ["10.244.1.0/24", "10.244.0.0/16", "10.244.1.128/25"] {
+            let mut claims = before.clone();
+            claims.push((name("thief"), vec![net(theft)]));
+            let granted = grant(&claims, &held);
+            assert_eq!(granted.prefixes[&name("a")], vec![net("10.244.1.0/24")], "{theft}");
+            assert_eq!(granted.held(), held);
+            assert_eq!(granted.refused.len(), 1);
+            assert_eq!(granted.refused[0].1.label(), "prefix_held");
+        }
+    }
+
+    #[test]
+    fn a_key_claimed_twice_goes_to_its_holder_or_to_nobody() {
+        let (a, b) = (name("a"), name("b"));
+        let claims = [(&a, key(9)), (&b, key(9))];
+        let judge = |held: &Held| {
+            let mut granted = Granted::default();
+            grant_keys(claims.into_iter(), key(7), held, &mut granted);
+            granted
+        };
+        let strangers = judge(&Held::default());
+        assert!(strangers.keys.is_empty());
+        assert_eq!(strangers.refused.len(), 2);
+        let held = Held { keys: [(key(9), b.clone())].into(), ..Held::default() };
+        let known = judge(&held);
+        assert_eq!(known.keys, [(b.clone(), key(9))].into());
+        assert_eq!(known.refused, vec![(a.clone(), Refusal::KeyHeld(b.clone()))]);
+        let elsewhere = Held { keys: [(key(9), name("gone"))].into(), ..Held::default() };
+        assert!(judge(&elsewhere).keys.is_empty(), "a holder that is gone gives nobody a right");
+    }
+
+    #[test]
+    fn our_own_key_is_never_anybody_elses_even_if_held() {
+        let a = name("a");
+        let held = Held { keys: [(key(7), a.clone())].into(), ..Held::default() };
+        let mut granted = Granted::default();
+        grant_keys([(&a, key(7))].into_iter(), key(7), &held, &mut granted);
+        assert!(granted.keys.is_empty());
+        assert_eq!(granted.refused, vec![(a, Refusal::OwnKey)]);
+    }
+
+    /// Prefixes crowded into a small space, so that they overlap often; disjoint for each node.
+    fn claims() -> impl Strategy<Value = Claims> {
+        let prefix = (any::<bool>(), 0u8..8, 26u8..=30).prop_map(|(v6, slot, len)| {
+            let text = if v6 {
+                format!("fd00::{:x}/{}", u16::from(slot) * 8, u16::from(len) + 96)
+            } else {
+                format!("10.0.0.{}/{len}", u16::from(slot) * 8)
+            };
+            net(&text).trunc()
+        });
+        let node = proptest::collection::vec(prefix, 0..4).prop_map(|prefixes| {
+            let mut disjoint: Vec<IpNet> = Vec::new();
+            for prefix in prefixes {
+                if !disjoint.iter().any(|other| overlap(*other, prefix)) {
+                    disjoint.push(prefix);
+                }
+            }
+            disjoint
+        });
+        proptest::collection::vec(node, 1..6).prop_map(|nodes| {
+            let named = nodes.into_iter().enumerate();
+            named.map(|(i, prefixes)| (name(&format!("n{i}")), prefixes)).collect()
+        })
+    }
+
+    /// Every claim against every other, and nothing clever.
+    fn model(claims: &Claims, held: &Held) -> BTreeMap<NodeName, Vec<IpNet>> {
+        let holds = |node: &NodeName, prefix: &IpNet| held.prefixes.get(prefix) == Some(node);
+        let mut granted: BTreeMap<NodeName, Vec<IpNet>> = BTreeMap::new();
+        for (node, prefixes) in claims {
+            for prefix in prefixes {
+                let good =
+                    claims.iter().filter(|(other, _)| other != node).all(|(other, theirs)| {
+                        theirs
+                            .iter()
+                            .filter(|their| overlap(**their, *prefix))
+                            .all(|their| holds(node, prefix) && !holds(other, their))
+                    });
+                if good {
+                    granted.entry(node.clone()).or_default().push(*prefix);
+                }
+            }
+        }
+        granted.values_mut().for_each(|prefixes| prefixes.sort());
+        granted
+    }
+
+    proptest! {
+        #[test]
+        fn grants_equal_the_linear_model_in_any_order(
+            claims in claims(), before in claims(), turn in 0usize..6,
+        ) {
+            let held = grant(&before, &Held::default()).held();
+            let mut granted = grant(&claims, &held);
+            let mut turned = claims.clone();
+            turned.rotate_left(turn % claims.len());
+            prop_assert_eq!(&granted, &grant(&turned, &held));
+            granted.prefixes.values_mut().for_each(|prefixes| prefixes.sort());
+            prop_assert_eq!(&granted.prefixes, &model(&claims, &held));
+            let all: Vec<IpNet> = granted.prefixes.values().flatten().copied().collect();
+            for (i, a) in all.iter().enumerate() {
+                prop_assert!(all[..i].iter().all(|b| !overlap(*a, *b)));
+            }
+            let claimed: usize = claims.iter().map(|(_, prefixes)| prefixes.len()).sum();
+            prop_assert_eq!(all.len() + granted.refused.len(), claimed);
+        }
     }
 }

@@ -172,6 +172,9 @@ pub fn desired(
     let node_file = (!own.pod_cidrs.is_empty())
         .then(|| NodeFileInput { pod_cidrs: own.pod_cidrs.clone(), mtu: net.link.mtu });
     own.problems.extend(problems_of(&refused, &local.name));
+    if view.nodes.turned_away() > 0 {
+        own.problems.push(Refusal::TooManyNodes);
+    }
     Desired {
         peers,
         net,

@@ -128,3 +128,61 @@ impl ClusterIndex {
         Change::Relevant
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn raw(name: &str, uid: &str, cidr: &str) -> RawNode {
+        let pod_cidrs = vec![cidr.into()];
+        RawNode { name: name.into(), uid: uid.into(), pod_cidrs, ..RawNode::default() }
+    }
+
+    #[test]
+    fn setting_the_same_thing_twice_changes_nothing() {
+        let mut index = ClusterIndex::new();
+        assert_eq!(index.apply(raw("a", "1", "10.0.0.0/24")), Change::Relevant);
+        assert_eq!(index.apply(raw("a", "1", "10.0.0.0/24")), Change::Nothing);
+        assert_eq!(index.reset(vec![raw("a", "1", "10.0.0.0/24")]), Change::Nothing);
+        assert_eq!(index.reset(vec![]), Change::Relevant);
+        assert_eq!(index.delete("a", ""), Change::Nothing);
+    }
+
+    #[test]
+    fn a_recreated_node_replaces_the_old_and_late_news_of_the_old_does_not_remove_it() {
+        let mut index = ClusterIndex::new();
+        let _ = index.apply(raw("a", "old", "10.0.0.0/24"));
+        assert_eq!(index.apply(raw("a", "new", "10.0.7.0/24")), Change::Relevant);
+        assert_eq!(index.delete("a", "old"), Change::Nothing);
+        let record = index.record("a").expect("the new node");
+        assert_eq!((record.uid.as_str(), record.pod_cidrs.len()), ("new", 1));
+        assert_eq!(index.delete("a", "new"), Change::Relevant);
+        assert!(index.is_empty());
+    }
+
+    #[test]
+    fn a_name_that_appears_twice_is_believed_in_neither_and_the_rest_goes_on() {
+        let mut index = ClusterIndex::new();
+        let twice = || vec![raw("a", "", "10.0.0.0/24"), raw("b", "", "10.0.1.0/24")];
+        let mut list = twice();
+        list.push(raw("a", "", "10.0.2.0/24"));
+        let _ = index.reset(list.clone());
+        assert_eq!(index.refusal("a"), Some(&Refusal::DuplicateName));
+        assert!(index.record("b").is_some());
+        assert_eq!(index.raws().count(), 1, "the cache must not make it believable");
+        list.reverse();
+        assert_eq!(index.reset(list), Change::Nothing);
+    }
+
+    #[test]
+    fn a_full_index_turns_new_names_away_and_keeps_the_known() {
+        let mut index = ClusterIndex::new();
+        let names = (0..NODES_MAX + 3).map(|i| raw(&format!("n{i:05}"), "", "10.0.0.0/24"));
+        let _ = index.reset(names.collect());
+        assert_eq!((index.len(), index.turned_away()), (NODES_MAX, 3));
+        assert_eq!(index.apply(raw("a-new-one", "", "10.0.0.0/24")), Change::Relevant);
+        assert_eq!((index.len(), index.turned_away()), (NODES_MAX, 4));
+        assert_eq!(index.apply(raw("n00000", "", "10.9.0.0/24")), Change::Relevant);
+        assert_eq!(index.len(), NODES_MAX);
+    }
+}

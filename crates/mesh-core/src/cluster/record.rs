@@ -312,3 +312,131 @@ fn addresses(raw: &[RawAddress], problems: &mut Vec<Refusal>) -> Vec<IpAddr> {
 pub(super) fn canonical(endpoint: SocketAddr) -> SocketAddr {
     SocketAddr::new(endpoint.ip().to_canonical(), endpoint.port())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn raw() -> RawNode {
+        RawNode {
+            name: "node-1".into(),
+            uid: "u-1".into(),
+            public_key: Some(PublicKey::from_bytes([9; 32]).expect("a key").to_string()),
+            pod_cidrs: vec!["10.244.1.0/24".into(), "fd00:10:244:1::/64".into()],
+            endpoints: Some("203.0.113.7:15190,[2001:db8::7]:15190".into()),
+            endpoint_override: Some("home.example.org:15190".into()),
+            site: Some("cloud-a".into()),
+            addresses: vec![
+                RawAddress { external: false, address: "10.0.0.7".into() },
+                RawAddress { external: true, address: "198.51.100.7".into() },
+            ],
+            version: Some("0.1.0".into()),
+            unreadable: None,
+        }
+    }
+
+    #[test]
+    fn a_good_record_has_no_problems_and_external_addresses_first() {
+        let record = NodeRecord::from_raw(&raw()).expect("a record");
+        assert_eq!(record.problems, vec![]);
+        assert_eq!(record.site, Site("cloud-a".into()));
+        assert_eq!(record.pod_cidrs.len(), 2);
+        assert_eq!(record.endpoints.len(), 2);
+        assert_eq!(
+            record.addresses,
+            ["198.51.100.7", "10.0.0.7"].map(|ip| ip.parse::<IpAddr>().unwrap())
+        );
+    }
+
+    #[test]
+    fn every_bad_field_costs_itself_and_is_named() {
+        let bad = RawNode {
+            public_key: Some(PublicKeyText::LOW_ORDER.into()),
+            pod_cidrs: vec![
+                "nonsense".into(),
+                "10.244.1.7/24".into(),
+                "0.0.0.0/0".into(),
+                "10.244.2.0/24".into(),
+                "10.244.2.128/25".into(),
+                "10.244.2.0/24".into(),
+            ],
+            endpoints: Some("garbage,203.0.113.7:15190,1.2.3.4:0".into()),
+            endpoint_override: Some("no port".into()),
+            addresses: vec![RawAddress { external: true, address: "host.name".into() }],
+            ..raw()
+        };
+        let record = NodeRecord::from_raw(&bad).expect("a record all the same");
+        assert_eq!(record.key, None);
+        assert!(record.has_bad_key());
+        assert_eq!(record.pod_cidrs, vec!["10.244.2.0/24".parse().unwrap()]);
+        assert_eq!(record.endpoints, vec!["203.0.113.7:15190".parse().unwrap()]);
+        assert_eq!(record.endpoint_override, None);
+        let labels: Vec<_> = record.problems.iter().map(Refusal::label).collect();
+        let expected = [
+            "key",
+            "override",
+            "pod_cidr",
+            "pod_cidr",
+            "pod_cidr",
+            "pod_cidr_twice",
+            "endpoints",
+            "endpoints",
+            "address",
+        ];
+        assert_eq!(labels, expected);
+        for problem in &record.problems {
+            assert!(problem.to_string().len() < 300, "{problem}");
+        }
+    }
+
+    struct PublicKeyText;
+    impl PublicKeyText {
+        const LOW_ORDER: &'static str = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
+    }
+
+    #[test]
+    fn only_the_name_the_site_and_unreadability_cost_the_whole_record() {
+        let label = |raw: RawNode| NodeRecord::from_raw(&raw).map_err(|why| why.label());
+        assert_eq!(label(RawNode { name: "../etc".into(), ..raw() }), Err("name"));
+        assert_eq!(label(RawNode { site: Some("s".repeat(300)), ..raw() }), Err("site"));
+        let unreadable = Some("spec is a number".into());
+        assert_eq!(label(RawNode { unreadable, ..raw() }), Err("unreadable"));
+        assert!(label(RawNode { name: "n".into(), ..RawNode::default() }).is_ok());
+    }
+
+    #[test]
+    fn a_flood_of_text_is_bounded() {
+        let flood = RawNode {
+            endpoints: Some("x,".repeat(4_000)),
+            pod_cidrs: vec!["10.0.0.0/33".into(); 10_000],
+            addresses: vec![RawAddress { external: true, address: "y".repeat(9_999) }; 9_999],
+            ..raw()
+        };
+        let record = NodeRecord::from_raw(&flood).expect("a record");
+        assert!(record.problems.len() < 64, "{}", record.problems.len());
+        let long = RawNode { endpoints: Some("1.2.3.4:5,".repeat(900)), ..raw() };
+        let record = NodeRecord::from_raw(&long).expect("a record");
+        assert_eq!(record.endpoints, vec![]);
+        let many: Vec<_> = (1..=40).map(|port| format!("1.2.3.4:{port}")).collect();
+        let record = NodeRecord::from_raw(&RawNode { endpoints: Some(many.join(",")), ..raw() });
+        assert_eq!(record.expect("a record").endpoints.len(), CANDIDATES_PER_NODE_MAX);
+    }
+
+    #[test]
+    fn endpoints_are_canonical() {
+        let text = "[::ffff:203.0.113.7]:15190,203.0.113.7:15190";
+        let record = NodeRecord::from_raw(&RawNode { endpoints: Some(text.into()), ..raw() });
+        assert_eq!(record.expect("a record").endpoints, ["203.0.113.7:15190".parse().unwrap()]);
+    }
+
+    #[test]
+    fn the_most_specific_site_label_wins() {
+        let labels: std::collections::BTreeMap<String, String> = [
+            (annotations::REGION_LABEL.to_owned(), "eu-1".to_owned()),
+            (annotations::SITE_LABEL.to_owned(), "rack-7".to_owned()),
+        ]
+        .into();
+        assert_eq!(RawNode::site_from_labels(|key| labels.get(key)), Some("rack-7".into()));
+        assert_eq!(RawNode::site_from_labels(|_| None), None);
+    }
+}
