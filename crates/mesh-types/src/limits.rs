@@ -116,3 +116,39 @@ pub const INTERFACE_NAME_BYTES_MAX: usize = 15;
 
 /// Askers for figures of the data plane at one time: status, metrics and readiness, some of each.
 pub const SNAPSHOT_REQUESTS_MAX: usize = 16;
+
+/// Seconds a receiver index stays unused after its peer or engine is gone: nobody else may get it
+/// while the other side could still send to it (`REJECT_AFTER_TIME`, whitepaper section 6.1).
+pub const INDEX_QUARANTINE_SECONDS: u64 = 180;
+
+/// Indexes in quarantine at most: every engine of every peer replaced once within it.
+pub const INDEX_QUARANTINE_MAX: usize = NODES_MAX * ENGINES_PER_PEER_MAX;
+
+/// Initiations and responses handled per peer and second (`INITIATIONS_PER_SECOND`, drivers/net/wireguard/messages.h).
+pub const HANDSHAKES_PER_PEER_PER_SECOND: u32 = 50;
+
+/// Time within which known candidates are tried again while packets come from an address that is
+/// none of them. Less than 15 s, so that a peer captured on the way is back within 15 s.
+pub const PROBE_INTERVAL_SECONDS: u64 = 10;
+
+/// Destinations of unanswered initiations remembered: every node's every candidate in a second would be
+/// more, but so many do not leave in one second.
+pub const PROBE_TARGETS_MAX: usize = NODES_MAX;
+
+/// Peers whose timers run in one turn: an initiation costs about 100 us, packets wait no longer than 6 ms.
+pub const PEER_TIMERS_PER_TURN: usize = 64;
+
+/// Handshakes `initiate_all` begins in one turn, and the pause between turns: about 3,000 per second, less
+/// than the cost of one core, and 8,192 peers in 3 s.
+pub const INITIATIONS_PER_TURN: usize = 32;
+pub const INITIATIONS_PAUSE_MS: u64 = 10;
+
+/// Sealed datagrams waiting to be sent: a drain of the TUN (`TUN_DRAIN_BYTES`) with its overhead, and
+/// one super-packet of smallest segments (300 KiB).
+pub const TRANSMIT_ARENA_BYTES: usize = 640 * 1024;
+
+/// Decrypted packets waiting for the TUN: `UDP_DRAIN_BUFFERS` GRO buffers.
+pub const RECEIVE_ARENA_BYTES: usize = UDP_DRAIN_BUFFERS * 64 * 1024;
+
+/// Events control has not collected; one per peer.
+pub const EVENTS_MAX: usize = NODES_MAX;

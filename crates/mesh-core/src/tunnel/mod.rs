@@ -1,5 +1,162 @@
 //! The tunnel of one shard: peers, allowed IPs, paths and handshakes as one sans-IO state machine.
+//!
+//! ```text
+//!             handle_tun_input                                    poll_transmit
+//!  TUN ──────────────────────> allowed IPs ─> peer ─> slots ─> seal ──────────────> UDP
+//!                                   │ no session: staged, initiation
+//!             poll_tun              │                             handle_udp_input
+//!  TUN <────────────────────── coalesce <─ source check <─ open <─ index <──────── UDP
+//!                                                 front <─ handshakes <┘
+//!             handle_timeout <─ next_deadline      set_peers, snapshot, poll_event <─> control
+//! ```
+//! # Order of a turn
+//!
+//! 1. `handle_udp_input` for up to `UDP_DRAIN_BUFFERS` buffers, then `poll_tun` until `None`. Packets are merged
+//!    between two such drains, never across.
+//! 2. `handle_tun_input` for up to `TUN_DRAIN_BYTES`; `poll_transmit` until `None` after each (full batches
+//!    leave at once), then `flush` and `poll_transmit` until `None`.
+//! 3. `handle_timeout` when `next_deadline` has come, `flush`, `poll_transmit` until `None`.
+//! 4. Sleep until `next_deadline`.
+//!
+//! What is not collected in time is dropped and counted, never grown into. `now` is the same for a whole
+//! turn and never goes back.
+//!
+//! # Who may say what
+//!
+//! Identity is the key: a packet is a peer's if an engine of that peer opened it, and only if the longest
+//! prefix that holds its inner source is that peer's, over all peers. The endpoint is where authenticated packets
+//! last came from ([`path`]). Strangers are answered only behind [`front`].
 
+pub mod allowed_ips;
 pub mod config;
 pub mod counters;
 pub mod engine;
+pub mod front;
+mod inbound;
+mod outbound;
+pub mod path;
+pub mod peers;
+mod setup;
+pub mod staging;
+mod timers;
+pub mod transmit;
+
+use std::collections::VecDeque;
+use std::net::IpAddr;
+
+use mesh_types::limits::EVENTS_MAX;
+use mesh_types::time::MonoTime;
+
+pub use config::{
+    Event, PeerConfig, PeerRefusal, PeerSnapshot, Reason, Transmit, TunFrame, TunnelConfig, UdpMeta,
+};
+pub use counters::{Counters, DropReason};
+
+use crate::packet::CoalesceOptions;
+use allowed_ips::AllowedIps;
+use engine::{EngineFactory, HandshakeBuffer, INITIATION_BYTES};
+use front::Front;
+use inbound::Receive;
+use path::{Endpoint, ProbeLimiter};
+use peers::{Peers, SplitMix64};
+use staging::StagedBytes;
+use transmit::TransmitQueue;
+
+/// See the module's documentation for the order of calls.
+pub struct Tunnel<F: EngineFactory> {
+    config: TunnelConfig,
+    factory: F,
+    peers: Peers<F::Engine>,
+    allowed: AllowedIps,
+    front: Front,
+    limiter: ProbeLimiter,
+    staged: StagedBytes,
+    /// Peers whose staged packets may leave.
+    draining: VecDeque<u32>,
+    transmit: TransmitQueue,
+    receive: Receive,
+    counters: Counters,
+    events: VecDeque<Event>,
+    /// Handshakes of `initiate_all` still to begin, and when the next ones may.
+    to_initiate: VecDeque<u32>,
+    initiate_next: MonoTime,
+    /// Scratch of one call.
+    targets: Vec<Endpoint>,
+    buffer: HandshakeBuffer,
+    now: MonoTime,
+}
+
+impl<F: EngineFactory> Tunnel<F> {
+    /// `factory` holds the own keys `config` names. `seed` decides receiver indexes, jitter and the
+    /// limiter's table, and must be random outside tests.
+    pub fn new(config: TunnelConfig, factory: F, seed: u64) -> Self {
+        let mut seeds = SplitMix64(seed);
+        Self {
+            factory,
+            peers: Peers::new(seeds.next()),
+            allowed: AllowedIps::new(),
+            front: Front::new(seeds.next()),
+            limiter: ProbeLimiter::default(),
+            staged: StagedBytes::default(),
+            draining: VecDeque::new(),
+            transmit: TransmitQueue::new(config.gso_segments_max),
+            receive: Receive::new(config.coalesce),
+            counters: Counters::default(),
+            events: VecDeque::new(),
+            to_initiate: VecDeque::new(),
+            initiate_next: MonoTime::ZERO,
+            targets: Vec::new(),
+            buffer: [0; INITIATION_BYTES],
+            now: MonoTime::ZERO,
+            config,
+        }
+    }
+
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Appends every peer as it stands, in order of keys.
+    pub fn snapshot(&self, now: MonoTime, out: &mut Vec<PeerSnapshot>) {
+        let peers = self.peers.slots().filter_map(|slot| self.peers.get(slot));
+        out.extend(peers.map(|peer| peer.snapshot(now)));
+    }
+
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    /// Bytes of packets waiting for sessions.
+    pub fn staged_bytes(&self) -> usize {
+        self.staged.bytes()
+    }
+
+    /// The socket cannot send several datagrams at once (any more): 1, or can: up to 64.
+    pub fn set_gso_segments_max(&mut self, segments_max: usize) {
+        self.transmit.set_segments_max(segments_max);
+    }
+
+    /// The TUN takes other super-packets than before.
+    pub fn set_coalesce(&mut self, options: CoalesceOptions) {
+        self.receive.set_options(options);
+    }
+
+    /// Sending from `local` failed or the address is gone: replies choose their source anew.
+    pub fn forget_local(&mut self, local: IpAddr) {
+        let slots: Vec<u32> = self.peers.slots().collect();
+        for slot in slots {
+            if let Some(peer) = self.peers.get_mut(slot) {
+                peer.path.forget_local(local);
+            }
+        }
+    }
+
+    /// Turns this peer's share of what happened into an event.
+    fn event(&mut self, event: Event) {
+        if self.events.len() >= EVENTS_MAX {
+            self.counters.count_drop(DropReason::EventsFull);
+            return;
+        }
+        self.events.push_back(event);
+    }
+}

@@ -1,0 +1,294 @@
+//! What stands before every costly answer to a stranger: type, length, mac1, source limits, cookies.
+//!
+//! ```text
+//!  datagram ─> type & length ─> mac1 for a key of ours ─> cheap so far: two hashes
+//!     └ no: silence                 └ no: silence
+//!  loaded? ──yes──> mac2 proves address? ──no──> cookie reply (64 bytes for 148 or 92: no amplifier)
+//!     │                    │yes
+//!     └──no──> bucket of the source ──empty──> not proven: cookie reply, so that a forged flood in somebody's
+//!                    │                         name does not shut him out; proven: dropped
+//!                    └─> identify the initiator (one curve operation) ─> 50 per second per peer ─> engine
+//! ```
+//! Numbers are the kernel's (`drivers/net/wireguard/ratelimiter.c`, `noise.c`). A response is not counted per source:
+//! it must carry an index we gave out, is counted per peer, and hundreds may rightly come from one /64 when this
+//! node starts.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::net::{IpAddr, Ipv6Addr};
+
+use mesh_types::limits::{
+    HANDSHAKE_SOURCES_MAX, HANDSHAKES_PER_SECOND_BEFORE_COOKIES, HANDSHAKES_PER_SOURCE_BURST,
+    HANDSHAKES_PER_SOURCE_PER_SECOND,
+};
+use mesh_types::time::MonoTime;
+
+use super::engine::{
+    COOKIE_BYTES, INITIATION_BYTES, RESPONSE_BYTES, TRANSPORT_BYTES_MIN, TYPE_COOKIE,
+    TYPE_INITIATION, TYPE_RESPONSE, TYPE_TRANSPORT,
+};
+
+const SECOND_NS: u64 = 1_000_000_000;
+const WAYS: usize = 4;
+const SETS: usize = HANDSHAKE_SOURCES_MAX / WAYS;
+
+/// A datagram whose type and length fit together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Message {
+    Initiation,
+    /// The receiver index it carries.
+    Response(u32),
+    Cookie(u32),
+    Transport(u32),
+}
+
+impl Message {
+    /// Classifies by the first bytes alone.
+    pub fn of(datagram: &[u8]) -> Option<Self> {
+        let kind = *datagram.first()?;
+        if datagram.get(1..4)? != [0; 3] {
+            return None;
+        }
+        let index_at = |at: usize| -> Option<u32> {
+            let bytes = datagram.get(at..at.checked_add(4)?)?;
+            Some(u32::from_le_bytes(bytes.try_into().ok()?))
+        };
+        match (kind, datagram.len()) {
+            (TYPE_INITIATION, INITIATION_BYTES) => Some(Self::Initiation),
+            (TYPE_RESPONSE, RESPONSE_BYTES) => index_at(8).map(Self::Response),
+            (TYPE_COOKIE, COOKIE_BYTES) => index_at(4).map(Self::Cookie),
+            (TYPE_TRANSPORT, TRANSPORT_BYTES_MIN..) => index_at(4).map(Self::Transport),
+            _ => None,
+        }
+    }
+}
+
+/// Tokens in nanoseconds of credit: one event costs `1 s / rate`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Bucket {
+    credit_ns: u64,
+    updated_ns: u64,
+    started: bool,
+}
+
+impl Bucket {
+    /// Takes one event of at most `per_second` with `burst` in hand.
+    pub fn take(&mut self, now: MonoTime, per_second: u32, burst: u32) -> bool {
+        let cost = SECOND_NS / u64::from(per_second.max(1));
+        let most = cost.saturating_mul(u64::from(burst.max(1)));
+        let passed = now.as_nanos().saturating_sub(self.updated_ns);
+        let credit = if self.started { self.credit_ns.saturating_add(passed) } else { most };
+        self.credit_ns = credit.min(most);
+        self.updated_ns = self.updated_ns.max(now.as_nanos());
+        self.started = true;
+        match self.credit_ns.checked_sub(cost) {
+            Some(rest) => {
+                self.credit_ns = rest;
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+/// What to do with a handshake message whose mac1 verified.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    Accept,
+    /// Answer with a cookie; `true` because of load over all sources.
+    Cookie {
+        load: bool,
+    },
+    Drop,
+}
+
+/// Handshake limits over all sources and per source.
+#[derive(Debug)]
+pub struct Front {
+    sources: Box<[Source]>,
+    seed: u64,
+    /// Addresses configuration names: each is limited alone, not with its /64.
+    known: Vec<IpAddr>,
+    window_start_ns: u64,
+    in_window: u32,
+    /// Loaded until then: a full window, then one second.
+    loaded_until_ns: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Source {
+    key: SourceKey,
+    bucket: Bucket,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct SourceKey {
+    address: IpAddr,
+    proven: bool,
+}
+
+const NOBODY: Source = Source {
+    key: SourceKey { address: IpAddr::V6(Ipv6Addr::UNSPECIFIED), proven: false },
+    bucket: Bucket { credit_ns: 0, updated_ns: 0, started: false },
+};
+
+impl Front {
+    pub fn new(seed: u64) -> Self {
+        Self {
+            sources: vec![NOBODY; SETS * WAYS].into_boxed_slice(),
+            seed,
+            known: Vec::new(),
+            window_start_ns: 0,
+            in_window: 0,
+            loaded_until_ns: 0,
+        }
+    }
+
+    /// Names the addresses of configured peers.
+    pub fn set_known(&mut self, addresses: impl Iterator<Item = IpAddr>) {
+        self.known.clear();
+        self.known.extend(addresses);
+        self.known.sort_unstable();
+        self.known.dedup();
+    }
+
+    /// Whether more handshakes arrive than should be answered without proof of address.
+    pub fn loaded(&self, now: MonoTime) -> bool {
+        now.as_nanos() < self.loaded_until_ns
+    }
+
+    /// Decides on a handshake message with a good mac1; `proven`: mac2 is good, too.
+    pub fn admit(&mut self, now: MonoTime, source: IpAddr, proven: bool) -> Verdict {
+        if self.loaded(now) && !proven {
+            return Verdict::Cookie { load: true };
+        }
+        let key = SourceKey { address: self.limited_as(source), proven };
+        let per_second = HANDSHAKES_PER_SOURCE_PER_SECOND;
+        if !self.bucket_of(key).take(now, per_second, HANDSHAKES_PER_SOURCE_BURST) {
+            return if proven { Verdict::Drop } else { Verdict::Cookie { load: false } };
+        }
+        self.count(now);
+        Verdict::Accept
+    }
+
+    fn count(&mut self, now: MonoTime) {
+        let now_ns = now.as_nanos();
+        if now_ns.saturating_sub(self.window_start_ns) >= SECOND_NS {
+            self.window_start_ns = now_ns;
+            self.in_window = 0;
+        }
+        self.in_window = self.in_window.saturating_add(1);
+        if self.in_window > HANDSHAKES_PER_SECOND_BEFORE_COOKIES {
+            self.loaded_until_ns = now_ns.saturating_add(SECOND_NS);
+        }
+    }
+
+    fn limited_as(&self, source: IpAddr) -> IpAddr {
+        match source.to_canonical() {
+            IpAddr::V6(v6) if self.known.binary_search(&source).is_err() => {
+                IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)))
+            }
+            other => other,
+        }
+    }
+
+    /// The bucket of `key`; the one of its set unused for longest is forgotten for it.
+    fn bucket_of(&mut self, key: SourceKey) -> &mut Bucket {
+        let mut hasher = DefaultHasher::new();
+        (self.seed, key).hash(&mut hasher);
+        let set = usize::try_from(hasher.finish() % SETS as u64).unwrap_or(0);
+        let first = set * WAYS;
+        let ways = self.sources.get(first..first + WAYS).unwrap_or(&[]);
+        let held = ways.iter().position(|way| way.key == key && way.bucket.started);
+        let at = held.unwrap_or_else(|| {
+            let oldest = ways.iter().enumerate().min_by_key(|(_, way)| way.bucket.updated_ns);
+            oldest.map_or(0, |(at, _)| at)
+        });
+        let way = &mut self.sources[first + at];
+        if held.is_none() {
+            *way = Source { key, bucket: Bucket::default() };
+        }
+        &mut way.bucket
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn at(ms: u64) -> MonoTime {
+        MonoTime::ZERO + Duration::from_millis(1_000_000 + ms)
+    }
+
+    fn accepted(front: &mut Front, source: &str, times_ms: impl Iterator<Item = u64>) -> usize {
+        let source = source.parse().expect("address");
+        times_ms.filter(|ms| front.admit(at(*ms), source, false) == Verdict::Accept).count()
+    }
+
+    #[test]
+    fn a_source_has_a_burst_and_then_its_rate() {
+        let mut front = Front::new(1);
+        assert_eq!(accepted(&mut front, "192.0.2.1", (0..100).map(|_| 0)), 5);
+        assert_eq!(accepted(&mut front, "192.0.2.1", 1..=2_000), 40);
+        assert_eq!(accepted(&mut front, "192.0.2.2", std::iter::once(0)), 1);
+    }
+
+    #[test]
+    fn an_ipv6_network_counts_as_one_source_except_for_known_nodes_in_it() {
+        let mut front = Front::new(1);
+        front.set_known(std::iter::once("2001:db8::9".parse().expect("address")));
+        let mut total = 0;
+        for host in 1..=100 {
+            total += accepted(&mut front, &format!("2001:db8::{host:x}:1"), std::iter::once(0));
+        }
+        assert_eq!(total, 5);
+        assert_eq!(accepted(&mut front, "2001:db8::9", std::iter::once(0)), 1);
+    }
+
+    #[test]
+    fn a_source_forged_by_somebody_else_gets_through_with_a_cookie() {
+        let mut front = Front::new(1);
+        let source = "192.0.2.1".parse().expect("address");
+        accepted(&mut front, "192.0.2.1", (0..100).map(|_| 0));
+        assert_eq!(front.admit(at(0), source, false), Verdict::Cookie { load: false });
+        assert_eq!(front.admit(at(0), source, true), Verdict::Accept);
+    }
+
+    #[test]
+    fn a_flood_of_many_sources_asks_for_cookies_and_ends_a_second_after_it() {
+        let mut front = Front::new(1);
+        for i in 0..3_000u32 {
+            front.admit(at(0), IpAddr::V4((0x0a00_0000 + i).into()), false);
+        }
+        let other = "192.0.2.1".parse().expect("address");
+        assert_eq!(front.admit(at(1), other, false), Verdict::Cookie { load: true });
+        assert_eq!(front.admit(at(1), other, true), Verdict::Accept);
+        assert_eq!(front.admit(at(1_001), other, false), Verdict::Accept);
+    }
+
+    #[test]
+    fn a_clock_that_stands_still_or_steps_back_gives_no_credit() {
+        let mut bucket = Bucket::default();
+        assert!(bucket.take(at(1_000), 1, 1));
+        assert!(!bucket.take(at(0), 1, 1));
+        assert!(!bucket.take(at(1_000), 1, 1));
+        assert!(bucket.take(at(2_000), 1, 1));
+    }
+
+    #[test]
+    fn type_and_length_must_fit_each_other() {
+        let message = |kind: u8, len: usize| {
+            let mut bytes = vec![0; len];
+            bytes[0] = kind;
+            Message::of(&bytes)
+        };
+        assert_eq!(message(1, 148), Some(Message::Initiation));
+        assert_eq!(message(1, 149), None);
+        assert_eq!(message(2, 92), Some(Message::Response(0)));
+        assert_eq!(message(3, 63), None);
+        assert_eq!(message(4, 31), None);
+        assert_eq!(message(4, 32), Some(Message::Transport(0)));
+        assert_eq!(Message::of(&[]), None);
+        assert_eq!(Message::of(&[1, 0, 0]), None);
+    }
+}

@@ -1,0 +1,374 @@
+//! From the wire to the TUN: classify, answer handshakes, open bursts, check sources, merge.
+
+use std::net::IpAddr;
+use std::ops::Range;
+
+use mesh_types::limits::{COALESCE_PACKETS_MAX, RECEIVE_ARENA_BYTES};
+use mesh_types::time::MonoTime;
+
+use super::Tunnel;
+use super::config::{Event, TunFrame, UdpMeta};
+use super::counters::DropReason;
+use super::engine::{
+    Engine, EngineError, EngineFactory, HandshakeOutcome, MacCheck, OpenBurst, OwnKeyId,
+    TRANSPORT_BYTES_MIN,
+};
+use super::front::{Message, Verdict};
+use super::path::Endpoint;
+use crate::packet::{CoalesceOptions, Coalescer, Ecn, IpHeader, ip};
+use mesh_types::limits::{HANDSHAKES_PER_PEER_PER_SECOND, TUN_DRAIN_BYTES};
+
+/// Datagrams opened in one call of the engine; the kernel merges at most 64 (`UDP_GRO_CNT_MAX`).
+const BURST_MAX: usize = 128;
+
+/// Plaintext on its way to the TUN.
+#[derive(Debug)]
+pub(super) struct Receive {
+    arena: Box<[u8]>,
+    used: usize,
+    datagrams: Vec<Range<usize>>,
+    results: Vec<Result<Range<usize>, EngineError>>,
+    coalescer: Coalescer,
+    /// The frame `poll_tun` gives next; `None` while packets are taken in.
+    next_frame: Option<usize>,
+}
+
+impl Receive {
+    pub(super) fn new(options: CoalesceOptions) -> Self {
+        const { assert!(RECEIVE_ARENA_BYTES >= TUN_DRAIN_BYTES) };
+        Self {
+            arena: vec![0; RECEIVE_ARENA_BYTES].into_boxed_slice(),
+            used: 0,
+            datagrams: Vec::with_capacity(BURST_MAX),
+            results: Vec::with_capacity(BURST_MAX),
+            coalescer: Coalescer::new(options),
+            next_frame: None,
+        }
+    }
+
+    pub(super) fn set_options(&mut self, options: CoalesceOptions) {
+        self.coalescer.set_options(options);
+    }
+
+    /// Whether a burst of `bytes` can be taken in.
+    fn has_room(&self, bytes: usize) -> bool {
+        self.next_frame.is_none() && self.used.saturating_add(bytes) <= self.arena.len()
+    }
+}
+
+/// Inner sources come in runs; the last lookup answers most of them.
+struct SourceCheck {
+    last: Option<(IpAddr, bool)>,
+}
+
+impl<F: EngineFactory> Tunnel<F> {
+    /// Takes one receive buffer: a datagram, or a GRO burst of them. What it holds may be anything.
+    pub fn handle_udp_input(&mut self, now: MonoTime, meta: &UdpMeta, input: &[u8]) {
+        self.now = now;
+        self.counters.rx_bursts += 1;
+        let step = if meta.segment_len == 0 { input.len() } else { meta.segment_len };
+        let mut run = None;
+        let mut at = 0;
+        while at < input.len() {
+            let range = at..at.saturating_add(step).min(input.len());
+            at = range.end;
+            let datagram = input.get(range.clone()).unwrap_or(&[]);
+            let message = Message::of(datagram);
+            let index = match message {
+                Some(Message::Transport(index)) => Some(index >> 8),
+                _ => None,
+            };
+            if index != run || self.receive.datagrams.len() >= BURST_MAX {
+                self.open_run(now, meta, input, run);
+                run = index;
+            }
+            match message {
+                Some(Message::Transport(_)) => self.receive.datagrams.push(range),
+                Some(message) => self.handle_handshake(now, meta, message, datagram),
+                None => self.counters.count_drop(DropReason::UdpMalformed),
+            }
+        }
+        self.open_run(now, meta, input, run);
+    }
+
+    /// The next write to the TUN. Until it has answered `None`, no more can be taken in.
+    pub fn poll_tun(&mut self) -> Option<TunFrame<'_>> {
+        let receive = &mut self.receive;
+        let next = match receive.next_frame {
+            Some(next) => next,
+            None => {
+                receive.coalescer.finish(&mut receive.arena);
+                0
+            }
+        };
+        if next >= receive.coalescer.len() {
+            receive.coalescer.clear();
+            receive.used = 0;
+            receive.next_frame = None;
+            return None;
+        }
+        receive.next_frame = Some(next + 1);
+        let frame = receive.coalescer.frame(next)?;
+        Some(TunFrame { header: frame.header, arena: &receive.arena, ranges: frame.pieces })
+    }
+
+    /// Opens the transport messages gathered for one index and takes in what they carried.
+    fn open_run(&mut self, now: MonoTime, meta: &UdpMeta, input: &[u8], run: Option<u32>) {
+        let Some(index) = run else { return };
+        let count = self.receive.datagrams.len() as u64;
+        let bytes: usize = self.receive.datagrams.iter().map(ExactSizeIterator::len).sum();
+        let slot = self.peers.slot_of_index(index << 8);
+        let peer = slot.and_then(|slot| Some((slot, self.peers.get_mut(slot)?)));
+        let found = peer.and_then(|(slot, peer)| Some((slot, peer.member(index)?)));
+        let Some((slot, member)) = found else {
+            self.receive.datagrams.clear();
+            self.counters.count_drops(DropReason::UnknownIndex, count);
+            return;
+        };
+        let receive = &mut self.receive;
+        if !receive.has_room(bytes) {
+            receive.datagrams.clear();
+            self.counters.count_drops(DropReason::TunFull, count);
+            return;
+        }
+        receive.results.clear();
+        member.engine.open(
+            now,
+            OpenBurst {
+                input,
+                datagrams: &receive.datagrams,
+                output: &mut receive.arena,
+                output_used: &mut receive.used,
+                results: &mut receive.results,
+            },
+        );
+        let opened = receive.results.iter().filter(|result| result.is_ok()).count();
+        let confirmed = opened > 0 && std::mem::take(&mut member.unconfirmed);
+        if opened > 0 {
+            self.heard(now, slot, meta);
+            if confirmed {
+                self.session_ready(now, slot);
+            }
+            self.release_staged(now, slot);
+        }
+        self.take_in(slot, meta.ecn);
+        self.peers.reschedule(now, slot);
+    }
+
+    /// Counts and checks what was opened and hands the good packets to the coalescer.
+    fn take_in(&mut self, slot: u32, outer: Ecn) {
+        let mut check = SourceCheck { last: None };
+        let mut rx_bytes = 0;
+        for i in 0..self.receive.results.len() {
+            let length = self.receive.datagrams.get(i).map_or(0, ExactSizeIterator::len) as u64;
+            match self.receive.results.get(i).cloned() {
+                None => {}
+                Some(Err(error)) => self.counters.count_drop(error.into()),
+                Some(Ok(range)) => {
+                    rx_bytes += length;
+                    match self.take_packet(slot, outer, range, &mut check) {
+                        Ok(()) => {}
+                        Err(reason) => self.counters.count_drop(reason),
+                    }
+                }
+            }
+        }
+        self.receive.datagrams.clear();
+        self.receive.results.clear();
+        self.counters.rx_bytes += rx_bytes;
+        if let Some(peer) = self.peers.get_mut(slot) {
+            peer.rx_bytes += rx_bytes;
+        }
+    }
+
+    fn take_packet(
+        &mut self,
+        slot: u32,
+        outer: Ecn,
+        range: Range<usize>,
+        check: &mut SourceCheck,
+    ) -> Result<(), DropReason> {
+        if range.is_empty() {
+            self.counters.keepalives_received += 1;
+            return Ok(());
+        }
+        let receive = &mut self.receive;
+        let packet = receive.arena.get_mut(range.clone()).ok_or(DropReason::NotIp)?;
+        let header = IpHeader::parse(packet).map_err(|_| DropReason::NotIp)?;
+        let own = match check.last {
+            Some((source, own)) if source == header.source => own,
+            _ => self.allowed.lookup(header.source) == Some(slot),
+        };
+        check.last = Some((header.source, own));
+        if !own {
+            return Err(DropReason::ForeignSource);
+        }
+        if outer != Ecn::NotEct && !ip::decapsulate_ecn(packet, outer) {
+            return Err(DropReason::EcnNotCapable);
+        }
+        receive.coalescer.push(&receive.arena, range).map_err(|_| DropReason::TunFull)?;
+        self.counters.rx_packets += 1;
+        Ok(())
+    }
+
+    fn handle_handshake(
+        &mut self,
+        now: MonoTime,
+        meta: &UdpMeta,
+        message: Message,
+        datagram: &[u8],
+    ) {
+        let done = match message {
+            Message::Initiation => self.handle_initiation(now, meta, datagram),
+            Message::Response(index) => self.handle_answer(now, meta, index, datagram, true),
+            Message::Cookie(index) => self.handle_answer(now, meta, index, datagram, false),
+            Message::Transport(_) => Ok(()),
+        };
+        if let Err(reason) = done {
+            self.counters.count_drop(reason);
+        }
+    }
+
+    fn handle_initiation(
+        &mut self,
+        now: MonoTime,
+        meta: &UdpMeta,
+        datagram: &[u8],
+    ) -> Result<(), DropReason> {
+        let (own, check) = self.addressed_to(now, meta, datagram).ok_or(DropReason::BadMac)?;
+        match self.front.admit(now, meta.source.ip(), check == MacCheck::Proven) {
+            Verdict::Accept => {}
+            Verdict::Drop => return Err(DropReason::SourceLimited),
+            Verdict::Cookie { load } => {
+                self.send_cookie(now, meta, own, datagram);
+                return Err(if load { DropReason::UnderLoad } else { DropReason::SourceLimited });
+            }
+        }
+        self.counters.initiations_received += 1;
+        let key = self.factory.identify(own, datagram).ok_or(DropReason::BadHandshake)?;
+        let slot = self.peers.slot_of(&key).ok_or(DropReason::UnknownPeer)?;
+        let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownPeer)?;
+        let rate = HANDSHAKES_PER_PEER_PER_SECOND;
+        if !peer.handshakes.take(now, rate, rate) {
+            return Err(DropReason::PeerLimited);
+        }
+        let member = peer.answering(own).ok_or(DropReason::UnknownPeer)?;
+        let buffer = &mut self.buffer;
+        let outcome = member.engine.handle_handshake(now, meta.source.ip(), datagram, buffer)?;
+        member.unconfirmed |= outcome.authenticated;
+        self.finish_handshake(now, slot, meta, datagram.len(), outcome);
+        Ok(())
+    }
+
+    /// A response or cookie reply: only to an index we gave out.
+    fn handle_answer(
+        &mut self,
+        now: MonoTime,
+        meta: &UdpMeta,
+        index: u32,
+        datagram: &[u8],
+        response: bool,
+    ) -> Result<(), DropReason> {
+        let slot = self.peers.slot_of_index(index).ok_or(DropReason::UnknownIndex)?;
+        let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownIndex)?;
+        let member = peer.member(index >> 8).ok_or(DropReason::UnknownIndex)?;
+        if response {
+            let check = self.factory.check_mac(now, member.own, meta.source, datagram);
+            if check == MacCheck::Invalid {
+                return Err(DropReason::BadMac);
+            }
+        }
+        let rate = HANDSHAKES_PER_PEER_PER_SECOND;
+        if !peer.handshakes.take(now, rate, rate) {
+            return Err(DropReason::PeerLimited);
+        }
+        let member = peer.member(index >> 8).ok_or(DropReason::UnknownIndex)?;
+        let buffer = &mut self.buffer;
+        let outcome = member.engine.handle_handshake(now, meta.source.ip(), datagram, buffer)?;
+        if !response {
+            self.counters.cookies_received += 1;
+            self.peers.reschedule(now, slot);
+            return Ok(());
+        }
+        member.unconfirmed = false;
+        peer.rtt = peer.initiated_at.map(|sent| now.since(sent));
+        self.finish_handshake(now, slot, meta, datagram.len(), outcome);
+        if outcome.session_ready {
+            self.session_ready(now, slot);
+        }
+        Ok(())
+    }
+
+    fn finish_handshake(
+        &mut self,
+        now: MonoTime,
+        slot: u32,
+        meta: &UdpMeta,
+        len: usize,
+        outcome: HandshakeOutcome,
+    ) {
+        if outcome.authenticated {
+            self.limiter.answered(meta.source.ip());
+            self.heard(now, slot, meta);
+        }
+        self.counters.rx_bytes += len as u64;
+        if let Some(peer) = self.peers.get_mut(slot) {
+            peer.rx_bytes += len as u64;
+        }
+        if outcome.reply_len > 0 {
+            // To where it came from, from where it went to.
+            let to = Endpoint { addr: meta.source, local: meta.local };
+            self.send_datagram(Some(slot), to, outcome.reply_len);
+        }
+        self.release_staged(now, slot);
+        self.peers.reschedule(now, slot);
+    }
+
+    /// Which own key a handshake message is addressed to.
+    fn addressed_to(
+        &mut self,
+        now: MonoTime,
+        meta: &UdpMeta,
+        datagram: &[u8],
+    ) -> Option<(OwnKeyId, MacCheck)> {
+        let own = self.config.own;
+        for id in std::iter::once(own).chain(self.config.also_own.iter().copied()) {
+            let check = self.factory.check_mac(now, id, meta.source, datagram);
+            if check != MacCheck::Invalid {
+                return Some((id, check));
+            }
+        }
+        None
+    }
+
+    fn send_cookie(&mut self, now: MonoTime, meta: &UdpMeta, own: OwnKeyId, datagram: &[u8]) {
+        let buffer = &mut self.buffer;
+        let reply = self.factory.cookie_reply(now, own, meta.source, datagram, buffer);
+        if let Some(len) = reply {
+            self.counters.cookies_sent += 1;
+            let to = Endpoint { addr: meta.source, local: meta.local };
+            self.send_datagram(None, to, len);
+        }
+    }
+
+    /// Something authenticated came from the peer.
+    fn heard(&mut self, now: MonoTime, slot: u32, meta: &UdpMeta) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        peer.gave_up = false;
+        if peer.path.heard(now, meta.source, meta.local) {
+            let key = peer.config.key;
+            self.counters.endpoint_changes += 1;
+            self.event(Event::EndpointChanged { key, endpoint: meta.source });
+        }
+    }
+
+    fn session_ready(&mut self, now: MonoTime, slot: u32) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        peer.last_handshake = Some(now);
+        let key = peer.config.key;
+        self.counters.sessions_established += 1;
+        self.event(Event::SessionEstablished { key });
+    }
+}
+
+const _: () = assert!(COALESCE_PACKETS_MAX >= BURST_MAX && TRANSPORT_BYTES_MIN == 32);

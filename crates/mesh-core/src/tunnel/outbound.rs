@@ -1,0 +1,198 @@
+//! From the TUN to the wire: find the peer, cut into slots, seal; or stage and begin a handshake.
+
+use mesh_types::time::MonoTime;
+
+use super::Tunnel;
+use super::config::Transmit;
+use super::counters::DropReason;
+use super::engine::{Engine, EngineError, EngineFactory};
+use super::path::Endpoint;
+use super::staging::Pushed;
+use super::transmit::{Flow, padded_len, slot_len};
+use crate::packet::{Segmenter, VnetHeader};
+
+impl<F: EngineFactory> Tunnel<F> {
+    /// Takes one TUN read: a packet or super-packet of one flow, so one lookup serves all its segments.
+    pub fn handle_tun_input(&mut self, now: MonoTime, header: &VnetHeader, packet: &mut [u8]) {
+        self.now = now;
+        let segmenter = match Segmenter::new(header, packet) {
+            Ok(segmenter) => segmenter,
+            Err(error) => {
+                self.counters.count_drop(error.into());
+                return;
+            }
+        };
+        let ip = segmenter.ip();
+        let Some(slot) = self.allowed.lookup(ip.destination) else {
+            self.counters.count_drop(DropReason::NoPeer);
+            return;
+        };
+        if self.allowed.lookup(ip.source).is_some() {
+            self.counters.count_drop(DropReason::LocalSourceForeign);
+            return;
+        }
+        let Some(peer) = self.peers.get(slot) else { return };
+        if peer.staged.is_empty()
+            && let Some(flow) = self.flow(now, slot)
+        {
+            self.push_segments(now, flow, &segmenter);
+            return;
+        }
+        self.stage(now, slot, header, packet);
+    }
+
+    /// Seals and closes what is gathered. Call when the TUN is drained.
+    pub fn flush(&mut self, now: MonoTime) {
+        self.now = now;
+        let peers = &mut self.peers;
+        let Some(closed) = self.transmit.close(|flow, batch| {
+            let member = peers.get_mut(flow.slot).and_then(|peer| peer.member(flow.index));
+            member.ok_or(EngineError::NoSession)?.engine.seal(now, batch)
+        }) else {
+            return;
+        };
+        let packets = closed.packets as u64;
+        if closed.sealed.is_err() {
+            self.counters.count_drops(DropReason::SealFailed, packets);
+            return;
+        }
+        self.counters.tx_batches += 1;
+        self.counters.tx_packets += packets;
+        self.count_tx(closed.flow.slot, closed.bytes);
+        self.peers.reschedule(now, closed.flow.slot);
+    }
+
+    /// The next send, sealed. When all is collected, packets that waited for a session follow.
+    pub fn poll_transmit(&mut self) -> Option<Transmit<'_>> {
+        if self.transmit.is_empty() && !self.draining.is_empty() {
+            // Nothing is out: the arena begins anew.
+            self.transmit.pop();
+            self.drain_staged();
+        }
+        self.transmit.pop()
+    }
+
+    /// Queues a handshake message or keepalive.
+    pub(super) fn send_datagram(&mut self, slot: Option<u32>, to: Endpoint, len: usize) {
+        self.flush(self.now);
+        let datagram = self.buffer.get(..len).unwrap_or(&[]);
+        if !self.transmit.push_datagram(to, datagram) {
+            self.counters.count_drop(DropReason::TransmitFull);
+            return;
+        }
+        self.counters.tx_batches += 1;
+        match slot {
+            Some(slot) => self.count_tx(slot, len),
+            None => self.counters.tx_bytes += len as u64,
+        }
+    }
+
+    /// Lets `slot`'s waiting packets leave, if a session can carry them.
+    pub(super) fn release_staged(&mut self, now: MonoTime, slot: u32) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        if !peer.draining && !peer.staged.is_empty() && peer.sender(now).is_some() {
+            peer.draining = true;
+            self.draining.push_back(slot);
+        }
+    }
+
+    fn count_tx(&mut self, slot: u32, bytes: usize) {
+        self.counters.tx_bytes += bytes as u64;
+        if let Some(peer) = self.peers.get_mut(slot) {
+            peer.tx_bytes += bytes as u64;
+        }
+    }
+
+    /// How to send to a peer now; `None` without a session or endpoint.
+    fn flow(&self, now: MonoTime, slot: u32) -> Option<Flow> {
+        let peer = self.peers.get(slot)?;
+        let index = peer.sender(now)?.index;
+        let to = peer.path.endpoint()?;
+        Some(Flow { slot, index, to, ecn: crate::packet::Ecn::NotEct })
+    }
+
+    fn push_segments(&mut self, now: MonoTime, flow: Flow, segmenter: &Segmenter<'_>) {
+        let mtu = self.peers.get(flow.slot).map_or(0, |peer| peer.config.mtu as usize);
+        if segmenter.longest() > mtu {
+            self.counters.count_drops(DropReason::PacketTooBig, segmenter.count() as u64);
+            return;
+        }
+        let flow = Flow { ecn: segmenter.ip().ecn, ..flow };
+        for i in 0..segmenter.count() {
+            let Some(len) = segmenter.len_of(i) else { return };
+            let padded = padded_len(len, mtu);
+            if !self.transmit.extends(&flow, slot_len(padded)) {
+                self.flush(now);
+            }
+            let Some(room) = self.transmit.push(flow, slot_len(padded)) else {
+                let left = segmenter.count() - i;
+                self.counters.count_drops(DropReason::TransmitFull, left as u64);
+                return;
+            };
+            if let Err(error) = segmenter.write(i, room) {
+                self.transmit.unpush();
+                self.counters.count_drop(error.into());
+                return;
+            }
+            if let Some(padding) = room.get_mut(len..) {
+                padding.fill(0);
+            }
+        }
+    }
+
+    fn stage(&mut self, now: MonoTime, slot: u32, header: &VnetHeader, packet: &[u8]) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        if !peer.path.is_known() {
+            self.counters.count_drop(DropReason::NoEndpoint);
+            return;
+        }
+        match peer.staged.push(&mut self.staged, *header, packet) {
+            Pushed::Kept => {}
+            Pushed::OldestDropped => self.counters.count_drop(DropReason::StagedPeerFull),
+            Pushed::Refused => self.counters.count_drop(DropReason::StagedBytesFull),
+        }
+        if peer.sender(now).is_some() {
+            self.release_staged(now, slot);
+        } else {
+            self.begin_handshake(now, slot, false);
+        }
+    }
+
+    /// Sends waiting packets in order, as many as the arena takes.
+    fn drain_staged(&mut self) {
+        let now = self.now;
+        while let Some(slot) = self.draining.front().copied() {
+            if !self.drain_peer(now, slot) {
+                break;
+            }
+            self.draining.pop_front();
+            if let Some(peer) = self.peers.get_mut(slot) {
+                peer.draining = false;
+            }
+        }
+        self.flush(now);
+    }
+
+    /// False: the arena is full, the rest follows when it is collected.
+    fn drain_peer(&mut self, now: MonoTime, slot: u32) -> bool {
+        loop {
+            let Some(flow) = self.flow(now, slot) else { return true };
+            let Some(peer) = self.peers.get_mut(slot) else { return true };
+            let mtu = peer.config.mtu as usize;
+            let Some(staged) = peer.staged.pop(&mut self.staged) else { return true };
+            let segmenter = match Segmenter::new(&staged.header, &staged.packet) {
+                Ok(segmenter) => segmenter,
+                Err(error) => {
+                    self.counters.count_drop(error.into());
+                    continue;
+                }
+            };
+            let slots = slot_len(padded_len(segmenter.longest(), mtu)) * segmenter.count();
+            if slots > self.transmit.room() && !self.transmit.is_empty() {
+                peer.staged.unpop(&mut self.staged, staged);
+                return false;
+            }
+            self.push_segments(now, flow, &segmenter);
+        }
+    }
+}

@@ -1,0 +1,343 @@
+//! Where a peer is: endpoint candidates, the endpoint in use, and whom to ask next.
+//!
+//! ```text
+//!              initiation to all candidates          authenticated packet from S
+//!   ┌─────────┐ ───────────────────────> ┌────────┐ ──────────────────────────> ┌──────────────┐
+//!   │ unknown │                          │ racing │                             │ live, S known│<─┐
+//!   └─────────┘ <─────────────┐          └────────┘                             └──────────────┘  │
+//!        ^ gave up (90 s)     │   retry │    ^ new candidates          S' is none │      ^ S is   │
+//!        │                    │         v    │ of the candidates                  v      │ one     │
+//!        │               ┌────────────────────┐   nothing heard for 15 s   ┌──────────────┐       │
+//!        └───────────────│ one in turn        │<───────────────────────────│ live, roamed │───────┘
+//!                        └────────────────────┘  (first: all of them)      └──────────────┘
+//!                                                                            │ every 10 s with traffic:
+//!                                                                            └ candidates are asked, the
+//!                                                                              endpoint stays in use
+//! ```
+//! The endpoint moves only to the source of an authenticated packet (whitepaper section 2.1), never by
+//! configuration, so a probe that nobody answers changes nothing. When it is none of the known candidates,
+//! these are asked again: a peer whose packets somebody on the way has redirected comes back within 15 s, and a peer that
+//! roamed rightly stays where it is. Retries go to one candidate in turn because a responder accepts only
+//! the first copy of an initiation, and that may have come by a way without a way back.
+//!
+//! An address that has not answered gets at most one initiation per second, from all peers together:
+//! candidates are what others wrote about themselves and may name a victim.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use mesh_types::limits::{CANDIDATES_PER_NODE_MAX, PROBE_INTERVAL_SECONDS, PROBE_TARGETS_MAX};
+use mesh_types::status::PathKind;
+use mesh_types::time::MonoTime;
+
+/// Keepalive timeout and rekey timeout together (whitepaper section 6.5): an answer was due.
+const SILENCE: Duration = Duration::from_secs(15);
+/// How long a session lives (whitepaper section 6.1); a path is believed no longer.
+const SESSION: Duration = Duration::from_secs(180);
+const PROBE_INTERVAL: Duration = Duration::from_secs(PROBE_INTERVAL_SECONDS);
+const PER_DESTINATION: Duration = Duration::from_secs(1);
+
+/// Where to send, and from which address of ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Endpoint {
+    pub addr: SocketAddr,
+    pub local: Option<IpAddr>,
+}
+
+/// The ways to one peer.
+#[derive(Debug, Default)]
+pub struct Path {
+    candidates: Vec<SocketAddr>,
+    endpoint: Option<Endpoint>,
+    heard: Option<MonoTime>,
+    /// Initiations sent since something authenticated was heard.
+    attempts: u32,
+    turn: usize,
+    probe_at: Option<MonoTime>,
+}
+
+/// Keeps unanswered initiations to one per second and destination address.
+#[derive(Debug, Default)]
+pub struct ProbeLimiter {
+    sent: BTreeMap<IpAddr, MonoTime>,
+}
+
+impl ProbeLimiter {
+    pub fn allows(&self, now: MonoTime, address: IpAddr) -> bool {
+        self.sent.get(&address).is_none_or(|sent| now.since(*sent) >= PER_DESTINATION)
+    }
+
+    /// Notes an initiation to `address`; false if it must not be sent.
+    pub fn take(&mut self, now: MonoTime, address: IpAddr) -> bool {
+        if !self.allows(now, address) {
+            return false;
+        }
+        if self.sent.len() >= PROBE_TARGETS_MAX {
+            self.sent.retain(|_, sent| now.since(*sent) < PER_DESTINATION);
+        }
+        if self.sent.len() >= PROBE_TARGETS_MAX {
+            return false;
+        }
+        self.sent.insert(address, now);
+        true
+    }
+
+    /// Something authenticated came from `address`.
+    pub fn answered(&mut self, address: IpAddr) {
+        self.sent.remove(&address);
+    }
+}
+
+impl Path {
+    pub fn endpoint(&self) -> Option<Endpoint> {
+        self.endpoint
+    }
+
+    /// Whether there is anywhere to send to.
+    pub fn is_known(&self) -> bool {
+        self.endpoint.is_some() || !self.candidates.is_empty()
+    }
+
+    /// Whether a handshake is being tried and nothing has answered.
+    pub fn is_waiting(&self) -> bool {
+        self.attempts > 0
+    }
+
+    pub fn kind(&self, now: MonoTime) -> PathKind {
+        let fresh = self.heard.is_some_and(|heard| now.since(heard) < SESSION);
+        match self.endpoint {
+            Some(endpoint) if fresh && self.is_candidate(endpoint.addr) => PathKind::Direct,
+            Some(_) if fresh => PathKind::Roamed,
+            _ => PathKind::None,
+        }
+    }
+
+    /// Takes what configuration says. A live endpoint stays; if it was configured and is not any more, the
+    /// new candidates are asked at once. True if there is a candidate that was not there before.
+    pub fn set_candidates(&mut self, now: MonoTime, candidates: &[SocketAddr]) -> bool {
+        let usable = |addr: &&SocketAddr| {
+            addr.port() != 0 && !addr.ip().is_unspecified() && !addr.ip().is_multicast()
+        };
+        let before = std::mem::take(&mut self.candidates);
+        for addr in candidates.iter().filter(usable).take(CANDIDATES_PER_NODE_MAX) {
+            let addr = plain(*addr);
+            if !self.is_candidate(addr) {
+                self.candidates.push(addr);
+            }
+        }
+        let new = self.candidates.iter().any(|addr| !before.contains(addr));
+        if let Some(endpoint) = self.endpoint {
+            if self.is_candidate(endpoint.addr) || self.candidates.is_empty() {
+                self.probe_at = None;
+            } else if before.contains(&endpoint.addr) || new {
+                self.probe_at = Some(now);
+            }
+        }
+        if new {
+            self.attempts = 0;
+        }
+        new
+    }
+
+    /// An authenticated packet came from `source` to our address `local`. True if the endpoint moved.
+    pub fn heard(&mut self, now: MonoTime, source: SocketAddr, local: Option<IpAddr>) -> bool {
+        let source = plain(source);
+        let moved = self.endpoint.is_none_or(|endpoint| endpoint.addr != source);
+        self.endpoint = Some(Endpoint { addr: source, local });
+        self.heard = Some(now);
+        self.attempts = 0;
+        if self.candidates.is_empty() || self.is_candidate(source) {
+            self.probe_at = None;
+        } else if self.probe_at.is_none() {
+            self.probe_at = Some(now + PROBE_INTERVAL);
+        }
+        moved
+    }
+
+    /// The handshake was given up: the next one begins with all candidates.
+    pub fn gave_up(&mut self) {
+        self.attempts = 0;
+    }
+
+    /// An address of ours is gone or cannot be sent from.
+    pub fn forget_local(&mut self, local: IpAddr) {
+        if let Some(endpoint) = &mut self.endpoint
+            && endpoint.local == Some(local)
+        {
+            endpoint.local = None;
+        }
+    }
+
+    /// Whether an initiation could go anywhere now.
+    pub fn may_initiate(&self, now: MonoTime, limiter: &ProbeLimiter) -> bool {
+        self.is_fresh(now) || self.all().any(|to| limiter.allows(now, to.addr.ip()))
+    }
+
+    /// Where an initiation goes; counts it as sent.
+    pub fn initiation_targets(
+        &mut self,
+        now: MonoTime,
+        limiter: &mut ProbeLimiter,
+        out: &mut Vec<Endpoint>,
+    ) {
+        out.clear();
+        let first = self.attempts == 0;
+        self.attempts = self.attempts.saturating_add(1);
+        if let Some(endpoint) = self.endpoint
+            && self.is_fresh(now)
+            && first
+        {
+            out.push(endpoint);
+            return;
+        }
+        if first {
+            self.turn = 0;
+            out.extend(self.all().filter(|to| limiter.take(now, to.addr.ip())));
+            return;
+        }
+        let ways = self.all().count();
+        for _ in 0..ways {
+            let to = self.all().nth(self.turn % ways);
+            self.turn = self.turn.wrapping_add(1);
+            if let Some(to) = to
+                && limiter.take(now, to.addr.ip())
+            {
+                out.push(to);
+                return;
+            }
+        }
+    }
+
+    /// When candidates are to be asked again beside a working endpoint.
+    pub fn probe_at(&self) -> Option<MonoTime> {
+        self.probe_at
+    }
+
+    /// Candidates to ask now; the next time is set when something is heard.
+    pub fn probe_targets(
+        &mut self,
+        now: MonoTime,
+        limiter: &mut ProbeLimiter,
+        out: &mut Vec<Endpoint>,
+    ) {
+        out.clear();
+        self.probe_at = None;
+        let Some(endpoint) = self.endpoint else { return };
+        let others = self.candidates.iter().filter(|addr| **addr != endpoint.addr);
+        let others = others.filter(|addr| limiter.take(now, addr.ip()));
+        out.extend(others.map(|addr| Endpoint { addr: *addr, local: None }));
+        if out.is_empty() {
+            self.probe_at = Some(now + PER_DESTINATION);
+        }
+    }
+
+    /// Heard of so lately that an unanswered packet would be no sign of trouble.
+    fn is_fresh(&self, now: MonoTime) -> bool {
+        self.endpoint.is_some() && self.heard.is_some_and(|heard| now.since(heard) < SILENCE)
+    }
+
+    fn is_candidate(&self, addr: SocketAddr) -> bool {
+        self.candidates.contains(&addr)
+    }
+
+    /// The endpoint, then the other candidates.
+    fn all(&self) -> impl Iterator<Item = Endpoint> + '_ {
+        let current = self.endpoint;
+        let others =
+            self.candidates.iter().filter(move |addr| current.is_none_or(|at| at.addr != **addr));
+        current.into_iter().chain(others.map(|addr| Endpoint { addr: *addr, local: None }))
+    }
+}
+
+/// Without what does not tell addresses apart: IPv4 as IPv4, no flow label.
+fn plain(addr: SocketAddr) -> SocketAddr {
+    match addr {
+        SocketAddr::V6(v6) if v6.ip().to_ipv4_mapped().is_none() => {
+            let mut v6 = v6;
+            v6.set_flowinfo(0);
+            SocketAddr::V6(v6)
+        }
+        other => SocketAddr::new(other.ip().to_canonical(), other.port()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(ms: u64) -> MonoTime {
+        MonoTime::ZERO + Duration::from_millis(ms)
+    }
+
+    fn addr(text: &str) -> SocketAddr {
+        text.parse().expect("an endpoint")
+    }
+
+    fn targets(path: &mut Path, limiter: &mut ProbeLimiter, ms: u64) -> Vec<String> {
+        let mut out = Vec::new();
+        path.initiation_targets(at(ms), limiter, &mut out);
+        out.iter().map(|to| to.addr.to_string()).collect()
+    }
+
+    fn path(candidates: &[&str]) -> Path {
+        let mut path = Path::default();
+        let candidates: Vec<_> = candidates.iter().map(|text| addr(text)).collect();
+        assert!(path.set_candidates(at(0), &candidates));
+        path
+    }
+
+    #[test]
+    fn the_first_initiation_goes_everywhere_and_retries_go_round() {
+        let (mut path, mut limiter) =
+            (path(&["10.0.0.1:1", "10.0.0.2:1"]), ProbeLimiter::default());
+        assert_eq!(targets(&mut path, &mut limiter, 0), ["10.0.0.1:1", "10.0.0.2:1"]);
+        assert_eq!(targets(&mut path, &mut limiter, 5_000), ["10.0.0.1:1"]);
+        assert_eq!(targets(&mut path, &mut limiter, 10_000), ["10.0.0.2:1"]);
+        assert_eq!(targets(&mut path, &mut limiter, 15_000), ["10.0.0.1:1"]);
+    }
+
+    #[test]
+    fn a_rekey_of_a_working_path_goes_to_the_endpoint_alone() {
+        let (mut path, mut limiter) =
+            (path(&["10.0.0.1:1", "10.0.0.2:1"]), ProbeLimiter::default());
+        assert!(path.heard(at(0), addr("10.0.0.2:1"), None));
+        assert_eq!(targets(&mut path, &mut limiter, 1_000), ["10.0.0.2:1"]);
+        path.heard(at(1_100), addr("10.0.0.2:1"), None);
+        assert_eq!(targets(&mut path, &mut limiter, 20_000), ["10.0.0.2:1", "10.0.0.1:1"]);
+    }
+
+    #[test]
+    fn configuration_does_not_move_a_live_endpoint_but_asks_the_new_candidates() {
+        let (mut path, mut limiter) = (path(&["10.0.0.1:1"]), ProbeLimiter::default());
+        path.heard(at(0), addr("10.0.0.1:1"), None);
+        assert_eq!(path.probe_at(), None);
+        path.set_candidates(at(5), &[addr("10.0.0.9:1")]);
+        assert_eq!(path.endpoint().map(|e| e.addr), Some(addr("10.0.0.1:1")));
+        assert_eq!(path.probe_at(), Some(at(5)));
+        let mut out = Vec::new();
+        path.probe_targets(at(5), &mut limiter, &mut out);
+        assert_eq!(out.iter().map(|to| to.addr).collect::<Vec<_>>(), [addr("10.0.0.9:1")]);
+    }
+
+    #[test]
+    fn an_address_that_never_answers_gets_one_initiation_a_second_from_all_peers() {
+        let mut limiter = ProbeLimiter::default();
+        let mut sent = 0;
+        for _ in 0..50 {
+            let mut path = path(&["192.0.2.1:1", "192.0.2.1:2"]);
+            sent += targets(&mut path, &mut limiter, 0).len();
+        }
+        assert_eq!(sent, 1);
+        limiter.answered(addr("192.0.2.1:1").ip());
+        assert!(limiter.take(at(1), addr("192.0.2.1:1").ip()));
+    }
+
+    #[test]
+    fn an_ipv4_source_written_as_ipv6_is_the_same_candidate() {
+        let mut path = path(&["10.0.0.1:1"]);
+        path.heard(at(0), addr("[::ffff:10.0.0.1]:1"), None);
+        assert_eq!(path.kind(at(1)), PathKind::Direct);
+        assert_eq!(path.kind(at(200_000)), PathKind::None);
+    }
+}

@@ -1,0 +1,332 @@
+//! The peers of one shard: by key, by receiver index, by slot; and when each wants attention.
+//!
+//! ```text
+//!  key ──────────┐                        ┌ engine (old preshared key)   receives until 180 s later
+//!  index >> 8 ───┼─> slot ─> Peer ─> set ─┼ engine (newest)              begins handshakes; sends once it can
+//!  prefix ───────┘            │           └ ...at most ENGINES_PER_PEER_MAX
+//!                             └ path, staged packets, counters
+//! ```
+//! A peer owns a set of engines with disjoint receiver indexes: the newest that has a session sends, all
+//! receive. Indexes are random 24-bit numbers (the engine adds 8 bits), so they say nothing about the peer, and
+//! stay unused for 180 s after their engine is gone.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use mesh_types::key::PublicKey;
+use mesh_types::limits::{
+    ENGINES_PER_PEER_MAX, INDEX_QUARANTINE_MAX, INDEX_QUARANTINE_SECONDS, NODES_MAX,
+};
+use mesh_types::time::MonoTime;
+
+use super::config::{PeerConfig, PeerSnapshot};
+use super::engine::{Engine, OwnKeyId};
+use super::front::Bucket;
+use super::path::Path;
+use super::staging::StagedQueue;
+
+const QUARANTINE: Duration = Duration::from_secs(INDEX_QUARANTINE_SECONDS);
+const INDEX_MASK: u32 = 0x00ff_ffff;
+
+/// One engine of a peer's set.
+#[derive(Debug)]
+pub struct Member<E> {
+    pub engine: E,
+    /// High 24 bits of its receiver indexes.
+    pub index: u32,
+    pub own: OwnKeyId,
+    /// Replaced by a newer one: only receives, and goes then.
+    pub retire_at: Option<MonoTime>,
+    /// A session was answered and waits for the first packet under it.
+    pub unconfirmed: bool,
+}
+
+#[derive(Debug)]
+pub struct Peer<E> {
+    pub config: PeerConfig,
+    /// Oldest first.
+    pub members: Vec<Member<E>>,
+    pub path: Path,
+    pub staged: StagedQueue,
+    pub handshakes: Bucket,
+    /// A handshake waits until its destinations may be asked.
+    pub initiate_at: Option<MonoTime>,
+    pub initiated_at: Option<MonoTime>,
+    pub last_handshake: Option<MonoTime>,
+    pub rtt: Option<Duration>,
+    pub rx_bytes: u64,
+    pub tx_bytes: u64,
+    pub gave_up: bool,
+    /// In the queue of peers whose staged packets may leave.
+    pub draining: bool,
+    scheduled: Option<MonoTime>,
+}
+
+impl<E: Engine> Peer<E> {
+    pub fn new(config: PeerConfig) -> Self {
+        Self {
+            config,
+            members: Vec::with_capacity(1),
+            path: Path::default(),
+            staged: StagedQueue::default(),
+            handshakes: Bucket::default(),
+            initiate_at: None,
+            initiated_at: None,
+            last_handshake: None,
+            rtt: None,
+            rx_bytes: 0,
+            tx_bytes: 0,
+            gave_up: false,
+            draining: false,
+            scheduled: None,
+        }
+    }
+
+    /// The newest engine that can send.
+    pub fn sender(&self, now: MonoTime) -> Option<&Member<E>> {
+        self.members.iter().rev().find(|member| member.engine.can_send(now))
+    }
+
+    pub fn member(&mut self, index: u32) -> Option<&mut Member<E>> {
+        self.members.iter_mut().find(|member| member.index == index)
+    }
+
+    /// The engine that begins handshakes.
+    pub fn newest(&mut self) -> Option<&mut Member<E>> {
+        self.members.last_mut()
+    }
+
+    /// The newest engine with this own key answers handshakes to it.
+    pub fn answering(&mut self, own: OwnKeyId) -> Option<&mut Member<E>> {
+        self.members.iter_mut().rev().find(|member| member.own == own)
+    }
+
+    fn deadline(&self, now: MonoTime) -> Option<MonoTime> {
+        let engines = self.members.iter().filter_map(|member| member.engine.next_timeout(now));
+        let retire = self.members.iter().filter_map(|member| member.retire_at);
+        let own = [self.path.probe_at(), self.initiate_at];
+        engines.chain(retire).chain(own.into_iter().flatten()).min()
+    }
+
+    pub fn snapshot(&self, now: MonoTime) -> PeerSnapshot {
+        let session = self.sender(now).is_some();
+        PeerSnapshot {
+            key: self.config.key,
+            endpoint: self.path.endpoint().map(|endpoint| endpoint.addr),
+            path: self.path.kind(now),
+            last_handshake: self.last_handshake,
+            rtt: self.rtt,
+            rx_bytes: self.rx_bytes,
+            tx_bytes: self.tx_bytes,
+            session,
+            problem: if session { "" } else { self.problem() },
+        }
+    }
+
+    fn problem(&self) -> &'static str {
+        if !self.path.is_known() {
+            "no endpoint known: the node has published none that may be tried from here"
+        } else if self.gave_up {
+            "no answer for 90 s from any endpoint: check that UDP to the node's port is open both ways"
+        } else if self.initiated_at.is_some() && self.path.is_waiting() {
+            "handshake sent, no answer yet"
+        } else {
+            "idle: no session, one is made with the first packet"
+        }
+    }
+}
+
+/// All peers. Slots are stable while a peer lives and used again after.
+#[derive(Debug)]
+pub struct Peers<E> {
+    slots: Vec<Option<Peer<E>>>,
+    free: Vec<u32>,
+    by_key: BTreeMap<PublicKey, u32>,
+    /// (index, slot), sorted: looked up once per received burst.
+    by_index: Vec<(u32, u32)>,
+    quarantine: VecDeque<(MonoTime, u32)>,
+    schedule: BTreeSet<(MonoTime, u32)>,
+    random: SplitMix64,
+}
+
+impl<E: Engine> Peers<E> {
+    pub fn new(seed: u64) -> Self {
+        Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+            by_key: BTreeMap::new(),
+            by_index: Vec::new(),
+            quarantine: VecDeque::new(),
+            schedule: BTreeSet::new(),
+            random: SplitMix64(seed),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.by_key.len()
+    }
+
+    pub fn get(&self, slot: u32) -> Option<&Peer<E>> {
+        self.slots.get(slot as usize)?.as_ref()
+    }
+
+    pub fn get_mut(&mut self, slot: u32) -> Option<&mut Peer<E>> {
+        self.slots.get_mut(slot as usize)?.as_mut()
+    }
+
+    pub fn slot_of(&self, key: &PublicKey) -> Option<u32> {
+        self.by_key.get(key).copied()
+    }
+
+    /// The peer that gave out receiver index `index` (all 32 bits).
+    pub fn slot_of_index(&self, index: u32) -> Option<u32> {
+        let at = self.by_index.binary_search_by_key(&(index >> 8), |entry| entry.0).ok()?;
+        self.by_index.get(at).map(|entry| entry.1)
+    }
+
+    /// Slots in order of keys.
+    pub fn slots(&self) -> impl Iterator<Item = u32> + '_ {
+        self.by_key.values().copied()
+    }
+
+    /// Adds a peer; `None` when there are `NODES_MAX`.
+    pub fn insert(&mut self, peer: Peer<E>) -> Option<u32> {
+        if self.len() >= NODES_MAX {
+            return None;
+        }
+        let key = peer.config.key;
+        let slot = match self.free.pop() {
+            Some(slot) => slot,
+            None => {
+                self.slots.push(None);
+                u32::try_from(self.slots.len() - 1).ok()?
+            }
+        };
+        *self.slots.get_mut(slot as usize)? = Some(peer);
+        self.by_key.insert(key, slot);
+        Some(slot)
+    }
+
+    /// Takes a peer out; its indexes go into quarantine.
+    pub fn remove(&mut self, now: MonoTime, slot: u32) -> Option<Peer<E>> {
+        let peer = self.slots.get_mut(slot as usize)?.take()?;
+        self.by_key.remove(&peer.config.key);
+        if let Some(at) = peer.scheduled {
+            self.schedule.remove(&(at, slot));
+        }
+        for member in &peer.members {
+            self.release_index(now, member.index);
+        }
+        self.free.push(slot);
+        Some(peer)
+    }
+
+    /// A random 24-bit index nobody has or had lately, and a seed for the engine.
+    pub fn new_index(&mut self, now: MonoTime) -> (u32, u64) {
+        while let Some((until, _)) = self.quarantine.front()
+            && *until <= now
+        {
+            self.quarantine.pop_front();
+        }
+        loop {
+            // The sets together are bounded to a fraction of 2^24: two draws at most, nearly always.
+            let index = u32::try_from(self.random.next() >> 40).unwrap_or(0) & INDEX_MASK;
+            let held = self.by_index.binary_search_by_key(&index, |entry| entry.0).is_ok();
+            if !held && self.quarantine.iter().all(|(_, resting)| *resting != index) {
+                return (index, self.random.next());
+            }
+        }
+    }
+
+    /// Puts `member` beside the peer's other engines, as the newest; the others stop beginning handshakes and
+    /// go when no session of theirs can be alive.
+    pub fn add_member(&mut self, now: MonoTime, slot: u32, member: Member<E>) {
+        let index = member.index;
+        let Some(peer) = self.get_mut(slot) else { return };
+        for old in &mut peer.members {
+            old.retire_at.get_or_insert(now + QUARANTINE);
+        }
+        let mut released = None;
+        if peer.members.len() >= ENGINES_PER_PEER_MAX {
+            released = Some(peer.members.remove(0).index);
+        }
+        peer.members.push(member);
+        if let Some(index) = released {
+            self.release_index(now, index);
+        }
+        if let Err(at) = self.by_index.binary_search_by_key(&index, |entry| entry.0) {
+            self.by_index.insert(at, (index, slot));
+        }
+    }
+
+    /// Drops engines whose time is over.
+    pub fn retire(&mut self, now: MonoTime, slot: u32) {
+        let due = |member: &Member<E>| member.retire_at.is_some_and(|at| at <= now);
+        while let Some(peer) = self.get_mut(slot)
+            && let Some(at) = peer.members.iter().position(due)
+        {
+            let index = peer.members.remove(at).index;
+            self.release_index(now, index);
+        }
+    }
+
+    /// Notes when `slot` wants attention. A time later than noted is not written: the turn at the noted
+    /// time finds nothing to do and notes the later one, which is cheaper than moving it with every packet.
+    pub fn reschedule(&mut self, now: MonoTime, slot: u32) {
+        let Some(peer) = self.slots.get_mut(slot as usize).and_then(Option::as_mut) else { return };
+        let Some(at) = peer.deadline(now) else { return };
+        match peer.scheduled {
+            Some(noted) if noted <= at => {}
+            noted => {
+                if let Some(noted) = noted {
+                    self.schedule.remove(&(noted, slot));
+                }
+                peer.scheduled = Some(at);
+                self.schedule.insert((at, slot));
+            }
+        }
+    }
+
+    /// When the first peer wants attention.
+    pub fn next_deadline(&self) -> Option<MonoTime> {
+        self.schedule.first().map(|(at, _)| *at)
+    }
+
+    /// A peer whose time has come; the caller reschedules it.
+    pub fn pop_due(&mut self, now: MonoTime) -> Option<u32> {
+        let (at, slot) = *self.schedule.first()?;
+        if at > now {
+            return None;
+        }
+        self.schedule.remove(&(at, slot));
+        if let Some(peer) = self.get_mut(slot) {
+            peer.scheduled = None;
+        }
+        Some(slot)
+    }
+
+    fn release_index(&mut self, now: MonoTime, index: u32) {
+        if let Ok(at) = self.by_index.binary_search_by_key(&index, |entry| entry.0) {
+            self.by_index.remove(at);
+        }
+        if self.quarantine.len() >= INDEX_QUARANTINE_MAX {
+            self.quarantine.pop_front();
+        }
+        self.quarantine.push_back((now + QUARANTINE, index));
+    }
+}
+
+/// Vigna's SplitMix64 (<https://prng.di.unimi.it/splitmix64.c>): a sequence from a seed, not a secret.
+#[derive(Debug, Clone)]
+pub struct SplitMix64(pub u64);
+
+impl SplitMix64 {
+    #[allow(clippy::should_implement_trait, reason = "never ends, so no iterator")]
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}

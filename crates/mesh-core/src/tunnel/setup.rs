@@ -1,0 +1,170 @@
+//! Configuration as a live diff: what did not change is not touched, sessions least of all.
+
+use std::collections::BTreeSet;
+
+use mesh_types::key::PublicKey;
+use mesh_types::time::MonoTime;
+
+use super::Tunnel;
+use super::allowed_ips::InsertError;
+use super::config::{PeerConfig, PeerRefusal};
+use super::counters::DropReason;
+use super::engine::{Engine, EngineConfig, EngineFactory, OwnKeyId};
+use super::peers::{Member, Peer};
+
+impl<F: EngineFactory> Tunnel<F> {
+    /// Makes `configs` the peers. Candidates, prefixes, keepalive and MTU change under living sessions; another
+    /// preshared key makes a new engine beside the old one. Returns what was refused; the rest
+    /// holds.
+    pub fn set_peers(&mut self, now: MonoTime, configs: &[PeerConfig]) -> Vec<PeerRefusal> {
+        self.now = now;
+        self.flush(now);
+        let own = self.factory.public_key(self.config.own);
+        let mut refused = Vec::new();
+        let mut wanted = BTreeSet::new();
+        for config in configs {
+            let key = config.key;
+            if own == Some(key) {
+                refused.push(PeerRefusal::OwnKey { key });
+            } else if !wanted.insert(key) {
+                refused.push(PeerRefusal::KeyTwice { key });
+            }
+        }
+        let gone: Vec<u32> = self.slots_without(&wanted);
+        for slot in gone {
+            self.remove_peer(now, slot);
+        }
+        self.allowed.clear();
+        for config in configs {
+            // Taken out once used, so that a key listed twice stays with its first entry.
+            if !wanted.remove(&config.key) {
+                continue;
+            }
+            match self.set_peer(now, config) {
+                Some(slot) => self.allow(slot, config, &mut refused),
+                None => refused.push(PeerRefusal::TooMany { key: config.key }),
+            }
+        }
+        self.front.set_known(configs.iter().flat_map(|c| &c.candidates).map(|a| a.ip()));
+        refused
+    }
+
+    /// Holds another own key for new handshakes: every peer gets an engine with it, beside those that
+    /// have sessions under the old key.
+    pub fn set_own(&mut self, now: MonoTime, own: OwnKeyId) {
+        self.now = now;
+        if self.config.own == own {
+            return;
+        }
+        if !self.config.also_own.contains(&self.config.own) {
+            self.config.also_own.push(self.config.own);
+        }
+        self.config.also_own.retain(|id| *id != own);
+        self.config.own = own;
+        let slots: Vec<u32> = self.peers.slots().collect();
+        for slot in slots {
+            self.add_engine(now, slot);
+        }
+    }
+
+    /// The factory, to give it another own key before [`Self::set_own`].
+    pub fn factory_mut(&mut self) -> &mut F {
+        &mut self.factory
+    }
+
+    fn slots_without(&self, wanted: &BTreeSet<PublicKey>) -> Vec<u32> {
+        let keys = self.peers.slots().filter(|slot| {
+            self.peers.get(*slot).is_some_and(|peer| !wanted.contains(&peer.config.key))
+        });
+        keys.collect()
+    }
+
+    fn remove_peer(&mut self, now: MonoTime, slot: u32) {
+        self.to_initiate.retain(|waiting| *waiting != slot);
+        self.draining.retain(|waiting| *waiting != slot);
+        if let Some(mut peer) = self.peers.remove(now, slot) {
+            let dropped = peer.staged.clear(&mut self.staged);
+            self.counters.count_drops(DropReason::StagedPeerRemoved, dropped);
+        }
+    }
+
+    /// Creates or updates one peer and returns its slot.
+    fn set_peer(&mut self, now: MonoTime, config: &PeerConfig) -> Option<u32> {
+        let Some(slot) = self.peers.slot_of(&config.key) else {
+            let slot = self.peers.insert(Peer::new(config.clone()))?;
+            self.add_engine(now, slot);
+            let peer = self.peers.get_mut(slot)?;
+            peer.path.set_candidates(now, &config.candidates);
+            if config.keepalive.is_some() {
+                peer.initiate_at = Some(now);
+            }
+            self.peers.reschedule(now, slot);
+            return Some(slot);
+        };
+        let peer = self.peers.get_mut(slot)?;
+        if peer.config == *config {
+            return Some(slot);
+        }
+        let before = std::mem::replace(&mut peer.config, config.clone());
+        if before.keepalive != config.keepalive {
+            for member in &mut peer.members {
+                member.engine.set_keepalive(now, config.keepalive);
+            }
+        }
+        if before.candidates != config.candidates {
+            let new = peer.path.set_candidates(now, &config.candidates);
+            let wants = !peer.staged.is_empty() || config.keepalive.is_some();
+            if new && wants && peer.sender(now).is_none() {
+                peer.initiate_at = Some(now);
+            }
+        }
+        if before.preshared != config.preshared {
+            self.add_engine(now, slot);
+        }
+        self.peers.reschedule(now, slot);
+        Some(slot)
+    }
+
+    fn add_engine(&mut self, now: MonoTime, slot: u32) {
+        let (index, seed) = self.peers.new_index(now);
+        let own = self.config.own;
+        let Some(peer) = self.peers.get(slot) else { return };
+        let config = EngineConfig {
+            own,
+            peer: peer.config.key,
+            preshared: peer.config.preshared.as_ref(),
+            keepalive: peer.config.keepalive,
+            index,
+            seed,
+        };
+        let engine = self.factory.create(now, config);
+        let member = Member { engine, index, own, retire_at: None, unconfirmed: false };
+        let renewed = !peer.members.is_empty();
+        self.peers.add_member(now, slot, member);
+        // Under the new keys as soon as may be: the old session lives at most 180 s more.
+        if let Some(peer) = self.peers.get_mut(slot)
+            && renewed
+        {
+            peer.initiate_at = Some(now);
+        }
+        self.peers.reschedule(now, slot);
+    }
+
+    fn allow(&mut self, slot: u32, config: &PeerConfig, refused: &mut Vec<PeerRefusal>) {
+        for prefix in &config.allowed_ips {
+            let refusal = match self.allowed.insert(*prefix, slot) {
+                Ok(()) => continue,
+                Err(InsertError::TooMany) => PeerRefusal::TooMany { key: config.key },
+                Err(InsertError::Held(holder)) => match self.peers.get(holder) {
+                    Some(holder) => PeerRefusal::PrefixHeld {
+                        key: config.key,
+                        prefix: *prefix,
+                        holder: holder.config.key,
+                    },
+                    None => PeerRefusal::TooMany { key: config.key },
+                },
+            };
+            refused.push(refusal);
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! What time asks for: protocol timers, probes, deferred and spread handshakes.
+
+use std::time::Duration;
+
+use mesh_types::limits::{INITIATIONS_PAUSE_MS, INITIATIONS_PER_TURN, PEER_TIMERS_PER_TURN};
+use mesh_types::time::MonoTime;
+
+use super::Tunnel;
+use super::config::{Event, Reason};
+use super::counters::DropReason;
+use super::engine::{Engine, EngineFactory, TimerOutcome};
+
+/// An engine answers `Idle` after a few outcomes; this bounds one that never does.
+const OUTCOMES_PER_ENGINE_MAX: usize = 8;
+/// A handshake none of whose destinations may be asked waits this long.
+const DEFERRED: Duration = Duration::from_secs(1);
+
+impl<F: EngineFactory> Tunnel<F> {
+    /// Begins a handshake with every peer that has somewhere to send to and no session: at start, so that a node that was
+    /// restarted is heard by all peers at once instead of when their sessions run out. Spread over turns.
+    pub fn initiate_all(&mut self, now: MonoTime) {
+        self.now = now;
+        self.to_initiate = self.peers.slots().collect();
+        self.initiate_next = now;
+    }
+
+    /// When [`Self::handle_timeout`] wants to be called, and why.
+    pub fn next_deadline(&self) -> Option<(MonoTime, Reason)> {
+        let all =
+            (!self.to_initiate.is_empty()).then_some((self.initiate_next, Reason::InitiateAll));
+        let peers = self.peers.next_deadline().map(|at| (at, Reason::Peer));
+        all.into_iter().chain(peers).min()
+    }
+
+    /// Does what is due, a bounded part per call; what is left keeps its deadline.
+    pub fn handle_timeout(&mut self, now: MonoTime) {
+        self.now = now;
+        for _ in 0..PEER_TIMERS_PER_TURN {
+            let Some(slot) = self.peers.pop_due(now) else { break };
+            self.run_peer(now, slot);
+            self.peers.reschedule(now, slot);
+        }
+        if !self.to_initiate.is_empty() && self.initiate_next <= now {
+            for _ in 0..INITIATIONS_PER_TURN {
+                let Some(slot) = self.to_initiate.pop_front() else { break };
+                if self.peers.get(slot).is_some_and(|peer| peer.sender(now).is_none()) {
+                    self.begin_handshake(now, slot, false);
+                }
+            }
+            self.initiate_next = now + Duration::from_millis(INITIATIONS_PAUSE_MS);
+        }
+        self.flush(now);
+    }
+
+    /// Sends an initiation to every promising candidate, or notes when that may be. Without `force` nothing happens
+    /// while one is unanswered.
+    pub(super) fn begin_handshake(&mut self, now: MonoTime, slot: u32, force: bool) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        if !peer.path.is_known() {
+            return;
+        }
+        if !peer.path.may_initiate(now, &self.limiter) {
+            peer.initiate_at.get_or_insert(now + DEFERRED);
+            self.peers.reschedule(now, slot);
+            return;
+        }
+        peer.initiate_at = None;
+        let Some(member) = peer.members.last_mut() else { return };
+        if let Some(len) = member.engine.initiate(now, force, &mut self.buffer) {
+            peer.path.initiation_targets(now, &mut self.limiter, &mut self.targets);
+            self.send_initiation(now, slot, len);
+        }
+        self.peers.reschedule(now, slot);
+    }
+
+    fn run_peer(&mut self, now: MonoTime, slot: u32) {
+        self.peers.retire(now, slot);
+        let count = self.peers.get(slot).map_or(0, |peer| peer.members.len());
+        for at in 0..count {
+            self.run_engine(now, slot, at, at + 1 == count);
+        }
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        if peer.initiate_at.is_some_and(|at| at <= now) {
+            peer.initiate_at = None;
+            self.begin_handshake(now, slot, true);
+        }
+        self.probe(now, slot);
+    }
+
+    fn run_engine(&mut self, now: MonoTime, slot: u32, at: usize, newest: bool) {
+        for _ in 0..OUTCOMES_PER_ENGINE_MAX {
+            let Some(peer) = self.peers.get_mut(slot) else { return };
+            let Some(member) = peer.members.get_mut(at) else { return };
+            match member.engine.handle_timeout(now, &mut self.buffer) {
+                TimerOutcome::Idle => return,
+                // A replaced engine lives on to receive; its keys are not to be renewed.
+                TimerOutcome::Initiation(_) | TimerOutcome::GaveUp if !newest => {}
+                TimerOutcome::Initiation(len) => {
+                    peer.path.initiation_targets(now, &mut self.limiter, &mut self.targets);
+                    self.send_initiation(now, slot, len);
+                }
+                TimerOutcome::Keepalive(len) => {
+                    if let Some(to) = peer.path.endpoint() {
+                        self.send_datagram(Some(slot), to, len);
+                    }
+                }
+                TimerOutcome::GaveUp => self.give_up(now, slot),
+            }
+        }
+    }
+
+    fn give_up(&mut self, now: MonoTime, slot: u32) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        peer.gave_up = true;
+        peer.path.gave_up();
+        // Persistent keepalive is a promise to keep trying; the engine's own timers end here.
+        peer.initiate_at = peer.config.keepalive.map(|interval| now + interval);
+        let key = peer.config.key;
+        let dropped = peer.staged.clear(&mut self.staged);
+        self.counters.count_drops(DropReason::StagedGaveUp, dropped);
+        self.event(Event::HandshakeGaveUp { key });
+    }
+
+    /// Asks known candidates again while packets come from an address that is none of them. The
+    /// endpoint in use stays until a candidate answers.
+    fn probe(&mut self, now: MonoTime, slot: u32) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        if peer.path.probe_at().is_none_or(|at| at > now) {
+            return;
+        }
+        peer.path.probe_targets(now, &mut self.limiter, &mut self.targets);
+        if self.targets.is_empty() || peer.sender(now).is_none() {
+            return;
+        }
+        let Some(member) = peer.members.last_mut() else { return };
+        if let Some(len) = member.engine.initiate(now, true, &mut self.buffer) {
+            self.send_initiation(now, slot, len);
+        }
+    }
+
+    /// Sends the initiation in the buffer to all `targets`.
+    fn send_initiation(&mut self, now: MonoTime, slot: u32, len: usize) {
+        if let Some(peer) = self.peers.get_mut(slot) {
+            peer.initiated_at = Some(now);
+        }
+        for i in 0..self.targets.len() {
+            if let Some(to) = self.targets.get(i).copied() {
+                self.counters.initiations_sent += 1;
+                self.send_datagram(Some(slot), to, len);
+            }
+        }
+    }
+}
