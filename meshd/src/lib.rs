@@ -31,6 +31,7 @@ pub mod lock;
 pub mod metrics;
 pub mod node_file;
 pub mod preflight;
+pub mod reconcile;
 pub mod roster;
 pub mod source;
 pub mod status;

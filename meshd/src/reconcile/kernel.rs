@@ -1,0 +1,42 @@
+//! The kernel as the reconciler sees it: a seam, so that its decisions are tested without one.
+
+use std::net::IpAddr;
+
+use mesh_types::attachment::Attachment;
+use mesh_types::netstate::NetState;
+
+use crate::endpoints::Found;
+
+/// Something that was made, changed or removed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Made {
+    /// One of few: `route`, `rule`, `address`, ...
+    pub kind: &'static str,
+    /// In words, for the log.
+    pub what: String,
+}
+
+/// What became of the host side of pods.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PodsMade {
+    pub made: Vec<Made>,
+    /// Pods that could not be put right, and why.
+    pub failed: Vec<String>,
+}
+
+/// Every method makes the kernel be as asked, says what it had to do for it, and is free when all is right.
+pub trait Kernel: Send {
+    fn guard(&mut self) -> anyhow::Result<Vec<Made>>;
+
+    fn sysctls(&mut self) -> anyhow::Result<Vec<Made>>;
+
+    /// Addresses that may become endpoints.
+    fn addresses(&mut self) -> anyhow::Result<Vec<Found>>;
+
+    /// MTU of the way to `address`.
+    fn path_mtu(&mut self, address: IpAddr) -> anyhow::Result<u32>;
+
+    fn network(&mut self, wanted: &NetState) -> anyhow::Result<Vec<Made>>;
+
+    fn pods(&mut self, attachments: &[Attachment]) -> anyhow::Result<PodsMade>;
+}

@@ -1,0 +1,234 @@
+//! Makes the node be as the cluster says, again and again.
+//!
+//! ```text
+//! cluster event ─┐                   guard ─> sysctls ─> addresses ─> path MTUs ─> desired()
+//! netlink news ──┤                                                                    │
+//! data plane ────┼─> wait 20 ms ─> turn:  device ─> network ─> peers ─> pods ─> node file
+//! names, mtu ────┤                                                                    │
+//! every 30 s ────┘                            conditions, facts, own record <─────────┘
+//! ```
+//!
+//! A turn does all of it and changes nothing that is right already. A step that fails becomes a condition and does not
+//! stop the next one. Everything here may block: it runs on a thread of its own, never on the reactor.
+
+mod kernel;
+mod run;
+mod steps;
+
+pub use kernel::{Kernel, Made, PodsMade};
+pub use run::{Inputs, SLOW_PERIOD, run};
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use mesh_core::cluster::{
+    ClusterIndex, ClusterView, Desired, Held, LocalNode, PathMtus, Policy, RawNode, desired,
+};
+use mesh_core::tunnel::config::PeerConfig;
+use mesh_types::net::EndpointHint;
+use mesh_types::netstate::NetState;
+use tokio::sync::watch;
+
+use crate::cache::CacheKeeper;
+use crate::config::Config;
+use crate::endpoints::{Choice, Found};
+use crate::node_file::NodeFileKeeper;
+use crate::source::{ClusterEvent, OwnRecord};
+use crate::view::{View, condition};
+
+/// The data plane as the reconciler sees it.
+pub trait Plane: Send {
+    /// Makes the TUN be there and served; true when it had to be made again.
+    fn ensure(&mut self) -> anyhow::Result<bool>;
+
+    /// The peers there are, and no others.
+    fn set_peers(&mut self, peers: Vec<PeerConfig>) -> anyhow::Result<()>;
+}
+
+/// Where the results go besides the kernel.
+pub struct Outputs {
+    pub view: Arc<View>,
+    pub own_record: watch::Sender<OwnRecord>,
+    /// Names in operators' overrides that want resolving.
+    pub names: watch::Sender<BTreeSet<String>>,
+}
+
+/// Everything known and the hands to act on it.
+pub struct Reconciler<K, P> {
+    kernel: K,
+    plane: P,
+    out: Outputs,
+    index: ClusterIndex,
+    held: Held,
+    resolved: BTreeMap<String, Vec<IpAddr>>,
+    mtus: PathMtus,
+    local: LocalNode,
+    policy: Policy,
+    operator_endpoints: Vec<EndpointHint>,
+    choice: Choice,
+    listen_port: u16,
+    boot_id: String,
+    ipam: std::path::PathBuf,
+    node_file: NodeFileKeeper,
+    cache: CacheKeeper,
+    roster: bool,
+    knowledge: Knowledge,
+    /// What the last turn made the kernel and the data plane be.
+    applied: Option<NetState>,
+    peers: Option<Vec<PeerConfig>>,
+    found: Vec<Found>,
+    names: BTreeSet<String>,
+    named_bad_attachments: BTreeSet<std::path::PathBuf>,
+}
+
+/// How much of the cluster is known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Knowledge {
+    /// Nothing; why, as far as the source said.
+    None(String),
+    /// What was on disk.
+    Cached(String),
+    Live,
+    /// It was live; the source is in trouble since.
+    Stale(String),
+}
+
+/// What a turn looks at again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// Only what follows from new records.
+    Records,
+    /// Also what others may have changed: MTUs of all paths.
+    All,
+}
+
+impl<K: Kernel, P: Plane> Reconciler<K, P> {
+    pub fn new(config: &Config, boot_id: String, kernel: K, plane: P, out: Outputs) -> Self {
+        let identity = &out.view.identity;
+        let local = LocalNode {
+            name: identity.node.clone(),
+            key: identity.public_key,
+            endpoints: Vec::new(),
+            addresses: Vec::new(),
+        };
+        let (cache, cached) = CacheKeeper::open(config.paths.cache());
+        let mut reconciler = Self {
+            kernel,
+            plane,
+            out,
+            index: ClusterIndex::new(),
+            held: cached.held,
+            resolved: BTreeMap::new(),
+            mtus: PathMtus::default(),
+            local,
+            policy: policy(config),
+            operator_endpoints: config.endpoints.clone(),
+            choice: Choice::of(config),
+            listen_port: config.listen_port,
+            boot_id,
+            ipam: config.paths.ipam(),
+            node_file: NodeFileKeeper::new(config.paths.node_file()),
+            cache,
+            roster: matches!(config.source, crate::config::Source::Roster(_)),
+            knowledge: Knowledge::None("the source has not answered yet".into()),
+            applied: None,
+            peers: None,
+            found: Vec::new(),
+            names: BTreeSet::new(),
+            named_bad_attachments: BTreeSet::new(),
+        };
+        reconciler.begin_from_cache(cached.nodes);
+        reconciler
+    }
+
+    /// Takes in news. True where a turn should follow.
+    pub fn hear(&mut self, event: ClusterEvent) -> bool {
+        use mesh_core::cluster::Change;
+        let news = match event {
+            ClusterEvent::Reset(nodes) => self.index.reset(nodes),
+            ClusterEvent::Apply(node) => self.index.apply(node),
+            ClusterEvent::Delete { name, uid } => self.index.delete(&name, &uid),
+            ClusterEvent::Recovered => Change::Nothing,
+            ClusterEvent::Trouble(why) => {
+                self.knowledge = match &self.knowledge {
+                    Knowledge::None(_) => Knowledge::None(why),
+                    Knowledge::Cached(_) => Knowledge::Cached(why),
+                    Knowledge::Live | Knowledge::Stale(_) => Knowledge::Stale(why),
+                };
+                self.tell_knowledge();
+                return false;
+            }
+        };
+        let first = self.knowledge != Knowledge::Live;
+        self.knowledge = Knowledge::Live;
+        self.tell_knowledge();
+        first || news == Change::Relevant
+    }
+
+    /// Addresses of names in overrides.
+    pub fn hear_names(&mut self, resolved: BTreeMap<String, Vec<IpAddr>>) {
+        self.resolved = resolved;
+    }
+
+    /// One turn; see the module's diagram.
+    pub fn turn(&mut self, scope: Scope) {
+        let guarded = self.keep_guard();
+        self.keep_sysctls();
+        self.look_at_addresses();
+        let mut wanted = self.desired();
+        if self.look_at_paths(&wanted, scope) {
+            wanted = self.desired();
+        }
+        self.held = wanted.held.clone();
+        self.keep_cache();
+        let device = self.keep_device();
+        let network = device && self.keep_network(&wanted.net);
+        self.keep_peers(&wanted);
+        self.keep_pods();
+        self.keep_node_file(&wanted, guarded && network);
+        self.tell(&wanted);
+        self.out.view.beat();
+    }
+
+    fn begin_from_cache(&mut self, nodes: Vec<RawNode>) {
+        if !nodes.is_empty() {
+            tracing::info!(nodes = nodes.len(), "starting from the last known cluster");
+            let _ = self.index.reset(nodes);
+            self.knowledge = Knowledge::Cached("the source has not answered yet".into());
+        }
+        self.tell_knowledge();
+    }
+
+    fn desired(&self) -> Desired {
+        let view = ClusterView { nodes: &self.index, held: &self.held, resolved: &self.resolved };
+        desired(&view, &self.local, &self.policy, &self.mtus)
+    }
+
+    fn tell_knowledge(&self) {
+        let view = &self.out.view;
+        let working = "; working from what is known";
+        match &self.knowledge {
+            Knowledge::Live => view.set_condition(condition::CLUSTER, Ok(())),
+            Knowledge::None(why) => view.set_condition(condition::CLUSTER, Err(why.clone())),
+            Knowledge::Cached(why) | Knowledge::Stale(why) => {
+                view.set_condition_ok(condition::CLUSTER, format!("{why}{working}"));
+            }
+        }
+    }
+}
+
+fn policy(config: &Config) -> Policy {
+    let mut policy = Policy::new(config.prefixes.clone());
+    policy.excluded.clone_from(&config.service_cidrs);
+    policy.joined_sites.clone_from(&config.joined_sites);
+    policy.tun.clone_from(&config.kernel.tun);
+    policy.table = config.kernel.table;
+    policy.rule_priority = config.kernel.rule_priority;
+    policy.mark = config.kernel.mark;
+    policy.mark_mask = config.kernel.mark_mask;
+    policy
+}
+
+#[cfg(test)]
+mod tests;

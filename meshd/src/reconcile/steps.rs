@@ -1,0 +1,268 @@
+//! The steps of a turn. Each sets its condition and lets the others go on.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use mesh_core::cluster::Desired;
+use mesh_types::netstate::NetState;
+use mesh_types::node_file::{NODE_FILE_VERSION, NodeFile};
+
+use super::{Kernel, Made, Plane, Reconciler, Scope};
+use crate::source::OwnRecord;
+use crate::view::{Facts, PeerFacts, RefusedFacts, condition};
+use crate::{attachments, endpoints};
+
+/// Paths whose MTU is looked up in one turn: every candidate of a full mesh of one address each; beyond it the
+/// default holds.
+const PATHS_MAX: usize = 2 * mesh_types::limits::NODES_MAX;
+
+impl<K: Kernel, P: Plane> Reconciler<K, P> {
+    pub(super) fn keep_guard(&mut self) -> bool {
+        let result = self.kernel.guard();
+        let first = self.applied.is_none();
+        self.settle(condition::GUARD, result, !first)
+    }
+
+    pub(super) fn keep_sysctls(&mut self) {
+        let result = self.kernel.sysctls();
+        let first = self.applied.is_none();
+        self.settle(condition::FORWARDING, result, !first);
+    }
+
+    /// Own endpoints follow the addresses of this machine. What cannot be read stays as it was.
+    pub(super) fn look_at_addresses(&mut self) {
+        match self.kernel.addresses() {
+            Ok(found) => self.found = found,
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "cannot read interface addresses");
+            }
+        }
+        let endpoints = endpoints::candidates(
+            &self.found,
+            &self.choice,
+            &self.operator_endpoints,
+            self.index.record(self.local.name.as_str()),
+            self.listen_port,
+            &self.policy.cluster,
+        );
+        if endpoints != self.local.endpoints {
+            tracing::info!(?endpoints, "own endpoints");
+        }
+        self.local.endpoints = endpoints;
+        self.local.addresses = self.found.iter().map(|found| found.address).collect();
+    }
+
+    /// True where an MTU is not what [`Reconciler::desired`] was computed with.
+    pub(super) fn look_at_paths(&mut self, wanted: &Desired, scope: Scope) -> bool {
+        let candidates = wanted.peers.iter().flat_map(|peer| &peer.config.candidates);
+        let mut by_address: BTreeMap<IpAddr, u32> = BTreeMap::new();
+        for address in candidates.map(std::net::SocketAddr::ip) {
+            if by_address.len() >= PATHS_MAX || by_address.contains_key(&address) {
+                continue;
+            }
+            let known = self.mtus.by_address.get(&address).copied();
+            let mtu = match (known, scope) {
+                (Some(known), Scope::Records) => Some(known),
+                // No route now says nothing about the MTU once there is one again.
+                _ => self.kernel.path_mtu(address).ok().or(known),
+            };
+            by_address.extend(mtu.map(|mtu| (address, mtu)));
+        }
+        let changed = by_address != self.mtus.by_address;
+        self.mtus.by_address = by_address;
+        changed
+    }
+
+    /// Not being able to write costs a slower next start, nothing now.
+    pub(super) fn keep_cache(&mut self) {
+        if let Err(error) = self.cache.keep(&self.index, &self.held) {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot keep the cluster on disk: a restart without its source would know less"
+            );
+        }
+    }
+
+    pub(super) fn keep_device(&mut self) -> bool {
+        match self.plane.ensure() {
+            Ok(remade) => {
+                if remade {
+                    let made = Made { kind: "device", what: "TUN device".into() };
+                    self.report(vec![made], self.applied.is_some());
+                    // A new device has no addresses and no routes, a new data plane no peers.
+                    self.peers = None;
+                }
+                self.out.view.set_condition(condition::DATA_PLANE, Ok(()));
+                true
+            }
+            Err(error) => {
+                self.out.view.set_condition(condition::DATA_PLANE, Err(format!("{error:#}")));
+                false
+            }
+        }
+    }
+
+    pub(super) fn keep_network(&mut self, wanted: &NetState) -> bool {
+        let result = self.kernel.network(wanted);
+        let repair = self.applied.as_ref() == Some(wanted);
+        let kept = self.settle(condition::NETWORK, result, repair);
+        // What failed is not applied: the next turn's changes are no repairs.
+        self.applied = kept.then(|| wanted.clone());
+        kept
+    }
+
+    pub(super) fn keep_peers(&mut self, wanted: &Desired) {
+        let peers: Vec<_> = wanted.peers.iter().map(|peer| peer.config.clone()).collect();
+        if self.peers.as_ref() == Some(&peers) {
+            return;
+        }
+        match self.plane.set_peers(peers.clone()) {
+            Ok(()) => {
+                tracing::debug!(peers = peers.len(), "peers set");
+                self.peers = Some(peers);
+            }
+            Err(error) => {
+                self.peers = None;
+                self.out.view.set_condition(condition::DATA_PLANE, Err(format!("{error:#}")));
+            }
+        }
+    }
+
+    pub(super) fn keep_pods(&mut self) {
+        let found = attachments::read(&self.ipam, &self.boot_id);
+        for (path, why) in &found.bad {
+            if self.named_bad_attachments.insert(path.clone()) {
+                tracing::warn!(file = %path.display(), why, "no attachment record, skipped");
+            }
+        }
+        self.named_bad_attachments.retain(|path| found.bad.iter().any(|(bad, _)| bad == path));
+        let outcome = match self.kernel.pods(&found.good) {
+            Ok(pods) => {
+                self.report(pods.made, true);
+                match pods.failed.first() {
+                    None => Ok(()),
+                    Some(first) => Err(format!("{} pods, the first: {first}", pods.failed.len())),
+                }
+            }
+            Err(error) => Err(format!("{error:#}")),
+        };
+        self.out.view.set_condition(condition::PODS, outcome);
+    }
+
+    /// The plugin may make pods from the moment that guard and routes stand.
+    pub(super) fn keep_node_file(&mut self, wanted: &Desired, safe: bool) {
+        let outcome = match &wanted.node_file {
+            None => Err("this node has no pod CIDR yet".to_owned()),
+            Some(_) if !safe => Err("waits for guard and network".to_owned()),
+            Some(input) => {
+                let file = NodeFile {
+                    version: NODE_FILE_VERSION,
+                    node: self.local.name.clone(),
+                    boot_id: self.boot_id.clone(),
+                    cluster_prefixes: self.policy.cluster.clone(),
+                    pod_cidrs: input.pod_cidrs.clone(),
+                    mtu: input.mtu,
+                    tun: self.policy.tun.clone(),
+                    table: self.policy.table,
+                };
+                self.node_file.keep(&file).map_err(|error| format!("{error:#}"))
+            }
+        };
+        self.out.view.set_condition(condition::NODE_FILE, outcome);
+    }
+
+    /// Facts for people, the own record for publishing, names for the resolver.
+    pub(super) fn tell(&mut self, wanted: &Desired) {
+        let own = match wanted.own.problems.first() {
+            None => Ok(()),
+            Some(problem) => Err(format!("node {}: {problem}", self.local.name)),
+        };
+        self.out.view.set_condition(condition::OWN_NODE, own);
+        if self.roster {
+            self.out.view.set_condition(condition::PUBLISHED, self.own_key_in_roster());
+        }
+        self.out.view.set_facts(facts(wanted, &self.local.endpoints));
+        let record = OwnRecord {
+            public_key: self.local.key,
+            endpoints: self.local.endpoints.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        self.out.own_record.send_if_modified(|published| replace(published, record));
+        if self.names != wanted.names {
+            self.names.clone_from(&wanted.names);
+            self.out.names.send_replace(wanted.names.clone());
+        }
+    }
+
+    /// Nobody publishes to a roster but its author.
+    fn own_key_in_roster(&self) -> Result<(), String> {
+        let ours = self.local.key;
+        match self.index.record(self.local.name.as_str()).map(|record| record.key) {
+            Some(Some(key)) if key == ours => Ok(()),
+            Some(Some(key)) => Err(format!(
+                "the roster says this node's key is {key}, it is {ours}: correct the roster"
+            )),
+            _ => Err(format!("the roster has no key of this node: write publicKey: {ours}")),
+        }
+    }
+
+    /// Sets a condition by the outcome of a step, and reports what the step had to make.
+    fn settle(&self, name: &'static str, result: anyhow::Result<Vec<Made>>, repair: bool) -> bool {
+        match result {
+            Ok(made) => {
+                self.report(made, repair);
+                self.out.view.set_condition(name, Ok(()));
+                true
+            }
+            Err(error) => {
+                self.out.view.set_condition(name, Err(format!("{error:#}")));
+                false
+            }
+        }
+    }
+
+    /// A repair means that somebody else took away what was ours, which somebody should look at.
+    fn report(&self, made: Vec<Made>, repair: bool) {
+        for Made { kind, what } in made {
+            if repair {
+                tracing::warn!(kind, what, "was gone, put back");
+                self.out.view.count_repairs(kind, 1);
+            } else {
+                tracing::debug!(kind, what, "made");
+            }
+        }
+    }
+}
+
+fn facts(wanted: &Desired, endpoints: &[std::net::SocketAddr]) -> Facts {
+    Facts {
+        site: wanted.own.site.clone(),
+        pod_cidrs: wanted.own.pod_cidrs.clone(),
+        mtu: wanted.net.link.mtu,
+        endpoints: endpoints.to_vec(),
+        peers: wanted
+            .peers
+            .iter()
+            .map(|peer| PeerFacts {
+                node: peer.name.clone(),
+                site: peer.site.clone(),
+                config: peer.config.clone(),
+            })
+            .collect(),
+        refused: wanted
+            .refused
+            .iter()
+            .map(|refused| RefusedFacts {
+                node: refused.node.clone(),
+                reason: refused.reason.to_string(),
+                label: refused.reason.label(),
+            })
+            .collect(),
+    }
+}
+
+fn replace(slot: &mut OwnRecord, value: OwnRecord) -> bool {
+    let changed = *slot != value;
+    *slot = value;
+    changed
+}

@@ -1,0 +1,280 @@
+use std::net::SocketAddr;
+use std::sync::Mutex;
+
+use mesh_types::attachment::Attachment;
+use mesh_types::key::PublicKey;
+use mesh_types::roster::RosterNode;
+
+use super::*;
+use crate::view::{Identity, PeerFacts};
+
+/// A kernel of memory: what was asked of it, and what somebody else does to it.
+#[derive(Default)]
+struct Model {
+    guarded: bool,
+    guard_fails: bool,
+    network: Option<NetState>,
+    network_fails: bool,
+    order: Vec<&'static str>,
+    peers: Vec<PeerConfig>,
+    peer_sets: usize,
+    paths_asked: usize,
+    path_mtu: u32,
+}
+
+#[derive(Clone, Default)]
+struct Shared(Arc<Mutex<Model>>);
+
+impl Shared {
+    fn with<T>(&self, work: impl FnOnce(&mut Model) -> T) -> T {
+        work(&mut self.0.lock().expect("no test panics while it holds this"))
+    }
+}
+
+fn made(kind: &'static str) -> Vec<Made> {
+    vec![Made { kind, what: kind.into() }]
+}
+
+impl Kernel for Shared {
+    fn guard(&mut self) -> anyhow::Result<Vec<Made>> {
+        self.with(|model| {
+            model.order.push("guard");
+            anyhow::ensure!(!model.guard_fails, "nft is broken");
+            let was = std::mem::replace(&mut model.guarded, true);
+            Ok(if was { vec![] } else { made("guard") })
+        })
+    }
+
+    fn sysctls(&mut self) -> anyhow::Result<Vec<Made>> {
+        self.with(|model| model.order.push("sysctls"));
+        Ok(vec![])
+    }
+
+    fn addresses(&mut self) -> anyhow::Result<Vec<Found>> {
+        let address = "203.0.113.1".parse().expect("address");
+        Ok(vec![Found { interface: "eth0".into(), address }])
+    }
+
+    fn path_mtu(&mut self, _: IpAddr) -> anyhow::Result<u32> {
+        Ok(self.with(|model| {
+            model.paths_asked += 1;
+            model.path_mtu
+        }))
+    }
+
+    fn network(&mut self, wanted: &NetState) -> anyhow::Result<Vec<Made>> {
+        self.with(|model| {
+            model.order.push("network");
+            anyhow::ensure!(!model.network_fails, "netlink is broken");
+            let was = model.network.replace(wanted.clone());
+            Ok(if was.as_ref() == Some(wanted) { vec![] } else { made("route") })
+        })
+    }
+
+    fn pods(&mut self, _: &[Attachment]) -> anyhow::Result<PodsMade> {
+        Ok(PodsMade::default())
+    }
+}
+
+impl Plane for Shared {
+    fn ensure(&mut self) -> anyhow::Result<bool> {
+        self.with(|model| model.order.push("device"));
+        Ok(false)
+    }
+
+    fn set_peers(&mut self, peers: Vec<PeerConfig>) -> anyhow::Result<()> {
+        self.with(|model| {
+            model.peers = peers;
+            model.peer_sets += 1;
+        });
+        Ok(())
+    }
+}
+
+struct Bench {
+    model: Shared,
+    reconciler: Reconciler<Shared, Shared>,
+    own: watch::Receiver<OwnRecord>,
+    view: Arc<View>,
+    dir: tempfile::TempDir,
+}
+
+fn key(byte: u8) -> PublicKey {
+    PublicKey::from_bytes([byte; 32]).expect("an ordinary point")
+}
+
+fn config(dir: &std::path::Path) -> Config {
+    let text = format!(
+        "meshd run --node-name node-1 --cluster-cidr 10.244.0.0/16 --roster /r --state-dir {0} --run-dir {0}",
+        dir.display()
+    );
+    let args = crate::args::parse(text.split(' ').map(std::ffi::OsString::from)).expect("flags");
+    let crate::args::Command::Run(run) = args.command else { panic!("run") };
+    crate::config::check(&run, "host").expect("configuration")
+}
+
+fn bench_in(dir: tempfile::TempDir) -> Bench {
+    let model = Shared::default();
+    model.with(|model| model.path_mtu = 1500);
+    let config = config(dir.path());
+    let view = Arc::new(View::new(Identity {
+        node: config.node.clone(),
+        public_key: key(1),
+        listen_port: config.listen_port,
+        prefixes: config.prefixes.clone(),
+    }));
+    let (own_record, own) =
+        watch::channel(OwnRecord { public_key: key(1), endpoints: vec![], version: String::new() });
+    let out =
+        Outputs { view: Arc::clone(&view), own_record, names: watch::channel(BTreeSet::new()).0 };
+    let reconciler = Reconciler::new(&config, "boot".into(), model.clone(), model.clone(), out);
+    Bench { model, reconciler, own, view, dir }
+}
+
+fn bench() -> Bench {
+    bench_in(tempfile::tempdir().expect("scratch"))
+}
+
+fn node(number: u8) -> RawNode {
+    RosterNode {
+        name: format!("node-{number}"),
+        public_key: Some(key(number).to_string()),
+        pod_cidrs: vec![format!("10.244.{number}.0/24")],
+        endpoints: vec![format!("203.0.113.{number}:15190")],
+        endpoint: None,
+        site: None,
+    }
+    .into()
+}
+
+fn condition_of(view: &View, name: &str) -> (bool, String) {
+    let found = view.conditions().into_iter().find(|condition| condition.name == name);
+    let found = found.expect("a condition");
+    (found.ok, found.message)
+}
+
+#[test]
+fn the_guard_stands_before_anything_else_is_made() {
+    let mut bench = bench();
+    bench.reconciler.turn(Scope::All);
+    let order = bench.model.with(|model| model.order.clone());
+    assert_eq!(order, ["guard", "sysctls", "device", "network"]);
+}
+
+#[test]
+fn a_known_cluster_makes_peers_routes_the_node_file_and_readiness() {
+    let mut bench = bench();
+    assert!(bench.reconciler.hear(ClusterEvent::Reset(vec![node(1), node(2), node(3)])));
+    bench.reconciler.turn(Scope::All);
+    assert!(bench.view.conditions().iter().all(|c| c.ok), "{:?}", bench.view.conditions());
+    assert_eq!(bench.model.with(|model| model.peers.len()), 2);
+    assert!(bench.dir.path().join("node.json").exists());
+    let endpoints: Vec<SocketAddr> = vec!["203.0.113.1:15190".parse().expect("endpoint")];
+    assert_eq!(bench.own.borrow_and_update().endpoints, endpoints);
+    let facts = bench.view.snapshot().facts;
+    let names: Vec<&str> = facts.peers.iter().map(|peer: &PeerFacts| peer.node.as_str()).collect();
+    assert_eq!(names, ["node-2", "node-3"]);
+}
+
+#[test]
+fn a_turn_without_news_sets_nothing_and_repairs_nothing() {
+    let mut bench = bench();
+    let _ = bench.reconciler.hear(ClusterEvent::Reset(vec![node(1), node(2)]));
+    bench.reconciler.turn(Scope::All);
+    bench.own.mark_unchanged();
+    assert!(!bench.reconciler.hear(ClusterEvent::Reset(vec![node(2), node(1)])));
+    bench.reconciler.turn(Scope::All);
+    assert_eq!(bench.model.with(|model| model.peer_sets), 1);
+    assert!(bench.view.snapshot().repairs.is_empty());
+    assert!(!bench.own.has_changed().expect("sender lives"), "nothing to publish");
+}
+
+#[test]
+fn what_somebody_else_removed_is_put_back_and_counted_as_a_repair() {
+    let mut bench = bench();
+    let _ = bench.reconciler.hear(ClusterEvent::Reset(vec![node(1), node(2)]));
+    bench.reconciler.turn(Scope::All);
+    bench.model.with(|model| {
+        model.guarded = false;
+        model.network = None;
+    });
+    bench.reconciler.turn(Scope::All);
+    let repairs = bench.view.snapshot().repairs;
+    assert_eq!(repairs.get("guard"), Some(&1));
+    assert_eq!(repairs.get("route"), Some(&1));
+}
+
+#[test]
+fn one_failing_step_is_a_condition_and_does_not_stop_the_others() {
+    let mut bench = bench();
+    bench.model.with(|model| model.guard_fails = true);
+    let _ = bench.reconciler.hear(ClusterEvent::Reset(vec![node(1), node(2)]));
+    bench.reconciler.turn(Scope::All);
+    assert_eq!(condition_of(&bench.view, condition::GUARD), (false, "nft is broken".into()));
+    assert!(condition_of(&bench.view, condition::NETWORK).0);
+    assert_eq!(bench.model.with(|model| model.peers.len()), 1);
+    assert!(!bench.dir.path().join("node.json").exists(), "no pods without a guard");
+    bench.model.with(|model| model.guard_fails = false);
+    bench.reconciler.turn(Scope::All);
+    assert!(bench.dir.path().join("node.json").exists());
+}
+
+#[test]
+fn a_source_in_trouble_takes_nothing_away() {
+    let mut bench = bench();
+    let _ = bench.reconciler.hear(ClusterEvent::Reset(vec![node(1), node(2)]));
+    bench.reconciler.turn(Scope::All);
+    assert!(!bench.reconciler.hear(ClusterEvent::Trouble("no route to the API server".into())));
+    bench.reconciler.turn(Scope::All);
+    let (ok, message) = condition_of(&bench.view, condition::CLUSTER);
+    assert!(ok && message.contains("no route"), "{message}");
+    assert_eq!(bench.model.with(|model| model.peers.len()), 1);
+    let _ = bench.reconciler.hear(ClusterEvent::Recovered);
+    assert_eq!(condition_of(&bench.view, condition::CLUSTER), (true, String::new()));
+}
+
+#[test]
+fn a_restart_without_its_source_knows_all_peers_at_once() {
+    let mut first = bench();
+    let _ = first.reconciler.hear(ClusterEvent::Reset(vec![node(1), node(2), node(3)]));
+    first.reconciler.turn(Scope::All);
+    let Bench { dir, reconciler, .. } = first;
+    drop(reconciler);
+    let mut second = bench_in(dir);
+    second.reconciler.turn(Scope::All);
+    assert_eq!(second.model.with(|model| model.peers.len()), 2);
+    let (ok, message) = condition_of(&second.view, condition::CLUSTER);
+    assert!(ok && message.contains("not answered yet"), "{message}");
+}
+
+#[test]
+fn an_unknown_cluster_is_not_ready() {
+    let mut bench = bench();
+    let _ = bench.reconciler.hear(ClusterEvent::Trouble("/r: no such file".into()));
+    bench.reconciler.turn(Scope::All);
+    assert_eq!(condition_of(&bench.view, condition::CLUSTER), (false, "/r: no such file".into()));
+    assert!(!condition_of(&bench.view, condition::OWN_NODE).0);
+}
+
+#[test]
+fn a_roster_with_another_key_for_this_node_is_told() {
+    let mut bench = bench();
+    let wrong = RawNode { public_key: Some(key(7).to_string()), ..node(1) };
+    let _ = bench.reconciler.hear(ClusterEvent::Reset(vec![wrong]));
+    bench.reconciler.turn(Scope::All);
+    let (ok, message) = condition_of(&bench.view, condition::PUBLISHED);
+    assert!(!ok && message.contains(&key(1).to_string()), "{message}");
+}
+
+#[test]
+fn path_mtus_are_looked_up_once_and_again_when_the_kernel_changed() {
+    let mut bench = bench();
+    let _ = bench.reconciler.hear(ClusterEvent::Reset(vec![node(1), node(2)]));
+    bench.reconciler.turn(Scope::Records);
+    bench.reconciler.turn(Scope::Records);
+    assert_eq!(bench.model.with(|model| model.paths_asked), 1);
+    let before = bench.model.with(|model| model.peers[0].mtu);
+    bench.model.with(|model| model.path_mtu = 1400);
+    bench.reconciler.turn(Scope::All);
+    assert_eq!(bench.model.with(|model| model.peers[0].mtu), before - 100);
+}
