@@ -11,4 +11,6 @@
 //! Everything here needs root. The library is what namespace tests use; the `testbed` program is the demo.
 
 pub mod api;
+pub mod canary;
 pub mod lab;
+pub mod traffic;
