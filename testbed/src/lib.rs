@@ -13,4 +13,5 @@
 pub mod api;
 pub mod canary;
 pub mod lab;
+pub mod oracle;
 pub mod traffic;

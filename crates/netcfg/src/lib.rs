@@ -17,6 +17,7 @@
 //! else's are touched.
 
 pub mod addr;
+pub mod capture;
 pub mod clock;
 mod cmsg;
 pub mod link;

@@ -2,14 +2,12 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::{NamespaceState, ProcessRef, process};
 
@@ -131,16 +129,7 @@ impl Namespace {
 
 /// Runs `work` on a thread of its own inside the network namespace at `path`.
 pub fn run_in_netns<T: Send>(path: &Path, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    let file =
-        fs::File::open(path).with_context(|| format!("no network namespace {}", path.display()))?;
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
-                .with_context(|| format!("cannot enter {}", path.display()))?;
-            work()
-        });
-        thread.join().map_err(|_| anyhow::anyhow!("a thread in {} panicked", path.display()))?
-    })
+    netcfg::netns::run_in(&netcfg::netns::Netns::open(path)?, work)
 }
 
 /// A program running inside a namespace.

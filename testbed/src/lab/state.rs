@@ -105,11 +105,23 @@ impl State {
     /// Replaces the file in one step: a crash leaves the old state or the new one.
     pub fn store(&self) -> Result<()> {
         let dir = Self::dir(&self.lab);
-        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        make_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let temporary = dir.join("state.json.new");
         let mut file = fs::File::create(&temporary)?;
         file.write_all(&serde_json::to_vec_pretty(self)?)?;
         fs::rename(&temporary, dir.join("state.json"))?;
         Ok(())
     }
+}
+
+/// Another lab's `down` removes the common folder when it is empty, perhaps just before ours is made in it.
+fn make_dir(dir: &Path) -> std::io::Result<()> {
+    const ATTEMPTS: u32 = 100;
+    for _ in 1..ATTEMPTS {
+        match fs::create_dir_all(dir) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            result => return result,
+        }
+    }
+    fs::create_dir_all(dir)
 }

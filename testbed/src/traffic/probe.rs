@@ -2,7 +2,7 @@
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -14,12 +14,15 @@ use super::{Family, Party, unspecified};
 use crate::canary::Canary;
 
 const PAYLOAD_BYTES: usize = 256;
+/// A killed daemon is back in less, or never.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(20);
 
 /// Numbered datagrams from one pod to another and back, until stopped.
 #[derive(Debug)]
 pub struct GapProbe {
     stop: Arc<AtomicBool>,
+    answered: Arc<AtomicUsize>,
     echo: JoinHandle<Result<()>>,
     send: JoinHandle<Result<u64>>,
     receive: JoinHandle<Result<Vec<Instant>>>,
@@ -51,12 +54,34 @@ impl GapProbe {
         let sender = client.try_clone()?;
         let stops = [Arc::clone(&stop), Arc::clone(&stop), Arc::clone(&stop)];
         let [stop_echo, stop_send, stop_receive] = stops;
+        let answered = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&answered);
         Ok(Self {
             stop,
+            answered,
             echo: std::thread::spawn(move || echo(&server, &stop_echo)),
             send: std::thread::spawn(move || send(&sender, &payload, every, &stop_send)),
-            receive: std::thread::spawn(move || receive(&client, &stop_receive)),
+            receive: std::thread::spawn(move || receive(&client, &stop_receive, &counter)),
         })
+    }
+
+    /// Answers so far.
+    pub fn answered(&self) -> usize {
+        self.answered.load(Ordering::Relaxed)
+    }
+
+    /// Waits until there are `count` answers.
+    pub fn wait_for_answers(&self, count: usize) -> Result<()> {
+        let end = Instant::now() + ANSWER_TIMEOUT;
+        while self.answered() < count {
+            ensure!(
+                Instant::now() < end,
+                "only {} of {count} answers within {ANSWER_TIMEOUT:?}",
+                self.answered()
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     /// Stops and tells the longest gap that touches the time from `since` on.
@@ -95,13 +120,14 @@ fn send(client: &UdpSocket, payload: &[u8], every: Duration, stop: &AtomicBool) 
     Ok(sent)
 }
 
-fn receive(client: &UdpSocket, stop: &AtomicBool) -> Result<Vec<Instant>> {
+fn receive(client: &UdpSocket, stop: &AtomicBool, answered: &AtomicUsize) -> Result<Vec<Instant>> {
     client.set_read_timeout(Some(POLL))?;
     let mut answers = Vec::new();
     let mut buffer = [0; 2048];
     while !stop.load(Ordering::Relaxed) {
         if client.recv(&mut buffer).is_ok() {
             answers.push(Instant::now());
+            answered.store(answers.len(), Ordering::Relaxed);
         }
     }
     Ok(answers)

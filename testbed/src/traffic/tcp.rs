@@ -31,10 +31,15 @@ pub(super) fn check(from: &Party, to: &Party, family: Family, canary: &Canary) -
         };
         let client = client();
         let server = server.join().map_err(|_| anyhow::anyhow!("the server thread panicked"))?;
-        // The client's error is the cause when both failed: the server then waited for nothing.
-        let rtt = client?;
-        server?;
-        Ok(rtt)
+        // A receiver that gives up breaks the sender's stream: what it said is the cause.
+        match (client, server) {
+            (Ok(rtt), Ok(())) => Ok(rtt),
+            (Ok(_), Err(receiver)) => Err(receiver),
+            (Err(sender), Ok(())) => Err(sender),
+            (Err(sender), Err(receiver)) => {
+                Err(anyhow::anyhow!("{sender:#}; receiver: {receiver:#}"))
+            }
+        }
     })
 }
 

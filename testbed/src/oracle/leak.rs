@@ -1,0 +1,63 @@
+//! Leaks on purpose: packets a node without a guard would send in clear.
+
+use std::net::{SocketAddr, UdpSocket};
+
+use anyhow::{Context, Result, ensure};
+
+use super::{Oracle, Report, Watch};
+use crate::lab::{Lab, Namespace};
+
+/// The discard port (RFC 863).
+const PORT: u16 = 9;
+
+/// One node and where it leaks to: pod addresses, and an ordinary address that only the canary gives away.
+#[derive(Debug, Clone)]
+pub struct Leak {
+    pub node: Namespace,
+    pub targets: Vec<SocketAddr>,
+}
+
+impl Leak {
+    /// Leaks from `node` to `targets`, port 9.
+    pub fn new(node: &Namespace, targets: &[std::net::IpAddr]) -> Self {
+        let targets = targets.iter().map(|address| SocketAddr::new(*address, PORT)).collect();
+        Self { node: node.clone(), targets }
+    }
+
+    /// Sends one datagram to each target; how many left.
+    pub fn send(&self, watch: &Watch) -> Result<u64> {
+        let mut payload = vec![0; 256];
+        watch.canary.fill(0, &mut payload);
+        self.node.run_in(|| {
+            let mut sent = 0;
+            for target in &self.targets {
+                let any = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+                let socket = UdpSocket::bind(any)?;
+                socket
+                    .send_to(&payload, target)
+                    .with_context(|| format!("{} cannot leak to {target}", self.node.name()))?;
+                sent += 1;
+            }
+            Ok(sent)
+        })
+    }
+}
+
+/// Leaks from every node in `leaks` and fails unless each leak was caught on that node's own wire. Only sound
+/// before a guard stands.
+pub fn prove(lab: &Lab, watch: &Watch, leaks: &[Leak]) -> Result<Report> {
+    let oracle = Oracle::start(lab, watch)?;
+    let mut sent = Vec::new();
+    for leak in leaks {
+        sent.push((leak.node.name(), leak.send(watch)?));
+    }
+    let report = oracle.finish()?;
+    for (node, count) in sent {
+        ensure!(
+            report.plaintext_at(node) >= count,
+            "{node} leaked {count} packets on purpose and the oracle caught {}: it cannot be believed",
+            report.plaintext_at(node)
+        );
+    }
+    Ok(report)
+}

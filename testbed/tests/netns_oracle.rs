@@ -1,0 +1,76 @@
+//! The oracle on real wires: it catches what leaks, keeps quiet otherwise, and knows when it was blind.
+
+mod common;
+
+use std::net::{IpAddr, UdpSocket};
+
+use testbed::canary::Canary;
+use testbed::lab::{CLUSTER_CIDRS, Hybrid, Lab, hybrid_plan};
+use testbed::oracle::{self, Leak, Oracle, Watch};
+
+fn watch() -> Watch {
+    let prefixes = CLUSTER_CIDRS.iter().map(|text| text.parse().expect("prefix")).collect();
+    Watch { prefixes, canary: Canary::random() }
+}
+
+fn addresses(texts: &[&str]) -> Vec<IpAddr> {
+    texts.iter().map(|text| text.parse().expect("address")).collect()
+}
+
+#[test]
+fn a_leak_of_every_kind_is_caught_on_every_wire() {
+    if !common::root() {
+        return;
+    }
+    let lab = Lab::create(&common::lab_name("leak"), common::programs()).expect("lab");
+    let cluster = Hybrid::build(&lab, &hybrid_plan()).expect("topology");
+    let leaks: Vec<Leak> = cluster
+        .nodes
+        .iter()
+        .map(|(plan, node)| {
+            let mut targets = vec!["10.244.7.7", "192.0.2.20"];
+            if plan.reachable {
+                targets.push("fd00:10:244:7::7");
+            }
+            Leak::new(node, &addresses(&targets))
+        })
+        .collect();
+    let report = oracle::prove(&lab, &watch(), &leaks).expect("every leak is caught");
+    for link in &report.links {
+        assert!(link.plaintext > 0, "nothing caught on {}", link.link);
+    }
+    assert!(
+        report.verdict().expect_err("a leak is no good verdict").to_string().contains("in clear")
+    );
+}
+
+#[test]
+fn ordinary_traffic_is_counted_and_does_not_offend() {
+    if !common::root() {
+        return;
+    }
+    let lab = Lab::create(&common::lab_name("clean"), common::programs()).expect("lab");
+    let cluster = Hybrid::build(&lab, &hybrid_plan()[..2]).expect("topology");
+    let oracle = Oracle::start(&lab, &watch()).expect("oracle");
+    let node = cluster.node("a1").expect("node");
+    node.run_in(|| {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        for _ in 0..100 {
+            socket.send_to(&[0; 500], "198.51.100.12:9")?;
+        }
+        Ok(())
+    })
+    .expect("traffic");
+    let report = oracle.finish().expect("report");
+    assert!(report.captured_packets >= 200, "both wires see each packet: {report:?}");
+    report.verdict().expect("clean");
+}
+
+#[test]
+fn an_oracle_that_saw_nothing_is_not_believed() {
+    if !common::root() {
+        return;
+    }
+    let lab = Lab::create(&common::lab_name("nothing"), common::programs()).expect("lab");
+    assert!(Oracle::start(&lab, &watch()).is_err(), "no wire");
+}
