@@ -1,0 +1,139 @@
+//! What control leaves for the shard: newest wins, so nobody waits and nothing piles up.
+//!
+//! ```text
+//!  control ── post ──> [ peers | tun | initiate all | stop | snapshot requests ] ── eventfd ──> shard: take
+//! ```
+//! The lock is held for a move, and the shard takes it only after its eventfd woke it: never per packet.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context, bail};
+use mesh_types::limits::SNAPSHOT_REQUESTS_MAX;
+use rustix::event::{EventfdFlags, eventfd};
+
+/// Everything posted since the last look.
+#[derive(Debug)]
+pub(super) struct Letters<P, T, S> {
+    /// The peers that should be; only the newest set counts.
+    pub(super) peers: Option<P>,
+    /// A device in place of one that is gone.
+    pub(super) tun: Option<T>,
+    pub(super) initiate_all: bool,
+    pub(super) stop: bool,
+    pub(super) snapshots: Vec<SyncSender<S>>,
+}
+
+impl<P, T, S> Default for Letters<P, T, S> {
+    fn default() -> Self {
+        Self { peers: None, tun: None, initiate_all: false, stop: false, snapshots: Vec::new() }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Mailbox<P, T, S> {
+    letters: Mutex<Letters<P, T, S>>,
+    wake: OwnedFd,
+}
+
+impl<P, T, S> Mailbox<P, T, S> {
+    pub(super) fn new() -> anyhow::Result<Self> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .context("make the eventfd of the data plane")?;
+        Ok(Self { letters: Mutex::default(), wake })
+    }
+
+    pub(super) fn set_peers(&self, peers: P) {
+        self.post(|letters| letters.peers = Some(peers));
+    }
+
+    pub(super) fn replace_tun(&self, tun: T) {
+        self.post(|letters| letters.tun = Some(tun));
+    }
+
+    pub(super) fn initiate_all(&self) {
+        self.post(|letters| letters.initiate_all = true);
+    }
+
+    pub(super) fn stop(&self) {
+        self.post(|letters| letters.stop = true);
+    }
+
+    /// Asks for a snapshot; it comes over the receiver.
+    pub(super) fn request_snapshot(&self) -> anyhow::Result<Receiver<S>> {
+        let (sender, receiver) = sync_channel(1);
+        let accepted = self.post(|letters| {
+            let room = letters.snapshots.len() < SNAPSHOT_REQUESTS_MAX;
+            if room {
+                letters.snapshots.push(sender);
+            }
+            room
+        });
+        if !accepted {
+            bail!("{SNAPSHOT_REQUESTS_MAX} requests already wait for the data plane");
+        }
+        Ok(receiver)
+    }
+
+    /// Takes everything posted and rearms the eventfd.
+    pub(super) fn take(&self) -> Letters<P, T, S> {
+        let mut count = [0; 8];
+        // Nothing to read means nobody rang: what is there is taken all the same.
+        let _ = rustix::io::read(&self.wake, &mut count);
+        std::mem::take(&mut *self.letters.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn post<R>(&self, change: impl FnOnce(&mut Letters<P, T, S>) -> R) -> R {
+        let result = change(&mut self.letters.lock().unwrap_or_else(PoisonError::into_inner));
+        // Fails only when 2^64 - 2 rings are unanswered: the shard is awake then.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+        result
+    }
+}
+
+impl<P, T, S> AsFd for Mailbox<P, T, S> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    use super::*;
+
+    type Numbers = Mailbox<Vec<u8>, (), u8>;
+
+    fn rings(mailbox: &Numbers) -> bool {
+        let mut fds = [PollFd::new(mailbox, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).expect("poll") == 1
+    }
+
+    #[test]
+    fn the_newest_peer_set_wins_and_is_taken_once() {
+        let mailbox = Numbers::new().expect("mailbox");
+        assert!(!rings(&mailbox));
+        mailbox.set_peers(vec![1]);
+        mailbox.set_peers(vec![2, 3]);
+        assert!(rings(&mailbox));
+        assert_eq!(mailbox.take().peers, Some(vec![2, 3]));
+        assert!(!rings(&mailbox));
+        assert_eq!(mailbox.take().peers, None);
+    }
+
+    #[test]
+    fn requests_for_snapshots_are_bounded_and_a_dropped_request_is_noticed() {
+        let mailbox = Numbers::new().expect("mailbox");
+        let waiting: Vec<_> =
+            (0..SNAPSHOT_REQUESTS_MAX).map(|_| mailbox.request_snapshot().expect("room")).collect();
+        assert!(mailbox.request_snapshot().is_err());
+        let letters = mailbox.take();
+        letters.snapshots[0].send(7).expect("the asker waits");
+        assert_eq!(waiting[0].recv(), Ok(7));
+        drop(letters);
+        assert!(waiting[1].recv().is_err());
+        assert!(mailbox.request_snapshot().is_ok());
+    }
+}

@@ -1,0 +1,405 @@
+//! The loop of one shard. Run to completion: what one read brings is sealed and sent, or opened and written,
+//! before the next read; nothing is held back for a timer.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_core::packet::{CoalesceOptions, Ecn, VNET_HEADER_BYTES, VnetHeader};
+use mesh_core::tunnel::Tunnel;
+use mesh_core::tunnel::config::{PeerConfig, TunnelConfig, UdpMeta};
+use mesh_core::tunnel::engine::EngineFactory as _;
+use mesh_types::key::PrivateKey;
+use mesh_types::limits::{TUN_DRAIN_BYTES, UDP_DRAIN_BUFFERS, UDP_RECV_MESSAGES_MAX};
+use mesh_types::time::MonoTime;
+use netcfg::clock;
+use netcfg::tun::{Tun, TunFeatures};
+use netcfg::udp::{RECV_BUFFER_BYTES, RecvBatch, UdpSocket};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use wg_engine::BoringFactory;
+
+use super::frame::{Device, FrameWriter, PACKET_BYTES_MAX};
+use super::snapshot::{DataSnapshot, ShardCounters};
+use super::{DataEvent, DataPlaneOptions, Mailbox, OnEvent};
+
+/// First pause after a panic, doubled for each that follows within [`CALM`] up to [`RESTART_PAUSE_MAX`]:
+/// a peer set that always panics must not burn a core.
+const RESTART_PAUSE: Duration = Duration::from_millis(50);
+const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Running so long forgives earlier panics.
+const CALM: Duration = Duration::from_secs(60);
+
+/// How long a TUN that fails to be read, or a poll that fails, is left alone, so that an error that lasts
+/// is no busy loop.
+const ERROR_PAUSE: Duration = Duration::from_millis(100);
+
+type BoringTunnel = Tunnel<BoringFactory>;
+
+/// Everything a shard owns that outlives a panic.
+pub(super) struct Shard {
+    config: TunnelConfig,
+    own_key: PrivateKey,
+    seed: u64,
+    on_event: OnEvent,
+    mailbox: Arc<Mailbox>,
+    peers: Vec<PeerConfig>,
+    tun: Option<Tun>,
+    /// The device is not read before this instant.
+    tun_paused_until: MonoTime,
+    tun_buffer: Vec<u8>,
+    writer: FrameWriter,
+    udp: UdpSocket,
+    batch: RecvBatch,
+    counters: ShardCounters,
+}
+
+/// Why a turn of the loop was the last.
+enum End {
+    Stopped,
+}
+
+/// What poll found.
+#[derive(Debug, Clone, Copy)]
+struct Ready {
+    tun: bool,
+    udp: bool,
+    mail: bool,
+}
+
+impl Shard {
+    pub(super) fn new(
+        options: DataPlaneOptions,
+        tun: Tun,
+        udp: UdpSocket,
+        mailbox: Arc<Mailbox>,
+    ) -> Self {
+        let DataPlaneOptions { tunnel, own_key, seed, on_event } = options;
+        let features = tun.features();
+        let messages = if udp.features().gro { UDP_DRAIN_BUFFERS } else { UDP_RECV_MESSAGES_MAX };
+        Self {
+            config: tunnel,
+            own_key,
+            seed,
+            on_event,
+            mailbox,
+            peers: Vec::new(),
+            tun_paused_until: MonoTime::ZERO,
+            tun_buffer: vec![0; VNET_HEADER_BYTES + PACKET_BYTES_MAX],
+            writer: FrameWriter::new(features.vnet_hdr),
+            tun: Some(tun),
+            udp,
+            batch: RecvBatch::new(messages),
+            counters: ShardCounters::default(),
+        }
+    }
+
+    /// Serves until told to stop; a panic inside makes a new tunnel.
+    pub(super) fn run(mut self) {
+        let mut pause = RESTART_PAUSE;
+        loop {
+            let begun = clock::now();
+            let Err(cause) = catch_unwind(AssertUnwindSafe(|| self.serve())) else { return };
+            self.counters.panics += 1;
+            tracing::error!(
+                cause = panic_text(cause.as_ref()),
+                panics = self.counters.panics,
+                "the data plane panicked and starts again; sessions are made anew. Please report this"
+            );
+            (self.on_event)(DataEvent::Restarted);
+            if clock::now().since(begun) >= CALM {
+                pause = RESTART_PAUSE;
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(RESTART_PAUSE_MAX);
+        }
+    }
+
+    fn serve(&mut self) -> End {
+        let mut factory = BoringFactory::default();
+        factory.set_own_key(self.config.own, &self.own_key);
+        // Each life draws other receiver indexes than the one before.
+        let seed = self.seed.wrapping_add(self.counters.panics);
+        let mut tunnel = Tunnel::new(self.config.clone(), factory, seed);
+        let features = self.tun.as_ref().map(Tun::features).unwrap_or_default();
+        tunnel.set_coalesce(possible(self.config.coalesce, features));
+        if !self.peers.is_empty() {
+            self.apply_peers(&mut tunnel, clock::now());
+        }
+        loop {
+            self.counters.turns += 1;
+            let ready = self.wait(&tunnel);
+            let now = clock::now();
+            if ready.mail && self.read_mail(&mut tunnel, now) {
+                self.transmit(&mut tunnel, now);
+                return End::Stopped;
+            }
+            if ready.udp {
+                self.drain_udp(&mut tunnel, now);
+            }
+            if ready.tun {
+                self.drain_tun(&mut tunnel, now);
+            }
+            self.run_timers(&mut tunnel, now);
+            while let Some(event) = tunnel.poll_event() {
+                (self.on_event)(DataEvent::Tunnel(event));
+            }
+        }
+    }
+
+    /// Sleeps until something is to be done.
+    fn wait(&self, tunnel: &BoringTunnel) -> Ready {
+        let now = clock::now();
+        let paused = self.tun.is_some() && self.tun_paused_until > now;
+        let deadline = tunnel.next_deadline().map(|(at, _)| at);
+        let deadline = if paused {
+            Some(deadline.map_or(self.tun_paused_until, |at| at.min(self.tun_paused_until)))
+        } else {
+            deadline
+        };
+        let timeout = deadline.map(|at| timespec(at.since(now)));
+        let mut fds = [
+            PollFd::new(&*self.mailbox, PollFlags::IN),
+            PollFd::new(&self.udp, PollFlags::IN),
+            PollFd::new(&self.udp, PollFlags::empty()),
+        ];
+        let tun = self.tun.as_ref().filter(|_| !paused);
+        let used = match (tun, fds.last_mut()) {
+            (Some(tun), Some(slot)) => {
+                *slot = PollFd::new(tun, PollFlags::IN);
+                3
+            }
+            _ => 2,
+        };
+        match poll(fds.get_mut(..used).unwrap_or_default(), timeout.as_ref()) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ready { tun: false, udp: false, mail: false },
+            Err(error) => {
+                // Memory for the call, nothing else: look at everything after a moment.
+                tracing::warn!(%error, "poll failed");
+                std::thread::sleep(ERROR_PAUSE);
+                return Ready { tun: tun.is_some(), udp: true, mail: true };
+            }
+        }
+        let [mail, udp, last] = fds.map(|fd| !fd.revents().is_empty());
+        Ready { mail, udp, tun: used == 3 && last }
+    }
+
+    /// Does what control asked; true: stop.
+    fn read_mail(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) -> bool {
+        let letters = self.mailbox.take();
+        if letters.stop {
+            return true;
+        }
+        if let Some(tun) = letters.tun {
+            self.writer.vnet_hdr = tun.features().vnet_hdr;
+            tunnel.set_coalesce(possible(self.config.coalesce, tun.features()));
+            self.tun = Some(tun);
+            self.tun_paused_until = MonoTime::ZERO;
+        }
+        if let Some(peers) = letters.peers {
+            self.peers = peers;
+            self.apply_peers(tunnel, now);
+        }
+        if letters.initiate_all {
+            tunnel.initiate_all(now);
+        }
+        self.transmit(tunnel, now);
+        for asker in letters.snapshots {
+            // An asker that gave up is gone: nothing to do about it.
+            let _ = asker.try_send(self.snapshot(tunnel, now));
+        }
+        false
+    }
+
+    fn apply_peers(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
+        let refused = tunnel.set_peers(now, &self.peers);
+        for refusal in &refused {
+            tracing::warn!(%refusal, "left out of the mesh");
+        }
+        if !refused.is_empty() {
+            (self.on_event)(DataEvent::Refused(refused));
+        }
+    }
+
+    fn snapshot(&self, tunnel: &BoringTunnel, now: MonoTime) -> DataSnapshot {
+        let mut peers = Vec::new();
+        tunnel.snapshot(now, &mut peers);
+        DataSnapshot {
+            now,
+            peers,
+            tunnel: tunnel.counters().clone(),
+            shard: self.counters,
+            tun: self.writer.counters,
+            udp: *self.udp.counters(),
+            tun_features: self.tun.as_ref().map(Tun::features),
+            udp_features: self.udp.features(),
+        }
+    }
+
+    /// One receive call; what it brought goes to the TUN before anything else happens.
+    fn drain_udp(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
+        if let Err(error) = self.udp.recv(&mut self.batch) {
+            tracing::trace!(%error, "receive");
+            self.counters.udp_errors += 1;
+            return;
+        }
+        let mut device = Device::There;
+        let mut pending = 0;
+        for message in self.batch.iter() {
+            // Merged over the whole call, as a super-packet may come in two messages; the tunnel has room
+            // for so many bytes between two collections.
+            if pending + message.bytes.len() > UDP_DRAIN_BUFFERS * RECV_BUFFER_BYTES {
+                pending = 0;
+                device = device.and(deliver(tunnel, self.tun.as_ref(), &mut self.writer));
+            }
+            pending += message.bytes.len();
+            let meta = UdpMeta {
+                source: message.source,
+                local: message.local,
+                segment_len: message.segment_len,
+                ecn: Ecn::from_bits(message.ecn),
+            };
+            tunnel.handle_udp_input(now, &meta, message.bytes);
+        }
+        if device == Device::Gone {
+            self.lose_tun();
+        }
+        self.transmit(tunnel, now);
+    }
+
+    /// Reads until nothing waits or the budget is spent; full sends leave at once, the rest at the end.
+    fn drain_tun(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
+        let mut drained = 0;
+        while drained < TUN_DRAIN_BYTES {
+            let Some(tun) = &self.tun else { break };
+            let read = match tun.read(&mut self.tun_buffer) {
+                Ok(read) => read,
+                Err(error) => {
+                    self.note_read_error(&error, now);
+                    break;
+                }
+            };
+            drained += read;
+            self.writer.counters.reads += 1;
+            self.writer.counters.read_bytes += read as u64;
+            let bytes = self.tun_buffer.get_mut(..read).unwrap_or_default();
+            let (header, packet) = match split_header(self.writer.vnet_hdr, bytes) {
+                Some(split) => split,
+                None => {
+                    self.counters.tun_malformed += 1;
+                    continue;
+                }
+            };
+            tunnel.handle_tun_input(now, &header, packet);
+            send_ready(tunnel, &mut self.udp);
+        }
+        self.transmit(tunnel, now);
+    }
+
+    fn note_read_error(&mut self, error: &io::Error, now: MonoTime) {
+        match Errno::from_io_error(error) {
+            Some(Errno::AGAIN) => {}
+            Some(Errno::BADFD) => self.lose_tun(),
+            _ => {
+                tracing::debug!(%error, "reading the TUN device");
+                self.writer.counters.read_errors += 1;
+                self.tun_paused_until = now + ERROR_PAUSE;
+            }
+        }
+    }
+
+    /// The device was deleted: closes our end and tells control, once.
+    fn lose_tun(&mut self) {
+        if let Some(tun) = self.tun.take() {
+            tracing::warn!(device = tun.name(), "the TUN device was deleted");
+            (self.on_event)(DataEvent::TunLost);
+        }
+    }
+
+    fn run_timers(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
+        if tunnel.next_deadline().is_some_and(|(at, _)| at <= now) {
+            tunnel.handle_timeout(now);
+            self.transmit(tunnel, now);
+        }
+    }
+
+    /// Closes open batches and sends all.
+    fn transmit(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
+        tunnel.flush(now);
+        send_ready(tunnel, &mut self.udp);
+        if deliver(tunnel, self.tun.as_ref(), &mut self.writer) == Device::Gone {
+            self.lose_tun();
+        }
+    }
+}
+
+/// What was asked for as far as the device can take it.
+fn possible(wanted: CoalesceOptions, features: TunFeatures) -> CoalesceOptions {
+    CoalesceOptions {
+        tcp: wanted.tcp && features.vnet_hdr && features.tso,
+        udp: wanted.udp && features.vnet_hdr && features.uso,
+        ..wanted
+    }
+}
+
+/// Sends what is ready. A source address that is no longer ours must not silence the peer: the kernel
+/// chooses then.
+fn send_ready(tunnel: &mut BoringTunnel, udp: &mut UdpSocket) {
+    let mut lost_address = None;
+    while let Some(transmit) = tunnel.poll_transmit() {
+        let (dst, ecn, len) = (transmit.dst, transmit.ecn.bits(), transmit.segment_len);
+        let local = transmit.local;
+        let sent = match udp.send(dst, local, ecn, len, transmit.bytes) {
+            Err(_) if local.is_some() => {
+                lost_address = local;
+                udp.send(dst, None, ecn, len, transmit.bytes)
+            }
+            sent => sent,
+        };
+        if let Err(error) = sent {
+            tracing::trace!(%dst, %error, "send");
+        }
+    }
+    if let Some(local) = lost_address {
+        tunnel.forget_local(local);
+    }
+}
+
+/// Writes what is ready for the TUN; without a device it is dropped and counted.
+fn deliver(tunnel: &mut BoringTunnel, tun: Option<&Tun>, writer: &mut FrameWriter) -> Device {
+    let mut device = Device::There;
+    while let Some(frame) = tunnel.poll_tun() {
+        let outcome = writer.write(&frame.header, frame.pieces(), |slices| match tun {
+            Some(tun) => tun.write(slices),
+            None => Err(Errno::BADFD.into()),
+        });
+        device = device.and(outcome);
+    }
+    device
+}
+
+/// Header and packet of what was read.
+fn split_header(vnet_hdr: bool, bytes: &mut [u8]) -> Option<(VnetHeader, &mut [u8])> {
+    if !vnet_hdr {
+        return Some((VnetHeader::PLAIN, bytes));
+    }
+    let header = VnetHeader::parse(bytes).ok()?;
+    Some((header, bytes.get_mut(VNET_HEADER_BYTES..)?))
+}
+
+fn timespec(wait: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(wait.subsec_nanos()),
+    }
+}
+
+fn panic_text(cause: &(dyn std::any::Any + Send)) -> &str {
+    cause
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| cause.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no text")
+}

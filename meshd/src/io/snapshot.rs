@@ -1,0 +1,77 @@
+//! The data plane in numbers, for status and metrics.
+
+use mesh_core::tunnel::config::PeerSnapshot;
+use mesh_core::tunnel::counters::Counters;
+use mesh_types::status::Counter;
+use mesh_types::time::MonoTime;
+use netcfg::tun::TunFeatures;
+use netcfg::udp::{UdpCounters, UdpFeatures};
+
+use super::frame::TunCounters;
+
+/// What the loop itself counts; survives a restart after a panic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ShardCounters {
+    /// Times the shard woke up.
+    pub turns: u64,
+    pub panics: u64,
+    /// Receive calls that failed.
+    pub udp_errors: u64,
+    /// TUN reads with a vnet header we did not ask for.
+    pub tun_malformed: u64,
+}
+
+/// Peers and counters at one moment.
+#[derive(Debug, Clone)]
+pub struct DataSnapshot {
+    /// When it was taken, on the clock of [`PeerSnapshot::last_handshake`].
+    pub now: MonoTime,
+    pub peers: Vec<PeerSnapshot>,
+    /// Begins at zero again when the shard restarted.
+    pub tunnel: Counters,
+    pub shard: ShardCounters,
+    pub tun: TunCounters,
+    pub udp: UdpCounters,
+    /// `None` while the device is gone.
+    pub tun_features: Option<TunFeatures>,
+    pub udp_features: UdpFeatures,
+}
+
+impl DataSnapshot {
+    /// Everything not passed on, by reason. Reasons that never happened are there with 0, so that a
+    /// rate over them is defined from the start.
+    pub fn drops(&self) -> Vec<Counter> {
+        let tunnel = self.tunnel.drops().map(|(reason, count)| (reason.name(), count));
+        let here = [
+            ("tun_no_room", self.tun.write_no_room),
+            ("tun_down", self.tun.write_down),
+            ("tun_write_error", self.tun.write_errors),
+            ("tun_vnet_header", self.shard.tun_malformed),
+            ("udp_receive_overflow", self.udp.rx_overflow),
+            ("udp_receive_malformed", self.udp.rx_malformed),
+            ("udp_send_no_room", self.udp.tx_dropped),
+            ("udp_send_error", self.udp.tx_errors),
+        ];
+        let all = tunnel.chain(here);
+        all.map(|(reason, count)| Counter { reason: reason.to_owned(), count }).collect()
+    }
+
+    /// Inner packets per UDP send: how well segmentation works.
+    pub fn segments_per_send(&self) -> f64 {
+        ratio(self.tunnel.tx_packets, self.tunnel.tx_batches)
+    }
+
+    /// Datagrams per received message: how well the kernel's coalescing works.
+    pub fn packets_per_receive(&self) -> f64 {
+        ratio(self.tunnel.rx_packets, self.tunnel.rx_bursts)
+    }
+
+    /// Inner packets per TUN write: how well our coalescing works.
+    pub fn packets_per_tun_write(&self) -> f64 {
+        ratio(self.tunnel.rx_packets, self.tun.writes)
+    }
+}
+
+fn ratio(packets: u64, calls: u64) -> f64 {
+    if calls == 0 { 0.0 } else { packets as f64 / calls as f64 }
+}
