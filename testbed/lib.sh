@@ -27,25 +27,34 @@ need_packages() {
     apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2 || die "could not install ${missing[*]}"
 }
 
-# need_rust: cargo with the toolchain rust-toolchain.toml names; by Debian's rustup where it is packaged, else by
-# the Rust project's own installer.
+# need_rust: cargo of the version rust-toolchain.toml names or newer; by rustup (Debian's where it is packaged, else the
+# Rust project's own installer) where there is none or only an older one.
 need_rust() {
     export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
-    if ! command -v cargo >/dev/null; then
-        if apt-cache show rustup >/dev/null 2>&1; then
+    local channel
+    channel=$(sed -n 's/^channel = "\(.*\)"$/\1/p' "$root_dir/rust-toolchain.toml")
+    if ! command -v rustup >/dev/null && ! cargo_is_at_least "$channel"; then
+        if ! command -v cargo >/dev/null && apt-cache show rustup >/dev/null 2>&1; then
             need_packages rustup
         else
-            need_packages curl
+            need_packages curl ca-certificates
             say "installing Rust by rustup"
             curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
-                sh -s -- -y --profile minimal --default-toolchain none >&2 || die "rustup failed"
+                sh -s -- -y --no-modify-path --profile minimal --default-toolchain none >&2 || die "rustup failed"
         fi
     fi
     if command -v rustup >/dev/null; then
-        (cd "$root_dir" && rustup show active-toolchain >/dev/null 2>&1) ||
-            (cd "$root_dir" && rustup toolchain install >&2) || die "rustup could not install the toolchain"
+        rustup toolchain list | grep -q "^$channel-" ||
+            rustup toolchain install "$channel" --profile minimal -c rustfmt -c clippy >&2 ||
+            die "rustup could not install Rust $channel"
     fi
-    (cd "$root_dir" && cargo --version >&2) || die "cargo does not run"
+    cargo_is_at_least "$channel" || die "cargo $channel or newer is needed"
+}
+
+cargo_is_at_least() {
+    local have
+    have=$(cd "$root_dir" && cargo --version 2>/dev/null | cut -d' ' -f2) || return 1
+    [ -n "$have" ] && [ "$(printf '%s\n%s\n' "$1" "$have" | sort -V | head -1)" = "$1" ]
 }
 
 # Where builds go. CI runs in a fresh clone each time: there the build folder is kept beside it, so that a
