@@ -1,0 +1,19 @@
+//! `keyrelay`: the one piece of the mesh outside its nodes.
+//!
+//! ```text
+//!   client                          relay
+//!     | -- initiation ------------->  mac1, limits, member?      no: silence
+//!     | <------------- response ---   an engine per member
+//!     | -- "what is my address?" ->   only inside the session
+//!     | <---- "203.0.113.7:4242" --   never larger than the question
+//! ```
+//!
+//! It is a WireGuard responder: a client proves its key by the handshake, and the address it is told was
+//! seen on an authenticated datagram. Who is no member gets no answer at all.
+
+pub mod clock;
+pub mod core;
+pub mod keyfile;
+pub mod members;
+pub mod server;
+pub mod whoami;

@@ -1,0 +1,127 @@
+//! The built binary on loopback, both families.
+
+#![allow(clippy::expect_used)] // helpers of a test say what failed by panicking
+use std::io::{BufRead, BufReader};
+use std::net::{SocketAddr, UdpSocket};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use mesh_types::key::PublicKey;
+use tempfile::TempDir;
+use wg_engine::{generate_private_key, public_key};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_keyrelay");
+
+/// A running relay; ended with the test.
+struct Running {
+    child: Child,
+    address: SocketAddr,
+    key: String,
+    _folder: TempDir,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn start(listen: &str, members: &[PublicKey]) -> Running {
+    let folder = tempfile::tempdir().expect("a folder");
+    let keys: String = members.iter().map(|key| format!("{key}\n")).collect();
+    std::fs::write(folder.path().join("members"), keys).expect("a keys file");
+    let mut child = Command::new(PROGRAM)
+        .args(["run", "--listen", listen, "--private-key-file"])
+        .arg(folder.path().join("key"))
+        .arg("--keys-file")
+        .arg(folder.path().join("members"))
+        .env_remove("RUST_LOG")
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the relay starts");
+    let mut log = BufReader::new(child.stderr.take().expect("its log"));
+    let mut line = String::new();
+    while !line.contains("listening") {
+        line.clear();
+        assert_ne!(log.read_line(&mut line).expect("a line"), 0, "the relay ended");
+    }
+    let value = |name: &str| {
+        let (_, rest) = line.split_once(&format!(" {name}=")).expect("a field");
+        rest.split_whitespace().next().expect("a value").to_owned()
+    };
+    let address = value("address").parse().expect("an address");
+    Running { child, address, key: value("key"), _folder: folder }
+}
+
+fn write_key(folder: &Path) -> (std::path::PathBuf, PublicKey) {
+    let path = folder.join("client");
+    let (key, _) = keyrelay::keyfile::load_or_create(&path).expect("a key");
+    (path, public_key(&key))
+}
+
+fn whoami(relay: SocketAddr, relay_key: &str, key: &Path, timeout_s: u64) -> Output {
+    Command::new(PROGRAM)
+        .args(["whoami", "--relay", &relay.to_string(), "--relay-key", relay_key, "--key-file"])
+        .arg(key)
+        .args(["--timeout-s", &timeout_s.to_string()])
+        .output()
+        .expect("whoami runs")
+}
+
+#[test]
+fn whoami_prints_the_address_the_relay_sees_over_both_families() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (path, client) = write_key(folder.path());
+    for listen in ["127.0.0.1:0", "[::1]:0"] {
+        let relay = start(listen, &[client]);
+        let output = whoami(relay.address, &relay.key, &path, 20);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{listen}: {errors}");
+        let seen: SocketAddr =
+            String::from_utf8_lossy(&output.stdout).trim().parse().expect("an address");
+        assert_eq!(seen.ip(), relay.address.ip());
+        assert_ne!(seen.port(), 0);
+    }
+}
+
+#[test]
+fn an_ipv4_client_of_a_dual_stack_relay_is_told_an_ipv4_address() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (path, client) = write_key(folder.path());
+    let relay = start("[::]:0", &[client]);
+    let v4 = SocketAddr::from(([127, 0, 0, 1], relay.address.port()));
+    let output = whoami(v4, &relay.key, &path, 20);
+    assert!(String::from_utf8_lossy(&output.stdout).starts_with("127.0.0.1:"), "{output:?}");
+}
+
+#[test]
+fn a_stranger_and_a_stray_datagram_get_no_answer() {
+    let member = public_key(&generate_private_key());
+    let relay = start("127.0.0.1:0", &[member]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let (path, _) = write_key(folder.path());
+    let output = whoami(relay.address, &relay.key, &path, 1);
+    assert!(!output.status.success() && output.stdout.is_empty());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no answer"), "{output:?}");
+
+    let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
+    socket.set_read_timeout(Some(Duration::from_millis(500))).expect("a timeout");
+    for bytes in [&[][..], &[0; 148], &[1; 148], &[0xff; 2000]] {
+        socket.send_to(bytes, relay.address).expect("sent");
+    }
+    assert!(socket.recv_from(&mut [0; 2048]).is_err(), "silence");
+}
+
+#[test]
+fn a_relay_for_nobody_refuses_to_start() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let output = Command::new(PROGRAM)
+        .args(["run", "--listen", "127.0.0.1:0", "--private-key-file"])
+        .arg(folder.path().join("key"))
+        .output()
+        .expect("it runs");
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--allow-key"), "{output:?}");
+}
