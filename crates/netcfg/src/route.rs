@@ -141,14 +141,12 @@ pub fn list(table: u32) -> io::Result<Vec<KernelRoute>> {
 
 /// Adds a route, or changes the one with the same destination, table and metric to it.
 pub fn replace(route: &KernelRoute) -> io::Result<()> {
-    let request = RouteNetlinkMessage::NewRoute(message(route));
-    Netlink::open()?.ack(request, NLM_F_CREATE | NLM_F_REPLACE)
+    replace_on(&mut Netlink::open()?, route)
 }
 
 /// Removes a route (destination, table, metric, protocol and kind must match); no error when it is gone.
 pub fn delete(route: &KernelRoute) -> io::Result<()> {
-    let request = RouteNetlinkMessage::DelRoute(message(route));
-    tolerate(Netlink::open()?.ack(request, 0), &[libc::ESRCH, libc::ENODEV, libc::ENOENT])
+    delete_on(&mut Netlink::open()?, route)
 }
 
 /// Rules of ours: at `priority`, into `table`, "everything that does not carry the mark", of protocol `protocol`.
@@ -187,6 +185,18 @@ pub fn add_rule(rule: &Rule, protocol: u8) -> io::Result<()> {
 pub fn delete_rule(rule: &Rule, protocol: u8) -> io::Result<()> {
     let request = RouteNetlinkMessage::DelRule(rule_message(rule, protocol));
     tolerate(Netlink::open()?.ack(request, 0), &[libc::ENOENT])
+}
+
+/// As [`replace`] on a socket that is open: thousands of routes go through one.
+pub(crate) fn replace_on(netlink: &mut Netlink, route: &KernelRoute) -> io::Result<()> {
+    let request = RouteNetlinkMessage::NewRoute(message(route));
+    netlink.ack(request, NLM_F_CREATE | NLM_F_REPLACE)
+}
+
+/// As [`delete`] on a socket that is open.
+pub(crate) fn delete_on(netlink: &mut Netlink, route: &KernelRoute) -> io::Result<()> {
+    let request = RouteNetlinkMessage::DelRoute(message(route));
+    tolerate(netlink.ack(request, 0), &[libc::ESRCH, libc::ENODEV, libc::ENOENT])
 }
 
 fn host_length(address: IpAddr) -> u8 {

@@ -1,0 +1,276 @@
+//! The guard: nftables rules that keep pod traffic off the underlay, whatever else goes wrong.
+//!
+//! ```text
+//!              underlay                              inside: TUN, loopback, pod links
+//! in   prerouting -350   source in the cluster?  -> drop        (before conntrack, before any NAT)
+//! out  postrouting 300   destination or source
+//!                        in the cluster?         -> drop        (after every NAT: what is still a pod's)
+//! out  postrouting 300   SYN into the tunnel     -> MSS fits the route
+//! ```
+//!
+//! The table stays when the daemon dies; only [`remove`] takes it away. It is replaced as a whole in one transaction, and
+//! carries two marks: a comment with the hash of the configuration it was made from, and an empty chain named by the
+//! hash of what the kernel then showed. [`verify`] compares both, so that a changed configuration, a flush
+//! and an edit by somebody else are noticed alike.
+
+use anyhow::Context as _;
+use ipnet::IpNet;
+use mesh_types::defaults;
+use mesh_types::net::ClusterPrefixes;
+use serde_json::Value;
+
+use crate::nft;
+
+/// What the guard is made from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuardConfig {
+    /// Name of the nftables table, family `inet`.
+    pub table: String,
+    pub cluster: ClusterPrefixes,
+    pub tun: String,
+    /// Interfaces whose names begin so are pods'.
+    pub pod_link_prefix: String,
+}
+
+impl GuardConfig {
+    /// Our own names.
+    pub fn new(cluster: ClusterPrefixes) -> Self {
+        Self {
+            table: defaults::NFT_TABLE.to_owned(),
+            cluster,
+            tun: defaults::TUN_NAME.to_owned(),
+            pod_link_prefix: defaults::POD_LINK_PREFIX.to_owned(),
+        }
+    }
+}
+
+/// How the guard stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuardState {
+    /// As configured, untouched.
+    Intact,
+    Missing,
+    /// Made from another configuration.
+    Outdated,
+    /// Edited by somebody else since.
+    Altered,
+}
+
+/// Packets the guard dropped since it was loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct GuardDrops {
+    /// Would have left to a pod address in the clear.
+    pub leaving_to_cluster: u64,
+    /// Would have left with a pod's source address.
+    pub leaving_from_cluster: u64,
+    /// Came from the underlay with a pod's source address.
+    pub entering_from_cluster: u64,
+}
+
+/// Comments the drop rules are found by.
+const TO_CLUSTER: &str = "to the cluster outside the tunnel";
+const FROM_CLUSTER: &str = "from the cluster outside the tunnel";
+const ENTERING: &str = "claims to come from the cluster";
+
+/// Name of the empty chain that holds the hash of the listing.
+const SEAL: &str = "seal-";
+
+/// The whole table as one `nft -f` transaction.
+pub fn render(config: &GuardConfig) -> String {
+    let GuardConfig { table, cluster, tun, pod_link_prefix } = config;
+    let v4 = nft::elements(cluster.as_slice().iter().filter(|net| matches!(net, IpNet::V4(_))));
+    let v6 = nft::elements(cluster.as_slice().iter().filter(|net| matches!(net, IpNet::V6(_))));
+    let hash = config_hash(config);
+    format!(
+        r#"add table inet {table}
+delete table inet {table}
+table inet {table} {{
+	comment "configuration {hash}"
+	set cluster4 {{ type ipv4_addr; flags interval;{v4} }}
+	set cluster6 {{ type ipv6_addr; flags interval;{v6} }}
+	chain entering {{
+		type filter hook prerouting priority -350; policy accept;
+		iifname {{ "{tun}", "lo" }} accept
+		iifname "{pod_link_prefix}*" accept
+		ip saddr @cluster4 counter drop comment "{ENTERING}"
+		ip6 saddr @cluster6 counter drop comment "{ENTERING}"
+	}}
+	chain leaving {{
+		type filter hook postrouting priority 300; policy accept;
+		oifname "{tun}" tcp flags syn / syn,rst tcp option maxseg size set rt mtu
+		oifname {{ "{tun}", "lo" }} accept
+		oifname "{pod_link_prefix}*" accept
+		ip daddr @cluster4 counter drop comment "{TO_CLUSTER}"
+		ip6 daddr @cluster6 counter drop comment "{TO_CLUSTER}"
+		ip saddr @cluster4 counter drop comment "{FROM_CLUSTER}"
+		ip6 saddr @cluster6 counter drop comment "{FROM_CLUSTER}"
+	}}
+}}
+"#
+    )
+}
+
+/// Makes the guard stand as configured. Does nothing when it is intact; `true` when it had to be (re)made.
+pub fn ensure(config: &GuardConfig) -> anyhow::Result<bool> {
+    check(config)?;
+    if verify(config)? == GuardState::Intact {
+        return Ok(false);
+    }
+    nft::run_script(&render(config)).context("load the guard")?;
+    let seal = listing_hash(&list(&config.table)?);
+    nft::run_script(&format!("add chain inet {} {SEAL}{seal}\n", config.table))
+        .context("seal the guard")?;
+    Ok(true)
+}
+
+/// Compares the kernel with the configuration and with what was loaded.
+pub fn verify(config: &GuardConfig) -> anyhow::Result<GuardState> {
+    check(config)?;
+    let listing = match list(&config.table) {
+        Ok(listing) => listing,
+        Err(error) if nft::is_missing(&error) => return Ok(GuardState::Missing),
+        Err(error) => return Err(error.context("look at the guard")),
+    };
+    if !listing.contains(&format!("comment \"configuration {}\"", config_hash(config))) {
+        return Ok(GuardState::Outdated);
+    }
+    let seal = format!("chain {SEAL}{} {{", listing_hash(&listing));
+    let sealed = listing.lines().any(|line| line.trim() == seal);
+    Ok(if sealed { GuardState::Intact } else { GuardState::Altered })
+}
+
+/// Takes the guard away (uninstall); `false` when there was none.
+pub fn remove(table: &str) -> anyhow::Result<bool> {
+    nft::check_word(table)?;
+    match nft::run_script(&format!("delete table inet {table}\n")) {
+        Ok(()) => Ok(true),
+        Err(error) if nft::is_missing(&error) => Ok(false),
+        Err(error) => Err(error.context("remove the guard")),
+    }
+}
+
+/// Reads the drop counters.
+pub fn drops(table: &str) -> anyhow::Result<GuardDrops> {
+    nft::check_word(table)?;
+    let text = nft::query(&["-j", "list", "table", "inet", table])?;
+    parse_drops(&text)
+}
+
+fn parse_drops(text: &str) -> anyhow::Result<GuardDrops> {
+    let document: Value = serde_json::from_str(text).context("read nft's JSON")?;
+    let mut drops = GuardDrops::default();
+    let objects = document.get("nftables").and_then(Value::as_array);
+    for rule in objects.into_iter().flatten().filter_map(|object| object.get("rule")) {
+        let slot = match rule.get("comment").and_then(Value::as_str) {
+            Some(TO_CLUSTER) => &mut drops.leaving_to_cluster,
+            Some(FROM_CLUSTER) => &mut drops.leaving_from_cluster,
+            Some(ENTERING) => &mut drops.entering_from_cluster,
+            _ => continue,
+        };
+        let expressions = rule.get("expr").and_then(Value::as_array);
+        let packets = expressions
+            .into_iter()
+            .flatten()
+            .find_map(|expression| expression.get("counter")?.get("packets")?.as_u64());
+        *slot = slot.saturating_add(packets.unwrap_or(0));
+    }
+    Ok(drops)
+}
+
+fn check(config: &GuardConfig) -> anyhow::Result<()> {
+    for word in [&config.table, &config.tun, &config.pod_link_prefix] {
+        nft::check_word(word)?;
+    }
+    Ok(())
+}
+
+/// Covers this program's idea of the rules too: the words that make them are hashed with the configuration.
+fn config_hash(config: &GuardConfig) -> String {
+    /// Goes up with every change of [`render`].
+    const RULES_VERSION: u32 = 1;
+    let prefixes: Vec<String> = config.cluster.as_slice().iter().map(ToString::to_string).collect();
+    let text = format!(
+        "{RULES_VERSION} {} {} {} {}",
+        config.table,
+        config.tun,
+        config.pod_link_prefix,
+        prefixes.join(" ")
+    );
+    format!("{:016x}", nft::hash(&text))
+}
+
+/// The table without counter values.
+fn list(table: &str) -> anyhow::Result<String> {
+    nft::query(&["-s", "list", "table", "inet", table])
+}
+
+/// Hash of a listing, the seal itself left out.
+fn listing_hash(listing: &str) -> String {
+    let mut rest = String::with_capacity(listing.len());
+    let mut in_seal = false;
+    for line in listing.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        if line.strip_prefix("chain ").is_some_and(|name| name.starts_with(SEAL)) {
+            in_seal = true;
+        } else if in_seal && line == "}" {
+            in_seal = false;
+        } else {
+            // What somebody put into the seal chain counts as an edit.
+            rest.push_str(line);
+            rest.push('\n');
+        }
+    }
+    format!("{:016x}", nft::hash(&rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> GuardConfig {
+        let prefixes = ["10.244.0.0/16", "fd00:10:244::/48"].map(|net| net.parse().unwrap());
+        GuardConfig::new(ClusterPrefixes::new(prefixes.to_vec()).unwrap())
+    }
+
+    #[test]
+    fn the_guard_renders_as_recorded() {
+        assert_eq!(render(&config()), include_str!("../tests/golden/guard.nft"));
+    }
+
+    #[test]
+    fn one_family_alone_leaves_the_other_set_empty() {
+        let prefixes = vec!["10.244.0.0/16".parse().unwrap()];
+        let text = render(&GuardConfig::new(ClusterPrefixes::new(prefixes).unwrap()));
+        assert!(text.contains("set cluster6 { type ipv6_addr; flags interval; }"), "{text}");
+    }
+
+    #[test]
+    fn the_seal_does_not_count_itself_but_what_is_put_into_it() {
+        let plain = "table inet meshd {\n\tchain a {\n\t}\n}\n";
+        let sealed = "table inet meshd {\n\tchain a {\n\t}\n\n\tchain seal-0123 {\n\t}\n}\n";
+        let edited =
+            "table inet meshd {\n\tchain a {\n\t}\n\n\tchain seal-0123 {\n\t\taccept\n\t}\n}\n";
+        assert_eq!(listing_hash(plain), listing_hash(sealed));
+        assert_ne!(listing_hash(plain), listing_hash(edited));
+    }
+
+    #[test]
+    fn names_cannot_smuggle_rules_in() {
+        let mut config = config();
+        config.tun = "x\" accept; #".to_owned();
+        assert!(ensure(&config).is_err());
+        assert!(remove("meshd; flush ruleset").is_err());
+    }
+
+    #[test]
+    fn drop_counters_are_summed_over_families() {
+        let text = format!(
+            r#"{{"nftables":[{{"metainfo":{{}}}},
+            {{"rule":{{"comment":"{TO_CLUSTER}","expr":[{{"match":{{}}}},{{"counter":{{"packets":2,"bytes":9}}}},{{"drop":null}}]}}}},
+            {{"rule":{{"comment":"{TO_CLUSTER}","expr":[{{"counter":{{"packets":3,"bytes":9}}}}]}}}},
+            {{"rule":{{"comment":"{ENTERING}","expr":[{{"counter":{{"packets":7,"bytes":9}}}}]}}}}]}}"#
+        );
+        let drops = parse_drops(&text).unwrap();
+        assert_eq!((drops.leaving_to_cluster, drops.entering_from_cluster), (5, 7));
+        assert!(parse_drops("nonsense").is_err());
+    }
+}

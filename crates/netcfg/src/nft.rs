@@ -1,0 +1,100 @@
+//! nftables through its own program: one text, one transaction (nft(8)).
+//!
+//! `nft -f -` is the stable interface; the netlink one is not documented for others. The program works in the
+//! network namespace of the calling thread.
+
+use std::io::{self, Write as _};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, anyhow, bail};
+use ipnet::IpNet;
+
+/// Where `nft` may be besides `$PATH`: container runtimes call plugins with a short one.
+const PLACES: [&str; 4] = ["nft", "/usr/sbin/nft", "/sbin/nft", "/usr/local/sbin/nft"];
+
+/// Carries out a script, all of it or nothing.
+pub(crate) fn run_script(script: &str) -> anyhow::Result<()> {
+    run(&["-f", "-"], Some(script)).map(|_| ())
+}
+
+/// Runs `nft` with arguments and returns what it printed.
+pub(crate) fn query(arguments: &[&str]) -> anyhow::Result<String> {
+    run(arguments, None)
+}
+
+/// Whether an error of this module says that the table, chain or set does not exist.
+pub(crate) fn is_missing(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| cause.downcast_ref::<Missing>().is_some())
+}
+
+/// Elements of an interval set, or nothing for an empty one (which nft's grammar does not allow).
+pub(crate) fn elements<'a>(prefixes: impl Iterator<Item = &'a IpNet>) -> String {
+    let list: Vec<String> = prefixes.map(ToString::to_string).collect();
+    if list.is_empty() { String::new() } else { format!(" elements = {{ {} }};", list.join(", ")) }
+}
+
+/// A name that goes into a script: nothing but what interface and table names of ours hold.
+pub(crate) fn check_word(word: &str) -> anyhow::Result<()> {
+    let fine = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    if word.is_empty() || !word.bytes().all(fine) {
+        bail!("{word:?} cannot stand in an nftables rule: use letters, digits, '-', '_' and '.'");
+    }
+    Ok(())
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("nftables: no such table, chain or set")]
+struct Missing;
+
+fn run(arguments: &[&str], input: Option<&str>) -> anyhow::Result<String> {
+    for program in PLACES {
+        let child = Command::new(program)
+            .args(arguments)
+            .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .env("LC_ALL", "C")
+            .spawn();
+        match child {
+            Ok(child) => return finish(child, arguments, input),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("start {program}")),
+        }
+    }
+    Err(anyhow!("there is no nft program: install nftables (apt install nftables)"))
+}
+
+fn finish(
+    mut child: std::process::Child,
+    arguments: &[&str],
+    input: Option<&str>,
+) -> anyhow::Result<String> {
+    if let (Some(mut stdin), Some(text)) = (child.stdin.take(), input) {
+        // nft reads everything before it answers, so this cannot block on its output.
+        stdin.write_all(text.as_bytes()).context("hand the script to nft")?;
+    }
+    let output = child.wait_with_output().context("wait for nft")?;
+    if output.status.success() {
+        return String::from_utf8(output.stdout).context("read what nft printed");
+    }
+    let message = String::from_utf8_lossy(&output.stderr);
+    let first = message.lines().next().unwrap_or("").trim();
+    if first.contains("No such file or directory") {
+        return Err(anyhow!(Missing).context(format!("nft {}: {first}", arguments.join(" "))));
+    }
+    if first.contains("Operation not permitted") {
+        bail!("nft may not change the ruleset: run as root or with CAP_NET_ADMIN");
+    }
+    bail!("nft {} failed: {first}", arguments.join(" "))
+}
+
+/// A stable 64-bit hash of text (FNV-1a with a finishing mix, splitmix64's): names objects, protects nothing.
+pub(crate) fn hash(text: &str) -> u64 {
+    let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
+    for byte in text.bytes() {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    }
+    hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    hash ^ (hash >> 31)
+}
