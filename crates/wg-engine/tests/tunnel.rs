@@ -1,0 +1,203 @@
+//! Two tunnels of the core over this engine, with a network that is a function call.
+#![allow(clippy::expect_used, clippy::panic)] // helpers of a test say what failed by panicking
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use mesh_core::packet::{Ecn, VnetHeader};
+use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
+use mesh_core::tunnel::{Event, PeerConfig, Tunnel, TunnelConfig, UdpMeta};
+use mesh_types::key::{PresharedKey, PrivateKey};
+use mesh_types::time::MonoTime;
+use wg_engine::{BoringFactory, generate_private_key, public_key};
+
+/// Turns of sending and receiving after which two tunnels must have nothing left to say.
+const TURNS_MAX: usize = 20;
+
+struct Node {
+    tunnel: Tunnel<BoringFactory>,
+    address: SocketAddr,
+    inner: [u8; 4],
+    key: PrivateKey,
+}
+
+fn at(seconds: u64) -> MonoTime {
+    MonoTime::ZERO + Duration::from_secs(seconds)
+}
+
+fn node(number: u8) -> Node {
+    let key = generate_private_key();
+    let mut factory = BoringFactory::new();
+    factory.set_own_key(OwnKeyId(0), &key);
+    Node {
+        tunnel: Tunnel::new(TunnelConfig::default(), factory, u64::from(number)),
+        address: SocketAddr::from(([192, 0, 2, number], 15190)),
+        inner: [10, 244, number, 1],
+        key,
+    }
+}
+
+fn introduce(a: &mut Node, b: &Node, now: MonoTime, preshared: Option<[u8; 32]>, keepalive: bool) {
+    let config = PeerConfig {
+        key: public_key(&b.key),
+        preshared: preshared.map(PresharedKey::from_bytes),
+        allowed_ips: vec![format!("10.244.{}.0/24", b.inner[2]).parse().expect("a prefix")],
+        candidates: vec![b.address],
+        keepalive: keepalive.then_some(Duration::from_secs(25)),
+        mtu: 1420,
+    };
+    assert_eq!(a.tunnel.set_peers(now, &[config]), []);
+}
+
+fn pair(now: MonoTime) -> (Node, Node) {
+    let (mut a, mut b) = (node(1), node(2));
+    introduce(&mut a, &b, now, None, false);
+    introduce(&mut b, &a, now, None, false);
+    (a, b)
+}
+
+/// A UDP packet without checksum, of `total` bytes.
+fn packet(from: &Node, to: &Node, total: u16, mark: u8) -> Vec<u8> {
+    let mut packet = vec![mark; usize::from(total)];
+    packet[..20]
+        .copy_from_slice(&[0x45, 0, 0, 0, 0, 0, 0x40, 0, 64, 17, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    packet[2..4].copy_from_slice(&total.to_be_bytes());
+    packet[12..16].copy_from_slice(&from.inner);
+    packet[16..20].copy_from_slice(&to.inner);
+    let sum: u32 =
+        packet[..20].chunks(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]]))).sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    packet[10..12].copy_from_slice(&(!(folded as u16)).to_be_bytes());
+    packet[20..28].copy_from_slice(&[0x30, 0x39, 0xd4, 0x31, 0, 0, 0, 0]);
+    packet[24..26].copy_from_slice(&(total - 20).to_be_bytes());
+    packet
+}
+
+/// Carries what `from` sends to `to`; returns whether anything went.
+fn carry(from: &mut Node, to: &mut Node, now: MonoTime) -> bool {
+    let mut any = false;
+    from.tunnel.flush(now);
+    while let Some(transmit) = from.tunnel.poll_transmit() {
+        any = true;
+        assert_eq!(transmit.dst, to.address);
+        let segment_len =
+            if transmit.bytes.len() > transmit.segment_len { transmit.segment_len } else { 0 };
+        let meta = UdpMeta { source: from.address, local: None, segment_len, ecn: Ecn::NotEct };
+        to.tunnel.handle_udp_input(now, &meta, transmit.bytes);
+    }
+    any
+}
+
+/// Everything that came out of the TUN side.
+fn received(node: &mut Node) -> Vec<Vec<u8>> {
+    let mut packets = Vec::new();
+    while let Some(frame) = node.tunnel.poll_tun() {
+        packets.push(frame.pieces().collect::<Vec<_>>().concat());
+    }
+    packets
+}
+
+/// Lets both sides talk until they have nothing to say; returns what came out of each TUN.
+fn settle(a: &mut Node, b: &mut Node, now: MonoTime) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+    let (mut at_a, mut at_b) = (Vec::new(), Vec::new());
+    for _ in 0..TURNS_MAX {
+        let sent = carry(a, b, now) | carry(b, a, now);
+        at_a.extend(received(a));
+        at_b.extend(received(b));
+        if !sent {
+            return (at_a, at_b);
+        }
+    }
+    panic!("two idle tunnels keep each other busy");
+}
+
+fn send(from: &mut Node, now: MonoTime, mut packet: Vec<u8>) {
+    from.tunnel.handle_tun_input(now, &VnetHeader::PLAIN, &mut packet);
+}
+
+/// Runs both sides' timers until `end`.
+fn run(a: &mut Node, b: &mut Node, mut now: MonoTime, end: MonoTime) {
+    loop {
+        let next =
+            [&a.tunnel, &b.tunnel].into_iter().filter_map(|t| t.next_deadline()).map(|d| d.0).min();
+        let Some(next) = next.filter(|next| *next <= end) else { return };
+        now = now.max(next);
+        a.tunnel.handle_timeout(now);
+        b.tunnel.handle_timeout(now);
+        settle(a, b, now);
+    }
+}
+
+#[test]
+fn the_first_packet_makes_a_session_and_arrives_and_so_does_its_answer() {
+    let (mut a, mut b) = pair(at(0));
+    let (there, back) = (packet(&a, &b, 100, 1), packet(&b, &a, 1420, 2));
+    send(&mut a, at(1), there.clone());
+    assert_eq!(settle(&mut a, &mut b, at(1)), (vec![], vec![there]));
+    send(&mut b, at(1), back.clone());
+    assert_eq!(settle(&mut a, &mut b, at(1)), (vec![back], vec![]));
+    let established = Event::SessionEstablished { key: public_key(&b.key) };
+    let mut events = std::iter::from_fn(|| a.tunnel.poll_event());
+    assert!(events.any(|event| event == established));
+}
+
+#[test]
+fn what_a_responder_had_waiting_leaves_with_the_first_packet_it_receives() {
+    let (mut a, mut b) = pair(at(0));
+    // Both begin at once, so that each is responder to the other.
+    let (to_b, to_a) = (packet(&a, &b, 200, 1), packet(&b, &a, 300, 2));
+    send(&mut a, at(1), to_b.clone());
+    send(&mut b, at(1), to_a.clone());
+    assert_eq!(settle(&mut a, &mut b, at(1)), (vec![to_a], vec![to_b]));
+}
+
+#[test]
+fn traffic_goes_on_through_an_hour_of_rekeying() {
+    let (mut a, mut b) = pair(at(0));
+    for second in 1..3600 {
+        run(&mut a, &mut b, at(second - 1), at(second));
+        let (there, back) = (packet(&a, &b, 60, 1), packet(&b, &a, 61, 2));
+        send(&mut a, at(second), there.clone());
+        send(&mut b, at(second), back.clone());
+        assert_eq!(settle(&mut a, &mut b, at(second)), (vec![back], vec![there]), "{second} s");
+    }
+    let sessions = a.tunnel.counters().sessions_established;
+    assert!((29..=31).contains(&sessions), "one session in two minutes: {sessions}");
+}
+
+#[test]
+fn a_peer_that_was_silent_for_an_hour_is_found_again_by_keepalives_alone() {
+    let (mut a, mut b) = (node(1), node(2));
+    introduce(&mut a, &b, at(0), None, true);
+    let mut now = at(0);
+    while let Some((next, _)) = a.tunnel.next_deadline().filter(|(next, _)| *next <= at(3600)) {
+        now = now.max(next);
+        a.tunnel.handle_timeout(now);
+        a.tunnel.flush(now);
+        while a.tunnel.poll_transmit().is_some() {} // nobody is there
+    }
+    introduce(&mut b, &a, at(3600), None, false);
+    run(&mut a, &mut b, at(3600), at(3600 + 140));
+    let hello = packet(&b, &a, 100, 7);
+    send(&mut b, at(3741), hello.clone());
+    assert_eq!(settle(&mut a, &mut b, at(3741)), (vec![hello], vec![]));
+}
+
+#[test]
+fn a_changed_preshared_key_replaces_the_session_without_losing_a_packet() {
+    let (mut a, mut b) = pair(at(0));
+    let first = packet(&a, &b, 100, 1);
+    send(&mut a, at(1), first);
+    settle(&mut a, &mut b, at(1));
+    introduce(&mut a, &b, at(2), Some([7; 32]), false);
+    let still = packet(&a, &b, 100, 2);
+    send(&mut a, at(2), still.clone());
+    assert_eq!(settle(&mut a, &mut b, at(2)).1, [still]);
+    introduce(&mut b, &a, at(3), Some([7; 32]), false);
+    for second in 3..300 {
+        run(&mut a, &mut b, at(second), at(second + 1));
+        let there = packet(&a, &b, 100, 3);
+        send(&mut a, at(second + 1), there.clone());
+        assert_eq!(settle(&mut a, &mut b, at(second + 1)).1, [there], "{second} s");
+    }
+}
