@@ -1,0 +1,159 @@
+//! The store's file operations, one step each, so that a test can stop between any two.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+
+/// Largest record or state file read back; ours are below 2 KiB.
+const RECORD_BYTES_MAX: u64 = 64 * 1024;
+
+const LOCK_FILE: &str = "lock";
+
+/// A directory of small files.
+pub trait Disk {
+    /// Held while the directory is read and changed; dropping it lets the next one in.
+    type Lock;
+    /// An open file; a claim on it lives as long as it is open.
+    type File;
+
+    /// Waits for the directory lock.
+    fn lock(&self) -> io::Result<Self::Lock>;
+    /// Names of all files but the lock.
+    fn list(&self) -> io::Result<Vec<String>>;
+    /// `None` when there is no such file.
+    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>>;
+    /// Makes a new file with this content, not yet safe against power loss.
+    fn write_new(&self, name: &str, bytes: &[u8]) -> io::Result<Self::File>;
+    /// Makes content safe against power loss.
+    fn sync(&self, file: &Self::File) -> io::Result<()>;
+    /// Makes names safe against power loss.
+    fn sync_names(&self) -> io::Result<()>;
+    /// Replaces `to` in one instant.
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+    /// A file that is gone already is fine.
+    fn remove(&self, name: &str) -> io::Result<()>;
+    /// `None` when there is no such file.
+    fn open(&self, name: &str) -> io::Result<Option<Self::File>>;
+    /// Claims a file for this process until it is closed; `false` when another process has it.
+    fn try_claim(&self, file: &Self::File) -> io::Result<bool>;
+    /// Waits until no other process claims the file, and claims it.
+    fn claim(&self, file: &Self::File) -> io::Result<()>;
+}
+
+/// A directory of a real file system.
+#[derive(Debug)]
+pub struct RealDisk {
+    dir: PathBuf,
+}
+
+impl RealDisk {
+    /// Makes the directory (0700) where it is missing.
+    pub fn create(dir: &Path) -> io::Result<Self> {
+        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        Ok(Self { dir: dir.to_owned() })
+    }
+
+    /// `None` where there is no such directory: nothing was ever reserved.
+    pub fn existing(dir: &Path) -> io::Result<Option<Self>> {
+        match fs::metadata(dir) {
+            Ok(found) if found.is_dir() => Ok(Some(Self { dir: dir.to_owned() })),
+            Ok(_) => Err(io::Error::from(io::ErrorKind::NotADirectory)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+}
+
+impl Disk for RealDisk {
+    type Lock = File;
+    type File = File;
+
+    fn lock(&self) -> io::Result<File> {
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(self.path(LOCK_FILE))?;
+        self.claim(&file)?;
+        Ok(file)
+    }
+
+    fn list(&self) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.dir)? {
+            // Names that are not UTF-8 are none of ours.
+            if let Ok(name) = entry?.file_name().into_string()
+                && name != LOCK_FILE
+            {
+                names.push(name);
+            }
+        }
+        Ok(names)
+    }
+
+    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        let Some(file) = self.open(name)? else { return Ok(None) };
+        let mut bytes = Vec::new();
+        file.take(RECORD_BYTES_MAX).read_to_end(&mut bytes)?;
+        Ok(Some(bytes))
+    }
+
+    fn write_new(&self, name: &str, bytes: &[u8]) -> io::Result<File> {
+        let mut file =
+            OpenOptions::new().write(true).create_new(true).mode(0o600).open(self.path(name))?;
+        file.write_all(bytes)?;
+        Ok(file)
+    }
+
+    fn sync(&self, file: &File) -> io::Result<()> {
+        file.sync_data()
+    }
+
+    fn sync_names(&self) -> io::Result<()> {
+        File::open(&self.dir)?.sync_all()
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        fs::rename(self.path(from), self.path(to))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        match fs::remove_file(self.path(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn open(&self, name: &str) -> io::Result<Option<File>> {
+        match File::open(self.path(name)) {
+            Ok(file) => Ok(Some(file)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn try_claim(&self, file: &File) -> io::Result<bool> {
+        match flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(true),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn claim(&self, file: &File) -> io::Result<()> {
+        loop {
+            match flock(file, FlockOperation::LockExclusive) {
+                Err(rustix::io::Errno::INTR) => {}
+                other => return other.map_err(io::Error::from),
+            }
+        }
+    }
+}
