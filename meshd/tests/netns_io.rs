@@ -1,0 +1,361 @@
+//! Two data planes in two network namespaces, joined by a veth: what a program sends on one side arrives on the
+//! other, through real TUN devices and sockets.
+//!
+//! ```text
+//!  namespace a                                          namespace b
+//!  10.90.1.1, fd00:90:1::1 on mio0                      mio0 10.90.2.1, fd00:90:2::1
+//!     shard ── 192.0.2.1 ════════ veth, MTU 1500 ════════ 192.0.2.2 ── shard
+//! ```
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket as StdUdpSocket};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use mesh_core::tunnel::config::{PeerConfig, TunnelConfig};
+use mesh_types::key::{PrivateKey, PublicKey};
+use meshd::io::{DataEvent, DataPlane, DataPlaneOptions};
+use netcfg::netns::{self, Netns, run_in};
+use netcfg::route::{KernelRoute, TABLE_MAIN};
+use netcfg::tun::{Tun, TunOptions};
+use netcfg::udp::{UdpOptions, UdpSocket};
+use netcfg::{addr, link, route};
+
+const TUN: &str = "mio0";
+const MTU: u32 = 1420;
+/// Bounds a wait that should be milliseconds.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Whether the test may run: without root it fails in CI and says so elsewhere.
+fn root() -> bool {
+    if rustix::process::geteuid().is_root() {
+        return true;
+    }
+    assert!(std::env::var_os("CI").is_none(), "namespace tests need root, and CI must run them");
+    let _ = std::io::stderr().write_all(b"skipped: namespace tests need root\n");
+    false
+}
+
+/// One namespace with its shard; deleted with the value.
+struct Side {
+    number: u8,
+    netns: Netns,
+    path: PathBuf,
+    port: u16,
+    public: PublicKey,
+    data: Option<DataPlane>,
+    events: Mutex<Receiver<DataEvent>>,
+}
+
+impl Drop for Side {
+    fn drop(&mut self) {
+        drop(self.data.take());
+        let _ = netns::delete(&self.path);
+    }
+}
+
+impl Side {
+    fn overlay(&self, v6: bool) -> IpAddr {
+        let text = if v6 {
+            format!("fd00:90:{}::1", self.number)
+        } else {
+            format!("10.90.{}.1", self.number)
+        };
+        text.parse().expect("address")
+    }
+
+    fn underlay(&self) -> SocketAddr {
+        SocketAddr::new(format!("192.0.2.{}", self.number).parse().expect("address"), self.port)
+    }
+
+    /// This side as the other side's peer.
+    fn as_peer(&self) -> PeerConfig {
+        PeerConfig {
+            key: self.public,
+            preshared: None,
+            allowed_ips: self.prefixes(),
+            candidates: vec![self.underlay()],
+            keepalive: None,
+            mtu: MTU,
+        }
+    }
+
+    fn prefixes(&self) -> Vec<IpNet> {
+        let number = self.number;
+        [format!("10.90.{number}.0/24"), format!("fd00:90:{number}::/64")]
+            .map(|prefix| prefix.parse().expect("prefix"))
+            .to_vec()
+    }
+
+    fn data(&self) -> &DataPlane {
+        self.data.as_ref().expect("a running data plane")
+    }
+
+    /// Opens the TUN in the namespace, with addresses and the route to the other side.
+    fn open_tun(netns: &Netns, number: u8, options: &TunOptions) -> Tun {
+        let other = 3 - number;
+        run_in(netns, || {
+            let tun = Tun::open(options)?;
+            let index = tun.index();
+            for own in [format!("10.90.{number}.1/32"), format!("fd00:90:{number}::1/128")] {
+                addr::add(index, own.parse()?)?;
+            }
+            link::set_up(index)?;
+            for there in [format!("10.90.{other}.0/24"), format!("fd00:90:{other}::/64")] {
+                let mut to = KernelRoute::new(there.parse()?, TABLE_MAIN, 4);
+                to.oif = Some(index);
+                to.scope_link = true;
+                route::replace(&to)?;
+            }
+            Ok(tun)
+        })
+        .expect("a TUN device")
+    }
+
+    fn start(path: PathBuf, netns: Netns, number: u8, udp: &UdpOptions, tun: &TunOptions) -> Self {
+        let own_key = PrivateKey::from_bytes([number; 32]);
+        let public = wg_engine::public_key(&own_key);
+        let device = Self::open_tun(&netns, number, tun);
+        let socket = run_in(&netns, || UdpSocket::open(udp)).expect("a UDP socket");
+        let port = socket.local_port();
+        let (sender, events) = sync_channel(64);
+        let options = DataPlaneOptions {
+            tunnel: TunnelConfig::default(),
+            own_key,
+            seed: u64::from(number),
+            on_event: Box::new(move |event| {
+                let _ = sender.try_send(event);
+            }),
+        };
+        let data = DataPlane::start(options, device, socket).expect("a data plane");
+        Self { number, netns, path, port, public, data: Some(data), events: Mutex::new(events) }
+    }
+}
+
+/// Two sides that know each other.
+fn pair(udp: &UdpOptions, tun: &TunOptions) -> [Side; 2] {
+    static SERIAL: AtomicU32 = AtomicU32::new(0);
+    let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+    let name = |side| format!("/run/meshd-io-{}-{serial}-{side}", std::process::id());
+    let paths = ["a", "b"].map(|side| PathBuf::from(name(side)));
+    let spaces = paths.each_ref().map(|path| Netns::create(path).expect("a namespace"));
+    run_in(&spaces[0], || {
+        let pair = link::VethPair {
+            name: "up0",
+            mac: None,
+            peer_name: "up0",
+            peer_mac: None,
+            mtu: 1500,
+            peer_netns: Some(&spaces[1]),
+        };
+        Ok(link::create_veth(&pair)?)
+    })
+    .expect("a veth pair");
+    for (space, address) in spaces.iter().zip(["192.0.2.1/24", "192.0.2.2/24"]) {
+        run_in(space, || {
+            let up = link::require("up0")?.index;
+            addr::add_with_route(up, address.parse()?)?;
+            link::set_up(up)?;
+            Ok(link::set_up(link::require("lo")?.index)?)
+        })
+        .expect("an address");
+    }
+    let mut number = 0;
+    let [a, b] = spaces;
+    let [path_a, path_b] = paths;
+    let sides = [(a, path_a), (b, path_b)].map(|(space, path)| {
+        number += 1;
+        Side::start(path, space, number, udp, tun)
+    });
+    sides[0].data().set_peers(vec![sides[1].as_peer()]);
+    sides[1].data().set_peers(vec![sides[0].as_peer()]);
+    sides
+}
+
+fn everything() -> [Side; 2] {
+    pair(&UdpOptions::default(), &tun_options())
+}
+
+fn tun_options() -> TunOptions {
+    TunOptions { mtu: Some(MTU), ..TunOptions::new(TUN) }
+}
+
+fn pattern(len: usize, seed: u8) -> Vec<u8> {
+    (0..len).map(|at| (at as u8).wrapping_mul(7).wrapping_add((at >> 8) as u8) ^ seed).collect()
+}
+
+/// Sends `len` bytes each way over one connection from `from` to `to` and compares them.
+fn tcp_both_ways(from: &Side, to: &Side, v6: bool, len: usize) {
+    let listener =
+        run_in(&to.netns, || Ok(TcpListener::bind((to.overlay(v6), 0))?)).expect("listen");
+    let target = listener.local_addr().expect("address");
+    let (there, back) = (pattern(len, 1), pattern(len, 2));
+    std::thread::scope(|scope| {
+        let server = scope.spawn(|| {
+            let (stream, source) = listener.accept().expect("a connection");
+            assert_eq!(source.ip(), from.overlay(v6), "the receiver sees the true source");
+            exchange(stream, &back, len)
+        });
+        let stream = run_in(&from.netns, || Ok(TcpStream::connect_timeout(&target, PATIENCE)?));
+        let received = exchange(stream.expect("connect"), &there, len);
+        assert!(received == back, "what came back differs");
+        assert!(server.join().expect("server") == there, "what arrived differs");
+    });
+}
+
+fn exchange(stream: TcpStream, send: &[u8], len: usize) -> Vec<u8> {
+    stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    stream.set_write_timeout(Some(PATIENCE)).expect("timeout");
+    let mut received = vec![0; len];
+    std::thread::scope(|scope| {
+        scope.spawn(|| (&stream).write_all(send).expect("send"));
+        (&stream).read_exact(&mut received).expect("receive");
+    });
+    received
+}
+
+/// One datagram there and back.
+fn udp_echo(from: &Side, to: &Side, v6: bool, len: usize) {
+    let bind = |side: &Side| {
+        run_in(&side.netns, || Ok(StdUdpSocket::bind((side.overlay(v6), 0))?)).expect("bind")
+    };
+    let (client, server) = (bind(from), bind(to));
+    for socket in [&client, &server] {
+        socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    }
+    let sent = pattern(len, 3);
+    client.send_to(&sent, server.local_addr().expect("address")).expect("send");
+    let mut buffer = vec![0; 65_536];
+    let (got, source) = server.recv_from(&mut buffer).expect("the datagram");
+    assert_eq!(source, client.local_addr().expect("address"), "the true source");
+    assert!(buffer[..got] == sent, "{len} bytes differ on the way there");
+    server.send_to(&buffer[..got], source).expect("send back");
+    let (got, _) = client.recv_from(&mut buffer).expect("the answer");
+    assert!(buffer[..got] == sent, "{len} bytes differ on the way back");
+}
+
+/// Checksum errors the kernel of a namespace has seen in inner packets.
+fn checksum_errors(side: &Side) -> u64 {
+    run_in(&side.netns, || {
+        let table =
+            |path: &str| std::fs::read_to_string(Path::new("/proc/thread-self/net").join(path));
+        let v4 = table("snmp")?;
+        let lines: Vec<&str> = v4.lines().collect();
+        let in_v4 = lines.chunks(2).flat_map(|pair| {
+            let names = pair[0].split_whitespace();
+            let values = pair.get(1).map(|line| line.split_whitespace()).into_iter().flatten();
+            names.zip(values).filter(|(name, _)| *name == "InCsumErrors").map(|(_, value)| value)
+        });
+        let v6 = table("snmp6")?;
+        let in_v6 = v6.lines().filter(|line| line.contains("InCsumErrors"));
+        let in_v6 = in_v6.filter_map(|line| line.split_whitespace().nth(1));
+        Ok(in_v4.chain(in_v6).filter_map(|value| value.parse::<u64>().ok()).sum())
+    })
+    .expect("counters")
+}
+
+#[test]
+fn tcp_and_fragmented_udp_pass_in_both_families_with_true_sources_and_checksums() {
+    if !root() {
+        return;
+    }
+    let [a, b] = everything();
+    for v6 in [false, true] {
+        for (from, to) in [(&a, &b), (&b, &a)] {
+            udp_echo(from, to, v6, 5);
+            udp_echo(from, to, v6, 8192);
+            udp_echo(from, to, v6, 60_000);
+        }
+        tcp_both_ways(&a, &b, v6, 4 << 20);
+    }
+    assert_eq!((checksum_errors(&a), checksum_errors(&b)), (0, 0));
+}
+
+#[test]
+fn super_packets_move_in_both_directions_and_nothing_is_dropped_for_their_shape() {
+    if !root() {
+        return;
+    }
+    let [a, b] = everything();
+    tcp_both_ways(&a, &b, false, 16 << 20);
+    let [a, b] = [a.data(), b.data()].map(|data| data.snapshot().expect("a snapshot"));
+    for side in [&a, &b] {
+        assert!(side.segments_per_send() > 3.0, "segments per send: {}", side.segments_per_send());
+        let per_write = side.packets_per_tun_write();
+        assert!(per_write > 3.0, "packets per TUN write: {per_write}");
+        assert_eq!(side.tun.split, 0, "super-packets refused by the kernel");
+        let shape = ["tun_malformed", "not_ip", "foreign_source", "bad_tag", "packet_too_big"];
+        let dropped: Vec<_> = side
+            .drops()
+            .into_iter()
+            .filter(|drop| drop.count > 0 && shape.contains(&drop.reason.as_str()))
+            .collect();
+        assert!(dropped.is_empty(), "{dropped:?}");
+    }
+}
+
+#[test]
+fn without_any_offload_the_same_traffic_passes() {
+    if !root() {
+        return;
+    }
+    let udp = UdpOptions { gso: false, gro: false, ..UdpOptions::default() };
+    let tun = TunOptions { vnet_hdr: false, ..tun_options() };
+    let [a, b] = pair(&udp, &tun);
+    for v6 in [false, true] {
+        udp_echo(&a, &b, v6, 8192);
+        tcp_both_ways(&a, &b, v6, 1 << 20);
+    }
+    assert_eq!((checksum_errors(&a), checksum_errors(&b)), (0, 0));
+}
+
+#[test]
+fn a_deleted_tun_is_told_and_a_new_one_takes_over_with_the_sessions() {
+    if !root() {
+        return;
+    }
+    let [a, b] = everything();
+    udp_echo(&a, &b, false, 100);
+    run_in(&b.netns, || netcfg::tun::remove(TUN)).expect("remove");
+    let events = b.events.lock().expect("events");
+    let lost = std::iter::from_fn(|| events.recv_timeout(PATIENCE).ok())
+        .any(|event| event == DataEvent::TunLost);
+    assert!(lost, "control was not told");
+    assert_eq!(b.data().snapshot().expect("still serving").tun_features, None);
+    let established = b.data().snapshot().expect("snapshot").tunnel.sessions_established;
+    b.data().replace_tun(Side::open_tun(&b.netns, b.number, &tun_options()));
+    udp_echo(&a, &b, false, 8192);
+    tcp_both_ways(&b, &a, true, 1 << 20);
+    let after = b.data().snapshot().expect("snapshot");
+    assert_eq!(after.tunnel.sessions_established, established, "no new handshake was needed");
+}
+
+#[test]
+fn stopping_leaves_the_device_in_place_and_a_new_shard_picks_it_up() {
+    if !root() {
+        return;
+    }
+    let [a, mut b] = everything();
+    udp_echo(&a, &b, false, 100);
+    b.data.take().expect("running").stop().expect("a clean stop");
+    let left = run_in(&b.netns, || Ok(link::get(TUN)?)).expect("look");
+    let left = left.expect("the persistent device");
+    assert_eq!(left.tun.and_then(|tun| tun.queues), Some(0), "no queue is held open");
+    let udp = UdpOptions { port: b.port, ..UdpOptions::default() };
+    let space = Netns::open(&b.path).expect("the namespace");
+    let again = Side::start(
+        PathBuf::from("/run/meshd-io-no-such-namespace"),
+        space,
+        2,
+        &udp,
+        &tun_options(),
+    );
+    again.data().set_peers(vec![a.as_peer()]);
+    again.data().initiate_all();
+    udp_echo(&again, &a, true, 8192);
+    tcp_both_ways(&a, &again, false, 1 << 20);
+}
