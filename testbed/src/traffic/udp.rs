@@ -29,7 +29,7 @@ pub(super) fn check(from: &Party, to: &Party, family: Family, canary: &Canary) -
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let echo = scope.spawn(|| echo(&server, from, family, canary, &done));
-        let outcome = exchange(&client, address, canary);
+        let outcome = exchange(&client, address, canary, &|| echo.is_finished());
         done.store(true, Ordering::Relaxed);
         let echoed = echo.join().map_err(|_| anyhow::anyhow!("the echo thread panicked"))?;
         echoed?;
@@ -37,11 +37,17 @@ pub(super) fn check(from: &Party, to: &Party, family: Family, canary: &Canary) -
     })
 }
 
-fn exchange(client: &UdpSocket, address: SocketAddr, canary: &Canary) -> Result<Duration> {
+fn exchange(
+    client: &UdpSocket,
+    address: SocketAddr,
+    canary: &Canary,
+    given_up: &dyn Fn() -> bool,
+) -> Result<Duration> {
     let mut rtts = Vec::new();
     for size in SIZES {
         rtts.push(
-            round_trip(client, address, canary, size).with_context(|| format!("{size} bytes"))?,
+            round_trip(client, address, canary, size, given_up)
+                .with_context(|| format!("{size} bytes"))?,
         );
     }
     rtts.first().copied().context("no size")
@@ -52,6 +58,7 @@ fn round_trip(
     address: SocketAddr,
     canary: &Canary,
     size: usize,
+    given_up: &dyn Fn() -> bool,
 ) -> Result<Duration> {
     let mut payload = vec![0; size];
     canary.fill(0, &mut payload);
@@ -70,7 +77,9 @@ fn round_trip(
                     return Ok(begin.elapsed());
                 }
             }
-            Err(error) if would_block(&error) => {}
+            Err(error) if would_block(&error) => {
+                ensure!(!given_up(), "the receiver gave up");
+            }
             Err(error) => return Err(error).context("no answer"),
         }
     }
