@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use testbed::api::process::ServeOptions;
+use testbed::demo::DemoOptions;
 use testbed::lab::HolderOptions;
 
 #[derive(Debug, Parser)]
@@ -17,6 +18,8 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Show a hybrid cluster and prove that it works
+    Demo(DemoOptions),
     /// PID 1 of a node's namespaces
     #[command(hide = true)]
     Holder(HolderOptions),

@@ -12,6 +12,9 @@
 
 pub mod api;
 pub mod canary;
+pub mod cluster;
+pub mod demo;
+pub mod kubectl;
 pub mod lab;
 pub mod oracle;
 pub mod traffic;

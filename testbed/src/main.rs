@@ -12,11 +12,14 @@ use crate::args::{Args, Command};
 fn main() -> ExitCode {
     let args = Args::parse();
     let result = match &args.command {
-        Command::Holder(options) => testbed::lab::hold(options),
-        Command::Apiserver(options) => testbed::api::process::serve(options),
+        Command::Demo(options) => testbed::demo::run(options),
+        Command::Holder(options) => testbed::lab::hold(options).map(|()| true),
+        Command::Apiserver(options) => testbed::api::process::serve(options).map(|()| true),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::SUCCESS,
+        // The program has said what is wrong.
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             // Nothing to be done where even stderr is gone.
             let _ = writeln!(std::io::stderr(), "testbed: {error:#}");

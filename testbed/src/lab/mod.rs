@@ -30,6 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result, bail, ensure};
 
 pub use holder::{HolderOptions, hold};
+pub(crate) use namespace::last_lines;
 pub use namespace::{Daemon, Namespace, run_in_netns};
 pub use pod::{CNI_CONFIG, Pod, PodRequest};
 pub use process::ProcessRef;

@@ -1,0 +1,376 @@
+//! A whole cluster in a lab: the underlay, an API server, a daemon per node, pods.
+//!
+//! Steps are separate so that a test can stop between them: build (no mesh yet), start daemons, wait, add pods.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use ipnet::IpNet;
+use mesh_types::status::Status;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::canary::Canary;
+use crate::kubectl;
+use crate::lab::{
+    API_ADDRESS_V4, CLUSTER_CIDRS, Daemon, Hybrid, Lab, Namespace, NodePlan, Pod, PodRequest,
+    Programs,
+};
+use crate::oracle::{Leak, Watch};
+use crate::traffic::Party;
+
+/// Where the API server listens.
+const API_PORT: u16 = 6443;
+
+/// Its kubeconfigs, inside its namespace, and the node's own on each node.
+const API_DIR: &str = "/run/api";
+const KUBECONFIG: &str = "/etc/meshd/kubeconfig";
+
+/// A pod address no node owns, per family, for deliberate leaks.
+const NOBODYS_PODS: [&str; 2] = ["10.244.77.7", "fd00:10:244:77::7"];
+
+/// How often something awaited is looked at.
+const POLL: Duration = Duration::from_millis(50);
+
+#[derive(Debug)]
+pub struct Cluster {
+    pub net: Hybrid,
+    pub pods: Vec<Pod>,
+    pub canary: Canary,
+    daemons: BTreeMap<String, Daemon>,
+    _api: Daemon,
+    // Last: everything above dies with it.
+    lab: Lab,
+}
+
+/// A node as `kubectl get nodes` shows it, and its pods.
+#[derive(Debug, Clone, Serialize)]
+pub struct NodeFacts {
+    pub name: String,
+    pub site: String,
+    pub public_key: String,
+    pub endpoints: Vec<String>,
+    pub pod_cidrs: Vec<String>,
+    pub pods: Vec<PodFacts>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct PodFacts {
+    pub name: String,
+    pub addresses: Vec<String>,
+}
+
+impl Cluster {
+    /// The underlay, the Node objects and the API server; nothing of the mesh yet.
+    pub fn build(lab: Lab, plan: &[NodePlan]) -> Result<Self> {
+        lab.programs().check()?;
+        let net = Hybrid::build(&lab, plan)?;
+        let api = start_api(&lab, &net)?;
+        for (plan, node) in &net.nodes {
+            let file = net.api.path(&format!("{API_DIR}/node-{}.kubeconfig", plan.name));
+            let kubeconfig =
+                fs::read(&file).with_context(|| format!("no kubeconfig for {}", plan.name))?;
+            node.write(KUBECONFIG, kubeconfig)?;
+            lab.install_cni(node)?;
+        }
+        let canary = Canary::random();
+        Ok(Self { net, pods: Vec::new(), canary, daemons: BTreeMap::new(), _api: api, lab })
+    }
+
+    /// As [`Cluster::build`] in a lab of this name, taken down when the cluster is dropped.
+    pub fn build_in(lab: &str, programs: Programs, plan: &[NodePlan]) -> Result<Self> {
+        Self::build(Lab::create(lab, programs)?, plan)
+    }
+
+    pub fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    /// Gives the lab back, with everything in it running.
+    pub fn into_lab(self) -> Lab {
+        self.lab
+    }
+
+    pub fn node(&self, name: &str) -> Result<&Namespace> {
+        self.net.node(name)
+    }
+
+    /// What the oracle has to look for.
+    pub fn watch(&self) -> Result<Watch> {
+        let prefixes: Result<Vec<IpNet>, _> =
+            CLUSTER_CIDRS.iter().map(|text| text.parse()).collect();
+        Ok(Watch { prefixes: prefixes?, canary: self.canary.clone() })
+    }
+
+    /// A leak of every kind from every node; only before the daemons run.
+    pub fn leaks(&self) -> Result<Vec<Leak>> {
+        let mut leaks = Vec::new();
+        for (plan, node) in &self.net.nodes {
+            let mut targets = vec![API_ADDRESS_V4];
+            targets.extend(NOBODYS_PODS.iter().filter(|pod| {
+                plan.addresses.iter().any(|address| address.is_ipv6() == pod.contains(':'))
+            }));
+            let targets: Result<Vec<_>, _> = targets.into_iter().map(str::parse).collect();
+            leaks.push(Leak::new(node, &targets?));
+        }
+        Ok(leaks)
+    }
+
+    /// Starts the daemon of one node, against the API server.
+    pub fn start_meshd(&mut self, name: &str) -> Result<()> {
+        ensure!(!self.daemons.contains_key(name), "meshd of {name} runs already");
+        let node = self.net.node(name)?;
+        let mut command = node.command(&self.lab.programs().meshd);
+        command.args(["run", "--node-name", name, "--cluster-cidr", &CLUSTER_CIDRS.join(",")]);
+        command.args(["--kubeconfig", KUBECONFIG]);
+        let daemon = node.spawn(command, "meshd")?;
+        self.daemons.insert(name.to_owned(), daemon);
+        Ok(())
+    }
+
+    pub fn start_every_meshd(&mut self) -> Result<()> {
+        for name in self.node_names() {
+            self.start_meshd(&name)?;
+        }
+        Ok(())
+    }
+
+    /// SIGKILL to the daemon of one node.
+    pub fn kill_meshd(&mut self, name: &str) -> Result<()> {
+        self.daemons.remove(name).with_context(|| format!("no meshd runs on {name}"))?.kill()
+    }
+
+    /// SIGTERM to the daemon of one node; its exit status must be 0.
+    pub fn stop_meshd(&mut self, name: &str) -> Result<()> {
+        let daemon =
+            self.daemons.remove(name).with_context(|| format!("no meshd runs on {name}"))?;
+        let status = daemon.terminate(Duration::from_secs(10))?;
+        ensure!(status.success(), "meshd of {name} ended with {status}");
+        Ok(())
+    }
+
+    /// `meshd status --json` of one node.
+    pub fn status(&self, name: &str) -> Result<Status> {
+        let meshd = self.lab.programs().meshd.display().to_string();
+        let text = self.net.node(name)?.run(&[&meshd, "status", "--json"])?;
+        serde_json::from_str(&text).with_context(|| format!("meshd status of {name} is no status"))
+    }
+
+    /// Waits until `name` has a session with every other node of the cluster.
+    pub fn wait_meshed(&self, name: &str, timeout: Duration) -> Result<()> {
+        let others = self.net.nodes.len() - 1;
+        self.wait(timeout, || {
+            self.check_alive(name)?;
+            let status = match self.status(name) {
+                Ok(status) => status,
+                Err(error) => return Ok(Err(format!("{error:#}"))),
+            };
+            let missing: Vec<String> = status
+                .peers
+                .iter()
+                .filter(|peer| peer.last_handshake_s.is_none())
+                .map(|peer| format!("{} ({})", peer.node, peer.problem))
+                .collect();
+            Ok(if status.peers.len() < others {
+                Err(format!(
+                    "{name} knows {} of {others} peers; refused: {:?}",
+                    status.peers.len(),
+                    status.refused
+                ))
+            } else if !missing.is_empty() {
+                Err(format!("{name} has no session with {}", missing.join(", ")))
+            } else {
+                Ok(())
+            })
+        })
+    }
+
+    pub fn wait_all_meshed(&self, timeout: Duration) -> Result<()> {
+        let end = Instant::now() + timeout;
+        for name in self.node_names() {
+            self.wait_meshed(&name, end.saturating_duration_since(Instant::now()))?;
+        }
+        Ok(())
+    }
+
+    /// Waits until every node's daemon has left what the CNI plugin needs.
+    pub fn wait_node_files(&self, timeout: Duration) -> Result<()> {
+        self.wait(timeout, || {
+            for (plan, node) in &self.net.nodes {
+                self.check_alive(&plan.name)?;
+                if !node.path("/var/lib/meshd/node.json").exists() {
+                    return Ok(Err(format!(
+                        "meshd of {} has not written its node file",
+                        plan.name
+                    )));
+                }
+            }
+            Ok(Ok(()))
+        })
+    }
+
+    /// Polls `what` until it is fine; its last complaint is the error.
+    pub fn wait(
+        &self,
+        timeout: Duration,
+        mut what: impl FnMut() -> Result<Result<(), String>>,
+    ) -> Result<()> {
+        let end = Instant::now() + timeout;
+        loop {
+            match what()? {
+                Ok(()) => return Ok(()),
+                Err(complaint) if Instant::now() > end => bail!("after {timeout:?}: {complaint}"),
+                Err(_) => std::thread::sleep(POLL),
+            }
+        }
+    }
+
+    /// A new pod on a node, named by node and number.
+    pub fn add_pod(&mut self, node: &str, name: &str) -> Result<&Pod> {
+        let namespace = self.net.node(node)?;
+        let pod = self.lab.add_pod(namespace, &PodRequest::new(self.lab.name(), node, name))?;
+        self.pods.push(pod);
+        self.pods.last().context("the pod just made")
+    }
+
+    pub fn add_pods(&mut self, per_node: usize) -> Result<()> {
+        for node in self.node_names() {
+            for number in 1..=per_node {
+                self.add_pod(&node, &format!("{node}-pod{number}"))?;
+            }
+        }
+        Ok(())
+    }
+
+    pub fn delete_pod(&mut self, name: &str) -> Result<()> {
+        let at = self.pods.iter().position(|pod| pod.name == name).context("no such pod")?;
+        let pod = self.pods.remove(at);
+        self.lab.delete_pod(&pod)
+    }
+
+    pub fn parties(&self) -> Vec<Party> {
+        self.pods.iter().map(Party::of).collect()
+    }
+
+    pub fn party(&self, pod: &str) -> Result<Party> {
+        let found = self.pods.iter().find(|other| other.name == pod);
+        Ok(Party::of(found.with_context(|| format!("no pod {pod}"))?))
+    }
+
+    pub fn node_names(&self) -> Vec<String> {
+        self.net.nodes.iter().map(|(plan, _)| plan.name.clone()).collect()
+    }
+
+    /// The nodes as the API server knows them.
+    pub fn facts(&self) -> Result<Vec<NodeFacts>> {
+        let kubeconfig =
+            fs::read_to_string(self.net.api.path(&format!("{API_DIR}/admin.kubeconfig")))?;
+        let nodes = self.net.api.run_in(|| kubectl::get_nodes(&kubeconfig))?;
+        nodes.iter().map(|node| self.node_facts(node)).collect()
+    }
+
+    /// Lines of the daemons' logs at level ERROR: none is ever fine.
+    pub fn logged_errors(&self) -> Vec<String> {
+        let mut errors = Vec::new();
+        for (plan, node) in &self.net.nodes {
+            let log = fs::read_to_string(node.dir().join("meshd.log")).unwrap_or_default();
+            let bad =
+                log.lines().filter(|line| line.contains(" ERROR ") || line.contains("panicked at"));
+            errors.extend(bad.map(|line| format!("{}: {line}", plan.name)));
+        }
+        errors
+    }
+
+    fn node_facts(&self, node: &Value) -> Result<NodeFacts> {
+        let name = node
+            .pointer("/metadata/name")
+            .and_then(Value::as_str)
+            .context("a Node without name")?;
+        let annotation = |key: &str| {
+            let value = node.pointer("/metadata/annotations").and_then(|all| all.get(key));
+            value.and_then(Value::as_str).unwrap_or_default().to_owned()
+        };
+        let site = node
+            .pointer("/metadata/labels")
+            .and_then(|all| all.get(mesh_types::annotations::SITE_LABEL));
+        let cidrs = node.pointer("/spec/podCIDRs").and_then(Value::as_array);
+        let texts = |list: Option<&Vec<Value>>| -> Vec<String> {
+            list.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
+        };
+        let mine = self.pods.iter().filter(|pod| pod.node.name() == name);
+        Ok(NodeFacts {
+            name: name.to_owned(),
+            site: site.and_then(Value::as_str).unwrap_or_default().to_owned(),
+            public_key: annotation(mesh_types::annotations::PUBLIC_KEY),
+            endpoints: annotation(mesh_types::annotations::ENDPOINTS)
+                .split(',')
+                .filter(|endpoint| !endpoint.is_empty())
+                .map(str::to_owned)
+                .collect(),
+            pod_cidrs: texts(cidrs),
+            pods: mine
+                .map(|pod| PodFacts {
+                    name: pod.name.clone(),
+                    addresses: pod.addresses.iter().map(ToString::to_string).collect(),
+                })
+                .collect(),
+        })
+    }
+
+    fn check_alive(&self, name: &str) -> Result<()> {
+        if let Some(daemon) = self.daemons.get(name)
+            && !daemon.is_alive()
+        {
+            bail!("meshd of {name} ended: {}", crate::lab::last_lines(&daemon.log()));
+        }
+        Ok(())
+    }
+}
+
+/// The API server on its public address, with one Node object per node.
+fn start_api(lab: &Lab, net: &Hybrid) -> Result<Daemon> {
+    let nodes: Vec<Value> = net.nodes.iter().map(|(plan, _)| node_object(plan)).collect();
+    net.api.write(&format!("{API_DIR}/nodes.json"), serde_json::to_vec(&nodes)?)?;
+    let mut command = net.api.command(&lab.programs().testbed);
+    command.args(["apiserver", "--listen", &format!("{API_ADDRESS_V4}:{API_PORT}")]);
+    command.args(["--nodes-path", &format!("{API_DIR}/nodes.json"), "--output-dir", API_DIR]);
+    let daemon = net.api.spawn(command, "apiserver")?;
+    let ready = net.api.path(&format!("{API_DIR}/ready"));
+    let end = Instant::now() + Duration::from_secs(15);
+    while !ready.exists() {
+        ensure!(
+            daemon.is_alive(),
+            "the API server ended: {}",
+            crate::lab::last_lines(&daemon.log())
+        );
+        ensure!(
+            Instant::now() < end,
+            "the API server is not ready: {}",
+            crate::lab::last_lines(&daemon.log())
+        );
+        std::thread::sleep(POLL);
+    }
+    Ok(daemon)
+}
+
+/// What the kubelet and the controller manager would have written.
+fn node_object(plan: &NodePlan) -> Value {
+    let addresses: Vec<Value> = plan
+        .addresses
+        .iter()
+        .map(|address| json!({"type": "InternalIP", "address": address.to_string()}))
+        .chain([json!({"type": "Hostname", "address": plan.name})])
+        .collect();
+    json!({
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": plan.name, "labels": {
+            "kubernetes.io/hostname": plan.name,
+            mesh_types::annotations::SITE_LABEL: plan.site,
+        }},
+        "spec": {"podCIDR": plan.pod_cidrs.first(), "podCIDRs": plan.pod_cidrs},
+        "status": {"addresses": addresses},
+    })
+}

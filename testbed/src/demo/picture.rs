@@ -1,0 +1,323 @@
+//! The mesh as a picture: sites as groups, nodes on a circle around the middle, every link with its latency and path.
+
+use std::collections::BTreeMap;
+use std::f64::consts::{FRAC_PI_2, TAU};
+use std::fmt::Write;
+
+use anyhow::Result;
+use mesh_types::status::PathKind;
+
+use crate::cluster::Cluster;
+use crate::traffic::{PairResult, Protocol};
+
+/// What is drawn.
+#[derive(Debug, Clone, Default)]
+pub struct Picture {
+    pub nodes: Vec<PictureNode>,
+    pub links: Vec<PictureLink>,
+}
+
+#[derive(Debug, Clone)]
+pub struct PictureNode {
+    pub name: String,
+    pub site: String,
+    pub key: String,
+    pub pods: usize,
+}
+
+/// A link between two nodes, by name.
+#[derive(Debug, Clone)]
+pub struct PictureLink {
+    pub ends: (String, String),
+    pub latency_ms: Option<f64>,
+    pub path: PathKind,
+}
+
+const WIDTH: f64 = 1000.0;
+const HEIGHT: f64 = 760.0;
+const CENTRE: (f64, f64) = (500.0, 400.0);
+const RADIUS: f64 = 255.0;
+const NODE_RADIUS: f64 = 44.0;
+
+/// One colour per site, readable on white and told apart by colour-blind people (Okabe and Ito).
+const COLOURS: [&str; 6] = ["#0072b2", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#e69f00"];
+
+/// Collects keys, paths and latencies from the running cluster.
+pub(super) fn of(cluster: &Cluster, pairs: &[PairResult]) -> Result<Picture> {
+    let node_of: BTreeMap<&str, &str> =
+        cluster.pods.iter().map(|pod| (pod.name.as_str(), pod.node.name())).collect();
+    let mut picture = Picture::default();
+    for (plan, _) in &cluster.net.nodes {
+        let status = cluster.status(&plan.name)?;
+        picture.nodes.push(PictureNode {
+            name: plan.name.clone(),
+            site: plan.site_title.clone(),
+            key: status.public_key.short(),
+            pods: node_of.values().filter(|node| **node == plan.name).count(),
+        });
+        for peer in status.peers {
+            let ends = (plan.name.clone(), peer.node.to_string());
+            // Both ends report the link; each is drawn once.
+            if ends.0 < ends.1 {
+                let between = |pair: &&PairResult| {
+                    let nodes = (node_of.get(pair.from.as_str()), node_of.get(pair.to.as_str()));
+                    nodes == (Some(&ends.0.as_str()), Some(&ends.1.as_str()))
+                        || nodes == (Some(&ends.1.as_str()), Some(&ends.0.as_str()))
+                };
+                let echoes =
+                    pairs.iter().filter(|pair| pair.protocol == Protocol::Icmp).filter(between);
+                let latency_ms = echoes.filter_map(|pair| pair.rtt_ms).min_by(f64::total_cmp);
+                picture.links.push(PictureLink { latency_ms, path: peer.path, ends });
+            }
+        }
+    }
+    Ok(picture)
+}
+
+impl Picture {
+    pub fn to_svg(&self) -> String {
+        let places = self.places();
+        let mut svg = String::new();
+        let _ = write!(
+            svg,
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" \
+             font-family=\"Inter, 'Segoe UI', 'DejaVu Sans', sans-serif\">\n\
+             <rect width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"#fbfcfe\"/>\n\
+             <text x=\"40\" y=\"52\" font-size=\"24\" font-weight=\"600\" fill=\"#1b2733\">The mesh</text>\n\
+             <text x=\"40\" y=\"78\" font-size=\"14\" fill=\"#5b6b7b\">{} nodes, {} encrypted links, \
+             round trips between pods</text>\n",
+            self.nodes.len(),
+            self.links.len()
+        );
+        self.draw_sites(&mut svg, &places);
+        for link in &self.links {
+            draw_line(&mut svg, &places, link);
+        }
+        for node in &self.nodes {
+            self.draw_node(&mut svg, &places, node);
+        }
+        for link in &self.links {
+            draw_label(&mut svg, &places, link);
+        }
+        draw_legend(&mut svg);
+        svg.push_str("</svg>\n");
+        svg
+    }
+
+    /// Nodes of one site stand side by side on the circle, with room between sites.
+    fn places(&self) -> BTreeMap<&str, (f64, f64)> {
+        let sites = self.sites();
+        let slots = self.nodes.len() as f64 + 0.6 * sites.len() as f64;
+        let mut slot = 0.3;
+        let mut places = BTreeMap::new();
+        for site in &sites {
+            for node in self.nodes.iter().filter(|node| node.site == *site) {
+                let angle = TAU * (slot + 0.5) / slots - FRAC_PI_2 - TAU / 12.0;
+                places.insert(
+                    node.name.as_str(),
+                    (CENTRE.0 + 1.35 * RADIUS * angle.cos(), CENTRE.1 + RADIUS * angle.sin()),
+                );
+                slot += 1.0;
+            }
+            slot += 0.6;
+        }
+        places
+    }
+
+    fn sites(&self) -> Vec<&str> {
+        let mut sites: Vec<&str> = Vec::new();
+        for node in &self.nodes {
+            if !sites.contains(&node.site.as_str()) {
+                sites.push(&node.site);
+            }
+        }
+        sites
+    }
+
+    fn colour(&self, site: &str) -> &'static str {
+        let at = self.sites().iter().position(|other| *other == site).unwrap_or(0);
+        COLOURS[at % COLOURS.len()]
+    }
+
+    fn draw_sites(&self, svg: &mut String, places: &BTreeMap<&str, (f64, f64)>) {
+        const MARGIN: f64 = 74.0;
+        for site in self.sites() {
+            let points: Vec<(f64, f64)> = self
+                .nodes
+                .iter()
+                .filter(|node| node.site == site)
+                .filter_map(|node| places.get(node.name.as_str()).copied())
+                .collect();
+            let bound = |pick: fn(&(f64, f64)) -> f64, start: f64, choose: fn(f64, f64) -> f64| {
+                points.iter().map(pick).fold(start, choose)
+            };
+            let (left, right) =
+                (bound(|p| p.0, f64::MAX, f64::min), bound(|p| p.0, f64::MIN, f64::max));
+            let (top, bottom) =
+                (bound(|p| p.1, f64::MAX, f64::min), bound(|p| p.1, f64::MIN, f64::max));
+            let colour = self.colour(site);
+            let _ = write!(
+                svg,
+                "<rect x=\"{:.0}\" y=\"{:.0}\" width=\"{:.0}\" height=\"{:.0}\" rx=\"28\" fill=\"{colour}\" \
+                 fill-opacity=\"0.07\" stroke=\"{colour}\" stroke-opacity=\"0.45\" stroke-width=\"1.5\"/>\n\
+                 <text x=\"{:.0}\" y=\"{:.0}\" font-size=\"15\" font-weight=\"600\" fill=\"{colour}\">{}</text>\n",
+                left - MARGIN,
+                top - MARGIN,
+                right - left + 2.0 * MARGIN,
+                bottom - top + 2.0 * MARGIN,
+                left - MARGIN + 20.0,
+                top - MARGIN + 22.0,
+                escape(site),
+            );
+        }
+    }
+
+    fn draw_node(&self, svg: &mut String, places: &BTreeMap<&str, (f64, f64)>, node: &PictureNode) {
+        let Some((x, y)) = places.get(node.name.as_str()) else { return };
+        let colour = self.colour(&node.site);
+        let _ = write!(
+            svg,
+            "<circle cx=\"{x:.0}\" cy=\"{y:.0}\" r=\"{NODE_RADIUS}\" fill=\"#ffffff\" stroke=\"{colour}\" \
+             stroke-width=\"3\"/>\n\
+             <text x=\"{x:.0}\" y=\"{:.0}\" text-anchor=\"middle\" font-size=\"18\" font-weight=\"600\" \
+             fill=\"#1b2733\">{}</text>\n\
+             <text x=\"{x:.0}\" y=\"{:.0}\" text-anchor=\"middle\" font-size=\"11\" \
+             font-family=\"'JetBrains Mono', 'DejaVu Sans Mono', monospace\" fill=\"#5b6b7b\">{}…</text>\n\
+             <text x=\"{x:.0}\" y=\"{:.0}\" text-anchor=\"middle\" font-size=\"11\" fill=\"#5b6b7b\">{} pods</text>\n",
+            y - 8.0,
+            escape(&node.name),
+            y + 9.0,
+            escape(&node.key),
+            y + 25.0,
+            node.pods,
+        );
+    }
+}
+
+/// Colour, dashes and word of a path.
+fn style(path: PathKind) -> (&'static str, &'static str, &'static str) {
+    match path {
+        PathKind::Direct => ("#3a7d44", "", "direct"),
+        PathKind::Roamed => ("#2a6f97", "", "through NAT"),
+        PathKind::Relayed => ("#b7791f", " stroke-dasharray=\"8 5\"", "relayed"),
+        PathKind::None => ("#c53030", " stroke-dasharray=\"2 6\"", "no path"),
+    }
+}
+
+fn ends(
+    places: &BTreeMap<&str, (f64, f64)>,
+    link: &PictureLink,
+) -> Option<((f64, f64), (f64, f64))> {
+    Some((*places.get(link.ends.0.as_str())?, *places.get(link.ends.1.as_str())?))
+}
+
+fn draw_line(svg: &mut String, places: &BTreeMap<&str, (f64, f64)>, link: &PictureLink) {
+    let Some((from, to)) = ends(places, link) else { return };
+    let (colour, dashes, _) = style(link.path);
+    let _ = writeln!(
+        svg,
+        "<line x1=\"{:.0}\" y1=\"{:.0}\" x2=\"{:.0}\" y2=\"{:.0}\" stroke=\"{colour}\" stroke-width=\"2.5\" \
+         stroke-opacity=\"0.75\"{dashes}/>",
+        from.0, from.1, to.0, to.1
+    );
+}
+
+/// Off the middle of the line: diagonals of the circle would all be labelled in one place.
+fn draw_label(svg: &mut String, places: &BTreeMap<&str, (f64, f64)>, link: &PictureLink) {
+    const ALONG: f64 = 0.4;
+    let Some((from, to)) = ends(places, link) else { return };
+    let (colour, _, word) = style(link.path);
+    let (x, y) = (from.0 + ALONG * (to.0 - from.0), from.1 + ALONG * (to.1 - from.1));
+    let text = match link.latency_ms {
+        Some(latency) => format!("{latency:.2} ms · {word}"),
+        None => word.to_owned(),
+    };
+    let width = 7.0 * text.chars().count() as f64 + 16.0;
+    let _ = write!(
+        svg,
+        "<rect x=\"{:.0}\" y=\"{:.0}\" width=\"{width:.0}\" height=\"22\" rx=\"11\" fill=\"#ffffff\" \
+         stroke=\"{colour}\" stroke-opacity=\"0.6\"/>\n\
+         <text x=\"{x:.0}\" y=\"{:.0}\" text-anchor=\"middle\" font-size=\"12\" fill=\"#1b2733\">{text}</text>\n",
+        x - width / 2.0,
+        y - 11.0,
+        y + 4.0
+    );
+}
+
+fn draw_legend(svg: &mut String) {
+    let mut x = 40.0;
+    for path in [PathKind::Direct, PathKind::Roamed, PathKind::Relayed, PathKind::None] {
+        let (colour, dashes, word) = style(path);
+        let y = HEIGHT - 28.0;
+        let _ = write!(
+            svg,
+            "<line x1=\"{x:.0}\" y1=\"{y:.0}\" x2=\"{:.0}\" y2=\"{y:.0}\" stroke=\"{colour}\" stroke-width=\"3\"{dashes}/>\n\
+             <text x=\"{:.0}\" y=\"{:.0}\" font-size=\"13\" fill=\"#5b6b7b\">{word}</text>\n",
+            x + 36.0,
+            x + 44.0,
+            y + 4.0
+        );
+        x += 150.0;
+    }
+}
+
+/// Names come from the cluster; in the picture they are text.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Picture {
+        let node = |name: &str, site: &str| PictureNode {
+            name: name.into(),
+            site: site.into(),
+            key: "xTIBA5rb".into(),
+            pods: 2,
+        };
+        let names = ["a1", "a2", "b1", "b2", "c1"];
+        let sites = ["cloud A", "cloud A", "cloud B", "cloud B", "home <C>"];
+        let mut links = Vec::new();
+        for (at, from) in names.iter().enumerate() {
+            for to in &names[at + 1..] {
+                let path = if *to == "c1" { PathKind::Roamed } else { PathKind::Direct };
+                let ends = ((*from).to_owned(), (*to).to_owned());
+                links.push(PictureLink { ends, latency_ms: Some(0.42), path });
+            }
+        }
+        Picture {
+            nodes: names.iter().zip(sites).map(|(name, site)| node(name, site)).collect(),
+            links,
+        }
+    }
+
+    #[test]
+    fn every_site_node_and_link_is_in_the_picture() {
+        let svg = sample().to_svg();
+        assert_eq!(svg.matches("<circle").count(), 5);
+        assert_eq!(svg.matches("0.42 ms · direct").count(), 6);
+        assert_eq!(svg.matches("0.42 ms · through NAT").count(), 4);
+        assert!(svg.contains("cloud A") && svg.contains("home &lt;C&gt;") && !svg.contains("<C>"));
+    }
+
+    #[test]
+    fn nothing_is_drawn_outside_the_page_or_on_another_node() {
+        let sample = sample();
+        let places: Vec<(f64, f64)> = sample.places().into_values().collect();
+        for (at, place) in places.iter().enumerate() {
+            assert!((60.0..WIDTH - 60.0).contains(&place.0), "{place:?}");
+            assert!((110.0..HEIGHT - 60.0).contains(&place.1), "{place:?}");
+            for other in &places[at + 1..] {
+                let distance = (place.0 - other.0).hypot(place.1 - other.1);
+                assert!(distance > 3.0 * NODE_RADIUS, "{place:?} and {other:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_empty_mesh_is_a_picture_too() {
+        assert!(Picture::default().to_svg().ends_with("</svg>\n"));
+    }
+}
