@@ -33,6 +33,7 @@ pub mod counters;
 pub mod engine;
 pub mod front;
 mod inbound;
+pub mod model;
 mod outbound;
 pub mod path;
 pub mod peers;

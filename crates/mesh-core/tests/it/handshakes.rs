@@ -1,0 +1,204 @@
+//! Sessions come to be: under loss, from restart, through NAT, against floods; and are given up.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use mesh_core::tunnel::DropReason;
+use mesh_types::limits::{STAGED_BYTES_MAX, STAGED_PACKETS_PER_PEER_MAX};
+
+use crate::network::{Nat, Network, ipv4};
+
+#[test]
+fn a_handshake_succeeds_within_90_s_at_30_percent_loss() {
+    for seed in 0..40 {
+        let mut net = Network::mesh(seed, 2);
+        net.loss_percent = 30;
+        net.send(0, 1, "first");
+        net.run_s(90);
+        assert!(net.snapshot(0, 1).last_handshake.is_some(), "seed {seed}");
+    }
+}
+
+#[test]
+fn packets_that_waited_arrive_in_order_and_before_later_ones() {
+    let mut net = Network::mesh(1, 2);
+    for i in 0..50 {
+        net.send(0, 1, &format!("{i:03}"));
+    }
+    net.run_ms(21);
+    for i in 50..60 {
+        net.send(0, 1, &format!("{i:03}"));
+    }
+    net.run_ms(100);
+    let expected: Vec<String> = (0..60).map(|i| format!("{i:03}")).collect();
+    assert_eq!(net.texts(1, 0), expected);
+}
+
+#[test]
+fn a_responder_sends_what_waited_when_the_first_packet_arrives() {
+    let mut net = Network::mesh(2, 2);
+    // The responder cannot begin by itself: it has no candidate but hears of the initiator.
+    let mut config = net.config_of(0);
+    config.candidates = vec!["203.0.113.1:1".parse().expect("an endpoint")];
+    net.set_peers(1, &[config]);
+    net.send(1, 0, "waits");
+    net.run_s(1);
+    assert!(net.texts(0, 1).is_empty());
+    net.send(0, 1, "opens");
+    net.run_ms(100);
+    assert_eq!(net.texts(0, 1), ["waits"]);
+    assert_eq!(net.texts(1, 0), ["opens"]);
+}
+
+#[test]
+fn both_sides_beginning_at_once_end_with_a_session_and_all_packets() {
+    for seed in 0..20 {
+        let mut net = Network::mesh(seed, 2);
+        net.jitter = Duration::from_millis(30);
+        net.send(0, 1, "a");
+        net.send(1, 0, "b");
+        net.run_s(20);
+        assert_eq!(net.texts(1, 0), ["a"], "seed {seed}");
+        assert_eq!(net.texts(0, 1), ["b"], "seed {seed}");
+    }
+}
+
+#[test]
+fn a_restarted_node_is_heard_by_all_peers_at_once() {
+    let mut net = Network::mesh(3, 5);
+    for peer in 1..5 {
+        net.send(0, peer, "before");
+    }
+    net.run_s(1);
+    let peers = net.peers_of(0);
+    net.restart(0, &peers);
+    net.initiate_all(0);
+    net.run_ms(200);
+    for peer in 1..5 {
+        net.send(peer, 0, "after");
+    }
+    net.run_ms(100);
+    for peer in 1..5 {
+        assert_eq!(net.texts(0, peer), ["after"]);
+    }
+}
+
+#[test]
+fn a_dead_peer_holds_bounded_memory_and_is_given_up_after_90_s() {
+    let mut net = Network::mesh(4, 2);
+    net.hosts[1].up = false;
+    for _ in 0..300 {
+        net.send_inner(0, &ipv4([10, 0, 0, 1], [10, 1, 0, 1], 0, &[0; 1_000]));
+    }
+    let bound = STAGED_PACKETS_PER_PEER_MAX * 1_020;
+    assert_eq!(net.hosts[0].tunnel.staged_bytes(), bound.min(STAGED_BYTES_MAX));
+    let over = 300 - STAGED_PACKETS_PER_PEER_MAX as u64;
+    assert_eq!(net.dropped(0, DropReason::StagedPeerFull), over);
+    net.run_s(100);
+    assert_eq!(net.hosts[0].tunnel.staged_bytes(), 0);
+    assert_eq!(net.dropped(0, DropReason::StagedGaveUp), STAGED_PACKETS_PER_PEER_MAX as u64);
+    assert!(net.snapshot(0, 1).problem.contains("no answer for 90 s"));
+    let sends = net.log.len();
+    assert!((15..=20).contains(&sends), "{sends} initiations");
+    net.run_s(600);
+    assert_eq!(net.log.len(), sends, "silent until there is traffic");
+}
+
+#[test]
+fn a_peer_that_was_down_for_ten_minutes_is_found_again_by_traffic() {
+    let mut net = Network::mesh(5, 2);
+    net.hosts[1].up = false;
+    net.send(0, 1, "lost");
+    net.run_s(600);
+    net.hosts[1].up = true;
+    net.send(0, 1, "found");
+    net.run_s(1);
+    assert_eq!(net.texts(1, 0), ["found"]);
+}
+
+#[test]
+fn a_node_behind_nat_with_keepalive_comes_back_without_traffic_after_the_other_was_down() {
+    let mut net = Network::mesh(6, 2);
+    net.hosts[0].nat = Some(Nat::new("198.51.100.7:40000"));
+    let mut config = net.config_of(1);
+    config.keepalive = Some(Duration::from_secs(25));
+    net.hosts[1].up = false;
+    net.set_peers(0, &[config]);
+    net.run_s(600);
+    net.hosts[1].up = true;
+    net.run_s(60);
+    net.send(1, 0, "to the one behind NAT");
+    net.run_s(1);
+    assert_eq!(net.texts(0, 1), ["to the one behind NAT"]);
+}
+
+#[test]
+fn a_flood_of_initiations_by_a_valid_peer_is_held_to_its_rate() {
+    let mut net = Network::mesh(7, 2);
+    let (from, to) = (net.hosts[1].addr, net.hosts[0].addr);
+    // A peer that begins a new handshake a thousand times a second, from as many addresses as it likes.
+    let mut source = from;
+    let seconds = 5;
+    for i in 0..seconds * 1_000u64 {
+        let mut fresh = crate::network::new_tunnel(&net.hosts[1].private, i);
+        fresh.set_peers(net.now, &[net.config_of(0)]);
+        fresh.initiate_all(net.now);
+        fresh.handle_timeout(net.now);
+        let initiation = fresh.poll_transmit().expect("an initiation").bytes.to_vec();
+        source
+            .set_ip(std::net::Ipv4Addr::from(0xcb00_7100 + u32::try_from(i).expect("few")).into());
+        net.inject(source, to, &initiation);
+        net.run_ms(1);
+    }
+    let answered = net.log.iter().filter(|sent| sent.from == to && sent.bytes.len() == 92).count();
+    assert!(answered <= 50 + 50 * usize::try_from(seconds).expect("few"), "{answered} answers");
+    assert!(net.dropped(0, DropReason::PeerLimited) > 4_000);
+}
+
+#[test]
+fn a_handshake_gets_through_a_flood_with_the_help_of_a_cookie() {
+    let mut net = Network::mesh(8, 2);
+    let to = net.hosts[0].addr;
+    // A stranger floods from forged addresses; every message has a good mac1.
+    let mut flood = Flood::new(&net);
+    for _ in 0..200 {
+        flood.send(&mut net, to, 200);
+        net.run_ms(5);
+    }
+    net.send(1, 0, "let me in");
+    for _ in 0..1_200 {
+        flood.send(&mut net, to, 20);
+        net.run_ms(5);
+    }
+    assert_eq!(net.texts(0, 1), ["let me in"]);
+    assert!(net.hosts[0].tunnel.counters().cookies_sent > 0);
+    assert_eq!(net.hosts[1].tunnel.counters().cookies_received, 1);
+    assert!(net.dropped(0, DropReason::UnderLoad) > 0);
+}
+
+/// One initiation of somebody who knows the public key and nothing else, from many addresses. Copies
+/// serve: nothing about an initiation is remembered before the peer is known.
+struct Flood {
+    initiation: Vec<u8>,
+    number: u32,
+}
+
+impl Flood {
+    fn new(net: &Network) -> Self {
+        let private = mesh_types::key::PrivateKey::from_bytes([0xee; 32]);
+        let mut stranger = crate::network::new_tunnel(&private, 1);
+        stranger.set_peers(net.now, &[net.config_of(0)]);
+        stranger.initiate_all(net.now);
+        stranger.handle_timeout(net.now);
+        let initiation = stranger.poll_transmit().expect("an initiation").bytes.to_vec();
+        Self { initiation, number: 0 }
+    }
+
+    fn send(&mut self, net: &mut Network, to: SocketAddr, count: usize) {
+        for _ in 0..count {
+            self.number += 1;
+            let ip = std::net::Ipv4Addr::from(0x0b00_0000 + self.number);
+            net.inject(SocketAddr::from((ip, 999)), to, &self.initiation);
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Bytes from anywhere: nothing panics, nothing spins, nothing grows, and living sessions go on.
+
+use mesh_core::packet::{Ecn, VnetHeader};
+use mesh_core::tunnel::UdpMeta;
+use proptest::prelude::*;
+
+use crate::network::Network;
+
+/// Two hosts with a session, and what was on the wire between them.
+fn living() -> Network {
+    let mut net = Network::mesh(1, 2);
+    net.send(0, 1, "open");
+    net.run_ms(100);
+    net.send(1, 0, "answer");
+    net.run_ms(100);
+    net
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+
+    #[test]
+    fn garbage_from_the_socket_neither_panics_nor_stops_a_session(
+        bursts in proptest::collection::vec(
+            (proptest::collection::vec(any::<u8>(), 0..400), 0usize..200, 1u8..6), 1..12),
+    ) {
+        let mut net = living();
+        for (mut bytes, segment_len, kind) in bursts {
+            // Mostly the right type, so that more than the first check is reached.
+            if bytes.len() > 4 && kind < 5 {
+                bytes[..4].copy_from_slice(&u32::from(kind).to_le_bytes());
+            }
+            let source = "203.0.113.9:9".parse().expect("an endpoint");
+            let meta = UdpMeta { source, local: None, segment_len, ecn: Ecn::Ce };
+            let now = net.now;
+            net.hosts[0].tunnel.handle_udp_input(now, &meta, &bytes);
+            prop_assert!(net.hosts[0].tunnel.poll_tun().is_none());
+            while net.hosts[0].tunnel.poll_transmit().is_some() {}
+        }
+        net.send(1, 0, "still here");
+        net.run_ms(100);
+        prop_assert_eq!(net.texts(0, 1), ["answer", "still here"]);
+    }
+
+    #[test]
+    fn a_true_message_damaged_at_any_byte_is_dropped(
+        which in any::<prop::sample::Index>(),
+        at in any::<prop::sample::Index>(),
+        flip in 1u8..,
+        cut in 0usize..4,
+    ) {
+        let mut net = living();
+        let sent = &net.log[which.index(net.log.len())];
+        let (from, to, mut bytes) = (sent.from, sent.to, sent.bytes.clone());
+        let at = at.index(bytes.len());
+        bytes[at] ^= flip;
+        bytes.truncate(bytes.len() - cut);
+        let delivered: usize = net.hosts.iter().map(|host| host.delivered.len()).sum();
+        net.inject(from, to, &bytes);
+        net.run_s(1);
+        prop_assert_eq!(net.hosts.iter().map(|host| host.delivered.len()).sum::<usize>(), delivered);
+        net.send(0, 1, "still here");
+        net.run_ms(100);
+        prop_assert_eq!(net.texts(1, 0), ["open", "still here"]);
+    }
+
+    #[test]
+    fn garbage_from_the_tun_never_panics(
+        header in proptest::collection::vec(any::<u8>(), 10),
+        mut packet in proptest::collection::vec(any::<u8>(), 0..3_000),
+        version in 0u8..3,
+    ) {
+        let mut net = living();
+        if packet.len() > 40 {
+            match version {
+                0 => {
+                    packet[0] = 0x45;
+                    packet[16..20].copy_from_slice(&[10, 1, 0, 1]);
+                }
+                1 => {
+                    packet[0] = 0x60;
+                    packet[24..28].copy_from_slice(&[0xfd, 0, 0, 1]);
+                }
+                _ => {}
+            }
+        }
+        let header = VnetHeader::parse(&header).unwrap_or(VnetHeader::PLAIN);
+        net.send_super(0, &header, &packet);
+        net.run_ms(100);
+        net.send(0, 1, "still here");
+        net.run_ms(100);
+        let texts = net.texts(1, 0);
+        prop_assert_eq!(texts.last().map(String::as_str), Some("still here"));
+    }
+}
+
+#[test]
+fn a_shard_that_does_not_collect_loses_packets_and_nothing_else() {
+    let mut net = living();
+    let now = net.now;
+    let packet = crate::network::ipv4([10, 0, 0, 1], [10, 1, 0, 1], 0, &[1; 1_300]);
+    for _ in 0..2_000 {
+        net.hosts[0].tunnel.handle_tun_input(now, &VnetHeader::PLAIN, &mut packet.clone());
+    }
+    let dropped = net.dropped(0, mesh_core::tunnel::DropReason::TransmitFull);
+    assert!(dropped > 1_000, "{dropped}");
+    net.hosts[0].tunnel.flush(now);
+    while net.hosts[0].tunnel.poll_transmit().is_some() {}
+    net.send(0, 1, "still here");
+    net.run_ms(100);
+    assert_eq!(net.texts(1, 0).last().map(String::as_str), Some("still here"));
+}

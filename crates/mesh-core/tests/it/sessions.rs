@@ -1,0 +1,196 @@
+//! Living sessions: rekeying, idleness, reordering, and configuration changing under traffic.
+
+use std::time::Duration;
+
+use mesh_core::tunnel::DropReason;
+
+use crate::network::{Network, preshared};
+
+#[test]
+fn an_hour_of_traffic_loses_nothing_over_all_rekeys() {
+    let mut net = Network::mesh(1, 2);
+    for i in 0..7_200 {
+        net.send(i % 2, 1 - i % 2, "x");
+        net.run_ms(500);
+    }
+    assert_eq!(net.texts(0, 1).len(), 3_600);
+    assert_eq!(net.texts(1, 0).len(), 3_600);
+    let handshakes = net.hosts[0].tunnel.counters().sessions_established;
+    assert!((28..=35).contains(&handshakes), "{handshakes} sessions in an hour");
+}
+
+#[test]
+fn one_way_traffic_is_kept_alive_by_the_silent_side() {
+    let mut net = Network::mesh(2, 2);
+    for _ in 0..600 {
+        net.send(0, 1, "x");
+        net.run_s(1);
+    }
+    assert_eq!(net.texts(1, 0).len(), 600);
+    assert!(net.hosts[0].tunnel.counters().keepalives_received >= 50);
+}
+
+#[test]
+fn an_idle_mesh_is_silent() {
+    let mut net = Network::mesh(3, 4);
+    net.send(0, 1, "x");
+    net.run_s(400);
+    let sends = net.log.len();
+    net.run_s(3_600);
+    assert_eq!(net.log.len(), sends);
+    net.send(0, 1, "y");
+    net.run_s(1);
+    assert_eq!(net.texts(1, 0), ["x", "y"]);
+}
+
+#[test]
+fn keepalives_are_sent_where_configured_and_nowhere_else() {
+    let mut net = Network::mesh(4, 3);
+    let mut peers = net.peers_of(0);
+    peers[0].keepalive = Some(Duration::from_secs(25));
+    net.set_peers(0, &peers);
+    net.run_s(250);
+    assert!((9..=24).contains(&net.sent_to("192.0.2.2:15190")));
+    assert_eq!(net.sent_to("192.0.2.3:15190"), 0);
+    assert!(net.snapshot(0, 1).session);
+}
+
+#[test]
+fn reordering_loses_nothing() {
+    let mut net = Network::mesh(5, 2);
+    net.send(0, 1, "open");
+    net.run_ms(100);
+    net.jitter = Duration::from_millis(40);
+    for i in 0..2_000 {
+        net.send(0, 1, &format!("{i}"));
+        net.run_ms(1);
+    }
+    net.run_s(1);
+    let mut texts = net.texts(1, 0);
+    assert_eq!(texts.len(), 2_001);
+    texts.sort();
+    texts.dedup();
+    assert_eq!(texts.len(), 2_001);
+}
+
+#[test]
+fn a_replayed_datagram_is_taken_once() {
+    let mut net = Network::mesh(6, 2);
+    net.send(0, 1, "once");
+    net.run_ms(100);
+    let sent: Vec<_> = net.log.iter().map(|s| (s.from, s.to, s.bytes.clone())).collect();
+    for (from, to, bytes) in sent {
+        net.inject(from, to, &bytes);
+    }
+    net.run_s(1);
+    assert_eq!(net.texts(1, 0), ["once"]);
+    assert!(net.dropped(1, DropReason::Replayed) > 0);
+    assert!(net.dropped(1, DropReason::StaleInitiation) > 0);
+}
+
+#[test]
+fn peers_replaced_live_under_traffic_lose_nothing() {
+    let mut net = Network::mesh(7, 3);
+    net.send(0, 1, "open");
+    net.run_ms(100);
+    let handshakes = net.hosts[0].tunnel.counters().sessions_established;
+    let mut peers = net.peers_of(0);
+    for i in 0..1_000usize {
+        match i % 5 {
+            0 => peers[0].mtu = if i % 2 == 0 { 1_380 } else { 1_280 },
+            1 => peers[0].candidates.push(format!("203.0.113.1:{}", i + 1).parse().expect("one")),
+            2 => peers[0].candidates.truncate(1),
+            3 => peers[0].keepalive = (i % 2 == 0).then_some(Duration::from_secs(25)),
+            _ => peers.reverse(),
+        }
+        peers.sort_by_key(|peer| peer.key != net.hosts[1].key);
+        net.set_peers(0, &peers);
+        net.send(0, 1, &format!("{i}"));
+        net.send(1, 0, &format!("{i}"));
+        net.run_ms(10);
+    }
+    net.run_s(1);
+    assert_eq!(net.texts(1, 0).len(), 1_001);
+    assert_eq!(net.texts(0, 1).len(), 1_000);
+    assert_eq!(net.hosts[0].tunnel.counters().sessions_established, handshakes);
+}
+
+#[test]
+fn a_preshared_key_changed_on_one_side_after_the_other_loses_nothing() {
+    let mut net = Network::mesh(8, 2);
+    net.send(0, 1, "open");
+    net.run_ms(100);
+    let with = |net: &Network, of: usize| {
+        let mut config = net.config_of(of);
+        config.preshared = preshared(9);
+        vec![config]
+    };
+    let before = net.hosts[0].tunnel.counters().sessions_established;
+    for i in 0..400 {
+        if i == 50 {
+            let peers = with(&net, 1);
+            net.set_peers(0, &peers);
+        }
+        if i == 70 {
+            let peers = with(&net, 0);
+            net.set_peers(1, &peers);
+        }
+        net.send(0, 1, "a");
+        net.send(1, 0, "b");
+        net.run_ms(100);
+    }
+    net.run_s(1);
+    assert_eq!(net.texts(1, 0).len(), 401);
+    assert_eq!(net.texts(0, 1).len(), 400);
+    assert!(net.hosts[0].tunnel.counters().sessions_established > before);
+    // Long after the old sessions died, traffic still flows: the new key is in use.
+    net.run_s(300);
+    net.send(0, 1, "last");
+    net.run_s(1);
+    assert_eq!(net.texts(1, 0).last().map(String::as_str), Some("last"));
+}
+
+#[test]
+fn peers_with_different_preshared_keys_never_talk() {
+    let mut net = Network::mesh(9, 2);
+    let mut config = net.config_of(1);
+    config.preshared = preshared(9);
+    net.set_peers(0, &[config]);
+    net.send(0, 1, "x");
+    net.send(1, 0, "x");
+    net.run_s(200);
+    assert!(net.texts(1, 0).is_empty() && net.texts(0, 1).is_empty());
+    assert!(net.dropped(0, DropReason::BadHandshake) > 0);
+}
+
+#[test]
+fn a_removed_peer_is_cut_off_at_once_and_its_index_is_nobodys() {
+    let mut net = Network::mesh(10, 2);
+    net.send(0, 1, "open");
+    net.run_ms(100);
+    net.set_peers(1, &[]);
+    net.send(0, 1, "cut off");
+    net.run_ms(100);
+    assert_eq!(net.texts(1, 0), ["open"]);
+    assert_eq!(net.dropped(1, DropReason::UnknownIndex), 1);
+    let peers = net.peers_of(1);
+    net.set_peers(1, &peers);
+    net.send(0, 1, "still under the old index");
+    net.run_ms(100);
+    assert_eq!(net.dropped(1, DropReason::UnknownIndex), 2);
+    net.run_s(30);
+    net.send(0, 1, "anew");
+    net.run_s(1);
+    assert_eq!(net.texts(1, 0).last().map(String::as_str), Some("anew"));
+}
+
+#[test]
+fn packets_waiting_for_a_removed_peer_are_counted_and_freed() {
+    let mut net = Network::mesh(11, 2);
+    net.hosts[1].up = false;
+    net.send(0, 1, "waits");
+    net.set_peers(0, &[]);
+    assert_eq!(net.hosts[0].tunnel.staged_bytes(), 0);
+    assert_eq!(net.dropped(0, DropReason::StagedPeerRemoved), 1);
+    assert_eq!(net.hosts[0].tunnel.next_deadline(), None);
+}
