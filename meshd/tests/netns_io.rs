@@ -6,19 +6,20 @@
 //!  10.90.1.1, fd00:90:1::1 on mio0                      mio0 10.90.2.1, fd00:90:2::1
 //!     shard ── 192.0.2.1 ════════ veth, MTU 1500 ════════ 192.0.2.2 ── shard
 //! ```
+#![allow(clippy::expect_used, reason = "helpers of tests fail as tests do")]
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket as StdUdpSocket};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use mesh_core::tunnel::config::{PeerConfig, TunnelConfig};
 use mesh_types::key::{PrivateKey, PublicKey};
-use meshd::io::{DataEvent, DataPlane, DataPlaneOptions};
+use meshd::io::{DataEvent, DataPlane, DataPlaneOptions, DataSnapshot};
 use netcfg::netns::{self, Netns, run_in};
 use netcfg::route::{KernelRoute, TABLE_MAIN};
 use netcfg::tun::{Tun, TunOptions};
@@ -49,6 +50,8 @@ struct Side {
     public: PublicKey,
     data: Option<DataPlane>,
     events: Mutex<Receiver<DataEvent>>,
+    /// The next event makes the shard's thread panic.
+    panic_next: Arc<AtomicBool>,
 }
 
 impl Drop for Side {
@@ -95,9 +98,18 @@ impl Side {
         self.data.as_ref().expect("a running data plane")
     }
 
+    fn wait_for(&self, wanted: &DataEvent) {
+        let events = self.events.lock().expect("events");
+        let seen = std::iter::from_fn(|| events.recv_timeout(PATIENCE).ok()).any(|e| e == *wanted);
+        assert!(seen, "control was not told: {wanted:?}");
+    }
+
+    fn snapshot(&self) -> DataSnapshot {
+        self.data().snapshot().expect("a snapshot")
+    }
+
     /// Opens the TUN in the namespace, with addresses and the route to the other side.
     fn open_tun(netns: &Netns, number: u8, options: &TunOptions) -> Tun {
-        let other = 3 - number;
         run_in(netns, || {
             let tun = Tun::open(options)?;
             let index = tun.index();
@@ -105,12 +117,7 @@ impl Side {
                 addr::add(index, own.parse()?)?;
             }
             link::set_up(index)?;
-            for there in [format!("10.90.{other}.0/24"), format!("fd00:90:{other}::/64")] {
-                let mut to = KernelRoute::new(there.parse()?, TABLE_MAIN, 4);
-                to.oif = Some(index);
-                to.scope_link = true;
-                route::replace(&to)?;
-            }
+            add_routes(index, number)?;
             Ok(tun)
         })
         .expect("a TUN device")
@@ -123,17 +130,41 @@ impl Side {
         let socket = run_in(&netns, || UdpSocket::open(udp)).expect("a UDP socket");
         let port = socket.local_port();
         let (sender, events) = sync_channel(64);
+        let panic_next = Arc::new(AtomicBool::new(false));
+        let panics = Arc::clone(&panic_next);
         let options = DataPlaneOptions {
             tunnel: TunnelConfig::default(),
             own_key,
             seed: u64::from(number),
             on_event: Box::new(move |event| {
                 let _ = sender.try_send(event);
+                assert!(!panics.swap(false, Ordering::SeqCst), "asked for by a test");
             }),
         };
         let data = DataPlane::start(options, device, socket).expect("a data plane");
-        Self { number, netns, path, port, public, data: Some(data), events: Mutex::new(events) }
+        Self {
+            number,
+            netns,
+            path,
+            port,
+            public,
+            data: Some(data),
+            events: Mutex::new(events),
+            panic_next,
+        }
     }
+}
+
+/// Routes to the other side's prefixes.
+fn add_routes(index: u32, number: u8) -> anyhow::Result<()> {
+    let other = 3 - number;
+    for there in [format!("10.90.{other}.0/24"), format!("fd00:90:{other}::/64")] {
+        let mut to = KernelRoute::new(there.parse()?, TABLE_MAIN, 4);
+        to.oif = Some(index);
+        to.scope_link = true;
+        route::replace(&to)?;
+    }
+    Ok(())
 }
 
 /// Two sides that know each other.
@@ -198,22 +229,24 @@ fn tcp_both_ways(from: &Side, to: &Side, v6: bool, len: usize) {
         let server = scope.spawn(|| {
             let (stream, source) = listener.accept().expect("a connection");
             assert_eq!(source.ip(), from.overlay(v6), "the receiver sees the true source");
-            exchange(stream, &back, len)
+            exchange(&stream, &back, len)
         });
         let stream = run_in(&from.netns, || Ok(TcpStream::connect_timeout(&target, PATIENCE)?));
-        let received = exchange(stream.expect("connect"), &there, len);
+        let received = exchange(&stream.expect("connect"), &there, len);
         assert!(received == back, "what came back differs");
         assert!(server.join().expect("server") == there, "what arrived differs");
     });
 }
 
-fn exchange(stream: TcpStream, send: &[u8], len: usize) -> Vec<u8> {
+fn exchange(stream: &TcpStream, send: &[u8], len: usize) -> Vec<u8> {
     stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
     stream.set_write_timeout(Some(PATIENCE)).expect("timeout");
     let mut received = vec![0; len];
     std::thread::scope(|scope| {
-        scope.spawn(|| (&stream).write_all(send).expect("send"));
-        (&stream).read_exact(&mut received).expect("receive");
+        let mut writer = stream;
+        scope.spawn(move || writer.write_all(send).expect("send"));
+        let mut reader = stream;
+        reader.read_exact(&mut received).expect("receive");
     });
     received
 }
@@ -282,7 +315,7 @@ fn super_packets_move_in_both_directions_and_nothing_is_dropped_for_their_shape(
     }
     let [a, b] = everything();
     tcp_both_ways(&a, &b, false, 16 << 20);
-    let [a, b] = [a.data(), b.data()].map(|data| data.snapshot().expect("a snapshot"));
+    let [a, b] = [a.snapshot(), b.snapshot()];
     for side in [&a, &b] {
         assert!(side.segments_per_send() > 3.0, "segments per send: {}", side.segments_per_send());
         let per_write = side.packets_per_tun_write();
@@ -321,16 +354,13 @@ fn a_deleted_tun_is_told_and_a_new_one_takes_over_with_the_sessions() {
     let [a, b] = everything();
     udp_echo(&a, &b, false, 100);
     run_in(&b.netns, || netcfg::tun::remove(TUN)).expect("remove");
-    let events = b.events.lock().expect("events");
-    let lost = std::iter::from_fn(|| events.recv_timeout(PATIENCE).ok())
-        .any(|event| event == DataEvent::TunLost);
-    assert!(lost, "control was not told");
-    assert_eq!(b.data().snapshot().expect("still serving").tun_features, None);
-    let established = b.data().snapshot().expect("snapshot").tunnel.sessions_established;
+    b.wait_for(&DataEvent::TunLost);
+    assert_eq!(b.snapshot().tun_features, None);
+    let established = b.snapshot().tunnel.sessions_established;
     b.data().replace_tun(Side::open_tun(&b.netns, b.number, &tun_options()));
     udp_echo(&a, &b, false, 8192);
     tcp_both_ways(&b, &a, true, 1 << 20);
-    let after = b.data().snapshot().expect("snapshot");
+    let after = b.snapshot();
     assert_eq!(after.tunnel.sessions_established, established, "no new handshake was needed");
 }
 
@@ -358,4 +388,44 @@ fn stopping_leaves_the_device_in_place_and_a_new_shard_picks_it_up() {
     again.data().initiate_all();
     udp_echo(&again, &a, true, 8192);
     tcp_both_ways(&a, &again, false, 1 << 20);
+}
+
+#[test]
+fn a_panic_in_the_shard_costs_its_sessions_and_nothing_else() {
+    if !root() {
+        return;
+    }
+    let [a, b] = everything();
+    b.panic_next.store(true, Ordering::SeqCst);
+    // The session this brings about is the event that panics; the datagram may be lost with it.
+    let socket = run_in(&a.netns, || Ok(StdUdpSocket::bind((a.overlay(false), 0))?)).expect("bind");
+    socket.send_to(b"hello", (b.overlay(false), 9)).expect("send");
+    b.wait_for(&DataEvent::Restarted);
+    let after = b.snapshot();
+    assert_eq!((after.shard.panics, after.peers.len()), (1, 1), "the peer set survives");
+    tcp_both_ways(&a, &b, false, 1 << 20);
+    udp_echo(&b, &a, true, 8192);
+}
+
+#[test]
+fn an_interface_that_is_down_drops_and_counts_until_it_is_up_again() {
+    if !root() {
+        return;
+    }
+    let [a, b] = everything();
+    udp_echo(&a, &b, false, 100);
+    let index = run_in(&b.netns, || Ok(link::require(TUN)?.index)).expect("the device");
+    run_in(&b.netns, || Ok(link::set_down(index)?)).expect("down");
+    let socket = run_in(&a.netns, || Ok(StdUdpSocket::bind((a.overlay(false), 0))?)).expect("bind");
+    let begun = Instant::now();
+    while b.snapshot().tun.write_down == 0 {
+        assert!(begun.elapsed() < PATIENCE, "no packet was counted as dropped");
+        socket.send_to(b"hello", (b.overlay(false), 9)).expect("send");
+    }
+    run_in(&b.netns, || {
+        link::set_up(index)?;
+        add_routes(index, b.number)
+    })
+    .expect("up again");
+    udp_echo(&a, &b, false, 8192);
 }

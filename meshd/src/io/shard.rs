@@ -55,11 +55,6 @@ pub(super) struct Shard {
     counters: ShardCounters,
 }
 
-/// Why a turn of the loop was the last.
-enum End {
-    Stopped,
-}
-
 /// What poll found.
 #[derive(Debug, Clone, Copy)]
 struct Ready {
@@ -107,7 +102,6 @@ impl Shard {
                 panics = self.counters.panics,
                 "the data plane panicked and starts again; sessions are made anew. Please report this"
             );
-            (self.on_event)(DataEvent::Restarted);
             if clock::now().since(begun) >= CALM {
                 pause = RESTART_PAUSE;
             }
@@ -116,7 +110,7 @@ impl Shard {
         }
     }
 
-    fn serve(&mut self) -> End {
+    fn serve(&mut self) {
         let mut factory = BoringFactory::default();
         factory.set_own_key(self.config.own, &self.own_key);
         // Each life draws other receiver indexes than the one before.
@@ -127,13 +121,18 @@ impl Shard {
         if !self.peers.is_empty() {
             self.apply_peers(&mut tunnel, clock::now());
         }
+        if self.counters.panics > 0 {
+            // Peers still send on sessions that are gone, and would notice after 15 s only.
+            tunnel.initiate_all(clock::now());
+            (self.on_event)(DataEvent::Restarted);
+        }
         loop {
             self.counters.turns += 1;
             let ready = self.wait(&tunnel);
             let now = clock::now();
             if ready.mail && self.read_mail(&mut tunnel, now) {
                 self.transmit(&mut tunnel, now);
-                return End::Stopped;
+                return;
             }
             if ready.udp {
                 self.drain_udp(&mut tunnel, now);
