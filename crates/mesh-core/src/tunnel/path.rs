@@ -169,15 +169,17 @@ impl Path {
         }
     }
 
-    /// Whether an initiation could go anywhere now.
-    pub fn may_initiate(&self, now: MonoTime, limiter: &ProbeLimiter) -> bool {
-        self.is_fresh(now) || self.all().any(|to| limiter.allows(now, to.addr.ip()))
+    /// Whether an initiation could go anywhere now; `session`: one that can send exists.
+    pub fn may_initiate(&self, now: MonoTime, session: bool, limiter: &ProbeLimiter) -> bool {
+        (session && self.is_fresh(now)) || self.all().any(|to| limiter.allows(now, to.addr.ip()))
     }
 
-    /// Where an initiation goes; counts it as sent.
+    /// Where an initiation goes; counts it as sent. Only a path that carries a session is trusted alone: an
+    /// endpoint without one may come from an old initiation that somebody replayed after our restart.
     pub fn initiation_targets(
         &mut self,
         now: MonoTime,
+        session: bool,
         limiter: &mut ProbeLimiter,
         out: &mut Vec<Endpoint>,
     ) {
@@ -185,8 +187,9 @@ impl Path {
         let first = self.attempts == 0;
         self.attempts = self.attempts.saturating_add(1);
         if let Some(endpoint) = self.endpoint
-            && self.is_fresh(now)
+            && session
             && first
+            && self.is_fresh(now)
         {
             out.push(endpoint);
             return;
@@ -276,7 +279,7 @@ mod tests {
 
     fn targets(path: &mut Path, limiter: &mut ProbeLimiter, ms: u64) -> Vec<String> {
         let mut out = Vec::new();
-        path.initiation_targets(at(ms), limiter, &mut out);
+        path.initiation_targets(at(ms), true, limiter, &mut out);
         out.iter().map(|to| to.addr.to_string()).collect()
     }
 
@@ -305,6 +308,16 @@ mod tests {
         assert_eq!(targets(&mut path, &mut limiter, 1_000), ["10.0.0.2:1"]);
         path.heard(at(1_100), addr("10.0.0.2:1"), None);
         assert_eq!(targets(&mut path, &mut limiter, 20_000), ["10.0.0.2:1", "10.0.0.1:1"]);
+    }
+
+    #[test]
+    fn an_endpoint_without_a_session_is_not_asked_alone() {
+        let (mut path, mut limiter) = (path(&["10.0.0.1:1"]), ProbeLimiter::default());
+        assert!(path.heard(at(0), addr("203.0.113.6:6"), None));
+        let mut out = Vec::new();
+        path.initiation_targets(at(1), false, &mut limiter, &mut out);
+        let asked: Vec<_> = out.iter().map(|to| to.addr).collect();
+        assert_eq!(asked, [addr("203.0.113.6:6"), addr("10.0.0.1:1")]);
     }
 
     #[test]

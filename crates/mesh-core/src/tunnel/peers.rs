@@ -166,6 +166,10 @@ impl<E: Engine> Peers<E> {
         self.by_key.len()
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.by_key.is_empty()
+    }
+
     pub fn get(&self, slot: u32) -> Option<&Peer<E>> {
         self.slots.get(slot as usize)?.as_ref()
     }
@@ -328,5 +332,72 @@ impl SplitMix64 {
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tunnel::engine::{EngineConfig, EngineFactory};
+    use crate::tunnel::model::{ModelEngine, ModelFactory, public_key};
+    use mesh_types::key::PrivateKey;
+
+    fn at(seconds: u64) -> MonoTime {
+        MonoTime::ZERO + Duration::from_secs(seconds)
+    }
+
+    fn config(number: u8) -> PeerConfig {
+        PeerConfig {
+            key: public_key(&PrivateKey::from_bytes([number; 32])),
+            preshared: None,
+            allowed_ips: Vec::new(),
+            candidates: Vec::new(),
+            keepalive: None,
+            mtu: 1_380,
+        }
+    }
+
+    fn member(now: MonoTime, index: u32) -> Member<ModelEngine> {
+        let own = OwnKeyId(0);
+        let peer = config(1).key;
+        let engine = ModelFactory::new(&PrivateKey::from_bytes([9; 32])).create(
+            now,
+            EngineConfig { own, peer, preshared: None, keepalive: None, index, seed: 1 },
+        );
+        Member { engine, index, own, retire_at: None, unconfirmed: false }
+    }
+
+    #[test]
+    fn an_index_is_not_given_out_again_for_180_s_after_its_peer_is_gone() {
+        let mut peers = Peers::new(7);
+        let slot = peers.insert(Peer::new(config(1))).expect("room");
+        let (index, _) = peers.new_index(at(0));
+        peers.add_member(at(0), slot, member(at(0), index));
+        assert_eq!(peers.slot_of_index(index << 8 | 5), Some(slot));
+        peers.remove(at(10), slot);
+        assert_eq!(peers.slot_of_index(index << 8 | 5), None);
+        // The same draw again, by setting the sequence back.
+        peers.random = SplitMix64(7);
+        assert_ne!(peers.new_index(at(189)).0, index);
+        peers.random = SplitMix64(7);
+        assert_eq!(peers.new_index(at(190)).0, index);
+    }
+
+    #[test]
+    fn a_replaced_engine_receives_for_180_s_and_a_set_stays_bounded() {
+        let mut peers = Peers::new(7);
+        let slot = peers.insert(Peer::new(config(1))).expect("room");
+        for index in 1..=20 {
+            peers.add_member(at(0), slot, member(at(0), index));
+        }
+        let held = |peers: &Peers<ModelEngine>| peers.get(slot).map(|peer| peer.members.len());
+        assert_eq!(held(&peers), Some(ENGINES_PER_PEER_MAX));
+        assert_eq!(peers.slot_of_index(1 << 8), None);
+        peers.retire(at(179), slot);
+        assert_eq!(held(&peers), Some(ENGINES_PER_PEER_MAX));
+        peers.retire(at(180), slot);
+        assert_eq!(held(&peers), Some(1));
+        assert_eq!(peers.slot_of_index(19 << 8), None);
+        assert_eq!(peers.slot_of_index(20 << 8), Some(slot));
     }
 }

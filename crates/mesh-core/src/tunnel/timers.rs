@@ -59,7 +59,8 @@ impl<F: EngineFactory> Tunnel<F> {
         if !peer.path.is_known() {
             return;
         }
-        if !peer.path.may_initiate(now, &self.limiter) {
+        let session = peer.sender(now).is_some();
+        if !peer.path.may_initiate(now, session, &self.limiter) {
             peer.initiate_at.get_or_insert(now + DEFERRED);
             self.peers.reschedule(now, slot);
             return;
@@ -67,7 +68,8 @@ impl<F: EngineFactory> Tunnel<F> {
         peer.initiate_at = None;
         let Some(member) = peer.members.last_mut() else { return };
         if let Some(len) = member.engine.initiate(now, force, &mut self.buffer) {
-            peer.path.initiation_targets(now, &mut self.limiter, &mut self.targets);
+            let limiter = &mut self.limiter;
+            peer.path.initiation_targets(now, session, limiter, &mut self.targets);
             self.send_initiation(now, slot, len);
         }
         self.peers.reschedule(now, slot);
@@ -96,7 +98,8 @@ impl<F: EngineFactory> Tunnel<F> {
                 // A replaced engine lives on to receive; its keys are not to be renewed.
                 TimerOutcome::Initiation(_) | TimerOutcome::GaveUp if !newest => {}
                 TimerOutcome::Initiation(len) => {
-                    peer.path.initiation_targets(now, &mut self.limiter, &mut self.targets);
+                    let (session, limiter) = (peer.sender(now).is_some(), &mut self.limiter);
+                    peer.path.initiation_targets(now, session, limiter, &mut self.targets);
                     self.send_initiation(now, slot, len);
                 }
                 TimerOutcome::Keepalive(len) => {

@@ -16,6 +16,10 @@ fn living() -> Network {
     net
 }
 
+fn drops(net: &Network) -> u64 {
+    net.hosts[0].tunnel.counters().drops().map(|(_, count)| count).sum()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
@@ -32,10 +36,16 @@ proptest! {
             }
             let source = "203.0.113.9:9".parse().expect("an endpoint");
             let meta = UdpMeta { source, local: None, segment_len, ecn: Ecn::Ce };
-            let now = net.now;
-            net.hosts[0].tunnel.handle_udp_input(now, &meta, &bytes);
-            prop_assert!(net.hosts[0].tunnel.poll_tun().is_none());
-            while net.hosts[0].tunnel.poll_transmit().is_some() {}
+            let (now, before) = (net.now, drops(&net));
+            let tunnel = &mut net.hosts[0].tunnel;
+            tunnel.handle_udp_input(now, &meta, &bytes);
+            prop_assert!(tunnel.poll_tun().is_none());
+            prop_assert!(tunnel.poll_transmit().is_none(), "a stranger was answered");
+            let datagrams = match segment_len {
+                0 => usize::from(!bytes.is_empty()),
+                len => bytes.len().div_ceil(len),
+            };
+            prop_assert_eq!(drops(&net) - before, datagrams as u64, "each counted once");
         }
         net.send(1, 0, "still here");
         net.run_ms(100);
