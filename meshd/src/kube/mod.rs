@@ -1,6 +1,200 @@
 //! Kubernetes: the Node watch and the publishing of our own record. Kubernetes types stop here.
 //!
 //! ```text
-//! API server ── list, watch ──> watch::run ──> node: RawNode ──> gate ──> ClusterEvent
-//!            <── apply ──────── publish::run <── OwnRecord wanted, own RawNode as the watch shows it
+//! API server ── list, watch ──> watch ──> node: RawNode ──> feed (gate) ──> ClusterEvent
+//!            <── apply ──────── publish <── OwnRecord wanted, own RawNode as the watch shows it
 //! ```
+
+mod feed;
+mod gate;
+mod node;
+mod publish;
+mod words;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use ::kube::api::Api;
+use ::kube::config::{KubeConfigOptions, Kubeconfig};
+use ::kube::runtime::{WatchStreamExt, watcher};
+use ::kube::{Client, Config};
+use anyhow::Context;
+use futures::StreamExt;
+use mesh_core::cluster::RawNode;
+use mesh_types::node::NodeName;
+use tokio::sync::{mpsc, watch};
+
+use crate::source::ClusterEvent;
+use feed::{Feed, Next};
+use node::SeenNode;
+pub use publish::Publisher;
+
+/// A server that does not take a connection within this time is not there.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Between a suspicious list and the one that confirms it: a server that has just started, or lost its
+/// store, gets this long.
+const CONFIRM_AFTER: Duration = Duration::from_secs(5);
+
+/// Silence after an error that means the watch stands again: longer than the longest pause between attempts
+/// and the time one takes to fail.
+const RECOVERED_AFTER: Duration = Duration::from_secs(25);
+
+/// Pause between attempts to list and watch, shortest and longest. Half of it is random, so that a
+/// thousand nodes do not come back to a server at once.
+const RETRY_MIN: Duration = Duration::from_millis(500);
+const RETRY_MAX: Duration = Duration::from_secs(10);
+
+/// Nodes of a Kubernetes cluster.
+pub struct KubeSource {
+    client: Client,
+    /// Publishers that want to see a Node.
+    shown: Vec<(String, watch::Sender<Option<RawNode>>)>,
+}
+
+impl KubeSource {
+    /// With the kubeconfig, or the service account of the pod. Asks no server yet.
+    pub async fn open(kubeconfig: Option<&Path>) -> anyhow::Result<Self> {
+        let mut config = match kubeconfig {
+            Some(path) => from_file(path).await?,
+            None => Config::incluster().context(
+                "no Kubernetes API server: not in a pod with a service account; pass --kubeconfig or --roster",
+            )?,
+        };
+        config.connect_timeout = Some(CONNECT_TIMEOUT);
+        let client = Client::try_from(config).context("make a client of the Kubernetes API")?;
+        Ok(Self { client, shown: Vec::new() })
+    }
+
+    /// Writes to `node`, which it sees through this source while it is watched.
+    pub fn publisher(&mut self, node: &NodeName) -> Publisher {
+        let (sender, shown) = watch::channel(None);
+        self.shown.push((node.as_str().to_owned(), sender));
+        Publisher::new(self.client.clone(), node, shown)
+    }
+
+    /// Lists and watches until nobody listens.
+    pub async fn watch(
+        self,
+        known: Vec<RawNode>,
+        events: mpsc::Sender<ClusterEvent>,
+    ) -> anyhow::Result<()> {
+        let known: BTreeMap<String, String> =
+            known.into_iter().map(|node| (node.name, node.uid)).collect();
+        let mut feed = Feed::new(known);
+        while let Next::Relist = self.follow(&mut feed, &events).await {
+            tokio::select! {
+                () = tokio::time::sleep(CONFIRM_AFTER) => {}
+                () = events.closed() => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Follows one watch until it has to be begun again or nobody listens.
+    async fn follow(&self, feed: &mut Feed, events: &mpsc::Sender<ClusterEvent>) -> Next {
+        let nodes: Api<SeenNode> = Api::all(self.client.clone());
+        let stream = watcher(nodes, watcher::Config::default()).backoff(Backoff::default());
+        let mut stream = stream.boxed();
+        loop {
+            let news = tokio::select! {
+                () = events.closed() => return Next::Stop,
+                () = tokio::time::sleep(RECOVERED_AFTER), if feed.in_trouble() => feed.quiet(),
+                item = stream.next() => match item {
+                    Some(Ok(event)) => feed.event(event),
+                    Some(Err(error)) => feed.error(words::of_watch(&error)),
+                    None => return Next::Relist,
+                },
+            };
+            for event in news.events {
+                self.show(&event);
+                if events.send(event).await.is_err() {
+                    return Next::Stop;
+                }
+            }
+            if news.next != Next::Go {
+                return news.next;
+            }
+        }
+    }
+
+    /// Shows publishers the Nodes they write to.
+    fn show(&self, event: &ClusterEvent) {
+        for (own, sender) in &self.shown {
+            let seen = match event {
+                ClusterEvent::Reset(nodes) => nodes.iter().find(|node| node.name == *own).cloned(),
+                ClusterEvent::Apply(node) if node.name == *own => Some(node.clone()),
+                ClusterEvent::Delete { name, .. } if name == own => None,
+                _ => continue,
+            };
+            sender.send_if_modified(|before| {
+                let changed = *before != seen;
+                *before = seen;
+                changed
+            });
+        }
+    }
+}
+
+async fn from_file(path: &Path) -> anyhow::Result<Config> {
+    let shown = path.display();
+    let file = Kubeconfig::read_from(path).with_context(|| format!("read kubeconfig {shown}"))?;
+    Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
+        .await
+        .with_context(|| format!("use kubeconfig {shown}"))
+}
+
+/// Doubling pauses with a random half.
+#[derive(Debug)]
+struct Backoff {
+    next: Duration,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self { next: RETRY_MIN }
+    }
+}
+
+impl Iterator for Backoff {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let half = self.next / 2;
+        self.next = self.next.saturating_mul(2).min(RETRY_MAX);
+        Some(half + half.mul_f64(rand::random::<f64>()))
+    }
+}
+
+impl ::kube::runtime::utils::Backoff for Backoff {
+    fn reset(&mut self) {
+        *self = Self::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_to_their_bound_and_are_never_half_of_it_short() {
+        let pauses: Vec<Duration> = Backoff::default().take(8).collect();
+        assert!(pauses[0] >= RETRY_MIN / 2 && pauses[0] <= RETRY_MIN);
+        assert!(pauses[7] >= RETRY_MAX / 2 && pauses[7] <= RETRY_MAX);
+        assert!(RETRY_MAX + CONNECT_TIMEOUT < RECOVERED_AFTER);
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_opened_says_what_to_do() {
+        let told = async |path: Option<&Path>| {
+            format!("{:#}", KubeSource::open(path).await.err().unwrap())
+        };
+        assert!(
+            told(Some(Path::new("/nonexistent/kubeconfig")))
+                .await
+                .contains("/nonexistent/kubeconfig")
+        );
+        assert!(told(None).await.contains("--kubeconfig or --roster"));
+    }
+}

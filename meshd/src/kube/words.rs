@@ -1,0 +1,144 @@
+//! Errors of the Kubernetes API in an operator's words: what is wrong and where to look.
+
+use ::kube::Error;
+use ::kube::core::Status;
+use ::kube::runtime::watcher;
+
+/// Longest message of a server shown.
+const MESSAGE_CHARS_MAX: usize = 300;
+
+/// Why nodes cannot be listed or watched.
+pub(super) fn of_watch(error: &watcher::Error) -> String {
+    match error {
+        watcher::Error::InitialListFailed(error) => explain(error, "list nodes"),
+        watcher::Error::WatchStartFailed(error) | watcher::Error::WatchFailed(error) => {
+            explain(error, "watch nodes")
+        }
+        watcher::Error::WatchError(status) if status.code == 410 => {
+            "the API server no longer knows the point we watch from: listing anew".into()
+        }
+        watcher::Error::WatchError(status) => of_status(status, "watch nodes"),
+        watcher::Error::NoResourceVersion => {
+            "the API server sent a Node without a resource version: listing anew".into()
+        }
+    }
+}
+
+/// Why our own Node could not be written.
+pub(super) fn of_publish(error: &Error, node: &str) -> String {
+    let Error::Api(status) = error else { return explain(error, &format!("write node {node}")) };
+    let said = message(status);
+    match status.code {
+        403 => format!(
+            "the API server does not let us write the annotations of node {node}: check the role of our \
+             service account, that --node-name is the node of this pod, and the admission policies ({said})"
+        ),
+        404 => format!("node {node} does not exist: is --node-name right? ({said})"),
+        409 => format!(
+            "somebody else writes our annotations of node {node}: find the field manager with \
+             `kubectl get node {node} -o yaml --show-managed-fields` and remove its annotation \
+             with `kubectl annotate node {node} NAME-` ({said})"
+        ),
+        _ => of_status(status, &format!("write node {node}")),
+    }
+}
+
+/// The server took our write and kept something else.
+pub(super) fn not_kept(node: &str) -> String {
+    format!(
+        "the API server took our annotations of node {node} and did not keep them: look for an \
+         admission webhook or policy that changes Nodes"
+    )
+}
+
+fn explain(error: &Error, what: &str) -> String {
+    match error {
+        Error::Api(status) => of_status(status, what),
+        Error::SerdeError(error) => {
+            format!("cannot {what}: the answer is not what an API server says ({error})")
+        }
+        Error::Auth(error) => format!(
+            "cannot {what}: no credentials for the API server; check the kubeconfig or the service \
+             account's token ({error})"
+        ),
+        other => format!(
+            "cannot {what}: the API server cannot be reached; check its address, the way to it and its \
+             certificate ({})",
+            chain(other)
+        ),
+    }
+}
+
+fn of_status(status: &Status, what: &str) -> String {
+    let said = message(status);
+    match status.code {
+        401 => format!(
+            "cannot {what}: the API server does not know us; check the token or certificate ({said})"
+        ),
+        403 => format!(
+            "cannot {what}: the API server does not let us; check the role of our service account ({said})"
+        ),
+        429 => format!("cannot {what}: the API server is busy; trying again ({said})"),
+        code => format!("cannot {what}: the API server answers {code} ({said})"),
+    }
+}
+
+fn message(status: &Status) -> String {
+    let text = if status.message.is_empty() { &status.reason } else { &status.message };
+    text.chars().take(MESSAGE_CHARS_MAX).collect()
+}
+
+/// The error and its causes: the cause is what tells a refused connection from a bad certificate.
+fn chain(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let said = error.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        cause = error.source();
+    }
+    text.chars().take(MESSAGE_CHARS_MAX).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn api(code: u16) -> Error {
+        Error::Api(Status { code, message: "said so".into(), ..Status::default() }.boxed())
+    }
+
+    #[test]
+    fn a_refused_write_says_where_to_look() {
+        for (code, hint) in
+            [(403, "role"), (404, "--node-name"), (409, "--show-managed-fields"), (500, "500")]
+        {
+            let text = of_publish(&api(code), "node-1");
+            assert!(text.contains(hint) && text.contains("said so"), "{code}: {text}");
+            assert!(text.contains("node-1"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_failed_watch_says_where_to_look() {
+        let words = |code| of_watch(&watcher::Error::InitialListFailed(api(code)));
+        assert!(words(401).contains("token"));
+        assert!(words(403).contains("role"));
+        let refused = Error::Service("connection refused".into());
+        let text = of_watch(&watcher::Error::WatchStartFailed(refused));
+        assert!(
+            text.contains("cannot be reached") && text.contains("connection refused"),
+            "{text}"
+        );
+        let gone = Status { code: 410, ..Status::default() }.boxed();
+        assert!(of_watch(&watcher::Error::WatchError(gone)).contains("listing anew"));
+    }
+
+    #[test]
+    fn a_servers_long_story_is_cut() {
+        let status = Status { code: 500, message: "x".repeat(1 << 20), ..Status::default() };
+        assert!(of_publish(&Error::Api(status.boxed()), "n").len() < 1_000);
+    }
+}
