@@ -32,3 +32,4 @@ mod sys;
 pub mod sysctl;
 pub mod tun;
 pub mod udp;
+pub mod watch;

@@ -30,11 +30,6 @@ pub(crate) struct Netlink {
     buffer: Vec<u8>,
 }
 
-/// Whether `error` carries this errno.
-pub(crate) fn is_errno(error: &io::Error, code: i32) -> bool {
-    error.raw_os_error() == Some(code)
-}
-
 /// `Ok` also when the kernel said `code`: the object is already as wanted.
 pub(crate) fn tolerate(result: io::Result<()>, codes: &[i32]) -> io::Result<()> {
     match result {
