@@ -17,7 +17,6 @@ use anyhow::Context as _;
 use ipnet::IpNet;
 use mesh_types::defaults;
 use mesh_types::net::ClusterPrefixes;
-use serde_json::Value;
 
 use crate::nft;
 
@@ -141,12 +140,7 @@ pub fn verify(config: &GuardConfig) -> anyhow::Result<GuardState> {
 
 /// Takes the guard away (uninstall); `false` when there was none.
 pub fn remove(table: &str) -> anyhow::Result<bool> {
-    nft::check_word(table)?;
-    match nft::run_script(&format!("delete table inet {table}\n")) {
-        Ok(()) => Ok(true),
-        Err(error) if nft::is_missing(&error) => Ok(false),
-        Err(error) => Err(error.context("remove the guard")),
-    }
+    nft::remove_table(table).context("remove the guard")
 }
 
 /// Reads the drop counters.
@@ -157,24 +151,13 @@ pub fn drops(table: &str) -> anyhow::Result<GuardDrops> {
 }
 
 fn parse_drops(text: &str) -> anyhow::Result<GuardDrops> {
-    let document: Value = serde_json::from_str(text).context("read nft's JSON")?;
-    let mut drops = GuardDrops::default();
-    let objects = document.get("nftables").and_then(Value::as_array);
-    for rule in objects.into_iter().flatten().filter_map(|object| object.get("rule")) {
-        let slot = match rule.get("comment").and_then(Value::as_str) {
-            Some(TO_CLUSTER) => &mut drops.leaving_to_cluster,
-            Some(FROM_CLUSTER) => &mut drops.leaving_from_cluster,
-            Some(ENTERING) => &mut drops.entering_from_cluster,
-            _ => continue,
-        };
-        let expressions = rule.get("expr").and_then(Value::as_array);
-        let packets = expressions
-            .into_iter()
-            .flatten()
-            .find_map(|expression| expression.get("counter")?.get("packets")?.as_u64());
-        *slot = slot.saturating_add(packets.unwrap_or(0));
-    }
-    Ok(drops)
+    let counts = nft::drop_counts(text)?;
+    let count = |comment: &str| counts.get(comment).copied().unwrap_or(0);
+    Ok(GuardDrops {
+        leaving_to_cluster: count(TO_CLUSTER),
+        leaving_from_cluster: count(FROM_CLUSTER),
+        entering_from_cluster: count(ENTERING),
+    })
 }
 
 fn check(config: &GuardConfig) -> anyhow::Result<()> {

@@ -26,6 +26,7 @@ pub mod neigh;
 mod netlink;
 pub mod netns;
 mod nft;
+pub mod pod;
 pub mod route;
 pub mod state;
 mod sys;

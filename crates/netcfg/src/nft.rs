@@ -3,11 +3,13 @@
 //! `nft -f -` is the stable interface; the netlink one is not documented for others. The program works in the
 //! network namespace of the calling thread.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write as _};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, anyhow, bail};
 use ipnet::IpNet;
+use serde_json::Value;
 
 /// Where `nft` may be besides `$PATH`: container runtimes call plugins with a short one.
 const PLACES: [&str; 4] = ["nft", "/usr/sbin/nft", "/sbin/nft", "/usr/local/sbin/nft"];
@@ -20,6 +22,34 @@ pub(crate) fn run_script(script: &str) -> anyhow::Result<()> {
 /// Runs `nft` with arguments and returns what it printed.
 pub(crate) fn query(arguments: &[&str]) -> anyhow::Result<String> {
     run(arguments, None)
+}
+
+/// Deletes an `inet` table; `false` when there was none.
+pub(crate) fn remove_table(table: &str) -> anyhow::Result<bool> {
+    check_word(table)?;
+    match run_script(&format!("delete table inet {table}\n")) {
+        Ok(()) => Ok(true),
+        Err(error) if is_missing(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Packets counted by rules in a JSON listing, by the rules' comments.
+pub(crate) fn drop_counts(text: &str) -> anyhow::Result<BTreeMap<String, u64>> {
+    let document: Value = serde_json::from_str(text).context("read nft's JSON")?;
+    let mut counts: BTreeMap<String, u64> = BTreeMap::new();
+    let objects = document.get("nftables").and_then(Value::as_array);
+    for rule in objects.into_iter().flatten().filter_map(|object| object.get("rule")) {
+        let Some(comment) = rule.get("comment").and_then(Value::as_str) else { continue };
+        let expressions = rule.get("expr").and_then(Value::as_array);
+        let packets = expressions
+            .into_iter()
+            .flatten()
+            .find_map(|expression| expression.get("counter")?.get("packets")?.as_u64());
+        let count = counts.entry(comment.to_owned()).or_default();
+        *count = count.saturating_add(packets.unwrap_or(0));
+    }
+    Ok(counts)
 }
 
 /// Whether an error of this module says that the table, chain or set does not exist.

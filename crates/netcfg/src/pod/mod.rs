@@ -1,0 +1,467 @@
+//! Pod plumbing: the veth pair, both its ends, and what the host needs around it.
+//!
+//! ```text
+//!  pod namespace                         |  host namespace
+//!  eth0  10.244.1.5/32  fd00::5/128      |  meshp0123456789   no address, no router advertisements
+//!  default via 169.254.1.1, fe80::1      |  10.244.1.5, fd00::5  -> dev meshp...  (our table, protocol 191)
+//!  169.254.1.1, fe80::1 = host's mac     |  10.244.1.5, fd00::5  =  pod's mac     (permanent neighbours)
+//!                     \__________ veth __________/
+//!                                        |  nftables inet meshd-cni: source must be the pod's own; masquerade
+//! ```
+//!
+//! No bridge, no ARP, no duplicate address detection: the gateway exists only as a permanent neighbour. Each step is
+//! idempotent, so that a second ADD, a repair by the daemon and the first run are the same code.
+
+mod check;
+mod rules;
+
+use std::io;
+use std::net::IpAddr;
+
+use anyhow::{Context as _, bail};
+use ipnet::IpNet;
+use mesh_types::attachment::Attachment;
+use mesh_types::defaults;
+use mesh_types::net::{ClusterPrefixes, host_prefix};
+use mesh_types::node_file::NodeFile;
+use serde_json::Value;
+
+pub use check::check;
+
+use crate::link::{Link, Mac, VethPair};
+use crate::neigh::Neighbour;
+use crate::netns::Netns;
+use crate::route::{KernelRoute, TABLE_MAIN};
+use crate::{addr, link, neigh, netns, nft, route, sysctl};
+
+/// What all pods of a node have in common.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodConfig {
+    pub cluster: ClusterPrefixes,
+    /// MTU of both ends, bytes.
+    pub mtu: u32,
+    /// The TUN device: traffic into it is not masqueraded.
+    pub tun: String,
+    /// Routing table of the pods' routes, and their protocol number.
+    pub table: u32,
+    pub protocol: u8,
+    /// nftables table, family `inet`.
+    pub nft_table: String,
+    /// Host ends of pods' links begin so.
+    pub link_prefix: String,
+}
+
+impl PodConfig {
+    /// Our own names around what the daemon knows.
+    pub fn new(cluster: ClusterPrefixes, mtu: u32, tun: impl Into<String>, table: u32) -> Self {
+        Self {
+            cluster,
+            mtu,
+            tun: tun.into(),
+            table,
+            protocol: defaults::ROUTE_PROTOCOL_CNI,
+            nft_table: defaults::NFT_TABLE_CNI.to_owned(),
+            link_prefix: defaults::POD_LINK_PREFIX.to_owned(),
+        }
+    }
+
+    pub fn from_node_file(file: &NodeFile) -> Self {
+        Self::new(file.cluster_prefixes.clone(), file.mtu, file.tun.clone(), file.table)
+    }
+}
+
+/// Names that follow from who the pod is: the same at every attempt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodNames {
+    pub host_ifname: String,
+    pub host_mac: Mac,
+    pub pod_mac: Mac,
+}
+
+/// What of pods stands on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct HostState {
+    /// Host ends of pods' links.
+    pub links: Vec<Link>,
+    /// Routes to pods.
+    pub routes: Vec<KernelRoute>,
+    /// (interface, address) pairs the source filter lets through.
+    pub sources: Vec<(String, IpAddr)>,
+}
+
+/// Packets from pods that were dropped since the table was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PodDrops {
+    /// Source address that is not the pod's.
+    pub spoofed: u64,
+    /// Router advertisements and redirects.
+    pub router: u64,
+}
+
+/// An attachment that could not be put right.
+#[derive(Debug)]
+pub struct Failure {
+    pub host_ifname: String,
+    pub container_id: String,
+    pub error: anyhow::Error,
+}
+
+/// The names of a pod's interface: 40 bits of a hash, so that two pods of a node meet once in 10^7 nodes of 400 pods.
+pub fn names(container_id: &str, ifname: &str) -> PodNames {
+    let hash = nft::hash(&format!("{container_id}/{ifname}"));
+    let other = nft::hash(&format!("{container_id}/{ifname}/host"));
+    PodNames {
+        host_ifname: format!("{}{:010x}", defaults::POD_LINK_PREFIX, hash >> 24),
+        host_mac: local_mac(other),
+        pod_mac: local_mac(hash),
+    }
+}
+
+/// Makes the veth pair, its peer directly inside the pod's namespace. A pair that stands already (an earlier attempt)
+/// is kept when both its ends are right, and made again otherwise.
+pub fn create_link(
+    config: &PodConfig,
+    attachment: &Attachment,
+    netns: &Netns,
+) -> anyhow::Result<()> {
+    let wanted = names(&attachment.container_id, &attachment.ifname);
+    let pod_mac = pod_mac(attachment)?;
+    let host = &attachment.host_ifname;
+    if link::get(host).with_context(|| format!("look at {host}"))?.is_some() {
+        let inside = netns::run_in(netns, || Ok(link::get(&attachment.ifname)?))?;
+        if inside.is_some_and(|inside| inside.mac == Some(pod_mac)) {
+            return Ok(());
+        }
+        link::delete_by_name(host).with_context(|| format!("delete the stale {host}"))?;
+    }
+    let pair = VethPair {
+        name: host,
+        mac: Some(wanted.host_mac),
+        peer_name: &attachment.ifname,
+        peer_mac: Some(pod_mac),
+        mtu: config.mtu,
+        peer_netns: Some(netns),
+    };
+    link::create_veth(&pair).map_err(|error| match error.raw_os_error() {
+        Some(libc::EEXIST) => anyhow::anyhow!(
+            "the pod already has an interface {}, or the host one called {host}",
+            attachment.ifname
+        ),
+        Some(libc::EPERM) => {
+            anyhow::anyhow!("a veth pair may not be made: run as root (CAP_NET_ADMIN is needed)")
+        }
+        _ => anyhow::Error::new(error).context(format!("make veth pair {host}")),
+    })
+}
+
+/// The pod's side: interface up, host addresses, default routes by the link-local gateways, and the gateways' hardware
+/// address, which is the host end's.
+pub fn setup_inside(
+    config: &PodConfig,
+    attachment: &Attachment,
+    netns: &Netns,
+) -> anyhow::Result<()> {
+    let host_mac = link::require(&attachment.host_ifname)?
+        .mac
+        .with_context(|| format!("{} has no hardware address", attachment.host_ifname))?;
+    netns::run_in(netns, || {
+        inside(config, attachment, host_mac)
+            .with_context(|| format!("set up {} inside the pod", attachment.ifname))
+    })
+}
+
+/// The host's side of one pod.
+pub fn attach_host(config: &PodConfig, attachment: &Attachment) -> anyhow::Result<()> {
+    host_side(config, attachment).with_context(|| format!("set up {}", attachment.host_ifname))?;
+    check_words(config, std::slice::from_ref(attachment))?;
+    nft::run_script(&rules::allow(config, std::slice::from_ref(attachment)))
+        .with_context(|| format!("allow {} its source addresses", attachment.host_ifname))
+}
+
+/// Puts back what somebody removed from the host's side of pods, all of them in one nftables transaction. Pods whose
+/// link is gone are failures: there is nothing to put it on.
+pub fn repair(config: &PodConfig, attachments: &[Attachment]) -> anyhow::Result<Vec<Failure>> {
+    let (mut good, mut failures) = (Vec::new(), Vec::new());
+    for attachment in attachments {
+        let done = check_words(config, std::slice::from_ref(attachment))
+            .and_then(|()| host_side(config, attachment));
+        match done {
+            Ok(()) => good.push(attachment.clone()),
+            Err(error) => failures.push(Failure {
+                host_ifname: attachment.host_ifname.clone(),
+                container_id: attachment.container_id.clone(),
+                error,
+            }),
+        }
+    }
+    check_words(config, &[])?;
+    nft::run_script(&rules::allow(config, &good)).context("restore the pods' source filter")?;
+    Ok(failures)
+}
+
+/// Makes the nftables table of pods, without touching which pods it knows.
+pub fn ensure_table(config: &PodConfig) -> anyhow::Result<()> {
+    check_words(config, &[])?;
+    nft::run_script(&rules::skeleton(config)).context("make the nftables table of pods")
+}
+
+/// Takes a pod away from the host: source filter, routes, link (and with it its neighbours and the pod's end). No
+/// error for what is already gone.
+pub fn detach_host(config: &PodConfig, attachment: &Attachment) -> anyhow::Result<()> {
+    check_words(config, std::slice::from_ref(attachment))?;
+    nft::run_script(&rules::forbid(config, attachment))
+        .with_context(|| format!("take {} out of the source filter", attachment.host_ifname))?;
+    let Some(link) = link::get(&attachment.host_ifname)? else {
+        // The kernel has taken its routes and neighbours along.
+        return Ok(());
+    };
+    // Before the link, so that nothing is sent towards a half-gone pod. Only routes on this link: the address may
+    // belong to a new pod by now.
+    for route in route::list(config.table)? {
+        if route.protocol == config.protocol && route.oif == Some(link.index) {
+            route::delete(&route)
+                .with_context(|| format!("remove the route to {}", route.destination))?;
+        }
+    }
+    link::delete(link.index).with_context(|| format!("delete {}", link.name))
+}
+
+/// What stands on the host, for repair, garbage collection and status.
+pub fn host_state(config: &PodConfig) -> anyhow::Result<HostState> {
+    check_words(config, &[])?;
+    let links = link::list()
+        .context("list interfaces")?
+        .into_iter()
+        .filter(|link| link.name.starts_with(&config.link_prefix) && link.kind == "veth")
+        .collect();
+    let routes = route::list(config.table)
+        .context("list routes")?
+        .into_iter()
+        .filter(|route| route.protocol == config.protocol)
+        .collect();
+    let mut sources = Vec::new();
+    for set in rules::SETS {
+        match nft::query(&["-j", "list", "set", "inet", &config.nft_table, set]) {
+            Ok(text) => sources.extend(parse_set(&text)?),
+            Err(error) if nft::is_missing(&error) => {}
+            Err(error) => return Err(error.context("list the pods' source filter")),
+        }
+    }
+    Ok(HostState { links, routes, sources })
+}
+
+/// Reads the drop counters.
+pub fn drops(nft_table: &str) -> anyhow::Result<PodDrops> {
+    nft::check_word(nft_table)?;
+    let text = nft::query(&["-j", "list", "chain", "inet", nft_table, "pod_source"])?;
+    let counts = nft::drop_counts(&text)?;
+    let count = |comment: &str| counts.get(comment).copied().unwrap_or(0);
+    Ok(PodDrops { spoofed: count(rules::SPOOFED), router: count(rules::ROUTER) })
+}
+
+/// Takes the table away (uninstall); `false` when there was none.
+pub fn remove_table(nft_table: &str) -> anyhow::Result<bool> {
+    nft::remove_table(nft_table).context("remove the nftables table of pods")
+}
+
+/// The link-local gateway of a family, as pods see it.
+pub(crate) fn gateway(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(_) => defaults::POD_GATEWAY_V4.into(),
+        IpAddr::V6(_) => defaults::POD_GATEWAY_V6.into(),
+    }
+}
+
+pub(crate) fn pod_mac(attachment: &Attachment) -> anyhow::Result<Mac> {
+    Ok(attachment.pod_mac.parse::<Mac>()?)
+}
+
+/// Route from the host to one address of a pod.
+pub(crate) fn host_route(config: &PodConfig, address: IpAddr, oif: u32) -> KernelRoute {
+    let mut route = KernelRoute::new(host_prefix(address), config.table, config.protocol);
+    route.oif = Some(oif);
+    route.scope_link = address.is_ipv4();
+    route
+}
+
+fn inside(config: &PodConfig, attachment: &Attachment, host_mac: Mac) -> anyhow::Result<()> {
+    if let Some(loopback) = link::get("lo")?.filter(|loopback| !loopback.up) {
+        link::set_up(loopback.index).context("set loopback up")?;
+    }
+    let ifname = &attachment.ifname;
+    let link = link::require(ifname)?;
+    if attachment.addresses.iter().any(IpAddr::is_ipv6) {
+        // Runtimes switch IPv6 off in new namespaces at times.
+        sysctl::set(&sysctl::for_interface("ipv6", ifname, "disable_ipv6"), "0")?;
+        sysctl::set(&sysctl::for_interface("ipv6", ifname, "accept_ra"), "0")?;
+    }
+    if link.mtu != config.mtu {
+        link::set_mtu(link.index, config.mtu).context("set the MTU")?;
+    }
+    link::set_up(link.index).context("set it up")?;
+    for address in &attachment.addresses {
+        let gateway = gateway(*address);
+        addr::add(link.index, host_prefix(*address))
+            .with_context(|| format!("add address {address}"))?;
+        neigh::set_permanent(&Neighbour { index: link.index, address: gateway, mac: host_mac })
+            .with_context(|| format!("add neighbour {gateway}"))?;
+        if address.is_ipv4() {
+            let mut to_gateway =
+                KernelRoute::new(host_prefix(gateway), TABLE_MAIN, config.protocol);
+            to_gateway.oif = Some(link.index);
+            to_gateway.scope_link = true;
+            route::replace(&to_gateway).with_context(|| format!("add a route to {gateway}"))?;
+        }
+        let any = if address.is_ipv4() { "0.0.0.0/0" } else { "::/0" };
+        let mut default = KernelRoute::new(any.parse::<IpNet>()?, TABLE_MAIN, config.protocol);
+        default.oif = Some(link.index);
+        default.gateway = Some(gateway);
+        route::replace(&default).with_context(|| format!("add a default route via {gateway}"))?;
+    }
+    Ok(())
+}
+
+/// Interface, neighbours and routes of the host's side; not the source filter.
+fn host_side(config: &PodConfig, attachment: &Attachment) -> anyhow::Result<()> {
+    let name = &attachment.host_ifname;
+    if !name.starts_with(&config.link_prefix) {
+        bail!("{name} is no pod link of ours (they begin with {})", config.link_prefix);
+    }
+    let pod_mac = pod_mac(attachment)?;
+    let link = link::require(name)?;
+    if !link.up {
+        // Before it goes up, so that the kernel never makes an address of its own.
+        ignore_missing_v6(link::set_no_address_generation(link.index))?;
+        let key = sysctl::for_interface("ipv6", name, "accept_ra");
+        ignore_missing_v6(sysctl::set(&key, "0").map(|_| ()))?;
+        link::set_up(link.index).with_context(|| format!("set {name} up"))?;
+    }
+    for address in &attachment.addresses {
+        neigh::set_permanent(&Neighbour { index: link.index, address: *address, mac: pod_mac })
+            .with_context(|| format!("add neighbour {address}"))?;
+        route::replace(&host_route(config, *address, link.index))
+            .with_context(|| format!("add a route to {address}"))?;
+    }
+    Ok(())
+}
+
+/// A kernel without IPv6 has nothing to switch off.
+fn ignore_missing_v6(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound
+                || error.raw_os_error() == Some(libc::EAFNOSUPPORT) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// Locally administered, unicast.
+fn local_mac(hash: u64) -> Mac {
+    let [_, _, a, b, c, d, e, f] = hash.to_be_bytes();
+    Mac([(a & 0xfc) | 0x02, b, c, d, e, f])
+}
+
+/// Nothing from a file or flag gets into a script unchecked.
+fn check_words(config: &PodConfig, attachments: &[Attachment]) -> anyhow::Result<()> {
+    for word in [&config.nft_table, &config.tun, &config.link_prefix] {
+        nft::check_word(word)?;
+    }
+    for attachment in attachments {
+        nft::check_word(&attachment.host_ifname)?;
+        link::check_name(&attachment.host_ifname)?;
+    }
+    Ok(())
+}
+
+/// `{"nftables":[{"set":{"elem":[{"concat":["meshp..","10.244.1.5"]}]}}]}`
+fn parse_set(text: &str) -> anyhow::Result<Vec<(String, IpAddr)>> {
+    let document: Value = serde_json::from_str(text).context("read nft's JSON")?;
+    let objects = document.get("nftables").and_then(Value::as_array);
+    let mut found = Vec::new();
+    for set in objects.into_iter().flatten().filter_map(|object| object.get("set")) {
+        for element in set.get("elem").and_then(Value::as_array).into_iter().flatten() {
+            let parts = element.get("concat").and_then(Value::as_array);
+            let Some([name, address]) = parts.map(Vec::as_slice) else { continue };
+            let (Some(name), Some(Ok(address))) =
+                (name.as_str(), address.as_str().map(str::parse::<IpAddr>))
+            else {
+                continue;
+            };
+            found.push((name.to_owned(), address));
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> PodConfig {
+        let prefixes = ["10.244.0.0/16", "fd00:10:244::/48"].map(|net| net.parse().unwrap());
+        let cluster = ClusterPrefixes::new(prefixes.to_vec()).unwrap();
+        PodConfig::new(cluster, 1380, "meshd0", 5190)
+    }
+
+    fn attachment() -> Attachment {
+        let names = names("c0ffee", "eth0");
+        Attachment {
+            version: 1,
+            network: "mesh".into(),
+            container_id: "c0ffee".into(),
+            ifname: "eth0".into(),
+            netns: "/run/netns/x".into(),
+            netns_inode: 1,
+            boot_id: "b".into(),
+            host_ifname: names.host_ifname,
+            pod_mac: names.pod_mac.to_string(),
+            addresses: vec!["10.244.1.5".parse().unwrap(), "fd00:10:244:1::5".parse().unwrap()],
+        }
+    }
+
+    #[test]
+    fn names_depend_on_container_and_interface_alone() {
+        let one = names("c0ffee", "eth0");
+        assert_eq!(one, names("c0ffee", "eth0"));
+        assert_eq!(one.host_ifname.len(), 15);
+        assert!(one.host_ifname.starts_with("meshp"));
+        assert_ne!(one.host_ifname, names("c0ffee", "net1").host_ifname);
+        assert_ne!(one.host_ifname, names("c0ffef", "eth0").host_ifname);
+        assert_eq!(one.pod_mac.0[0] & 3, 2, "locally administered, unicast");
+        assert_ne!(one.pod_mac, one.host_mac);
+    }
+
+    #[test]
+    fn the_names_of_a_known_pod_never_change() {
+        // Pods outlive the program that made them.
+        assert_eq!(
+            names("c0ffee", "eth0").host_ifname,
+            include_str!("../../tests/golden/pod.name").trim()
+        );
+    }
+
+    #[test]
+    fn the_pod_table_renders_as_recorded() {
+        let script = rules::allow(&config(), &[attachment()]);
+        assert_eq!(script, include_str!("../../tests/golden/pod.nft"));
+    }
+
+    #[test]
+    fn a_link_name_cannot_smuggle_rules_in() {
+        let mut attachment = attachment();
+        attachment.host_ifname = "meshp\" }; x".into();
+        assert!(detach_host(&config(), &attachment).is_err());
+        assert!(attach_host(&config(), &attachment).is_err());
+    }
+
+    #[test]
+    fn elements_are_read_from_a_listing() {
+        let text = r#"{"nftables":[{"metainfo":{}},{"set":{"name":"pods4","elem":[
+            {"concat":["meshp0","10.244.1.5"]},{"concat":["meshp1","nonsense"]},"odd"]}}]}"#;
+        let expected = vec![("meshp0".to_owned(), "10.244.1.5".parse().unwrap())];
+        assert_eq!(parse_set(text).unwrap(), expected);
+    }
+}

@@ -1,0 +1,105 @@
+//! The nftables table of pods, as text.
+//!
+//! ```text
+//! prerouting -300   from a pod link: (interface, source) in the set, or neighbour discovery -> on
+//!                   anything else, and router advertisements and redirects                -> drop
+//! postrouting 100   cluster source, foreign destination, leaving by an underlay link       -> masquerade
+//! ```
+//!
+//! Every script begins with [`skeleton`], which is idempotent and keeps the elements: whoever comes first makes the table,
+//! and a table flushed by somebody else is whole again after the next pod.
+
+use std::fmt::Write as _;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use mesh_types::attachment::Attachment;
+
+use super::PodConfig;
+use crate::nft;
+
+/// Comments the drop rules are found by.
+pub(super) const SPOOFED: &str = "source address is not the pod's";
+pub(super) const ROUTER: &str = "router advertisement or redirect from a pod";
+
+/// Names of the sets (interface . address).
+pub(super) const SETS: [&str; 2] = ["pods4", "pods6"];
+
+/// Table, sets, chains and rules; elements of the pod sets stay.
+pub(super) fn skeleton(config: &PodConfig) -> String {
+    let PodConfig { nft_table: table, link_prefix, tun, cluster, .. } = config;
+    let prefixes = |v4: bool| {
+        nft::elements(
+            cluster.as_slice().iter().filter(move |net| matches!(net, IpNet::V4(_)) == v4),
+        )
+    };
+    let (v4, v6) = (prefixes(true), prefixes(false));
+    format!(
+        r#"add table inet {table}
+add set inet {table} cluster4 {{ type ipv4_addr; flags interval; }}
+add set inet {table} cluster6 {{ type ipv6_addr; flags interval; }}
+add set inet {table} pods4 {{ type ifname . ipv4_addr; }}
+add set inet {table} pods6 {{ type ifname . ipv6_addr; }}
+add chain inet {table} from_pods {{ type filter hook prerouting priority -300; policy accept; }}
+add chain inet {table} pod_source
+add chain inet {table} to_world {{ type nat hook postrouting priority 100; policy accept; }}
+flush set inet {table} cluster4
+flush set inet {table} cluster6
+flush chain inet {table} from_pods
+flush chain inet {table} pod_source
+flush chain inet {table} to_world
+table inet {table} {{
+	set cluster4 {{ type ipv4_addr; flags interval;{v4} }}
+	set cluster6 {{ type ipv6_addr; flags interval;{v6} }}
+	chain from_pods {{
+		iifname "{link_prefix}*" jump pod_source
+	}}
+	chain pod_source {{
+		icmp type redirect counter drop comment "{ROUTER}"
+		icmpv6 type {{ nd-router-advert, nd-redirect }} counter drop comment "{ROUTER}"
+		iifname . ip saddr @pods4 accept
+		iifname . ip6 saddr @pods6 accept
+		ip6 saddr {{ ::, fe80::/10 }} ip6 daddr {{ fe80::/10, ff02::/16 }} accept
+		counter drop comment "{SPOOFED}"
+	}}
+	chain to_world {{
+		oifname {{ "{tun}", "lo" }} accept
+		oifname "{link_prefix}*" accept
+		ip saddr @cluster4 ip daddr != @cluster4 masquerade fully-random
+		ip6 saddr @cluster6 ip6 daddr != @cluster6 masquerade fully-random
+	}}
+}}
+"#
+    )
+}
+
+/// Lets these pods' links carry their own source addresses.
+pub(super) fn allow(config: &PodConfig, attachments: &[Attachment]) -> String {
+    let mut script = skeleton(config);
+    for attachment in attachments {
+        for element in elements(attachment) {
+            let _ = writeln!(script, "add element inet {} {element}", config.nft_table);
+        }
+    }
+    script
+}
+
+/// Takes a pod's addresses out. Adding first makes the removal work whether or not they stand.
+pub(super) fn forbid(config: &PodConfig, attachment: &Attachment) -> String {
+    let mut script = skeleton(config);
+    for element in elements(attachment) {
+        let _ = writeln!(script, "add element inet {} {element}", config.nft_table);
+        let _ = writeln!(script, "delete element inet {} {element}", config.nft_table);
+    }
+    script
+}
+
+fn elements(attachment: &Attachment) -> impl Iterator<Item = String> {
+    attachment.addresses.iter().map(|address| {
+        let set = match address {
+            IpAddr::V4(_) => SETS[0],
+            IpAddr::V6(_) => SETS[1],
+        };
+        format!("{set} {{ \"{}\" . {address} }}", attachment.host_ifname)
+    })
+}
