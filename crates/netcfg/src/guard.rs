@@ -138,6 +138,12 @@ pub fn verify(config: &GuardConfig) -> anyhow::Result<GuardState> {
     Ok(if sealed { GuardState::Intact } else { GuardState::Altered })
 }
 
+/// Whether the guard's table is there at all: one netlink question, no program started. Whether it is whole is
+/// [`verify`]'s to say.
+pub fn stands(table: &str) -> std::io::Result<bool> {
+    crate::nfnetlink::table_exists(table)
+}
+
 /// Takes the guard away (uninstall); `false` when there was none.
 pub fn remove(table: &str) -> anyhow::Result<bool> {
     nft::remove_table(table).context("remove the guard")

@@ -25,6 +25,7 @@ pub mod link;
 pub mod neigh;
 mod netlink;
 pub mod netns;
+mod nfnetlink;
 mod nft;
 pub mod pod;
 pub mod route;

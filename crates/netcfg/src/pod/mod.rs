@@ -226,6 +226,27 @@ pub fn detach_host(config: &PodConfig, attachment: &Attachment) -> anyhow::Resul
     link::delete(link.index).with_context(|| format!("delete {}", link.name))
 }
 
+/// As [`detach_host`], knowing only the record: also while the daemon's file is missing. The table is not made for
+/// it, and its other elements and rules stay as they are.
+pub fn detach(attachment: &Attachment) -> anyhow::Result<()> {
+    let name = &attachment.host_ifname;
+    nft::check_word(name)?;
+    if !name.starts_with(defaults::POD_LINK_PREFIX) {
+        bail!("{name} is no pod link of ours (they begin with {})", defaults::POD_LINK_PREFIX);
+    }
+    // Its routes, its neighbours and the pod's end go with it.
+    link::delete_by_name(name).with_context(|| format!("delete {name}"))?;
+    if attachment.addresses.is_empty() {
+        return Ok(());
+    }
+    match nft::run_script(&rules::forbid_only(defaults::NFT_TABLE_CNI, attachment)) {
+        Err(error) if !nft::is_missing(&error) => {
+            Err(error.context(format!("take {name} out of the source filter")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// What stands on the host, for repair, garbage collection and status.
 pub fn host_state(config: &PodConfig) -> anyhow::Result<HostState> {
     check_words(config, &[])?;

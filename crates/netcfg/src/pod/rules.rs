@@ -86,10 +86,15 @@ pub(super) fn allow(config: &PodConfig, attachments: &[Attachment]) -> String {
 
 /// Takes a pod's addresses out. Adding first makes the removal work whether or not they stand.
 pub(super) fn forbid(config: &PodConfig, attachment: &Attachment) -> String {
-    let mut script = skeleton(config);
+    skeleton(config) + &forbid_only(&config.nft_table, attachment)
+}
+
+/// As [`forbid`], for a table that is there.
+pub(super) fn forbid_only(table: &str, attachment: &Attachment) -> String {
+    let mut script = String::new();
     for element in elements(attachment) {
-        let _ = writeln!(script, "add element inet {} {element}", config.nft_table);
-        let _ = writeln!(script, "delete element inet {} {element}", config.nft_table);
+        let _ = writeln!(script, "add element inet {table} {element}");
+        let _ = writeln!(script, "delete element inet {table} {element}");
     }
     script
 }
