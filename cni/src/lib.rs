@@ -10,5 +10,10 @@
 //!                         node file, left by meshd
 //! ```
 
+pub mod attach;
+pub mod command;
 pub mod ipam;
+pub mod kernel;
+pub mod node;
+pub mod plan;
 pub mod spec;

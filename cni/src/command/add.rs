@@ -1,0 +1,149 @@
+//! ADD: a pod gets its interface.
+
+use std::path::Path;
+
+use mesh_types::node_file::NodeFile;
+
+use crate::command::{Context, PodsInKernel, Streams, answer, store_error};
+use crate::ipam::disk::RealDisk;
+use crate::ipam::owner::OwnerHash;
+use crate::ipam::store::{Store, Wish};
+use crate::kernel::Kernel;
+use crate::node;
+use crate::plan::{self, Plan};
+use crate::spec::env::Owner;
+use crate::spec::error::{CniError, Code};
+
+pub(super) fn run<K: Kernel>(
+    context: &Context<'_, K>,
+    owner: &Owner,
+    netns: &Path,
+    own_netns_allowed: bool,
+    streams: &mut Streams<'_>,
+) -> Result<(), CniError> {
+    let boot_id = context.boot_id()?;
+    let node = ready_node(context, &boot_id)?;
+    let inode = netns_inode(context, netns, own_netns_allowed)?;
+    refuse_existing(context, owner, netns)?;
+
+    let hash = OwnerHash::new(&context.config.name, owner);
+    let template = plan::template(&context.config.name, owner, &hash, netns, inode, &boot_id);
+    let dir = &context.config.state_dir;
+    let disk = RealDisk::create(dir).map_err(|error| {
+        CniError::new(Code::Io, format!("state directory {}: {error}", dir.display()))
+    })?;
+    let store = Store::new(disk, boot_id);
+    let wish = Wish { hash: &hash, template: &template, pod_cidrs: &node.pod_cidrs };
+    let reservation =
+        store.reserve(wish, &PodsInKernel(context.kernel)).map_err(|error| store_error(&error))?;
+    for note in &reservation.notes {
+        let _ = writeln!(streams.stderr, "meshd-cni: {note}");
+    }
+
+    let plan = Plan::new(reservation.attachment.clone(), &node);
+    let done = attach(context, &plan).and_then(|host_mac| {
+        let ours = plan.result(&host_mac, context.config.dns.clone());
+        let all = ours.behind(context.config.prev_result.clone());
+        answer(streams.stdout, &all.to_json(context.config.version))
+    });
+    // The claim on the reservation is held until here: DEL waits for it, nobody takes it for a leftover.
+    done.map_err(|error| undo(context, &plan, &store, &hash, error))
+}
+
+/// Reverse order of making. A reservation whose interface could not be removed stays: its address is still in use.
+fn undo<K: Kernel>(
+    context: &Context<'_, K>,
+    plan: &Plan,
+    store: &Store<RealDisk>,
+    hash: &OwnerHash,
+    error: CniError,
+) -> CniError {
+    let undone = context
+        .kernel
+        .detach(&plan.attachment)
+        .map_err(|why| format!("{why:#}"))
+        .and_then(|()| store.release(hash).map_err(|why| why.to_string()));
+    match undone {
+        Ok(()) => error,
+        Err(why) => {
+            let details = format!("{}; undoing it failed too, DEL will: {why}", error.details);
+            error.with_details(details)
+        }
+    }
+}
+
+fn attach<K: Kernel>(context: &Context<'_, K>, plan: &Plan) -> Result<String, CniError> {
+    let name = &plan.attachment.host_ifname;
+    let failed = |error: anyhow::Error| {
+        let pod = &plan.attachment.container_id;
+        CniError::caused(Code::Kernel, format!("the interface of {pod} cannot be made"), &error)
+    };
+    // Of an ADD of the same owner that was killed: nobody else has this name, and nobody works on it now.
+    if context.kernel.link_exists(name).map_err(failed)? {
+        context.kernel.detach(&plan.attachment).map_err(failed)?;
+    }
+    context.kernel.attach(plan).map_err(failed)
+}
+
+/// The node file, if the node can carry pods now.
+fn ready_node<K: Kernel>(context: &Context<'_, K>, boot_id: &str) -> Result<NodeFile, CniError> {
+    let later = |why: String| {
+        CniError::new(Code::TryAgainLater, "the node is not ready for pods yet").with_details(why)
+    };
+    let node = node::load(&context.config.node_file, boot_id).map_err(later)?;
+    missing_part(context.kernel, &node).map_or(Ok(node), |why| Err(later(why)))
+}
+
+/// What pods need of the node and is not there, in words.
+pub(super) fn missing_part<K: Kernel>(kernel: &K, node: &NodeFile) -> Option<String> {
+    let there = |found: anyhow::Result<bool>, what: &str| match found {
+        Ok(true) => None,
+        Ok(false) => Some(format!("{what} is not there: meshd makes it when it starts")),
+        Err(error) => Some(format!("{what} cannot be looked at: {error:#}")),
+    };
+    there(kernel.guard_stands(), "the guard (nftables table inet meshd)")
+        .or_else(|| there(kernel.link_exists(&node.tun), &format!("tunnel device {}", node.tun)))
+}
+
+fn netns_inode<K: Kernel>(
+    context: &Context<'_, K>,
+    netns: &Path,
+    own_netns_allowed: bool,
+) -> Result<u64, CniError> {
+    let shown = netns.display();
+    let unreadable = |error: anyhow::Error| {
+        CniError::caused(Code::InvalidNetns, format!("CNI_NETNS {shown} is of no use"), &error)
+    };
+    let inode = context.kernel.netns_inode(netns).map_err(unreadable)?.ok_or_else(|| {
+        CniError::new(Code::InvalidNetns, format!("CNI_NETNS {shown} does not exist"))
+    })?;
+    let own = context.kernel.own_netns_inode().map_err(unreadable)?;
+    if inode == own && !own_netns_allowed {
+        return Err(CniError::new(
+            Code::InvalidNetns,
+            format!("CNI_NETNS {shown} is the namespace of the node itself"),
+        ));
+    }
+    Ok(inode)
+}
+
+fn refuse_existing<K: Kernel>(
+    context: &Context<'_, K>,
+    owner: &Owner,
+    netns: &Path,
+) -> Result<(), CniError> {
+    let there = context.kernel.pod_link_exists(netns, &owner.ifname).map_err(|error| {
+        CniError::caused(
+            Code::InvalidNetns,
+            format!("CNI_NETNS {} is of no use", netns.display()),
+            &error,
+        )
+    })?;
+    if there {
+        return Err(CniError::new(
+            Code::InterfaceExists,
+            format!("interface {} exists in {} already", owner.ifname, netns.display()),
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,71 @@
+//! GC: frees what the runtime does not know any more, goes on after errors and reports all of them at the end.
+
+use std::collections::BTreeSet;
+
+use mesh_types::attachment::Attachment;
+
+use crate::command::{Context, Streams, store_error};
+use crate::ipam::disk::Disk;
+use crate::ipam::owner::OwnerHash;
+use crate::ipam::store::{Record, Store};
+use crate::kernel::Kernel;
+use crate::spec::env::Owner;
+use crate::spec::error::{CniError, Code};
+
+pub(super) fn run<K: Kernel>(
+    context: &Context<'_, K>,
+    streams: &mut Streams<'_>,
+) -> Result<(), CniError> {
+    // Without a list nothing is known to be stale: an empty one would say so.
+    let Some(valid) = &context.config.valid_attachments else {
+        return Err(CniError::new(
+            Code::InvalidConfig,
+            "GC needs cni.dev/valid-attachments (or cni.dev/attachments), which is missing",
+        ));
+    };
+    let Some(disk) = context.existing_disk()? else { return Ok(()) };
+    let store = Store::new(disk, context.boot_id()?);
+    let mut faults = Vec::new();
+    for record in store.records().map_err(|error| store_error(&error))? {
+        match stale(&record, &context.config.name, valid) {
+            Ok(None) => {}
+            Ok(Some(attachment)) => {
+                if let Err(why) = free(context.kernel, &store, &record.name.owner, attachment) {
+                    faults.push(format!("{}: {why}", attachment.container_id));
+                }
+            }
+            Err(why) => {
+                let _ =
+                    writeln!(streams.stderr, "meshd-cni: {} is kept: {why}", record.name.format());
+            }
+        }
+    }
+    if faults.is_empty() {
+        return Ok(());
+    }
+    let message = format!("{} attachments could not be freed", faults.len());
+    Err(CniError::new(Code::Incomplete, message).with_details(faults.join("; ")))
+}
+
+/// The attachment if it is to go. A record that cannot be read may belong to another network: it is kept.
+fn stale<'a>(
+    record: &'a Record,
+    network: &str,
+    valid: &BTreeSet<Owner>,
+) -> Result<Option<&'a Attachment>, &'a str> {
+    let attachment = record.content.as_ref().map_err(String::as_str)?;
+    let owner =
+        Owner { container_id: attachment.container_id.clone(), ifname: attachment.ifname.clone() };
+    Ok((attachment.network == network && !valid.contains(&owner)).then_some(attachment))
+}
+
+fn free<D: Disk>(
+    kernel: &impl Kernel,
+    store: &Store<D>,
+    hash: &OwnerHash,
+    attachment: &Attachment,
+) -> Result<(), String> {
+    let _claims = store.wait_for_add(hash).map_err(|error| error.to_string())?;
+    kernel.detach(attachment).map_err(|error| format!("{error:#}"))?;
+    store.release(hash).map_err(|error| error.to_string())
+}
