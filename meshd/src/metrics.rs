@@ -30,6 +30,9 @@ pub fn render(snapshot: &Snapshot) -> anyhow::Result<String> {
     node(&mut registry, snapshot);
     peers(&mut registry, snapshot);
     troubles(&mut registry, snapshot);
+    for total in &snapshot.data.totals {
+        add(&counters(&mut registry, total.name, total.help, None), vec![], total.value);
+    }
     let mut text = String::new();
     encode(&mut text, &registry).context("format metrics")?;
     Ok(text)
@@ -141,6 +144,7 @@ mod tests {
         let text = render(&view.snapshot()).expect("text");
         for line in [
             r#"meshd_dropped_packets_total{reason="source_not_allowed"} 7"#,
+            "meshd_udp_sends_total{} 12",
             r#"meshd_repairs_total{kind="route"} 3"#,
             r#"meshd_refused_nodes{reason="no_pod_cidr"} 1.0"#,
             r#"meshd_condition{condition="guard"} 0.0"#,

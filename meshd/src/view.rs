@@ -86,6 +86,17 @@ pub struct DataFigures {
     pub now: MonoTime,
     pub peers: Vec<PeerSnapshot>,
     pub drops: Vec<Counter>,
+    /// What the data plane did, as counters for metrics.
+    pub totals: Vec<Total>,
+}
+
+/// A number that only grows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Total {
+    /// Metric name without prefix and `_total`.
+    pub name: &'static str,
+    pub help: &'static str,
+    pub value: u64,
 }
 
 type DataSource = Arc<dyn Fn() -> DataFigures + Send + Sync>;
@@ -271,6 +282,7 @@ pub(crate) mod tests {
                 problem: "",
             }],
             drops: vec![Counter { reason: "source_not_allowed".into(), count: 7 }],
+            totals: vec![Total { name: "udp_sends", help: "UDP send calls", value: 12 }],
         });
         view
     }

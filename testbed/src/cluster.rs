@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 use crate::canary::Canary;
 use crate::kubectl;
 use crate::lab::{
-    API_ADDRESS_V4, CLUSTER_CIDRS, Daemon, Hybrid, Lab, Namespace, NodePlan, Pod, PodRequest,
-    Programs,
+    API_ADDRESS_V4, API_ADDRESS_V6, CLUSTER_CIDRS, Daemon, Hybrid, Lab, Namespace, NodePlan, Pod,
+    PodRequest, Programs,
 };
 use crate::oracle::{Leak, Watch};
 use crate::traffic::Party;
@@ -108,7 +108,7 @@ impl Cluster {
     pub fn leaks(&self) -> Result<Vec<Leak>> {
         let mut leaks = Vec::new();
         for (plan, node) in &self.net.nodes {
-            let mut targets = vec![API_ADDRESS_V4];
+            let mut targets = vec![api_address(&self.net)];
             targets.extend(NOBODYS_PODS.iter().filter(|pod| {
                 plan.addresses.iter().any(|address| address.is_ipv6() == pod.contains(':'))
             }));
@@ -329,12 +329,23 @@ impl Cluster {
     }
 }
 
+/// The address every node of the plan can reach.
+fn api_address(net: &Hybrid) -> &'static str {
+    let all_v4 =
+        net.nodes.iter().all(|(plan, _)| plan.addresses.iter().any(|address| address.is_ipv4()));
+    if all_v4 { API_ADDRESS_V4 } else { API_ADDRESS_V6 }
+}
+
 /// The API server on its public address, with one Node object per node.
 fn start_api(lab: &Lab, net: &Hybrid) -> Result<Daemon> {
     let nodes: Vec<Value> = net.nodes.iter().map(|(plan, _)| node_object(plan)).collect();
     net.api.write(&format!("{API_DIR}/nodes.json"), serde_json::to_vec(&nodes)?)?;
     let mut command = net.api.command(&lab.programs().testbed);
-    command.args(["apiserver", "--listen", &format!("{API_ADDRESS_V4}:{API_PORT}")]);
+    command.args([
+        "apiserver",
+        "--listen",
+        &std::net::SocketAddr::new(api_address(net).parse()?, API_PORT).to_string(),
+    ]);
     command.args(["--nodes-path", &format!("{API_DIR}/nodes.json"), "--output-dir", API_DIR]);
     let daemon = net.api.spawn(command, "apiserver")?;
     let ready = net.api.path(&format!("{API_DIR}/ready"));

@@ -1,5 +1,7 @@
 //! The lab itself: what it builds works, and nothing of it is left afterwards.
 
+#![allow(clippy::expect_used, reason = "a test ends at the first thing that is wrong")]
+
 mod common;
 
 use testbed::lab::{Hybrid, Kind, Lab, State, hybrid_plan};

@@ -1,5 +1,7 @@
 //! The oracle on real wires: it catches what leaks, keeps quiet otherwise, and knows when it was blind.
 
+#![allow(clippy::expect_used, reason = "a test ends at the first thing that is wrong")]
+
 mod common;
 
 use std::net::{IpAddr, UdpSocket};

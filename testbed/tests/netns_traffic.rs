@@ -1,5 +1,7 @@
 //! The pair checks, between two namespaces with a plain wire: they pass where all is well and name what is not.
 
+#![allow(clippy::expect_used, reason = "a test ends at the first thing that is wrong")]
+
 mod common;
 
 use std::time::{Duration, Instant};

@@ -8,6 +8,7 @@ use netcfg::tun::TunFeatures;
 use netcfg::udp::{UdpCounters, UdpFeatures};
 
 use super::frame::TunCounters;
+use crate::view::{DataFigures, Total};
 
 /// What the loop itself counts; survives a restart after a panic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -56,6 +57,34 @@ impl DataSnapshot {
         all.map(|(reason, count)| Counter { reason: reason.to_owned(), count }).collect()
     }
 
+    /// What was done, for metrics: packets sent / UDP sends are the segments per send, packets received / UDP
+    /// receives the datagrams per receive, packets received / TUN writes the packets per write.
+    pub fn totals(&self) -> Vec<Total> {
+        let (tunnel, tun, udp, shard) = (&self.tunnel, &self.tun, &self.udp, &self.shard);
+        [
+            ("sent_packets", "Inner packets sent", tunnel.tx_packets),
+            ("received_packets", "Inner packets received", tunnel.rx_packets),
+            ("udp_sends", "UDP sends, each of one or more datagrams", tunnel.tx_batches),
+            ("udp_receives", "UDP receives, each of one or more datagrams", tunnel.rx_bursts),
+            ("udp_sends_unsegmented", "Datagrams sent alone for want of GSO", udp.gso_bypassed),
+            ("udp_segmented_refused", "Segmented sends the kernel refused", udp.gso_refused),
+            ("udp_receive_errors", "Receive calls that failed", shard.udp_errors),
+            ("tun_reads", "Packets and super-packets read from the TUN", tun.reads),
+            ("tun_read_errors", "TUN reads that failed", tun.read_errors),
+            ("tun_writes", "Packets and super-packets written to the TUN", tun.writes),
+            ("tun_super_packets_refused", "Super-packets written again as singles", tun.split),
+            ("handshake_initiations_sent", "Initiations sent", tunnel.initiations_sent),
+            ("handshake_initiations_received", "Initiations read", tunnel.initiations_received),
+            ("sessions_established", "Sessions begun", tunnel.sessions_established),
+            ("cookies_sent", "Cookie replies sent, under load", tunnel.cookies_sent),
+            ("endpoint_changes", "Peers that roamed", tunnel.endpoint_changes),
+            ("data_plane_turns", "Turns of the data plane's loop", shard.turns),
+            ("data_plane_panics", "Panics of the data plane survived", shard.panics),
+        ]
+        .map(|(name, help, value)| Total { name, help, value })
+        .to_vec()
+    }
+
     /// Inner packets per UDP send: how well segmentation works.
     pub fn segments_per_send(&self) -> f64 {
         ratio(self.tunnel.tx_packets, self.tunnel.tx_batches)
@@ -69,6 +98,13 @@ impl DataSnapshot {
     /// Inner packets per TUN write: how well our coalescing works.
     pub fn packets_per_tun_write(&self) -> f64 {
         ratio(self.tunnel.rx_packets, self.tun.writes)
+    }
+}
+
+impl From<DataSnapshot> for DataFigures {
+    fn from(snapshot: DataSnapshot) -> Self {
+        let (drops, totals) = (snapshot.drops(), snapshot.totals());
+        Self { now: snapshot.now, peers: snapshot.peers, drops, totals }
     }
 }
 

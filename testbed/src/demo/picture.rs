@@ -1,7 +1,7 @@
-//! The mesh as a picture: sites as groups, nodes on a circle around the middle, every link with its latency and path.
+//! The mesh as a picture: sites as groups, every link with its latency and path.
 
 use std::collections::BTreeMap;
-use std::f64::consts::{FRAC_PI_2, TAU};
+use std::f64::consts::TAU;
 use std::fmt::Write;
 
 use anyhow::Result;
@@ -34,9 +34,10 @@ pub struct PictureLink {
 }
 
 const WIDTH: f64 = 1000.0;
-const HEIGHT: f64 = 760.0;
+const HEIGHT: f64 = 780.0;
 const CENTRE: (f64, f64) = (500.0, 400.0);
-const RADIUS: f64 = 255.0;
+const RADII: (f64, f64) = (365.0, 235.0);
+const NODE_DISTANCE: f64 = 215.0;
 const NODE_RADIUS: f64 = 44.0;
 
 /// One colour per site, readable on white and told apart by colour-blind people (Okabe and Ito).
@@ -96,30 +97,27 @@ impl Picture {
         for node in &self.nodes {
             self.draw_node(&mut svg, &places, node);
         }
-        for link in &self.links {
-            draw_label(&mut svg, &places, link);
-        }
+        draw_labels(&mut svg, &places, &self.links);
         draw_legend(&mut svg);
         svg.push_str("</svg>\n");
         svg
     }
 
-    /// Nodes of one site stand side by side on the circle, with room between sites.
+    /// Sites stand on an ellipse, the nodes of one across its radius, so that no link hides behind another.
     fn places(&self) -> BTreeMap<&str, (f64, f64)> {
         let sites = self.sites();
-        let slots = self.nodes.len() as f64 + 0.6 * sites.len() as f64;
-        let mut slot = 0.3;
         let mut places = BTreeMap::new();
-        for site in &sites {
-            for node in self.nodes.iter().filter(|node| node.site == *site) {
-                let angle = TAU * (slot + 0.5) / slots - FRAC_PI_2 - TAU / 12.0;
-                places.insert(
-                    node.name.as_str(),
-                    (CENTRE.0 + 1.35 * RADIUS * angle.cos(), CENTRE.1 + RADIUS * angle.sin()),
-                );
-                slot += 1.0;
+        for (at, site) in sites.iter().enumerate() {
+            let angle = TAU * at as f64 / sites.len() as f64 - TAU * 5.0 / 12.0;
+            let centre = (CENTRE.0 + RADII.0 * angle.cos(), CENTRE.1 + RADII.1 * angle.sin());
+            let nodes: Vec<&PictureNode> =
+                self.nodes.iter().filter(|node| node.site == *site).collect();
+            let first = -0.5 * NODE_DISTANCE * (nodes.len() as f64 - 1.0);
+            for (number, node) in nodes.iter().enumerate() {
+                let along = first + NODE_DISTANCE * number as f64;
+                let place = (centre.0 - along * angle.sin(), centre.1 + along * angle.cos());
+                places.insert(node.name.as_str(), place);
             }
-            slot += 0.6;
         }
         places
     }
@@ -156,6 +154,9 @@ impl Picture {
             let (top, bottom) =
                 (bound(|p| p.1, f64::MAX, f64::min), bound(|p| p.1, f64::MIN, f64::max));
             let colour = self.colour(site);
+            // Links come from the middle of the page: the title stands on the other side.
+            let below = top > CENTRE.1;
+            let title_y = if below { bottom + MARGIN - 12.0 } else { top - MARGIN + 22.0 };
             let _ = write!(
                 svg,
                 "<rect x=\"{:.0}\" y=\"{:.0}\" width=\"{:.0}\" height=\"{:.0}\" rx=\"28\" fill=\"{colour}\" \
@@ -166,7 +167,7 @@ impl Picture {
                 right - left + 2.0 * MARGIN,
                 bottom - top + 2.0 * MARGIN,
                 left - MARGIN + 20.0,
-                top - MARGIN + 22.0,
+                title_y,
                 escape(site),
             );
         }
@@ -198,7 +199,7 @@ impl Picture {
 fn style(path: PathKind) -> (&'static str, &'static str, &'static str) {
     match path {
         PathKind::Direct => ("#3a7d44", "", "direct"),
-        PathKind::Roamed => ("#2a6f97", "", "through NAT"),
+        PathKind::Roamed => ("#2a6f97", "", "NAT"),
         PathKind::Relayed => ("#b7791f", " stroke-dasharray=\"8 5\"", "relayed"),
         PathKind::None => ("#c53030", " stroke-dasharray=\"2 6\"", "no path"),
     }
@@ -222,17 +223,42 @@ fn draw_line(svg: &mut String, places: &BTreeMap<&str, (f64, f64)>, link: &Pictu
     );
 }
 
-/// Off the middle of the line: diagonals of the circle would all be labelled in one place.
-fn draw_label(svg: &mut String, places: &BTreeMap<&str, (f64, f64)>, link: &PictureLink) {
-    const ALONG: f64 = 0.4;
-    let Some((from, to)) = ends(places, link) else { return };
-    let (colour, _, word) = style(link.path);
-    let (x, y) = (from.0 + ALONG * (to.0 - from.0), from.1 + ALONG * (to.1 - from.1));
-    let text = match link.latency_ms {
+/// A rectangle a label covers: left, top, right, bottom.
+type Box4 = (f64, f64, f64, f64);
+
+/// Labels slide along their line until they cover neither another label nor a node, or stay in the middle.
+fn draw_labels(svg: &mut String, places: &BTreeMap<&str, (f64, f64)>, links: &[PictureLink]) {
+    const ALONG: [f64; 9] = [0.5, 0.42, 0.58, 0.34, 0.66, 0.28, 0.72, 0.22, 0.78];
+    let mut taken: Vec<Box4> = places
+        .values()
+        .map(|(x, y)| (x - NODE_RADIUS, y - NODE_RADIUS, x + NODE_RADIUS, y + NODE_RADIUS))
+        .collect();
+    for link in links {
+        let Some((from, to)) = ends(places, link) else { continue };
+        let text = label(link);
+        let width = 6.6 * text.chars().count() as f64 + 16.0;
+        let at = |along: f64| (from.0 + along * (to.0 - from.0), from.1 + along * (to.1 - from.1));
+        let cover = |(x, y): (f64, f64)| (x - width / 2.0, y - 12.0, x + width / 2.0, y + 12.0);
+        let free = |place: &(f64, f64)| !taken.iter().any(|other| overlap(*other, cover(*place)));
+        let place = ALONG.into_iter().map(at).find(free).unwrap_or_else(|| at(ALONG[0]));
+        taken.push(cover(place));
+        draw_label(svg, place, width, &text, style(link.path).0);
+    }
+}
+
+fn overlap(a: Box4, b: Box4) -> bool {
+    a.0 < b.2 && b.0 < a.2 && a.1 < b.3 && b.1 < a.3
+}
+
+fn label(link: &PictureLink) -> String {
+    let word = style(link.path).2;
+    match link.latency_ms {
         Some(latency) => format!("{latency:.2} ms · {word}"),
         None => word.to_owned(),
-    };
-    let width = 7.0 * text.chars().count() as f64 + 16.0;
+    }
+}
+
+fn draw_label(svg: &mut String, (x, y): (f64, f64), width: f64, text: &str, colour: &str) {
     let _ = write!(
         svg,
         "<rect x=\"{:.0}\" y=\"{:.0}\" width=\"{width:.0}\" height=\"22\" rx=\"11\" fill=\"#ffffff\" \
@@ -298,7 +324,7 @@ mod tests {
         let svg = sample().to_svg();
         assert_eq!(svg.matches("<circle").count(), 5);
         assert_eq!(svg.matches("0.42 ms · direct").count(), 6);
-        assert_eq!(svg.matches("0.42 ms · through NAT").count(), 4);
+        assert_eq!(svg.matches("0.42 ms · NAT").count(), 4);
         assert!(svg.contains("cloud A") && svg.contains("home &lt;C&gt;") && !svg.contains("<C>"));
     }
 

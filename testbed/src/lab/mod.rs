@@ -35,7 +35,9 @@ pub use namespace::{Daemon, Namespace, run_in_netns};
 pub use pod::{CNI_CONFIG, Pod, PodRequest};
 pub use process::ProcessRef;
 pub use state::{Kind, LinkState, NamespaceState, State};
-pub use topology::{API_ADDRESS_V4, CLUSTER_CIDRS, Hybrid, NodePlan, Wiring, hybrid_plan};
+pub use topology::{
+    API_ADDRESS_V4, API_ADDRESS_V6, CLUSTER_CIDRS, Hybrid, NodePlan, Wiring, hybrid_plan,
+};
 
 /// Where labs keep their state; a tmpfs on every distribution, so a reboot forgets it with the namespaces.
 pub const LABS_DIR: &str = "/run/meshd-testbed";

@@ -22,6 +22,7 @@ use super::{Kind, Lab, Namespace};
 
 /// Address of the API server, as nodes see it.
 pub const API_ADDRESS_V4: &str = "192.0.2.20";
+pub const API_ADDRESS_V6: &str = "2001:db8:f::20";
 
 /// A node of the plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,6 +112,16 @@ fn pod_cidrs(number: u8) -> Vec<String> {
     vec![format!("10.244.{number}.0/24"), format!("fd00:10:244:{number}::/64")]
 }
 
+impl NodePlan {
+    /// The same node on an underlay without IPv4.
+    pub fn v6_only(mut self) -> Self {
+        self.addresses.retain(IpAddr::is_ipv6);
+        self.wiring.addresses.retain(|address| address.contains(':'));
+        self.wiring.gateways.retain(|gateway| gateway.contains(':'));
+        self
+    }
+}
+
 impl Hybrid {
     /// Builds routers, wires and the nodes of `plan` that are wanted.
     pub fn build(lab: &Lab, plan: &[NodePlan]) -> Result<Self> {
@@ -124,7 +135,7 @@ impl Hybrid {
         let wiring = Wiring {
             router: "internet".to_owned(),
             bridge: Some("public".to_owned()),
-            addresses: vec![format!("{API_ADDRESS_V4}/24"), "2001:db8:f::20/64".to_owned()],
+            addresses: vec![format!("{API_ADDRESS_V4}/24"), format!("{API_ADDRESS_V6}/64")],
             gateways: vec!["192.0.2.1".to_owned(), "2001:db8:f::1".to_owned()],
         };
         wire(lab, &internet, &api, &wiring)?;

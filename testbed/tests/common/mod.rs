@@ -1,5 +1,9 @@
 //! What every namespace test needs.
+
+#![allow(clippy::expect_used, reason = "a test ends at the first thing that is wrong")]
 #![allow(dead_code, reason = "each test program uses its own part of this")]
+
+pub(crate) mod mesh;
 
 use testbed::lab::Programs;
 

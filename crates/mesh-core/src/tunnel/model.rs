@@ -22,7 +22,7 @@ use mesh_types::time::MonoTime;
 
 use super::engine::{EngineConfig, EngineFactory, HandshakeBuffer, MacCheck, OwnKeyId};
 use super::peers::SplitMix64;
-pub use engine::ModelEngine;
+pub use engine::{ModelEngine, PLAINTEXT_XOR};
 
 /// Seconds a cookie secret is used (whitepaper section 5.4.7).
 const COOKIE_SECRET_SECONDS: u64 = 120;

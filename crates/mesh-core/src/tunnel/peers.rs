@@ -51,6 +51,8 @@ pub struct Peer<E> {
     pub handshakes: Bucket,
     /// A handshake waits until its destinations may be asked.
     pub initiate_at: Option<MonoTime>,
+    /// It replaces one that is unanswered: there are new candidates.
+    pub initiate_anew: bool,
     pub initiated_at: Option<MonoTime>,
     pub last_handshake: Option<MonoTime>,
     pub rtt: Option<Duration>,
@@ -71,6 +73,7 @@ impl<E: Engine> Peer<E> {
             staged: StagedQueue::default(),
             handshakes: Bucket::default(),
             initiate_at: None,
+            initiate_anew: false,
             initiated_at: None,
             last_handshake: None,
             rtt: None,

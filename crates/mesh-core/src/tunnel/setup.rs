@@ -95,9 +95,6 @@ impl<F: EngineFactory> Tunnel<F> {
             self.add_engine(now, slot);
             let peer = self.peers.get_mut(slot)?;
             peer.path.set_candidates(now, &config.candidates);
-            if config.keepalive.is_some() {
-                peer.initiate_at = Some(now);
-            }
             self.peers.reschedule(now, slot);
             return Some(slot);
         };
@@ -116,6 +113,7 @@ impl<F: EngineFactory> Tunnel<F> {
             let wants = !peer.staged.is_empty() || config.keepalive.is_some();
             if new && wants && peer.sender(now).is_none() {
                 peer.initiate_at = Some(now);
+                peer.initiate_anew = true;
             }
         }
         if before.preshared != config.preshared {

@@ -84,7 +84,8 @@ impl<F: EngineFactory> Tunnel<F> {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         if peer.initiate_at.is_some_and(|at| at <= now) {
             peer.initiate_at = None;
-            self.begin_handshake(now, slot, true);
+            let force = std::mem::take(&mut peer.initiate_anew);
+            self.begin_handshake(now, slot, force);
         }
         self.probe(now, slot);
     }
@@ -107,17 +108,15 @@ impl<F: EngineFactory> Tunnel<F> {
                         self.send_datagram(Some(slot), to, len);
                     }
                 }
-                TimerOutcome::GaveUp => self.give_up(now, slot),
+                TimerOutcome::GaveUp => self.give_up(slot),
             }
         }
     }
 
-    fn give_up(&mut self, now: MonoTime, slot: u32) {
+    fn give_up(&mut self, slot: u32) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.gave_up = true;
         peer.path.gave_up();
-        // Persistent keepalive is a promise to keep trying; the engine's own timers end here.
-        peer.initiate_at = peer.config.keepalive.map(|interval| now + interval);
         let key = peer.config.key;
         let dropped = peer.staged.clear(&mut self.staged);
         self.counters.count_drops(DropReason::StagedGaveUp, dropped);

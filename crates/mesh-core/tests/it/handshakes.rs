@@ -35,6 +35,49 @@ fn packets_that_waited_arrive_in_order_and_before_later_ones() {
 }
 
 #[test]
+fn packets_do_not_overtake_those_that_still_wait_for_room() {
+    let mut net = Network::mesh(9, 2);
+    let big = |number: u8| ipv4([10, 0, 0, 1], [10, 1, 0, 1], 0, &[number; 1_360]);
+    // More than the arena holds at once: 100 super-packets would, so give each many segments.
+    let (header, packet) = crate::traffic::udp_super_packet(60_000, 1_300);
+    for _ in 0..20 {
+        net.send_super(0, &header, &packet);
+    }
+    net.run_ms(15);
+    net.hosts[0].busy = true;
+    net.run_ms(10);
+    assert!(net.snapshot(0, 1).session);
+    net.send_inner(0, &big(7));
+    net.hosts[0].busy = false;
+    net.collect(0);
+    net.run_ms(100);
+    assert_eq!(net.hosts[1].delivered.last(), Some(&big(7)));
+    let bytes: usize = net.hosts[1].delivered.iter().map(Vec::len).sum();
+    assert!(bytes > 20 * 60_000, "{bytes}");
+}
+
+#[test]
+fn a_response_with_a_bad_mac_is_refused_and_the_true_one_taken() {
+    let mut net = Network::mesh(10, 2);
+    net.send(0, 1, "hello");
+    net.run_ms(15);
+    net.hosts[0].up = false;
+    net.run_ms(10);
+    net.hosts[0].up = true;
+    let response = net.log.iter().find(|sent| sent.bytes.len() == 92).expect("a response");
+    let (from, to, bytes) = (response.from, response.to, response.bytes.clone());
+    let mut damaged = bytes.clone();
+    damaged[60] ^= 1;
+    net.inject(from, to, &damaged);
+    net.run_ms(100);
+    assert_eq!(net.dropped(0, DropReason::BadMac), 1);
+    assert!(!net.snapshot(0, 1).session);
+    net.inject(from, to, &bytes);
+    net.run_ms(100);
+    assert_eq!(net.texts(1, 0), ["hello"]);
+}
+
+#[test]
 fn a_responder_sends_what_waited_when_the_first_packet_arrives() {
     let mut net = Network::mesh(2, 2);
     // The responder cannot begin by itself: it has no candidate but hears of the initiator.

@@ -43,6 +43,7 @@ pub(crate) struct Network {
 pub(crate) struct Sent {
     pub(crate) from: SocketAddr,
     pub(crate) to: SocketAddr,
+    pub(crate) ecn: Ecn,
     pub(crate) bytes: Vec<u8>,
 }
 
@@ -68,6 +69,8 @@ pub(crate) struct Host {
     pub(crate) addr: SocketAddr,
     pub(crate) nat: Option<Nat>,
     pub(crate) up: bool,
+    /// The shard is busy elsewhere and takes nothing from the tunnel.
+    pub(crate) busy: bool,
     /// Inner packets that came out of the tunnel, super-packets cut by piece.
     pub(crate) delivered: Vec<Vec<u8>>,
     pub(crate) frames: Vec<(VnetHeader, Vec<u8>)>,
@@ -133,6 +136,7 @@ impl Network {
             addr: addr.parse().expect("an endpoint"),
             nat: None,
             up: true,
+            busy: false,
             delivered: Vec::new(),
             frames: Vec::new(),
         });
@@ -301,7 +305,10 @@ impl Network {
     }
 
     /// Takes everything a tunnel has to give.
-    fn collect(&mut self, host: usize) {
+    pub(crate) fn collect(&mut self, host: usize) {
+        if self.hosts[host].busy {
+            return;
+        }
         let mut out = Vec::new();
         let (delivered, frames, tunnel) = {
             let Host { tunnel, delivered, frames, .. } = &mut self.hosts[host];
@@ -346,7 +353,7 @@ impl Network {
             bytes.chunks(segment_len).map(<[u8]>::to_vec).collect()
         };
         for bytes in pieces {
-            self.log.push(Sent { from, to, bytes: bytes.clone() });
+            self.log.push(Sent { from, to, ecn, bytes: bytes.clone() });
             if self.random.next() % 100 < self.loss_percent {
                 continue;
             }

@@ -2,6 +2,8 @@
 
 use std::net::SocketAddr;
 
+use mesh_core::tunnel::engine::{EngineFactory, INITIATION_BYTES, OwnKeyId};
+use mesh_core::tunnel::model::ModelFactory;
 use mesh_types::status::PathKind;
 
 use crate::network::{Nat, Network, PORT, Redirect};
@@ -81,6 +83,25 @@ fn a_cookie_reply_or_garbage_moves_no_endpoint() {
     }
     net.run_ms(100);
     assert_eq!(net.snapshot(0, 1).endpoint, before);
+}
+
+#[test]
+fn a_true_cookie_reply_from_elsewhere_is_kept_and_moves_no_endpoint() {
+    let mut net = Network::mesh(11, 2);
+    net.hosts[1].up = false;
+    net.send(0, 1, "hello");
+    let initiation = net.log[0].bytes.clone();
+    let mut factory = ModelFactory::new(&net.hosts[1].private);
+    let (from, to) = (addr("203.0.113.66:1"), net.hosts[0].addr);
+    let mut reply = [0; INITIATION_BYTES];
+    let len = factory.cookie_reply(net.now, OwnKeyId(0), to, &initiation, &mut reply);
+    net.inject(from, to, &reply[..len.expect("a cookie reply")]);
+    net.run_ms(100);
+    assert_eq!(net.hosts[0].tunnel.counters().cookies_received, 1);
+    assert_eq!(net.snapshot(0, 1).endpoint, None);
+    net.run_s(6);
+    let retry = &net.log.last().expect("a retry").bytes;
+    assert_ne!(retry[132..], [0; 16], "the retry carries mac2");
 }
 
 #[test]

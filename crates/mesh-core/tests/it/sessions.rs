@@ -151,6 +151,27 @@ fn a_preshared_key_changed_on_one_side_after_the_other_loses_nothing() {
 }
 
 #[test]
+fn a_preshared_key_the_other_side_lacks_ends_the_old_session_in_its_time() {
+    let mut net = Network::mesh(12, 2);
+    net.send(0, 1, "open");
+    net.run_ms(100);
+    let mut config = net.config_of(1);
+    config.preshared = preshared(9);
+    net.set_peers(0, &[config]);
+    for _ in 0..179 {
+        net.send(0, 1, "x");
+        net.run_s(1);
+    }
+    let before = net.texts(1, 0).len();
+    assert_eq!(before, 180);
+    for _ in 0..60 {
+        net.send(0, 1, "under no key of theirs");
+        net.run_s(1);
+    }
+    assert!(net.texts(1, 0).len() <= before + 1);
+}
+
+#[test]
 fn peers_with_different_preshared_keys_never_talk() {
     let mut net = Network::mesh(9, 2);
     let mut config = net.config_of(1);

@@ -1,6 +1,7 @@
 //! Packets through the tunnel: both ways, both families, super-packets, sizes, marks, sources.
 
 use mesh_core::packet::{Ecn, GsoType, IpHeader, VnetHeader, checksum};
+use mesh_core::tunnel::model::PLAINTEXT_XOR;
 use mesh_core::tunnel::{DropReason, PeerRefusal};
 
 use crate::network::{MTU, Network, inner, ipv4, ipv6, net};
@@ -137,6 +138,9 @@ fn packets_up_to_the_mtu_pass_and_no_datagram_is_longer_than_it_allows() {
         let datagram = net.log.last().expect("a datagram").bytes.len();
         assert!(datagram - 32 >= len && datagram - 32 <= mtu);
         assert!((datagram - 32) % 16 == 0 || datagram - 32 == mtu, "padded: {datagram}");
+        let bytes = &net.log.last().expect("a datagram").bytes;
+        let padding = &bytes[16 + len..datagram - 16];
+        assert!(padding.iter().all(|byte| *byte == PLAINTEXT_XOR), "padding is zero");
     }
     let sends = net.log.len();
     net.send_inner(0, &ipv4([10, 0, 0, 1], [10, 1, 0, 1], 0, &vec![7; mtu - 19]));
@@ -160,6 +164,21 @@ fn congestion_on_the_way_reaches_packets_that_can_carry_it_and_drops_those_that_
     let header = IpHeader::parse(&net.hosts[1].delivered[0]).expect("IP");
     assert_eq!(header.ecn, Ecn::Ce);
     assert_eq!(net.dropped(1, DropReason::EcnNotCapable), 1);
+}
+
+#[test]
+fn the_inner_mark_is_copied_outward_and_nothing_else_of_the_field() {
+    let mut net = Network::mesh(13, 2);
+    net.send(0, 1, "open the session");
+    net.run_ms(100);
+    for ecn in [Ecn::Ect0, Ecn::Ect1, Ecn::Ce, Ecn::NotEct] {
+        let tos = 0xb8 | ecn.bits();
+        net.send_inner(0, &ipv4([10, 0, 0, 1], [10, 1, 0, 1], tos, b"marked"));
+        assert_eq!(net.log.last().map(|sent| sent.ecn), Some(ecn));
+    }
+    net.run_ms(100);
+    let tos: Vec<u8> = net.hosts[1].delivered[1..].iter().map(|packet| packet[1]).collect();
+    assert_eq!(tos, [0xba, 0xb9, 0xbb, 0xb8]);
 }
 
 #[test]
@@ -200,6 +219,30 @@ fn refused_parts_of_a_configuration_are_named_and_the_rest_holds() {
 fn payload_of(frames: &[(VnetHeader, Vec<u8>)]) -> Vec<u8> {
     let tcp = frames.iter().filter(|(_, bytes)| bytes[9] == 6);
     tcp.flat_map(|(_, bytes)| bytes[40..].iter().copied()).collect()
+}
+
+/// UDP over IPv4 from host 0 to host 1 as the kernel hands it over.
+pub(crate) fn udp_super_packet(len: u16, size: u16) -> (VnetHeader, Vec<u8>) {
+    let mut udp = vec![0x1f, 0x90, 0x04, 0xd2, 0, 0, 0, 0];
+    udp[4..6].copy_from_slice(&(len + 8).to_be_bytes());
+    udp.extend(std::iter::repeat_n(3, usize::from(len)));
+    let mut packet = ipv4([10, 0, 0, 1], [10, 1, 0, 1], 0, &udp);
+    packet[9] = 17;
+    packet[10..12].fill(0);
+    let sum = checksum::checksum(&packet[..20]);
+    packet[10..12].copy_from_slice(&sum.to_be_bytes());
+    let pseudo = checksum::pseudo_header(&packet[12..20], 17, udp.len()).folded();
+    packet[26..28].copy_from_slice(&pseudo.to_be_bytes());
+    let header = VnetHeader {
+        needs_csum: true,
+        gso: GsoType::UdpL4,
+        hdr_len: 28,
+        gso_size: size,
+        csum_start: 20,
+        csum_offset: 6,
+        ..VnetHeader::PLAIN
+    };
+    (header, packet)
 }
 
 /// TCP over IPv4 from host 0 to host 1 as the kernel hands it over: one header, checksum of the pseudo-header.

@@ -28,7 +28,8 @@ const COOKIE_LIVES: Duration = Duration::from_secs(115);
 const SESSIONS_MAX: usize = 3;
 const WINDOW_WORDS: usize = 128;
 const WINDOW: u64 = WINDOW_WORDS as u64 * 64 - 64;
-const PLAINTEXT_XOR: u8 = 0x5a;
+/// What every byte of a transport message is changed by.
+pub const PLAINTEXT_XOR: u8 = 0x5a;
 
 /// One side of one pair; see the module above.
 #[derive(Debug)]
@@ -96,7 +97,7 @@ impl ModelEngine {
             their_time: 0,
             own_time: 0,
             cookie: None,
-            wants_handshake: false,
+            wants_handshake: config.keepalive.is_some(),
             unanswered_since: None,
             unacknowledged_since: None,
             last_traffic: now,
@@ -371,7 +372,10 @@ impl Engine for ModelEngine {
         }
     }
 
-    fn set_keepalive(&mut self, _now: MonoTime, interval: Option<Duration>) {
+    fn set_keepalive(&mut self, now: MonoTime, interval: Option<Duration>) {
+        // A newly wanted keepalive is due at once, as in the kernel.
+        let new = interval.is_some() && self.keepalive.is_none();
+        self.wants_handshake |= new && self.sender(now).is_none();
         self.keepalive = interval;
     }
 
