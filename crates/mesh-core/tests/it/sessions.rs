@@ -164,6 +164,8 @@ fn a_preshared_key_the_other_side_lacks_ends_the_old_session_in_its_time() {
     }
     let before = net.texts(1, 0).len();
     assert_eq!(before, 180);
+    // Though at 120 s it would have been renewed.
+    assert_eq!(net.hosts[0].tunnel.counters().sessions_established, 1);
     for _ in 0..60 {
         net.send(0, 1, "under no key of theirs");
         net.run_s(1);
