@@ -280,8 +280,13 @@ impl<E: Engine> Peers<E> {
     /// Notes when `slot` wants attention. A time later than noted is not written: the turn at the noted
     /// time finds nothing to do and notes the later one, which is cheaper than moving it with every packet.
     pub fn reschedule(&mut self, now: MonoTime, slot: u32) {
+        self.reschedule_not_before(now, MonoTime::ZERO, slot);
+    }
+
+    /// As [`Self::reschedule`], and not before `earliest`.
+    pub fn reschedule_not_before(&mut self, now: MonoTime, earliest: MonoTime, slot: u32) {
         let Some(peer) = self.slots.get_mut(slot as usize).and_then(Option::as_mut) else { return };
-        let Some(at) = peer.deadline(now) else { return };
+        let Some(at) = peer.deadline(now).map(|at| at.max(earliest)) else { return };
         match peer.scheduled {
             Some(noted) if noted <= at => {}
             noted => {

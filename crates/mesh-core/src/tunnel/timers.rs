@@ -12,6 +12,8 @@ use super::engine::{Engine, EngineFactory, TimerOutcome};
 
 /// An engine answers `Idle` after a few outcomes; this bounds one that never does.
 const OUTCOMES_PER_ENGINE_MAX: usize = 8;
+/// A peer's timers run at most so often.
+const PAUSE: Duration = Duration::from_millis(1);
 /// A handshake none of whose destinations may be asked waits this long.
 const DEFERRED: Duration = Duration::from_secs(1);
 
@@ -38,7 +40,8 @@ impl<F: EngineFactory> Tunnel<F> {
         for _ in 0..PEER_TIMERS_PER_TURN {
             let Some(slot) = self.peers.pop_due(now) else { break };
             self.run_peer(now, slot);
-            self.peers.reschedule(now, slot);
+            // An engine that names a time in the past and then does nothing must not make the shard spin.
+            self.peers.reschedule_not_before(now, now + PAUSE, slot);
         }
         if !self.to_initiate.is_empty() && self.initiate_next <= now {
             for _ in 0..INITIATIONS_PER_TURN {

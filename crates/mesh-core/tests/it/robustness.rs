@@ -1,7 +1,10 @@
 //! Bytes from anywhere: nothing panics, nothing spins, nothing grows, and living sessions go on.
 
+use std::time::Duration;
+
 use mesh_core::packet::{Ecn, VnetHeader};
 use mesh_core::tunnel::UdpMeta;
+use mesh_core::tunnel::peers::SplitMix64;
 use proptest::prelude::*;
 
 use crate::network::Network;
@@ -102,6 +105,85 @@ proptest! {
         let texts = net.texts(1, 0);
         prop_assert_eq!(texts.last().map(String::as_str), Some("still here"));
     }
+}
+
+/// What may happen to a mesh.
+fn happen(net: &mut Network, random: &mut SplitMix64, number: u64) {
+    let count = net.hosts.len() as u64;
+    let mut draw = |below: u64| usize::try_from(random.next() % below).expect("small");
+    let (a, b) = (draw(count), draw(count));
+    match draw(40) {
+        0 => net.hosts[a].up = false,
+        1..=3 => net.hosts[a].up = true,
+        4 => {
+            let peers = net.peers_of(a);
+            net.restart(a, &peers);
+            net.initiate_all(a);
+        }
+        5 => {
+            let address = format!("198.51.100.{}:{}", a + 1, 1_000 + draw(9));
+            net.hosts[a].addr = address.parse().expect("an endpoint");
+        }
+        6 => {
+            // The record of a node that moved arrives at one other.
+            let peers = net.peers_of(a);
+            net.set_peers(a, &peers);
+        }
+        7 => {
+            let fewer: Vec<_> = net.peers_of(a).into_iter().skip(1).collect();
+            net.set_peers(a, &fewer);
+        }
+        8 => net.loss_percent = u64::try_from(draw(60)).expect("small"),
+        9 => net.jitter = Duration::from_millis(u64::try_from(draw(50)).expect("small")),
+        10 => net.run_s(u64::try_from(draw(300)).expect("small")),
+        _ if a != b => net.send(a, b, &format!("{a}>{b} {number}")),
+        _ => {}
+    }
+}
+
+#[test]
+fn whatever_happens_packets_arrive_once_from_who_sent_them_and_a_healed_mesh_recovers() {
+    for seed in 0..40 {
+        let mut net = Network::mesh(seed, 4);
+        let mut random = SplitMix64(seed ^ 0xc0ffee);
+        for number in 0..400 {
+            happen(&mut net, &mut random, number);
+            net.run_ms(random.next() % 2_000);
+        }
+        for to in 0..4 {
+            for from in (0..4).filter(|from| *from != to) {
+                let mut texts = net.texts(to, from);
+                assert!(texts.iter().all(|text| text.starts_with(&format!("{from}>{to} "))));
+                let all = texts.len();
+                texts.sort();
+                texts.dedup();
+                assert_eq!(texts.len(), all, "seed {seed}: a packet arrived twice");
+            }
+        }
+        heal(&mut net);
+        for (from, to) in (0..4).flat_map(|from| (0..4).map(move |to| (from, to))) {
+            if from != to {
+                // A session the other side has lost is noticed after 15 s of silence.
+                let arrived = (0..25).any(|_| {
+                    net.send(from, to, "healed");
+                    net.run_s(1);
+                    net.texts(to, from).last().is_some_and(|text| text == "healed")
+                });
+                assert!(arrived, "seed {seed}: {from} to {to}");
+            }
+        }
+    }
+}
+
+fn heal(net: &mut Network) {
+    net.loss_percent = 0;
+    net.jitter = Duration::ZERO;
+    for host in 0..net.hosts.len() {
+        net.hosts[host].up = true;
+        let peers = net.peers_of(host);
+        net.set_peers(host, &peers);
+    }
+    net.run_s(5);
 }
 
 #[test]

@@ -137,7 +137,7 @@ fn packets_up_to_the_mtu_pass_and_no_datagram_is_longer_than_it_allows() {
         net.send_inner(0, &ipv4([10, 0, 0, 1], [10, 1, 0, 1], 0, &vec![7; len - 20]));
         let datagram = net.log.last().expect("a datagram").bytes.len();
         assert!(datagram - 32 >= len && datagram - 32 <= mtu);
-        assert!((datagram - 32) % 16 == 0 || datagram - 32 == mtu, "padded: {datagram}");
+        assert!((datagram - 32).is_multiple_of(16) || datagram - 32 == mtu, "padded: {datagram}");
         let bytes = &net.log.last().expect("a datagram").bytes;
         let padding = &bytes[16 + len..datagram - 16];
         assert!(padding.iter().all(|byte| *byte == PLAINTEXT_XOR), "padding is zero");
