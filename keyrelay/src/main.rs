@@ -12,6 +12,7 @@ use keyrelay::core::relay::Relay;
 use keyrelay::{keyfile, members, server, whoami};
 use mesh_types::key::PublicKey;
 use mesh_types::limits::RELAY_CLIENTS_MAX;
+use rustix::process::{Resource, Rlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use wg_engine::{BoringFactory, public_key};
@@ -27,6 +28,9 @@ async fn main() -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .init();
+    // A core dump would hold the private key and session keys.
+    let none = Rlimit { current: Some(0), maximum: Some(0) };
+    setrlimit(Resource::Core, none).context("cannot switch core dumps off")?;
     match args.command {
         Command::Run(args) => run(args).await,
         Command::Whoami(args) => ask(args).await,

@@ -31,7 +31,7 @@
 //! |---|---|---|
 //! | replay window of 1024 packets, not 8128 | constant in `Tunn`'s private session | a datagram more than 1024 behind the newest is lost; one shard per peer keeps order |
 //! | low byte of an index counts up | `Tunn::new` shifts the index by eight bits | an observer links the sessions of one engine; the high 24 bits are the caller's random ones |
-//! | `ring` keys, chaining keys and the preshared key are not zeroised | private fields without zeroising types | a core dump may hold keys of closed sessions; shells disable core dumps |
+//! | `ring` keys, chaining keys and the preshared key are not zeroised | private fields without zeroising types | a core dump may hold keys of closed sessions; a program that uses this must switch core dumps off |
 //! | a preshared key cannot change live | no setter | a changed key is a new engine beside the old one |
 //! | initiation timestamps are not rounded | private time stamper | an observer with the peer's key reads our clock to the nanosecond |
 //! | the last timestamp of a peer is lost with the engine | private field | an initiation recorded earlier is answered once after a restart; no data follows, since the session is never confirmed |
