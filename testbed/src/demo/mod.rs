@@ -26,9 +26,6 @@ use crate::traffic::{self, Family, GapProbe, PairResult};
 pub use picture::{Picture, PictureLink, PictureNode};
 pub use report::Report;
 
-/// Name of the demo's lab.
-const LAB: &str = "demo";
-
 /// Checks running at once: enough to hide waiting, few enough to leave the daemons a core.
 const PARALLEL: usize = 4;
 
@@ -57,18 +54,21 @@ pub struct DemoOptions {
     /// Where the picture of the mesh goes
     #[arg(long, default_value = "mesh.svg")]
     pub svg: PathBuf,
+    /// Name of the lab, to run more than one
+    #[arg(long, hide = true, default_value = "demo")]
+    pub lab: String,
 }
 
 /// Runs the demo. `Ok(false)` when it ran and something is not as it must be.
 pub fn run(options: &DemoOptions) -> Result<bool> {
     lab::require_root()?;
     if options.down {
-        lab::down(LAB)?;
+        lab::down(&options.lab)?;
         progress("the demo cluster is gone");
         return Ok(true);
     }
     let begin = Instant::now();
-    let lab = Lab::create(LAB, Programs::beside(&std::env::current_exe()?)?)?;
+    let lab = Lab::create(&options.lab, Programs::beside(&std::env::current_exe()?)?)?;
     take_down_on_signal(lab.stopper())?;
     let (cluster, mut report) = show(lab)?;
     write_picture(&options.svg, &report.picture)?;
