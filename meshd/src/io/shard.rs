@@ -11,7 +11,9 @@ use mesh_core::tunnel::Tunnel;
 use mesh_core::tunnel::config::{PeerConfig, TunnelConfig, UdpMeta};
 use mesh_core::tunnel::engine::EngineFactory as _;
 use mesh_types::key::PrivateKey;
-use mesh_types::limits::{TUN_DRAIN_BYTES, UDP_DRAIN_BUFFERS, UDP_RECV_MESSAGES_MAX};
+use mesh_types::limits::{
+    TUN_DRAIN_BYTES, TUN_DRAIN_READS, UDP_DRAIN_BUFFERS, UDP_RECV_MESSAGES_MAX,
+};
 use mesh_types::time::MonoTime;
 use netcfg::clock;
 use netcfg::tun::{Tun, TunFeatures};
@@ -271,7 +273,10 @@ impl Shard {
     /// Reads until nothing waits or the budget is spent; full sends leave at once, the rest at the end.
     fn drain_tun(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
         let mut drained = 0;
-        while drained < TUN_DRAIN_BYTES {
+        for _ in 0..TUN_DRAIN_READS {
+            if drained >= TUN_DRAIN_BYTES {
+                break;
+            }
             let Some(tun) = &self.tun else { break };
             let read = match tun.read(&mut self.tun_buffer) {
                 Ok(read) => read,
