@@ -12,7 +12,7 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, Nla};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute,
-    LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+    LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, State,
 };
 
 use crate::netlink::{Netlink, tolerate};
@@ -38,6 +38,8 @@ pub struct Link {
     pub up: bool,
     /// Has a carrier: for a TUN, a program holds it open.
     pub running: bool,
+    /// Sends what it is given: carrier and queues are in place (`operstate UP`).
+    pub operational: bool,
     pub loopback: bool,
     pub point_to_point: bool,
     /// Index of the bridge or bond it belongs to.
@@ -253,6 +255,7 @@ fn from_answer(answer: &RouteNetlinkMessage) -> Option<Link> {
         mac: None,
         up: flags.contains(LinkFlags::Up),
         running: flags.contains(LinkFlags::LowerUp),
+        operational: false,
         loopback: flags.contains(LinkFlags::Loopback),
         point_to_point: flags.contains(LinkFlags::Pointopoint),
         controller: None,
@@ -262,6 +265,7 @@ fn from_answer(answer: &RouteNetlinkMessage) -> Option<Link> {
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::OperState(state) => link.operational = *state == State::Up,
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Address(bytes) => link.mac = bytes.as_slice().try_into().ok().map(Mac),
             LinkAttribute::Controller(index) => link.controller = Some(*index),

@@ -78,6 +78,10 @@ impl Tun {
             .with_context(|| format!("make TUN device {} persistent", options.name))?;
         let features = negotiate(fd.as_fd(), options, vnet_hdr)?;
         let link = link::require(&options.name)?;
+        if let Err(error) = link::set_no_address_generation(link.index) {
+            // The kernel's own link-local address on a TUN serves nobody; without IPv6 there is none.
+            tracing::debug!(%error, "cannot switch address generation off on the TUN device");
+        }
         if let Some(mtu) = options.mtu.filter(|mtu| *mtu != link.mtu) {
             link::set_mtu(link.index, mtu)
                 .with_context(|| format!("set MTU {mtu} on TUN device {}", options.name))?;

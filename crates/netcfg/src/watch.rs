@@ -13,12 +13,13 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use mesh_types::limits::WATCH_TABLES_MAX;
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use netlink_sys::{Socket, SocketAddr};
-use rustix::event::epoll;
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 
 /// Multicast groups (`RTNLGRP_*` in include/uapi/linux/rtnetlink.h, `NFNLGRP_NFTABLES`).
 const ROUTE_GROUPS: [(u32, &str); 7] = [
@@ -123,6 +124,31 @@ impl AsFd for Watch {
     /// Readable when [`Self::drain`] has something to read.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.poll.as_fd()
+    }
+}
+
+/// Waits until an interface is operational, at most `timeout`; `false` when the time is up. The end of a veth pair that went up
+/// first gets its queues only after its peer did, in a kernel worker: what it is given before is lost.
+pub fn wait_operational(index: u32, timeout: Duration) -> anyhow::Result<bool> {
+    let socket = subscribe(NETLINK_ROUTE)?;
+    socket.add_membership(ROUTE_GROUPS[0].0).context("subscribe to changes of links")?;
+    let deadline = crate::clock::now() + timeout;
+    let (mut buffer, mut ignored) = (Vec::with_capacity(BUFFER_BYTES), Changes::default());
+    loop {
+        let link = crate::link::get_by_index(index).context("look at an interface")?;
+        if link.is_some_and(|link| link.operational) {
+            return Ok(true);
+        }
+        let left = deadline.since(crate::clock::now());
+        if left.is_zero() {
+            return Ok(false);
+        }
+        let left = Timespec::try_from(left).context("wait for an interface")?;
+        match poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&left)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno).context("wait for an interface"),
+        }
+        drain_socket(&socket, &mut buffer, &mut ignored, note_route).context("wait for a link")?;
     }
 }
 

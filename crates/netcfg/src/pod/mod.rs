@@ -17,6 +17,7 @@ mod rules;
 
 use std::io;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use ipnet::IpNet;
@@ -32,7 +33,10 @@ use crate::link::{Link, Mac, VethPair};
 use crate::neigh::Neighbour;
 use crate::netns::Netns;
 use crate::route::{KernelRoute, TABLE_MAIN};
-use crate::{addr, link, neigh, netns, nft, route, sysctl};
+use crate::{addr, link, neigh, netns, nft, route, sysctl, watch};
+
+/// The kernel's worker for carrier changes takes milliseconds, a second at most when many links change (`linkwatch_schedule_work`).
+const OPERATIONAL_WITHIN: Duration = Duration::from_secs(2);
 
 /// What all pods of a node have in common.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -155,19 +159,24 @@ pub fn create_link(
 }
 
 /// The pod's side: interface up, host addresses, default routes by the link-local gateways, and the gateways' hardware
-/// address, which is the host end's.
+/// address, which is the host end's. Comes after [`attach_host`] and waits until the host's end sends, so that a pod's first
+/// packet finds its way back.
 pub fn setup_inside(
     config: &PodConfig,
     attachment: &Attachment,
     netns: &Netns,
 ) -> anyhow::Result<()> {
-    let host_mac = link::require(&attachment.host_ifname)?
-        .mac
-        .with_context(|| format!("{} has no hardware address", attachment.host_ifname))?;
+    let host = link::require(&attachment.host_ifname)?;
+    let host_mac = host.mac.with_context(|| format!("{} has no hardware address", host.name))?;
     netns::run_in(netns, || {
         inside(config, attachment, host_mac)
             .with_context(|| format!("set up {} inside the pod", attachment.ifname))
-    })
+    })?;
+    if host.up && !watch::wait_operational(host.index, OPERATIONAL_WITHIN)? {
+        // The pod works a moment later, or CHECK tells why not.
+        tracing::warn!(interface = host.name, "not operational yet, going on");
+    }
+    Ok(())
 }
 
 /// The host's side of one pod.
