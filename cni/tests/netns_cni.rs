@@ -1,0 +1,280 @@
+//! The plugin against the real kernel, in namespaces of its own.
+
+mod common;
+
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::time::Duration;
+
+use common::{Node, address, boot_id, can_run};
+use serde_json::Value;
+
+const DUAL: [&str; 2] = ["10.244.3.0/24", "fd00:10:244:3::/64"];
+
+/// Connects from one pod to another and returns the source address the listener saw.
+fn connect(node: &Node, from: &str, to: &str, target: IpAddr) -> IpAddr {
+    let listener = node.in_pod(to, || TcpListener::bind(SocketAddr::new(target, 0)).unwrap());
+    let at = listener.local_addr().unwrap();
+    let _client = node
+        .in_pod(from, || TcpStream::connect_timeout(&at, Duration::from_secs(5)))
+        .unwrap_or_else(|error| panic!("{from} to {at}: {error}"));
+    listener.accept().unwrap().1.ip()
+}
+
+#[test]
+fn two_pods_reach_each_other_and_see_true_sources() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    let (a, b) = (node.add("a"), node.add("b"));
+    for v6 in [false, true] {
+        assert_eq!(connect(&node, "a", "b", address(&b, v6)), address(&a, v6));
+        assert_eq!(connect(&node, "b", "a", address(&a, v6)), address(&b, v6));
+    }
+    let link = node.run_in_pod("a", "ip link show eth0");
+    assert!(link.contains("mtu 1380"), "{link}");
+}
+
+#[test]
+fn a_foreign_source_address_never_leaves_a_pod() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    let (_, b) = (node.add("a"), node.add("b"));
+    // The first packet comes from the pod's own address, the second from one it was not given: what arrives first after
+    // the second was sent, a third with the pod's own again, shows that the second was dropped.
+    for (v6, stranger) in [(false, "10.244.3.99/32"), (true, "fd00:10:244:3::99/128")] {
+        let target = address(&b, v6);
+        node.run_in_pod("a", &format!("ip address add {stranger} dev eth0 nodad"));
+        let stranger: IpAddr = stranger.split('/').next().unwrap().parse().unwrap();
+        let receiver = node.in_pod("b", || UdpSocket::bind(SocketAddr::new(target, 0)).unwrap());
+        receiver.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let at = receiver.local_addr().unwrap();
+        node.in_pod("a", || {
+            let unspecified: IpAddr = if v6 { "::" } else { "0.0.0.0" }.parse().unwrap();
+            let spoofed = UdpSocket::bind(SocketAddr::new(stranger, 0)).unwrap();
+            spoofed.send_to(b"spoofed", at).unwrap();
+            let honest = UdpSocket::bind(SocketAddr::new(unspecified, 0)).unwrap();
+            honest.send_to(b"honest", at).unwrap();
+        });
+        let mut buffer = [0; 16];
+        let (length, _) = receiver.recv_from(&mut buffer).unwrap();
+        assert_eq!(&buffer[..length], b"honest");
+    }
+    let chain = node.run("nft list chain inet meshd-cni pod_source");
+    let line = chain.lines().find(|line| line.contains("not the pod's")).unwrap();
+    assert!(line.contains("packets 2 "), "{line}");
+}
+
+#[test]
+fn del_leaves_nothing_and_can_be_repeated() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    for id in ["a", "b", "c"] {
+        node.add(id);
+    }
+    assert!(node.cni("DEL", "a").ok);
+    assert!(node.cni("DEL", "a").ok);
+    // The namespace went first, as after a crash of the runtime.
+    node.delete_pod_namespace("b");
+    assert!(node.cni("DEL", "b").ok);
+    // Neither node file nor guard nor tunnel device.
+    std::fs::remove_file(node.dir.path().join("node.json")).unwrap();
+    node.run("nft delete table inet meshd");
+    assert!(node.cni("DEL", "c").ok);
+    assert!(node.cni("DEL", "never-added").ok);
+    assert_eq!(node.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+fn add_refuses_an_interface_that_exists_and_leaves_it_alone() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    let first = node.add("a");
+    let second = node.cni("ADD", "a");
+    assert!(!second.ok);
+    assert_eq!(second.json["code"], 102, "{second:?}");
+    node.add("b");
+    assert_eq!(
+        connect(&node, "b", "a", address(&first, false)),
+        "10.244.3.3".parse::<IpAddr>().unwrap()
+    );
+}
+
+#[test]
+fn a_failed_add_leaves_nothing() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    node.pod("a");
+    // A chain of ours that stands elsewhere: the filter cannot be loaded, after the link and its routes were made.
+    node.run("nft add table inet meshd-cni");
+    node.run("nft add chain inet meshd-cni from_pods { type filter hook output priority 0 ; }");
+    let failed = node.cni("ADD", "a");
+    assert!(!failed.ok);
+    assert_eq!(failed.json["code"], 100, "{failed:?}");
+    node.run("nft delete table inet meshd-cni");
+    assert_eq!(node.records(), Vec::<String>::new());
+    assert!(!node.run("ip -o link").contains("meshp"));
+    assert!(node.cni("ADD", "a").ok);
+}
+
+#[test]
+fn check_agrees_after_add_and_sees_what_is_missing() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    let result = node.add("a");
+    let mut config = node.config();
+    config["prevResult"] = result;
+    let fine = node.cni_with("CHECK", "a", &config);
+    assert!(fine.ok, "{fine:?}");
+    for (damage, repair, expected) in [
+        ("ip link set eth0 mtu 1300", "ip link set eth0 mtu 1380", "MTU"),
+        (
+            "ip address del 10.244.3.2/32 dev eth0",
+            "ip address add 10.244.3.2/32 dev eth0",
+            "10.244.3.2",
+        ),
+    ] {
+        node.run_in_pod("a", damage);
+        let broken = node.cni_with("CHECK", "a", &config);
+        assert_eq!(broken.json["code"], 103, "{broken:?}");
+        assert!(broken.json["details"].as_str().unwrap().contains(expected), "{broken:?}");
+        node.run_in_pod("a", repair);
+    }
+}
+
+#[test]
+fn fifty_parallel_adds_and_dels_double_and_leak_nothing() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    let ids: Vec<String> = (0..50).map(|i| format!("p{i}")).collect();
+    let results: Vec<Value> = std::thread::scope(|scope| {
+        let handles: Vec<_> = ids.iter().map(|id| scope.spawn(|| node.add(id))).collect();
+        handles.into_iter().map(|handle| handle.join().unwrap()).collect()
+    });
+    let mut given: Vec<IpAddr> =
+        results.iter().flat_map(|r| [address(r, false), address(r, true)]).collect();
+    given.sort();
+    given.dedup();
+    assert_eq!(given.len(), 100);
+    assert_eq!(node.records().len(), 50);
+    std::thread::scope(|scope| {
+        for id in &ids {
+            scope.spawn(|| assert!(node.cni("DEL", id).ok));
+        }
+    });
+    assert_eq!(node.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+fn after_a_reboot_pods_wait_for_meshd_and_old_reservations_are_free() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&["10.244.3.0/30"]);
+    node.add("a");
+    node.pod("b");
+    let full = node.cni("ADD", "b");
+    assert_eq!(full.json["code"], 101, "{full:?}");
+    assert_eq!(node.cni("STATUS", "b").json["code"], 50);
+    let early = node.cni_in_boot("second", "ADD", "b");
+    assert_eq!(early.json["code"], 11, "{early:?}");
+    assert_eq!(node.cni_in_boot("second", "STATUS", "b").json["code"], 50);
+    node.write_node_file("second", &["10.244.3.0/30"]);
+    let added = node.cni_in_boot("second", "ADD", "b");
+    assert!(added.ok, "{added:?}");
+    assert!(added.stderr.contains("earlier boot"), "{added:?}");
+    assert_eq!(node.records().len(), 1);
+}
+
+#[test]
+fn a_pod_that_died_without_del_gives_its_address_back() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&["10.244.3.0/30"]);
+    let first = node.add("a");
+    node.delete_pod_namespace("a");
+    node.in_node(|| {
+        // The kernel takes a namespace down in its own time, the host side of the link with it.
+        while netcfg::link::list().unwrap().iter().any(|link| link.name.starts_with("meshp")) {
+            std::thread::yield_now();
+        }
+    });
+    assert!(node.cni("STATUS", "b").ok);
+    let second = node.add("b");
+    assert_eq!(address(&second, false), address(&first, false));
+    assert_eq!(node.records().len(), 1);
+}
+
+#[test]
+fn gc_frees_what_the_runtime_does_not_know() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    for id in ["a", "b", "c"] {
+        node.add(id);
+    }
+    let mut config = node.config();
+    config["cni.dev/valid-attachments"] =
+        serde_json::json!([{"containerID": "b", "ifname": "eth0"}]);
+    for _ in 0..2 {
+        let done = node.cni_with("GC", "a", &config);
+        assert!(done.ok, "{done:?}");
+        assert_eq!(node.records().len(), 1);
+    }
+    let mut other = config.clone();
+    other["name"] = "other".into();
+    other["cni.dev/valid-attachments"] = serde_json::json!([]);
+    assert!(node.cni_with("GC", "a", &other).ok);
+    assert_eq!(node.records().len(), 1, "another network's GC frees nothing of ours");
+    assert!(node.cni("DEL", "b").ok);
+    assert_eq!(node.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+fn add_waits_for_guard_and_tunnel_and_status_says_so() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    node.pod("a");
+    assert!(node.cni("STATUS", "a").ok);
+    node.run("nft delete table inet meshd");
+    let refused = node.cni("ADD", "a");
+    assert_eq!(refused.json["code"], 11);
+    assert!(refused.json["details"].as_str().unwrap().contains("guard"), "{refused:?}");
+    assert_eq!(node.cni("STATUS", "a").json["code"], 50);
+    node.run("nft add table inet meshd");
+    node.run("ip link del meshd0");
+    assert_eq!(node.cni("ADD", "a").json["code"], 11);
+    assert_eq!(node.cni("STATUS", "a").json["code"], 50);
+    node.write_node_file(&boot_id(), &DUAL);
+}
+
+#[test]
+fn the_nodes_own_namespace_and_no_namespace_are_refused() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    let missing = node.cni("ADD", "missing");
+    assert_eq!(missing.json["code"], 8, "{missing:?}");
+    std::fs::File::create(node.pod_path("file")).unwrap();
+    let plain = node.cni("ADD", "file");
+    std::fs::remove_file(node.pod_path("file")).unwrap();
+    assert_eq!(plain.json["code"], 8, "{plain:?}");
+    assert_eq!(node.records(), Vec::<String>::new());
+}

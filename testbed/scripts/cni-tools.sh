@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Builds the CNI project's own command line runtime and the standard plugins that chain behind ours, and prints the
+# folder they are in. Versions are pinned; the Go checksum database vouches for them.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
+
+cnitool_version=v1.3.1
+plugins_version=v1.9.1
+
+command -v go >/dev/null || die "Go is needed to build the CNI tools: apt-get install golang-go"
+use_target_dir
+folder=$CARGO_TARGET_DIR/tools/cni-$cnitool_version-$plugins_version
+
+# Renamed when whole: another test may be looking.
+install_one() {
+    local name=$1 package=$2 scratch
+    [ -x "$folder/$name" ] && return
+    say "building $name"
+    scratch=$(mktemp -d "$folder/.build.XXXXXX")
+    CGO_ENABLED=0 GOBIN=$scratch go install -trimpath "$package" >&2 || die "building $package failed"
+    mv "$scratch/$name" "$folder/$name"
+    rmdir "$scratch"
+}
+
+mkdir -p "$folder"
+install_one cnitool "github.com/containernetworking/cni/cnitool@$cnitool_version"
+for plugin in portmap bandwidth; do
+    install_one "$plugin" "github.com/containernetworking/plugins/plugins/meta/$plugin@$plugins_version"
+done
+printf '%s\n' "$folder"
