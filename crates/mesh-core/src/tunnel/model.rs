@@ -6,9 +6,9 @@
 //!  session, can send <───────────────── Response{sender, receiver, nonce}
 //!  Transport{receiver, counter, ...}   ─────> confirmed: can send
 //! ```
-//! **It protects nothing.** Tags are keyed checksums, keys follow from public keys, "encryption" is a fixed XOR so that
-//! plaintext left unsealed is noticed. What is real is everything the tunnel can observe: sizes, indexes, mac1 and mac2,
-//! replay windows, timestamps, preshared keys that must agree, when a session can send and when timers fire
+//! **It protects nothing.** Tags are keyed checksums, keys follow from public keys, "encryption" is a fixed
+//! XOR so that plaintext left unsealed is noticed. What is real is everything the tunnel can observe: sizes,
+//! indexes, mac1 and mac2, replay windows, timestamps, preshared keys that must agree, when a session can send and when timers fire
 //! (whitepaper sections 5 and 6). Time comes from `now` alone, so a simulation may jump it.
 
 mod engine;

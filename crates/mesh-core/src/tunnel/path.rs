@@ -16,8 +16,8 @@
 //! ```
 //! The endpoint moves only to the source of an authenticated packet (whitepaper section 2.1), never by
 //! configuration, so a probe that nobody answers changes nothing. When it is none of the known candidates,
-//! these are asked again: a peer whose packets somebody on the way has redirected comes back within 15 s, and a peer that
-//! roamed rightly stays where it is. Retries go to one candidate in turn because a responder accepts only
+//! these are asked again: a peer whose packets somebody on the way has redirected comes back within 15 s,
+//! and a peer that roamed rightly stays where it is. Retries go to one candidate in turn because a responder accepts only
 //! the first copy of an initiation, and that may have come by a way without a way back.
 //!
 //! An address that has not answered gets at most one initiation per second, from all peers together:

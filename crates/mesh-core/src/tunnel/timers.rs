@@ -18,8 +18,9 @@ const PAUSE: Duration = Duration::from_millis(1);
 const DEFERRED: Duration = Duration::from_secs(1);
 
 impl<F: EngineFactory> Tunnel<F> {
-    /// Begins a handshake with every peer that has somewhere to send to and no session: at start, so that a node that was
-    /// restarted is heard by all peers at once instead of when their sessions run out. Spread over turns.
+    /// Begins a handshake with every peer that has somewhere to send to and no session: at start, so
+    /// that a node that was restarted is heard by all peers at once instead of when their sessions
+    /// run out. Spread over turns.
     pub fn initiate_all(&mut self, now: MonoTime) {
         self.now = now;
         self.to_initiate = self.peers.slots().collect();
@@ -55,8 +56,8 @@ impl<F: EngineFactory> Tunnel<F> {
         self.flush(now);
     }
 
-    /// Sends an initiation to every promising candidate, or notes when that may be. Without `force` nothing happens
-    /// while one is unanswered.
+    /// Sends an initiation to every promising candidate, or notes when that may be. Without `force`
+    /// nothing happens while one is unanswered.
     pub(super) fn begin_handshake(&mut self, now: MonoTime, slot: u32, force: bool) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         if !peer.path.is_known() {

@@ -3,8 +3,10 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use mesh_core::tunnel::DropReason;
-use mesh_types::limits::{STAGED_BYTES_MAX, STAGED_PACKETS_PER_PEER_MAX};
+use mesh_core::tunnel::model::public_key;
+use mesh_core::tunnel::{DropReason, PeerConfig};
+use mesh_types::key::PrivateKey;
+use mesh_types::limits::{INITIATIONS_PER_TURN, STAGED_BYTES_MAX, STAGED_PACKETS_PER_PEER_MAX};
 
 use crate::network::{Nat, Network, ipv4};
 
@@ -124,6 +126,33 @@ fn a_restarted_node_is_heard_by_all_peers_at_once() {
     for peer in 1..5 {
         assert_eq!(net.texts(0, peer), ["after"]);
     }
+}
+
+#[test]
+fn handshakes_with_a_thousand_peers_are_spread_over_turns_and_all_begun_within_a_second() {
+    let mut net = Network::mesh(11, 1);
+    let peers: Vec<PeerConfig> = (0..1_000u32)
+        .map(|number| {
+            let mut private = [9; 32];
+            private[4..8].copy_from_slice(&number.to_le_bytes());
+            let mut config = net.config_of(0);
+            config.key = public_key(&PrivateKey::from_bytes(private));
+            config.allowed_ips.clear();
+            let address = std::net::Ipv4Addr::from(0xc633_6400 + number);
+            config.candidates = vec![SocketAddr::from((address, 15_190))];
+            config
+        })
+        .collect();
+    net.set_peers(0, &peers);
+    assert_eq!(net.hosts[0].tunnel.next_deadline(), None);
+    net.initiate_all(0);
+    let mut sent = 0;
+    for _ in 0..100 {
+        net.run_ms(10);
+        assert!(net.log.len() - sent <= 2 * INITIATIONS_PER_TURN);
+        sent = net.log.len();
+    }
+    assert_eq!(sent, 1_000);
 }
 
 #[test]

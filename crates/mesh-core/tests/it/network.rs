@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use mesh_core::packet::{Ecn, VnetHeader};
+use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
 use mesh_core::tunnel::model::{ModelFactory, public_key};
 use mesh_core::tunnel::peers::SplitMix64;
 use mesh_core::tunnel::{DropReason, PeerConfig, PeerSnapshot, Tunnel, TunnelConfig, UdpMeta};
@@ -141,6 +142,16 @@ impl Network {
             frames: Vec::new(),
         });
         self.hosts.len() - 1
+    }
+
+    /// The host begins handshakes with another key from now on.
+    pub(crate) fn change_own_key(&mut self, host: usize, private: PrivateKey) {
+        let id = OwnKeyId(1);
+        let changed = &mut self.hosts[host];
+        changed.tunnel.factory_mut().set_own_key(id, &private);
+        changed.tunnel.set_own(self.now, id);
+        changed.key = public_key(&private);
+        changed.private = private;
     }
 
     pub(crate) fn config_of(&self, host: usize) -> PeerConfig {

@@ -174,6 +174,30 @@ fn a_preshared_key_the_other_side_lacks_ends_the_old_session_in_its_time() {
 }
 
 #[test]
+fn an_own_key_changes_without_cutting_the_sessions_of_the_old_one() {
+    let mut net = Network::mesh(13, 2);
+    net.send(0, 1, "open");
+    net.run_ms(100);
+    net.change_own_key(0, mesh_types::key::PrivateKey::from_bytes([0x77; 32]));
+    // Its peer has not heard of the new key.
+    for _ in 0..30 {
+        net.send(0, 1, "a");
+        net.send(1, 0, "b");
+        net.run_s(1);
+    }
+    assert_eq!(net.texts(1, 0).len(), 31);
+    assert_eq!(net.texts(0, 1).len(), 30);
+    let peers = net.peers_of(1);
+    net.set_peers(1, &peers);
+    net.send(1, 0, "to the new key");
+    net.run_s(1);
+    net.send(0, 1, "from the new key");
+    net.run_s(1);
+    assert_eq!(net.texts(0, 1).last().map(String::as_str), Some("to the new key"));
+    assert_eq!(net.texts(1, 0).last().map(String::as_str), Some("from the new key"));
+}
+
+#[test]
 fn peers_with_different_preshared_keys_never_talk() {
     let mut net = Network::mesh(9, 2);
     let mut config = net.config_of(1);
