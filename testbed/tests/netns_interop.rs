@@ -12,15 +12,14 @@
 
 mod common;
 
-use std::io::{IoSlice, Read, Write};
+use std::io::IoSlice;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use common::wireguard_go;
 use mesh_core::packet::{Ecn, VNET_HEADER_BYTES, VnetHeader};
 use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
 use mesh_core::tunnel::{PeerConfig, Tunnel, TunnelConfig, UdpMeta};
@@ -40,9 +39,6 @@ const MTU: u32 = 1420;
 
 /// A super-packet and its header.
 const TUN_BYTES: usize = 65_536 + VNET_HEADER_BYTES;
-
-/// How long a started program may take to be ready.
-const READY: Duration = Duration::from_secs(20);
 
 /// Who knows the other's endpoint, and so begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -137,43 +133,6 @@ fn wait(tunnel: &Tunnel<BoringFactory>, tun: &Tun, udp: &UdpSocket) {
     poll(&mut fds, Some(&timeout)).expect("poll");
 }
 
-/// Builds wireguard-go and starts it on `wg0`.
-fn start_theirs(namespace: &Namespace) -> Daemon {
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/wireguard-go.sh");
-    let built = Command::new(script).output().expect("the build script runs");
-    let said = String::from_utf8_lossy(&built.stderr);
-    assert!(built.status.success(), "wireguard-go was not built: {said}");
-    let program = String::from_utf8_lossy(&built.stdout).trim().to_owned();
-    let mut command = namespace.command(program);
-    command.args(["-f", "wg0"]).env("LOG_LEVEL", "verbose");
-    namespace.spawn(command, "wireguard-go").expect("wireguard-go starts")
-}
-
-/// Writes a configuration to its socket.
-fn configure_theirs(namespace: &Namespace, daemon: &Daemon, settings: &str) {
-    let path = namespace.path("/run/wireguard/wg0.sock");
-    let deadline = Instant::now() + READY;
-    let mut socket = loop {
-        match UnixStream::connect(&path) {
-            Ok(socket) => break socket,
-            Err(error) if Instant::now() > deadline || !daemon.is_alive() => {
-                panic!("{}: {error}; {}", path.display(), daemon.log())
-            }
-            Err(_) => std::thread::sleep(Duration::from_millis(20)),
-        }
-    };
-    socket.set_read_timeout(Some(READY)).expect("a timeout");
-    write!(socket, "set=1\n{settings}\n").expect("written");
-    socket.shutdown(std::net::Shutdown::Write).expect("closed");
-    let mut answer = String::new();
-    socket.read_to_string(&mut answer).expect("an answer");
-    assert_eq!(answer.trim(), "errno=0", "{settings}");
-}
-
-fn hex(bytes: &[u8; 32]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 struct Pair {
     _ours: Ours,
     theirs: Daemon,
@@ -206,20 +165,20 @@ fn pair(begins: Begins, preshared: Option<[u8; 32]>) -> Pair {
         mtu: MTU,
     };
     let ours = Ours::start(&near, &key, &peer);
-    let theirs = start_theirs(&far);
+    let theirs = wireguard_go::start(&far);
     let mut settings = format!(
         "private_key={}\nlisten_port={PORT}\npublic_key={}\n",
-        hex(their_key.expose()),
-        hex(public_key(&key).as_bytes())
+        wireguard_go::hex(their_key.expose()),
+        wireguard_go::hex(public_key(&key).as_bytes())
     );
     if let Some(preshared) = preshared {
-        settings += &format!("preshared_key={}\n", hex(&preshared));
+        settings += &format!("preshared_key={}\n", wireguard_go::hex(&preshared));
     }
     if begins == Begins::Theirs {
         settings += "endpoint=10.9.0.1:15190\n";
     }
     settings += "allowed_ip=10.244.1.0/24\nallowed_ip=fd00:10:244:1::/64\n";
-    configure_theirs(&far, &theirs, &settings);
+    wireguard_go::configure(&far, &theirs, &settings);
     let parties =
         [(&near, "wgt0", 1, 2), (&far, "wg0", 2, 1)].map(|(namespace, device, own, other)| {
             let addresses = [format!("10.244.{own}.1"), format!("fd00:10:244:{own}::1")];

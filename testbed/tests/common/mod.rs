@@ -1,9 +1,14 @@
 //! What every namespace test needs.
 
-#![allow(clippy::expect_used, reason = "a test ends at the first thing that is wrong")]
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test ends at the first thing that is wrong"
+)]
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 pub(crate) mod mesh;
+pub(crate) mod wireguard_go;
 
 use testbed::lab::Programs;
 
