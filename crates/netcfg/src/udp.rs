@@ -495,9 +495,9 @@ mod tests {
     use super::*;
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-    fn open(options: UdpOptions) -> UdpSocket {
+    fn open(options: &UdpOptions) -> UdpSocket {
         // Unprivileged: buffers as large as the system lets anybody have.
-        UdpSocket::open(&options).expect("a socket")
+        UdpSocket::open(options).expect("a socket")
     }
 
     /// Receives until `bytes` have come: (segment lengths and payload) of every message.
@@ -525,8 +525,8 @@ mod tests {
     #[test]
     fn segmented_sends_arrive_whole_in_both_families() {
         for address in ["127.0.0.1", "::1"] {
-            let mut receiver = open(UdpOptions::default());
-            let mut sender = open(UdpOptions::default());
+            let mut receiver = open(&UdpOptions::default());
+            let mut sender = open(&UdpOptions::default());
             if !receiver.features().dual_stack && address == "::1" {
                 continue;
             }
@@ -546,8 +546,8 @@ mod tests {
 
     #[test]
     fn the_local_address_is_the_one_the_sender_used() {
-        let mut receiver = open(UdpOptions::default());
-        let mut sender = open(UdpOptions { v4_only: true, ..UdpOptions::default() });
+        let mut receiver = open(&UdpOptions::default());
+        let mut sender = open(&UdpOptions { v4_only: true, ..UdpOptions::default() });
         let to: SocketAddr = format!("127.0.0.9:{}", receiver.local_port()).parse().unwrap();
         sender.send(to, None, 0, 100, &[1, 2, 3]).expect("send");
         let mut batch = RecvBatch::new(1);
@@ -563,8 +563,8 @@ mod tests {
 
     #[test]
     fn without_segmentation_the_same_datagrams_go_singly() {
-        let mut receiver = open(UdpOptions { gro: false, ..UdpOptions::default() });
-        let mut sender = open(UdpOptions { gso: false, ..UdpOptions::default() });
+        let mut receiver = open(&UdpOptions { gro: false, ..UdpOptions::default() });
+        let mut sender = open(&UdpOptions { gso: false, ..UdpOptions::default() });
         let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), receiver.local_port());
         let sent = payload(5 * 1000 + 1);
         sender.send(to, None, 0, 1000, &sent).expect("send");
@@ -576,11 +576,11 @@ mod tests {
 
     #[test]
     fn a_destination_that_refuses_segments_gets_single_datagrams_for_a_while() {
-        let mut sender = open(UdpOptions::default());
+        let mut sender = open(&UdpOptions::default());
         if !sender.features().gso {
             return;
         }
-        let mut receiver = open(UdpOptions::default());
+        let mut receiver = open(&UdpOptions::default());
         let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), receiver.local_port());
         // What the kernel says when a segment is longer than the path's MTU.
         let refused = io::Error::from_raw_os_error(libc::EINVAL);
@@ -594,7 +594,7 @@ mod tests {
 
     #[test]
     fn a_taken_port_is_named_with_what_to_do() {
-        let first = open(UdpOptions::default());
+        let first = open(&UdpOptions::default());
         let options = UdpOptions { port: first.local_port(), ..UdpOptions::default() };
         let error = UdpSocket::open(&options).expect_err("taken").to_string();
         assert!(error.contains(&first.local_port().to_string()), "{error}");

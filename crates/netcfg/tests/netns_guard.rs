@@ -6,10 +6,12 @@
 //!   meshp...  ---- pod namespace
 //! ```
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a helper's panic fails its test
+
 mod common;
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::time::Duration;
+use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
+use std::time::{Duration, Instant};
 
 use common::{Scratch, privileged};
 use mesh_types::attachment::Attachment;
@@ -298,6 +300,20 @@ fn pods_reach_each_other_and_the_world_with_the_right_source() {
     assert!(!shown.contains("inet"), "no address on the host's end: {shown}");
 }
 
+/// Sends a router advertisement (RFC 4861 section 4.2) to everybody on the pod's link.
+fn advertise_router(pod: &Scratch) {
+    use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto};
+    pod.run(|| {
+        let index = link::require("eth0")?.index;
+        let socket =
+            rustix::net::socket(AddressFamily::INET6, SocketType::RAW, Some(ipproto::ICMPV6))?;
+        let everybody = SocketAddrV6::new("ff02::1".parse()?, 0, 0, index);
+        let advertisement = [134, 0, 0, 0, 64, 0, 0x07, 0x08, 0, 0, 0, 0, 0, 0, 0, 0];
+        rustix::net::sendto(&socket, &advertisement, SendFlags::empty(), &everybody)?;
+        Ok(())
+    });
+}
+
 #[test]
 fn a_pod_cannot_use_anothers_address_or_act_as_a_router() {
     if !privileged() {
@@ -318,6 +334,12 @@ fn a_pod_cannot_use_anothers_address_or_act_as_a_router() {
     assert_eq!(receive(&v6).0, b"honest");
     let drops = lab.node.run(|| pod::drops("meshd-cni"));
     assert_eq!(drops.spoofed, 3, "{drops:?}");
+    assert_eq!(drops.router, 0);
+    advertise_router(&one.scratch);
+    let waited = Instant::now();
+    while lab.node.run(|| pod::drops("meshd-cni")).router == 0 {
+        assert!(waited.elapsed() < Duration::from_secs(5), "the advertisement was not dropped");
+    }
 }
 
 #[test]

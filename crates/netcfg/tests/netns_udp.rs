@@ -1,0 +1,95 @@
+//! The UDP socket on a link smaller than its segments, with a mark, and without IPv6.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a helper's panic fails its test
+
+mod common;
+
+use std::net::SocketAddr;
+
+use common::{Scratch, privileged};
+use netcfg::link;
+use netcfg::udp::{RecvBatch, UdpOptions, UdpSocket};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// Two namespaces on a link of `mtu`.
+fn pair(mtu: u32) -> (Scratch, Scratch) {
+    let (one, two) = (Scratch::new(), Scratch::new());
+    one.run(|| {
+        let pair = link::VethPair {
+            name: "wire0",
+            mac: None,
+            peer_name: "wire1",
+            peer_mac: None,
+            mtu,
+            peer_netns: Some(&two.netns),
+        };
+        Ok(link::create_veth(&pair)?)
+    });
+    two.sh("ip addr add 192.0.2.2/24 dev wire1; ip addr add fd99::2/64 dev wire1 nodad; ip link set wire1 up");
+    one.sh("ip addr add 192.0.2.1/24 dev wire0; ip addr add fd99::1/64 dev wire0 nodad; ip link set wire0 up");
+    two.run(|| {
+        let index = link::require("wire1")?.index;
+        assert!(netcfg::watch::wait_operational(index, std::time::Duration::from_secs(5))?);
+        Ok(())
+    });
+    (one, two)
+}
+
+fn receive(socket: &mut UdpSocket, bytes: usize) -> Vec<u8> {
+    let mut batch = RecvBatch::new(4);
+    let mut payload = Vec::new();
+    while payload.len() < bytes {
+        if socket.recv(&mut batch).expect("receive") == 0 {
+            let timeout = Timespec { tv_sec: 5, tv_nsec: 0 };
+            let mut fds = [PollFd::new(&*socket, PollFlags::IN)];
+            assert!(poll(&mut fds, Some(&timeout)).unwrap() > 0, "nothing more came");
+        }
+        for message in batch.iter() {
+            payload.extend_from_slice(message.bytes);
+        }
+    }
+    payload
+}
+
+#[test]
+fn segments_larger_than_the_link_go_singly_in_fragments() {
+    if !privileged() {
+        return;
+    }
+    let (one, two) = pair(1280);
+    let mut sender = one.run(|| UdpSocket::open(&UdpOptions { mark: 4, ..UdpOptions::default() }));
+    let mut receiver = two.run(|| UdpSocket::open(&UdpOptions::default()));
+    assert!(sender.features().gso && sender.features().dual_stack);
+    let sent: Vec<u8> = (0..3 * 1452 + 9).map(|i| (i % 251) as u8).collect();
+    for (number, address) in [(1, "192.0.2.2"), (2, "fd99::2")] {
+        let to = SocketAddr::new(address.parse().unwrap(), receiver.local_port());
+        for _ in 0..2 {
+            sender.send(to, None, 0, 1452, &sent).expect("send");
+            assert_eq!(receive(&mut receiver, sent.len()), sent);
+        }
+        // Refused once per destination; the second time it is known.
+        assert_eq!(sender.counters().gso_refused, number);
+        assert_eq!(sender.counters().gso_bypassed, number * 8);
+    }
+    assert!(sender.features().gso, "other destinations are not concerned");
+    assert_eq!(receiver.counters().rx_malformed, 0);
+}
+
+#[test]
+fn without_ipv6_addresses_ipv4_still_works() {
+    if !privileged() {
+        return;
+    }
+    let (one, two) = pair(1500);
+    one.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1");
+    let mut sender = one.run(|| UdpSocket::open(&UdpOptions::default()));
+    let mut receiver =
+        two.run(|| UdpSocket::open(&UdpOptions { v4_only: true, ..UdpOptions::default() }));
+    assert!(!receiver.features().dual_stack);
+    let to = SocketAddr::new("192.0.2.2".parse().unwrap(), receiver.local_port());
+    let sent: Vec<u8> = (0..40 * 1400).map(|i| (i % 251) as u8).collect();
+    sender.send(to, None, 1, 1400, &sent).expect("send");
+    assert_eq!(receive(&mut receiver, sent.len()), sent);
+    let unreachable = sender.send("[fd99::2]:9".parse().unwrap(), None, 0, 9, b"x");
+    assert!(unreachable.is_err() && sender.counters().tx_errors == 1);
+}
