@@ -11,7 +11,8 @@
 //! ```
 //! Numbers are the kernel's (`drivers/net/wireguard/ratelimiter.c`, `noise.c`). A response is not counted per source:
 //! it must carry an index we gave out, is counted per peer, and hundreds may rightly come from one /64 when this
-//! node starts.
+//! node starts. Per peer only initiations that were accepted count: a recorded one replayed fifty times a second
+//! must not shut its true sender out.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, Ipv6Addr};
@@ -73,20 +74,26 @@ pub struct Bucket {
 impl Bucket {
     /// Takes one event of at most `per_second` with `burst` in hand.
     pub fn take(&mut self, now: MonoTime, per_second: u32, burst: u32) -> bool {
+        let (credit, cost) = self.credit(now, per_second, burst);
+        self.updated_ns = self.updated_ns.max(now.as_nanos());
+        self.started = true;
+        self.credit_ns = credit.checked_sub(cost).unwrap_or(credit);
+        credit >= cost
+    }
+
+    /// Whether [`Self::take`] would succeed.
+    pub fn has(&self, now: MonoTime, per_second: u32, burst: u32) -> bool {
+        let (credit, cost) = self.credit(now, per_second, burst);
+        credit >= cost
+    }
+
+    /// Credit at `now` and the cost of one event.
+    fn credit(&self, now: MonoTime, per_second: u32, burst: u32) -> (u64, u64) {
         let cost = SECOND_NS / u64::from(per_second.max(1));
         let most = cost.saturating_mul(u64::from(burst.max(1)));
         let passed = now.as_nanos().saturating_sub(self.updated_ns);
         let credit = if self.started { self.credit_ns.saturating_add(passed) } else { most };
-        self.credit_ns = credit.min(most);
-        self.updated_ns = self.updated_ns.max(now.as_nanos());
-        self.started = true;
-        match self.credit_ns.checked_sub(cost) {
-            Some(rest) => {
-                self.credit_ns = rest;
-                true
-            }
-            None => false,
-        }
+        (credit.min(most), cost)
     }
 }
 

@@ -249,13 +249,14 @@ impl<F: EngineFactory> Tunnel<F> {
         let slot = self.peers.slot_of(&key).ok_or(DropReason::UnknownPeer)?;
         let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownPeer)?;
         let rate = HANDSHAKES_PER_PEER_PER_SECOND;
-        if !peer.handshakes.take(now, rate, rate) {
+        if !peer.initiations.has(now, rate, rate) {
             return Err(DropReason::PeerLimited);
         }
         let member = peer.answering(own).ok_or(DropReason::UnknownPeer)?;
         let buffer = &mut self.buffer;
         let outcome = member.engine.handle_handshake(now, meta.source.ip(), datagram, buffer)?;
         member.unconfirmed |= outcome.authenticated;
+        peer.initiations.take(now, rate, rate);
         self.finish_handshake(now, slot, meta, datagram.len(), outcome);
         Ok(())
     }
@@ -279,7 +280,7 @@ impl<F: EngineFactory> Tunnel<F> {
             }
         }
         let rate = HANDSHAKES_PER_PEER_PER_SECOND;
-        if !peer.handshakes.take(now, rate, rate) {
+        if !peer.answers.take(now, rate, rate) {
             return Err(DropReason::PeerLimited);
         }
         let member = peer.member(index >> 8).ok_or(DropReason::UnknownIndex)?;

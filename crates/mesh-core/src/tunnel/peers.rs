@@ -48,7 +48,9 @@ pub struct Peer<E> {
     pub members: Vec<Member<E>>,
     pub path: Path,
     pub staged: StagedQueue,
-    pub handshakes: Bucket,
+    /// Initiations accepted, and responses and cookie replies looked at.
+    pub initiations: Bucket,
+    pub answers: Bucket,
     /// A handshake waits until its destinations may be asked.
     pub initiate_at: Option<MonoTime>,
     /// It replaces one that is unanswered: there are new candidates.
@@ -71,7 +73,8 @@ impl<E: Engine> Peer<E> {
             members: Vec::with_capacity(1),
             path: Path::default(),
             staged: StagedQueue::default(),
-            handshakes: Bucket::default(),
+            initiations: Bucket::default(),
+            answers: Bucket::default(),
             initiate_at: None,
             initiate_anew: false,
             initiated_at: None,

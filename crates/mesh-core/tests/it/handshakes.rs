@@ -228,6 +228,33 @@ fn a_flood_of_initiations_by_a_valid_peer_is_held_to_its_rate() {
 }
 
 #[test]
+fn an_initiation_replayed_many_times_does_not_shut_its_sender_out() {
+    let mut net = Network::mesh(12, 2);
+    net.send(1, 0, "recorded");
+    net.run_ms(100);
+    let (to, initiation) = (net.hosts[0].addr, net.log[0].bytes.clone());
+    let mut number = 0;
+    let mut replay = |net: &mut Network| {
+        for _ in 0..100 {
+            for _ in 0..10 {
+                number += 1;
+                let ip = std::net::Ipv4Addr::from(0x0b00_0000 + number);
+                net.inject(SocketAddr::from((ip, 999)), to, &initiation);
+            }
+            net.run_ms(10);
+        }
+    };
+    replay(&mut net);
+    assert!(net.dropped(0, DropReason::StaleInitiation) > 900);
+    let peers = net.peers_of(1);
+    net.restart(1, &peers);
+    net.send(1, 0, "restarted");
+    replay(&mut net);
+    assert_eq!(net.texts(0, 1), ["recorded", "restarted"]);
+    assert_eq!(net.dropped(0, DropReason::PeerLimited), 0);
+}
+
+#[test]
 fn a_handshake_gets_through_a_flood_with_the_help_of_a_cookie() {
     let mut net = Network::mesh(8, 2);
     let to = net.hosts[0].addr;
