@@ -64,7 +64,9 @@ impl Publisher {
             let seen = self.shown.borrow_and_update().clone();
             let mut retry = None;
             match due(&want, seen.as_ref()) {
-                Due::Wait => set(&state, Published::Waiting),
+                Due::Wait => {
+                    set(&state, Published::Waiting);
+                }
                 Due::Nothing => {
                     pause = RETRY_MIN;
                     set(&state, Published::Done);
@@ -75,7 +77,9 @@ impl Publisher {
                         pause = RETRY_MIN;
                         // What the server made of it decides, not what we sent.
                         match due(&want, Some(&node)) {
-                            Due::Nothing => set(&state, Published::Done),
+                            Due::Nothing => {
+                                set(&state, Published::Done);
+                            }
                             _ => {
                                 set(&state, Published::Failed(words::not_kept(&self.node)));
                                 retry = Some(RETRY_MAX);
@@ -85,8 +89,10 @@ impl Publisher {
                         tokio::time::sleep(RETRY_MIN).await;
                     }
                     Err(why) => {
-                        tracing::warn!(node = self.node, "{why}");
-                        set(&state, Published::Failed(why));
+                        // Once is enough for a log; the state says it as long as it lasts.
+                        if set(&state, Published::Failed(why.clone())) {
+                            tracing::warn!(node = self.node, "not published: {why}");
+                        }
                         retry = Some(jittered(pause));
                         pause = pause.saturating_mul(2).min(RETRY_MAX);
                     }
@@ -147,12 +153,13 @@ fn due(want: &OwnRecord, shown: Option<&RawNode>) -> Due {
     }))
 }
 
-fn set(state: &watch::Sender<Published>, now: Published) {
+/// True if the state was another.
+fn set(state: &watch::Sender<Published>, now: Published) -> bool {
     state.send_if_modified(|before| {
         let changed = *before != now;
         *before = now;
         changed
-    });
+    })
 }
 
 fn jittered(pause: Duration) -> Duration {
