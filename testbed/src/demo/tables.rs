@@ -58,7 +58,7 @@ fn shown(cell: &[&PairResult]) -> String {
     let rtts =
         cell.iter().filter(|pair| pair.protocol == Protocol::Icmp).filter_map(|pair| pair.rtt_ms);
     let best = rtts.fold(f64::INFINITY, f64::min);
-    let rtt = if best.is_finite() { format!("{best:.1}") } else { "–".to_owned() };
+    let rtt = if best.is_finite() { format!("{best:.2}") } else { "–".to_owned() };
     if good == cell.len() {
         format!("{good} {rtt}")
     } else {
