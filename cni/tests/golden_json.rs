@@ -2,6 +2,14 @@
 //!
 //! `UPDATE_GOLDEN=1 cargo test -p meshd-cni --test golden_json` writes the files anew; read the difference.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "a test fails by panicking"
+)]
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

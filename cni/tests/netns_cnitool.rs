@@ -1,5 +1,13 @@
 //! The plugin under the CNI project's own runtime, with a standard plugin chained behind it.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "a test fails by panicking"
+)]
+
 mod common;
 
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
