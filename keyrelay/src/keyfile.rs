@@ -1,8 +1,8 @@
 //! The relay's private key: one line of base64, as `wg genkey` prints it, in a file only its owner reads.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use anyhow::{Context, ensure};
@@ -20,16 +20,20 @@ pub enum Origin {
     Made,
 }
 
-/// Reads the key, or makes one where there is no file.
+/// Reads the key, or makes one (and its folder) where there is no file.
 pub fn load_or_create(path: &Path) -> anyhow::Result<(PrivateKey, Origin)> {
+    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)
+            .with_context(|| format!("cannot make the key's folder {}", folder.display()))?;
+    }
     match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
         Ok(file) => Ok((write_new(file, path)?, Origin::Made)),
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok((load(path)?, Origin::Kept)),
         Err(error) => Err(error).with_context(|| {
-            format!(
-                "cannot create the private key {}: does its folder exist, and may we write there?",
-                path.display()
-            )
+            format!("cannot create the private key {}: may we write there?", path.display())
         }),
     }
 }
@@ -73,7 +77,7 @@ mod tests {
     #[test]
     fn the_first_start_makes_a_key_for_its_owner_only_and_the_next_keeps_it() {
         let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("key");
+        let path = folder.path().join("new/key");
         let (made, origin) = load_or_create(&path).expect("made");
         assert_eq!(origin, Origin::Made);
         assert_eq!(std::fs::metadata(&path).expect("a file").permissions().mode() & 0o777, 0o600);
@@ -91,6 +95,6 @@ mod tests {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).expect("chmod");
         std::fs::write(&path, "no key\n").expect("written");
         assert!(load_or_create(&path).is_err());
-        assert!(load_or_create(&folder.path().join("no/such/folder")).is_err());
+        assert!(load_or_create(&path.join("below-a-file")).is_err());
     }
 }
