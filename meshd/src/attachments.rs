@@ -4,6 +4,7 @@
 //! deep (network, attachment). A file that does not is counted and named, and the others go on.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use mesh_types::attachment::{ATTACHMENT_VERSION, Attachment};
 
@@ -14,6 +15,9 @@ pub const ATTACHMENTS_MAX: usize = 4_096;
 
 /// Directories below the root that are looked into: the network's, and one for the plugin's own order.
 const DEPTH_MAX: usize = 2;
+
+/// A younger record may belong to a pod the plugin is making this moment: what is missing is not missing yet.
+const SETTLED_AFTER: Duration = Duration::from_secs(5);
 
 /// What was found.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -26,14 +30,23 @@ pub struct Attachments {
 
 /// Every attachment of this boot below `root`; none where there is no such directory.
 pub fn read(root: &Path, boot_id: &str) -> Attachments {
+    read_older(root, boot_id, Duration::ZERO)
+}
+
+/// As [`read`], without those the plugin may still be at work on.
+pub fn read_settled(root: &Path, boot_id: &str) -> Attachments {
+    read_older(root, boot_id, SETTLED_AFTER)
+}
+
+fn read_older(root: &Path, boot_id: &str, age: Duration) -> Attachments {
     let mut found = Attachments::default();
-    walk(root, 0, &mut found);
+    walk(root, 0, age, &mut found);
     found.good.retain(|attachment| attachment.boot_id == boot_id);
     found.good.sort_by(|a, b| a.host_ifname.cmp(&b.host_ifname));
     found
 }
 
-fn walk(directory: &Path, depth: usize, found: &mut Attachments) {
+fn walk(directory: &Path, depth: usize, age: Duration, found: &mut Attachments) {
     let Ok(entries) = std::fs::read_dir(directory) else { return };
     for entry in entries.flatten() {
         if found.good.len() + found.bad.len() >= ATTACHMENTS_MAX {
@@ -44,12 +57,12 @@ fn walk(directory: &Path, depth: usize, found: &mut Attachments) {
         let hidden = entry.file_name().as_encoded_bytes().first() == Some(&b'.');
         match entry.file_type() {
             Ok(kind) if kind.is_dir() && depth < DEPTH_MAX && !hidden => {
-                walk(&path, depth + 1, found);
+                walk(&path, depth + 1, age, found);
             }
             Ok(kind)
                 if kind.is_file() && !hidden && path.extension().is_some_and(|e| e == "json") =>
             {
-                match read_one(&path) {
+                match read_one(&path, age) {
                     Ok(Some(attachment)) => found.good.push(attachment),
                     Ok(None) => {}
                     Err(why) => found.bad.push((path, why)),
@@ -61,7 +74,12 @@ fn walk(directory: &Path, depth: usize, found: &mut Attachments) {
 }
 
 /// `None` for a file that vanished meanwhile: the plugin removed the pod.
-fn read_one(path: &Path) -> Result<Option<Attachment>, String> {
+fn read_one(path: &Path, age: Duration) -> Result<Option<Attachment>, String> {
+    // A clock that was set back makes a file look young for ever: only a known, small age counts.
+    let modified = std::fs::metadata(path).and_then(|metadata| metadata.modified());
+    if modified.ok().and_then(|then| then.elapsed().ok()).is_some_and(|known| known < age) {
+        return Ok(None);
+    }
     let Some(bytes) = files::read_bounded(path).map_err(|error| format!("{error:#}"))? else {
         return Ok(None);
     };
@@ -111,6 +129,15 @@ mod tests {
         assert_eq!(names, ["meshp1", "meshp2"]);
         assert_eq!(found.bad.len(), 1);
         assert!(found.bad[0].0.ends_with("bad.json"));
+    }
+
+    #[test]
+    fn a_record_the_plugin_has_just_written_is_not_settled() {
+        let dir = tempfile::tempdir().expect("scratch");
+        let text = serde_json::to_string(&sample("meshp1", "now")).expect("json");
+        std::fs::write(dir.path().join("a.json"), text).expect("write");
+        assert_eq!(read_settled(dir.path(), "now"), Attachments::default());
+        assert_eq!(read(dir.path(), "now").good.len(), 1);
     }
 
     #[test]

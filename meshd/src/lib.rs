@@ -17,6 +17,7 @@
 //! | [`io`] | the data plane: TUN and UDP |
 
 pub mod admin;
+pub mod app;
 pub mod args;
 pub mod attachments;
 pub mod cache;
@@ -25,14 +26,18 @@ pub mod endpoints;
 pub mod files;
 pub mod installed;
 pub mod io;
+pub mod kernel_watch;
 pub mod keystore;
 pub mod kube;
 pub mod lock;
 pub mod metrics;
 pub mod node_file;
+pub mod plane;
 pub mod preflight;
 pub mod reconcile;
+pub mod resolver;
 pub mod roster;
 pub mod source;
 pub mod status;
+pub mod uninstall;
 pub mod view;

@@ -1,2 +1,43 @@
-//! Placeholder until its first module lands.
-fn main() {}
+//! `meshd`: parse, log, run, exit status.
+
+use std::process::ExitCode;
+
+use meshd::args::{self, Command, LogFormat};
+
+fn main() -> ExitCode {
+    let args = match args::parse(std::env::args_os()) {
+        Ok(args) => args,
+        Err(status) => return status,
+    };
+    if let Err(error) = log(&args.log, args.log_format) {
+        return fail(&error);
+    }
+    let result = match &args.command {
+        Command::Run(run) => meshd::app::run(run),
+        Command::Status(status) => meshd::status::print(status),
+        Command::Uninstall(uninstall) => meshd::uninstall::run(uninstall),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+/// One line with every cause; stderr, because the log filter may hide it.
+#[allow(clippy::print_stderr)]
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("meshd: {error:#}");
+    ExitCode::FAILURE
+}
+
+fn log(filter: &str, format: LogFormat) -> anyhow::Result<()> {
+    use anyhow::Context;
+    let filter = tracing_subscriber::EnvFilter::try_new(filter)
+        .with_context(|| format!("--log {filter:?} is no filter; write for example info"))?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => builder.with_ansi(false).init(),
+        LogFormat::Json => builder.json().init(),
+    }
+    Ok(())
+}

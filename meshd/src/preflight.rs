@@ -13,13 +13,13 @@ const CAP_NET_ADMIN: u32 = 12;
 /// The device file TUN interfaces are made with.
 const TUN_DEVICE: &str = "/dev/net/tun";
 
-/// Checks everything that can be checked without changing anything.
-pub fn check(listen_port: u16) -> anyhow::Result<()> {
+/// What the machine must have; changes nothing.
+pub fn check_machine() -> anyhow::Result<()> {
     let status = std::fs::read_to_string("/proc/self/status").context("read /proc/self/status")?;
     check_capability(&status)?;
     check_tun(Path::new(TUN_DEVICE))?;
     find_program("nft", std::env::var_os("PATH").unwrap_or_default())?;
-    check_udp_port(listen_port)
+    Ok(())
 }
 
 /// May configure the network of the namespace we are in.
@@ -62,7 +62,7 @@ fn find_program(name: &str, path: impl AsRef<std::ffi::OsStr>) -> anyhow::Result
 }
 
 /// Nobody else has the port, in either family. IPv6 may be switched off.
-fn check_udp_port(port: u16) -> anyhow::Result<()> {
+pub fn check_udp_port(port: u16) -> anyhow::Result<()> {
     let taken = [
         UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).err(),
         UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).err(),

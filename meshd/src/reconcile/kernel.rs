@@ -38,5 +38,6 @@ pub trait Kernel: Send {
 
     fn network(&mut self, wanted: &NetState) -> anyhow::Result<Vec<Made>>;
 
-    fn pods(&mut self, attachments: &[Attachment]) -> anyhow::Result<PodsMade>;
+    /// `mtu` of pod interfaces, for what has to be made anew.
+    fn pods(&mut self, attachments: &[Attachment], mtu: u32) -> anyhow::Result<PodsMade>;
 }

@@ -12,10 +12,12 @@
 //! stop the next one. Everything here may block: it runs on a thread of its own, never on the reactor.
 
 mod kernel;
+mod linux;
 mod run;
 mod steps;
 
 pub use kernel::{Kernel, Made, PodsMade};
+pub use linux::{Linux, guard_config, marks};
 pub use run::{Inputs, SLOW_PERIOD, run};
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -74,6 +76,7 @@ pub struct Reconciler<K, P> {
     cache: CacheKeeper,
     roster: bool,
     knowledge: Knowledge,
+    guarded: bool,
     /// What the last turn made the kernel and the data plane be.
     applied: Option<NetState>,
     peers: Option<Vec<PeerConfig>>,
@@ -132,6 +135,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             cache,
             roster: matches!(config.source, crate::config::Source::Roster(_)),
             knowledge: Knowledge::None("the source has not answered yet".into()),
+            guarded: false,
             applied: None,
             peers: None,
             found: Vec::new(),
@@ -140,6 +144,11 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         };
         reconciler.begin_from_cache(cached.nodes);
         reconciler
+    }
+
+    /// The nodes known so far: from disk, before the source has answered.
+    pub fn known(&self) -> Vec<RawNode> {
+        self.index.raws().cloned().collect()
     }
 
     /// Takes in news. True where a turn should follow.
@@ -173,8 +182,10 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
 
     /// One turn; see the module's diagram.
     pub fn turn(&mut self, scope: Scope) {
-        let guarded = self.keep_guard();
-        self.keep_sysctls();
+        if scope == Scope::All || !self.guarded {
+            self.guarded = self.keep_guard();
+            self.keep_sysctls();
+        }
         self.look_at_addresses();
         let mut wanted = self.desired();
         if self.look_at_paths(&wanted, scope) {
@@ -185,8 +196,8 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         let device = self.keep_device();
         let network = device && self.keep_network(&wanted.net);
         self.keep_peers(&wanted);
-        self.keep_pods();
-        self.keep_node_file(&wanted, guarded && network);
+        self.keep_pods(wanted.net.link.mtu);
+        self.keep_node_file(&wanted, self.guarded && network);
         self.tell(&wanted);
         self.out.view.beat();
     }

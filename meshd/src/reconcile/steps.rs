@@ -128,15 +128,15 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         }
     }
 
-    pub(super) fn keep_pods(&mut self) {
-        let found = attachments::read(&self.ipam, &self.boot_id);
+    pub(super) fn keep_pods(&mut self, mtu: u32) {
+        let found = attachments::read_settled(&self.ipam, &self.boot_id);
         for (path, why) in &found.bad {
             if self.named_bad_attachments.insert(path.clone()) {
                 tracing::warn!(file = %path.display(), why, "no attachment record, skipped");
             }
         }
         self.named_bad_attachments.retain(|path| found.bad.iter().any(|(bad, _)| bad == path));
-        let outcome = match self.kernel.pods(&found.good) {
+        let outcome = match self.kernel.pods(&found.good, mtu) {
             Ok(pods) => {
                 self.report(pods.made, true);
                 match pods.failed.first() {

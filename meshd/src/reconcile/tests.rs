@@ -71,7 +71,7 @@ impl Kernel for Shared {
         })
     }
 
-    fn pods(&mut self, _: &[Attachment]) -> anyhow::Result<PodsMade> {
+    fn pods(&mut self, _: &[Attachment], _: u32) -> anyhow::Result<PodsMade> {
         Ok(PodsMade::default())
     }
 }

@@ -1,0 +1,217 @@
+//! `meshd run`: starts everything in the order that keeps traffic closed, and waits for the end.
+//!
+//! ```text
+//! flags ─ privileges ─ lock ─ ports ─ key ─ admin ─ GUARD ─┬─ source ──> events ──┐
+//!                                                          ├─ resolver ───────────┤
+//!   threads: reactor (2), reconciler, kernel watch, shard  ├─ kernel watch ───────┼──> reconciler
+//!                                                          └─ publisher <─────────┘
+//! SIGTERM, SIGINT: sources and reconciler stop, the shard sends what it has and closes its descriptors.
+//! TUN, routes, guard and keys stay: only uninstall removes them.
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow};
+use mesh_types::key::PrivateKey;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+
+use crate::admin::Admin;
+use crate::args::RunArgs;
+use crate::config::{self, Config, Source};
+use crate::kube::KubeSource;
+use crate::plane::NodePlane;
+use crate::reconcile::{self, Inputs, Linux, Outputs, Reconciler};
+use crate::roster::RosterSource;
+use crate::source::{ClusterEvent, OwnRecord, Published};
+use crate::view::{Identity, View, condition};
+use crate::{
+    files, installed, kernel_watch, keystore, lock, node_file, preflight, resolver, uninstall,
+};
+
+/// Events on their way from the source: a burst waits in the source, not in memory.
+const EVENTS_MAX: usize = 1_024;
+
+/// Threads of the reactor: the API, a few admin connections, timers. Packets have their own threads.
+const REACTOR_THREADS: usize = 2;
+
+/// `meshd run`.
+pub fn run(args: &RunArgs) -> anyhow::Result<()> {
+    let host_name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let config = config::check(args, &host_name)?;
+    preflight::check_machine()?;
+    files::private_directory(&config.paths.state_dir)?;
+    let _lock = lock::take(&config.paths.lock(), lock::WAIT)?;
+    preflight::check_udp_port(config.listen_port)?;
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), ?config, "meshd starts");
+    let key = own_key(&config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(REACTOR_THREADS)
+        .thread_name("reactor")
+        .enable_all()
+        .build()
+        .context("start the reactor")?;
+    let result = runtime.block_on(serve(&config, key));
+    // A request to a silent API server must not hold up the end.
+    runtime.shutdown_background();
+    result
+}
+
+fn own_key(config: &Config) -> anyhow::Result<PrivateKey> {
+    let owner = keystore::Owner { node: config.node.clone(), machine_id: keystore::machine_id() };
+    if owner.machine_id.is_empty() {
+        tracing::warn!("no machine id (/etc/machine-id): a copied key would not be noticed");
+    }
+    let (key, origin) = keystore::load_or_create(&config.paths.key(), &owner)?;
+    let public_key = wg_engine::public_key(&key);
+    match origin {
+        keystore::Origin::Kept => tracing::info!(%public_key, "private key kept"),
+        keystore::Origin::Made => tracing::info!(%public_key, "private key made"),
+        keystore::Origin::Replaced(why) => {
+            tracing::warn!(%public_key, why, "NEW private key made, this node has another identity now");
+        }
+    }
+    Ok(key)
+}
+
+async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
+    let admin = Admin::bind(config.admin_address, &config.paths.socket()).await?;
+    install_guard(config)?;
+    let view = Arc::new(View::new(Identity {
+        node: config.node.clone(),
+        public_key: wg_engine::public_key(&key),
+        listen_port: config.listen_port,
+        prefixes: config.prefixes.clone(),
+    }));
+    let admin = tokio::spawn(admin.serve(Arc::clone(&view)));
+    let (events_in, events) = mpsc::channel(EVENTS_MAX);
+    let (stop, stopped) = watch::channel(false);
+    let (news_in, kernel_news) = mpsc::channel(1);
+    let (own_record, own) = watch::channel(OwnRecord {
+        public_key: view.identity.public_key,
+        endpoints: Vec::new(),
+        version: String::new(),
+    });
+    let (names, wanted_names) = watch::channel(BTreeSet::new());
+    let (resolved_in, resolved) = watch::channel(BTreeMap::new());
+    kernel_watch::start(news_in.clone())?;
+    let plane =
+        NodePlane::new(config.kernel.clone(), config.listen_port, key, Arc::clone(&view), news_in);
+    let out = Outputs { view: Arc::clone(&view), own_record, names };
+    let reconciler = Reconciler::new(config, node_file::boot_id()?, Linux::new(config), plane, out);
+    let known = reconciler.known();
+    let resolver = tokio::spawn(resolver::run(wanted_names, resolved_in));
+    start_source(&config.source, config, known, events_in, own, &view).await?;
+    let inputs = Inputs { events, kernel_news, resolved, stop: stopped };
+    let ended = spawn_reconciler(reconciler, inputs)?;
+    let result = tokio::select! {
+        result = signalled() => result,
+        _ = ended => Err(anyhow!("the reconciler ended by itself: see the log above")),
+    };
+    stop.send_replace(true);
+    admin.abort();
+    resolver.abort();
+    result
+}
+
+/// Before anything else of ours exists: the guard, and on disk what uninstall has to know.
+fn install_guard(config: &Config) -> anyhow::Result<()> {
+    let now = installed::Installed::of(config);
+    let before = installed::replace(&config.paths.installed(), &now)?;
+    let guard = reconcile::guard_config(&config.prefixes, &config.kernel);
+    netcfg::guard::ensure(&guard).context("make the guard")?;
+    let Some(before) = before.filter(|before| *before != now) else { return Ok(()) };
+    if before.cluster_prefixes != now.cluster_prefixes {
+        tracing::warn!(
+            before = ?before.cluster_prefixes.as_slice(),
+            now = ?now.cluster_prefixes.as_slice(),
+            "cluster prefixes changed: what is no longer inside may leave in clear"
+        );
+    }
+    if before.table != now.table || before.rule_priority != now.rule_priority {
+        uninstall::remove_routing(&before.kernel()).context("remove routes of the last start")?;
+    }
+    if before.tun != now.tun {
+        netcfg::tun::remove(&before.tun).context("remove the TUN device of the last start")?;
+    }
+    Ok(())
+}
+
+async fn start_source(
+    source: &Source,
+    config: &Config,
+    known: Vec<mesh_core::cluster::RawNode>,
+    events: mpsc::Sender<ClusterEvent>,
+    own: watch::Receiver<OwnRecord>,
+    view: &Arc<View>,
+) -> anyhow::Result<()> {
+    match source {
+        Source::Roster(path) => {
+            let source = RosterSource::new(path.clone());
+            tokio::spawn(async move {
+                if let Err(error) = source.run(events).await {
+                    tracing::error!(
+                        error = format!("{error:#}"),
+                        "the roster is no longer watched"
+                    );
+                }
+            });
+        }
+        Source::Kubernetes(kubeconfig) => {
+            let mut source = KubeSource::open(kubeconfig.as_deref()).await?;
+            let (state_in, state) = watch::channel(Published::Waiting);
+            tokio::spawn(source.publisher(&config.node).run(own, state_in));
+            tokio::spawn(tell_published(state, Arc::clone(view)));
+            tokio::spawn(async move {
+                if let Err(error) = source.watch(known, events).await {
+                    tracing::error!(error = format!("{error:#}"), "Nodes are no longer watched");
+                }
+            });
+        }
+    }
+    Ok(())
+}
+
+async fn tell_published(mut state: watch::Receiver<Published>, view: Arc<View>) {
+    loop {
+        let outcome = match &*state.borrow_and_update() {
+            Published::Done => Ok(()),
+            Published::Waiting => Err("not published yet".to_owned()),
+            Published::Failed(why) => Err(why.clone()),
+        };
+        view.set_condition(condition::PUBLISHED, outcome);
+        if state.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// On a thread of its own, because every step of a turn blocks. The receiver ends with the thread.
+fn spawn_reconciler(
+    reconciler: Reconciler<Linux, NodePlane>,
+    inputs: Inputs,
+) -> anyhow::Result<tokio::sync::oneshot::Receiver<()>> {
+    let (ending, ended) = tokio::sync::oneshot::channel();
+    let reactor = tokio::runtime::Handle::current();
+    std::thread::Builder::new()
+        .name("reconciler".into())
+        .spawn(move || {
+            // Dropped at the end of the thread, also by a panic.
+            let _ending = ending;
+            reactor.block_on(reconcile::run(reconciler, inputs));
+        })
+        .context("start the reconciler")?;
+    Ok(ended)
+}
+
+async fn signalled() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let name = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    tracing::info!(signal = name, "stopping; TUN, routes, guard and key stay");
+    Ok(())
+}

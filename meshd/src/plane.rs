@@ -1,0 +1,140 @@
+//! The data plane in the reconciler's hands: device and socket opened, made again when somebody deleted the device.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Context;
+use mesh_core::tunnel::config::{PeerConfig, TunnelConfig};
+use mesh_types::key::PrivateKey;
+use netcfg::tun::{Tun, TunOptions};
+use netcfg::udp::{UdpOptions, UdpSocket};
+use tokio::sync::mpsc;
+
+use crate::config::Kernel;
+use crate::io::{DataEvent, DataPlane, DataPlaneOptions, Snapshots};
+use crate::reconcile::Plane;
+use crate::view::{DataFigures, View};
+
+/// TUN, socket and shard of this node.
+pub struct NodePlane {
+    kernel: Kernel,
+    listen_port: u16,
+    key: PrivateKey,
+    view: Arc<View>,
+    /// Wakes the reconciler.
+    news: mpsc::Sender<()>,
+    running: Option<Running>,
+}
+
+struct Running {
+    data: DataPlane,
+    tun_index: u32,
+    tun_lost: Arc<AtomicBool>,
+    /// The first set of peers is met by handshakes at once, see [`DataPlane::initiate_all`].
+    greeted: bool,
+}
+
+impl NodePlane {
+    pub fn new(
+        kernel: Kernel,
+        listen_port: u16,
+        key: PrivateKey,
+        view: Arc<View>,
+        news: mpsc::Sender<()>,
+    ) -> Self {
+        Self { kernel, listen_port, key, view, news, running: None }
+    }
+
+    fn start(&self) -> anyhow::Result<Running> {
+        let tun = self.open_tun()?;
+        let udp = UdpSocket::open(&UdpOptions {
+            port: self.listen_port,
+            mark: self.kernel.mark,
+            ..UdpOptions::default()
+        })?;
+        let tun_index = tun.index();
+        let tun_lost = Arc::new(AtomicBool::new(false));
+        tracing::info!(tun = ?tun.features(), udp = ?udp.features(), "data plane starts");
+        let options = DataPlaneOptions {
+            tunnel: TunnelConfig::default(),
+            own_key: self.key.clone(),
+            seed: rand::random(),
+            on_event: Box::new(listener(Arc::clone(&tun_lost), self.news.clone())),
+        };
+        let data = DataPlane::start(options, tun, udp)?;
+        let snapshots = data.snapshots();
+        self.view.set_data_source(move || figures(&snapshots));
+        Ok(Running { data, tun_index, tun_lost, greeted: false })
+    }
+
+    fn open_tun(&self) -> anyhow::Result<Tun> {
+        let name = self.kernel.tun.as_str();
+        let tun = Tun::open(&TunOptions::new(name))?;
+        // A link-local address would send router solicitations to every peer.
+        netcfg::link::set_no_address_generation(tun.index())
+            .with_context(|| format!("keep link-local addresses off {name}"))?;
+        Ok(tun)
+    }
+}
+
+impl Plane for NodePlane {
+    fn ensure(&mut self) -> anyhow::Result<bool> {
+        let name = self.kernel.tun.as_str();
+        let Some(running) = &self.running else {
+            self.running = Some(self.start()?);
+            return Ok(false);
+        };
+        let link = netcfg::link::get(name).with_context(|| format!("look at {name}"))?;
+        let there = link.is_some_and(|link| link.index == running.tun_index);
+        let lost = running.tun_lost.swap(false, Ordering::Relaxed);
+        if there && !lost {
+            return Ok(false);
+        }
+        let tun = self.open_tun()?;
+        if let Some(running) = &mut self.running {
+            running.tun_index = tun.index();
+            running.data.replace_tun(tun);
+        }
+        Ok(true)
+    }
+
+    fn set_peers(&mut self, peers: Vec<PeerConfig>) -> anyhow::Result<()> {
+        let running = self.running.as_mut().context("the data plane does not run")?;
+        let greet = !running.greeted && !peers.is_empty();
+        running.data.set_peers(peers);
+        if greet {
+            running.greeted = true;
+            running.data.initiate_all();
+        }
+        Ok(())
+    }
+}
+
+/// Runs on the packet thread: never waits.
+fn listener(tun_lost: Arc<AtomicBool>, news: mpsc::Sender<()>) -> impl Fn(DataEvent) + Send {
+    move |event| match event {
+        DataEvent::Tunnel(event) => tracing::debug!(?event, "tunnel"),
+        DataEvent::Refused(refusals) => {
+            for refusal in refusals {
+                tracing::warn!(%refusal, "left out by the data plane");
+            }
+        }
+        DataEvent::TunLost => {
+            tun_lost.store(true, Ordering::Relaxed);
+            // Full means that a turn is due anyway.
+            let _ = news.try_send(());
+        }
+        DataEvent::Restarted => tracing::warn!("the data plane panicked and was started again"),
+    }
+}
+
+/// Figures of a shard that does not answer are none; its silence shows in the missing peers.
+fn figures(snapshots: &Snapshots) -> DataFigures {
+    match snapshots.take() {
+        Ok(snapshot) => snapshot.into(),
+        Err(error) => {
+            tracing::warn!(error = format!("{error:#}"), "no figures of the data plane");
+            DataFigures::default()
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! `meshd uninstall`: takes away everything of ours. The guard goes last, so that nothing leaves in clear while the
+//! rest goes.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail, ensure};
+use mesh_types::defaults;
+
+use crate::args::UninstallArgs;
+use crate::config::{self, Kernel, Paths};
+use crate::reconcile::marks;
+use crate::{attachments, installed, lock, node_file, preflight};
+
+/// Files of ours in the state directory besides those [`Paths`] names.
+const DAMAGED_MARK: &str = ".damaged-";
+
+/// What there is to remove.
+struct Plan {
+    paths: Paths,
+    /// Names from the flags, and from what was installed where that differs.
+    kernels: Vec<Kernel>,
+}
+
+/// `meshd uninstall`.
+pub fn run(args: &UninstallArgs) -> anyhow::Result<()> {
+    let plan = plan(args)?;
+    let status = std::fs::read_to_string("/proc/self/status").context("read /proc/self/status")?;
+    preflight::check_capability(&status)?;
+    let _lock = match plan.paths.state_dir.is_dir() {
+        true => Some(lock::take(&plan.paths.lock(), std::time::Duration::ZERO)?),
+        false => None,
+    };
+    let pods = attached(&plan.paths)?;
+    ensure!(
+        pods.is_empty() || args.force,
+        "{} pods are attached ({}): drain the node first, or pass --force and their traffic is no longer kept from leaving in clear",
+        pods.len(),
+        pods.iter().take(3).cloned().collect::<Vec<_>>().join(", ")
+    );
+    ensure!(args.yes, "nothing was removed: add --yes to remove {}", describe(&plan));
+    let failures = remove_all(&plan);
+    if !failures.is_empty() {
+        bail!("not everything could be removed: {}", failures.join("; "));
+    }
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "removed {}", describe(&plan)).context("print")
+}
+
+fn plan(args: &UninstallArgs) -> anyhow::Result<Plan> {
+    let paths = config::paths(&args.places)?;
+    let mut kernels = vec![config::kernel(&args.kernel)?];
+    match installed::read(&paths.installed()) {
+        Ok(Some(installed)) if !kernels.contains(&installed.kernel()) => {
+            kernels.push(installed.kernel());
+        }
+        Ok(_) => {}
+        Err(error) => tracing::warn!(error = format!("{error:#}"), "going by the flags alone"),
+    }
+    Ok(Plan { paths, kernels })
+}
+
+fn describe(plan: &Plan) -> String {
+    let kernels: Vec<String> = plan
+        .kernels
+        .iter()
+        .map(|k| format!("device {}, table {}, rules at {}", k.tun, k.table, k.rule_priority))
+        .collect();
+    format!(
+        "{}, nftables {} and {}, key and state in {}",
+        kernels.join(", "),
+        defaults::NFT_TABLE,
+        defaults::NFT_TABLE_CNI,
+        plan.paths.state_dir.display()
+    )
+}
+
+/// Host interfaces of pods that live.
+fn attached(paths: &Paths) -> anyhow::Result<Vec<String>> {
+    let found = attachments::read(&paths.ipam(), &node_file::boot_id()?);
+    let links = netcfg::link::list().context("list interfaces")?;
+    let lives = |name: &String| links.iter().any(|link| link.name == *name);
+    Ok(found.good.into_iter().map(|attachment| attachment.host_ifname).filter(lives).collect())
+}
+
+/// Every step is tried; answers what failed.
+fn remove_all(plan: &Plan) -> Vec<String> {
+    let mut failures = Vec::new();
+    let mut step = |what: &str, result: anyhow::Result<()>| {
+        if let Err(error) = result {
+            failures.push(format!("{what}: {error:#}"));
+        }
+    };
+    for kernel in &plan.kernels {
+        step("routes and rules", remove_routing(kernel));
+        step("TUN device", netcfg::tun::remove(&kernel.tun).map(drop));
+    }
+    step("state", remove_state(&plan.paths));
+    step("nftables", netcfg::guard::remove(defaults::NFT_TABLE_CNI).map(drop));
+    step("guard", netcfg::guard::remove(defaults::NFT_TABLE).map(drop));
+    failures
+}
+
+/// Our routes, those of the CNI plugin, and the rules that lead to them.
+pub fn remove_routing(kernel: &Kernel) -> anyhow::Result<()> {
+    let protocols = [defaults::ROUTE_PROTOCOL, defaults::ROUTE_PROTOCOL_CNI];
+    netcfg::state::remove_all(&marks(kernel), &protocols)
+}
+
+/// Only what has our names; a directory somebody else uses too stays.
+fn remove_state(paths: &Paths) -> anyhow::Result<()> {
+    let mut ours: Vec<PathBuf> = vec![
+        paths.node_file(),
+        paths.key(),
+        paths.cache(),
+        paths.installed(),
+        paths.socket(),
+        paths.lock(),
+    ];
+    let damaged = |path: &PathBuf| path.to_string_lossy().contains(DAMAGED_MARK);
+    if let Ok(entries) = std::fs::read_dir(&paths.state_dir) {
+        ours.extend(entries.flatten().map(|entry| entry.path()).filter(damaged));
+    }
+    for path in ours {
+        ignore_missing(std::fs::remove_file(&path))
+            .with_context(|| format!("remove {}", path.display()))?;
+    }
+    let ipam = paths.ipam();
+    ignore_missing(std::fs::remove_dir_all(&ipam))
+        .with_context(|| format!("remove {}", ipam.display()))?;
+    for directory in [&paths.state_dir, &paths.run_dir] {
+        remove_if_empty(directory)?;
+    }
+    Ok(())
+}
+
+fn remove_if_empty(directory: &Path) -> anyhow::Result<()> {
+    use std::io::ErrorKind;
+    match std::fs::remove_dir(directory) {
+        // A mount point is the installer's.
+        Err(error)
+            if !matches!(
+                error.kind(),
+                ErrorKind::NotFound | ErrorKind::DirectoryNotEmpty | ErrorKind::ResourceBusy
+            ) =>
+        {
+            Err(error).with_context(|| format!("remove {}", directory.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn ignore_missing(result: std::io::Result<()>) -> std::io::Result<()> {
+    match result {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_files_of_ours_are_removed_and_a_shared_directory_stays() {
+        let dir = tempfile::tempdir().expect("scratch");
+        let paths = Paths { state_dir: dir.path().join("state"), run_dir: dir.path().join("run") };
+        std::fs::create_dir_all(paths.ipam().join("mesh")).expect("directories");
+        std::fs::create_dir(&paths.run_dir).expect("directory");
+        for path in [paths.key(), paths.cache(), paths.lock(), paths.ipam().join("mesh/a.json")] {
+            std::fs::write(path, "x").expect("write");
+        }
+        std::fs::write(paths.state_dir.join("private-key.json.damaged-1"), "x").expect("write");
+        std::fs::write(paths.state_dir.join("somebody-elses"), "x").expect("write");
+        remove_state(&paths).expect("removed");
+        assert!(!paths.run_dir.exists());
+        let left: Vec<_> = std::fs::read_dir(&paths.state_dir)
+            .expect("listing")
+            .flatten()
+            .map(|entry| entry.file_name())
+            .collect();
+        assert_eq!(left, ["somebody-elses"]);
+        std::fs::remove_file(paths.state_dir.join("somebody-elses")).expect("remove");
+        remove_state(&paths).expect("twice is free");
+        assert!(!paths.state_dir.exists());
+    }
+}

@@ -1,0 +1,155 @@
+//! The daemon as it is run, on two nodes out of namespaces: see `support` for the picture.
+
+mod support;
+
+use rustix::process::Signal;
+use support::{Pair, root, until};
+
+/// Everything of ours in the kernel of a node, without what changes by itself; what is missing is missing here.
+fn objects(node: &support::Node) -> String {
+    let output = node.sh(
+        "ip -br addr show dev meshd0 | sed 's/ \\(UP\\|UNKNOWN\\|DOWN\\) */ /'; \
+         ip link show meshd0 | grep -o '[<,]UP[,>]' | tr -d '<>,'; \
+         ip route show table 5190 | sed 's/ linkdown//'; ip -6 route show table 5190 | sed 's/ linkdown//'; \
+         ip rule show priority 5190; ip -6 rule show priority 5190; nft -s list table inet meshd",
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn two_nodes_of_a_roster_reach_each_other_in_both_families_and_say_so() {
+    if !root() {
+        return;
+    }
+    let pair = Pair::meshed();
+    until("a reaches b", || pair.a.reaches(&pair.b));
+    until("b reaches a", || pair.b.reaches(&pair.a));
+    let status = pair.a.status().expect("a daemon that answers");
+    let peer = status.peers.first().expect("a peer");
+    assert_eq!(peer.node.as_str(), "node-2");
+    assert!(peer.last_handshake_s.is_some() && peer.rx_bytes > 0 && peer.tx_bytes > 0, "{peer:?}");
+    assert_eq!(peer.problem, "");
+    let table = pair.a.status_table();
+    assert!(table.contains("node-2") && table.contains("198.51.100.2:15190"), "{table}");
+    let metrics = pair.a.told("curl -sf http://127.0.0.1:15191/metrics");
+    assert!(metrics.contains("meshd_peer_received_bytes_total{node=\"node-2\""), "{metrics}");
+    assert!(pair.a.sh("curl -sf http://127.0.0.1:15191/readyz").status.success());
+    assert!(pair.a.sh("curl -sf http://127.0.0.1:15191/healthz").status.success());
+    let file = std::fs::read(pair.a.state_dir().join("node.json")).expect("a node file");
+    let file: mesh_types::node_file::NodeFile = serde_json::from_slice(&file).expect("JSON");
+    assert_eq!(file.check().expect("believable").pod_cidrs.len(), 2);
+}
+
+#[test]
+fn a_killed_daemon_leaves_everything_closed_and_is_back_with_its_key_at_once() {
+    if !root() {
+        return;
+    }
+    let mut pair = Pair::meshed();
+    until("a reaches b", || pair.a.reaches(&pair.b));
+    let (key, before) = (pair.a.key(), objects(&pair.a));
+    pair.a.end(Signal::KILL);
+    assert_eq!(objects(&pair.a), before, "a dead daemon changes nothing");
+    assert!(!pair.a.reaches(&pair.b));
+    // The source is gone too: what is on disk has to do.
+    std::fs::remove_file(pair.dir.path().join("roster.yaml")).expect("remove");
+    pair.a.start();
+    until("b reaches the restarted a", || pair.b.reaches(&pair.a));
+    assert_eq!(pair.a.key(), key);
+    assert_eq!(objects(&pair.a), before);
+}
+
+#[test]
+fn a_daemon_told_to_stop_ends_well_and_leaves_device_routes_guard_and_key() {
+    if !root() {
+        return;
+    }
+    let mut pair = Pair::meshed();
+    let before = objects(&pair.a);
+    assert!(pair.a.end(Signal::TERM), "exit status 0");
+    assert_eq!(objects(&pair.a), before);
+    assert!(pair.a.state_dir().join("private-key.json").exists());
+    let down = pair.a.status();
+    assert!(down.is_none());
+}
+
+#[test]
+fn what_others_remove_is_put_back_and_counted() {
+    if !root() {
+        return;
+    }
+    let pair = Pair::meshed();
+    until("a reaches b", || pair.a.reaches(&pair.b));
+    let before = objects(&pair.a);
+    for (what, kind, line) in [
+        ("routes", "route", "ip route flush table 5190; ip -6 route flush table 5190"),
+        ("rules", "rule", "ip rule del priority 5190; ip -6 rule del priority 5190"),
+        ("the guard", "guard", "nft delete table inet meshd"),
+        ("guard rules", "guard", "nft flush table inet meshd"),
+        ("addresses", "address", "ip addr flush dev meshd0"),
+        ("the device's state", "device", "ip link set meshd0 down"),
+        ("the device", "device", "ip link del meshd0"),
+    ] {
+        let count = |node: &support::Node| {
+            let metrics = node.told("curl -sf http://127.0.0.1:15191/metrics");
+            let wanted = format!("meshd_repairs_total{{kind=\"{kind}\"}} ");
+            let line = metrics.lines().find_map(|line| line.strip_prefix(&wanted));
+            line.map_or(0, |count| count.parse().expect("a number"))
+        };
+        let repairs: u64 = count(&pair.a);
+        pair.a.told(line);
+        until(&format!("{what} are back"), || objects(&pair.a) == before);
+        until(&format!("the repair of {what} is counted"), || count(&pair.a) > repairs);
+        until(&format!("a reaches b after {what}"), || pair.a.reaches(&pair.b));
+    }
+}
+
+#[test]
+fn uninstall_refuses_beside_a_daemon_and_leaves_nothing_behind_it() {
+    if !root() {
+        return;
+    }
+    let mut pair = Pair::meshed();
+    let refused = pair.a.uninstall(&["--yes"]);
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && told.contains("already runs"), "{told}");
+    pair.a.end(Signal::TERM);
+    let asked = pair.a.uninstall(&[]);
+    let told = String::from_utf8_lossy(&asked.stderr).into_owned();
+    assert!(!asked.status.success() && told.contains("--yes"), "{told}");
+    assert!(pair.a.state_dir().join("private-key.json").exists());
+    let done = pair.a.uninstall(&["--yes"]);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    for nothing in [
+        "ip -br link show type tun",
+        "ip route show table 5190",
+        "ip -6 route show table 5190",
+        "ip rule show priority 5190",
+        "ip -6 rule show priority 5190",
+        "nft list ruleset",
+    ] {
+        let left = pair.a.sh(nothing);
+        assert_eq!(String::from_utf8_lossy(&left.stdout).trim(), "", "{nothing}");
+    }
+    assert!(!pair.a.state_dir().exists());
+    assert!(pair.a.uninstall(&["--yes"]).status.success(), "twice is free");
+}
+
+#[test]
+fn a_second_daemon_and_a_taken_port_are_told_in_one_line() {
+    if !root() {
+        return;
+    }
+    let pair = Pair::meshed();
+    let one_line = |output: std::process::Output| {
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success());
+        told.lines().filter(|line| line.starts_with("meshd: ")).last().expect("a line").to_owned()
+    };
+    let second = pair.a.run_command().args(["--log", "error"]).output().expect("meshd");
+    assert!(one_line(second).contains("already runs"));
+    let scratch = pair.dir.path().join("other");
+    let elsewhere = pair.a.run_command_in(&scratch).args(["--log", "error"]).output();
+    let elsewhere = elsewhere.expect("meshd");
+    assert!(one_line(elsewhere).contains("--listen-port"));
+}
