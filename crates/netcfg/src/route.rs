@@ -22,6 +22,8 @@ use crate::netlink::{Netlink, tolerate};
 
 /// The main routing table (`RT_TABLE_MAIN`).
 pub const TABLE_MAIN: u32 = 254;
+/// The table of the namespace's own addresses (`RT_TABLE_LOCAL`).
+pub const TABLE_LOCAL: u32 = 255;
 
 /// How the kernel would send a packet.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -130,26 +130,37 @@ impl AsFd for Watch {
 /// Waits until an interface is operational, at most `timeout`; `false` when the time is up. The end of a veth pair that went up
 /// first gets its queues only after its peer did, in a kernel worker: what it is given before is lost.
 pub fn wait_operational(index: u32, timeout: Duration) -> anyhow::Result<bool> {
+    wait_until(timeout, || {
+        let link = crate::link::get_by_index(index).context("look at an interface")?;
+        Ok(link.is_some_and(|link| link.operational))
+    })
+}
+
+/// Asks `done` now and after every change of links, addresses and routes, until it agrees or the time is up.
+pub(crate) fn wait_until(
+    timeout: Duration,
+    mut done: impl FnMut() -> anyhow::Result<bool>,
+) -> anyhow::Result<bool> {
     let socket = subscribe(NETLINK_ROUTE)?;
-    socket.add_membership(ROUTE_GROUPS[0].0).context("subscribe to changes of links")?;
+    for (group, what) in ROUTE_GROUPS {
+        socket.add_membership(group).with_context(|| format!("subscribe to changes of {what}"))?;
+    }
     let deadline = crate::clock::now() + timeout;
     let (mut buffer, mut ignored) = (Vec::with_capacity(BUFFER_BYTES), Changes::default());
-    loop {
-        let link = crate::link::get_by_index(index).context("look at an interface")?;
-        if link.is_some_and(|link| link.operational) {
-            return Ok(true);
-        }
+    while !done()? {
         let left = deadline.since(crate::clock::now());
         if left.is_zero() {
             return Ok(false);
         }
-        let left = Timespec::try_from(left).context("wait for an interface")?;
+        let left = Timespec::try_from(left).context("wait for the kernel")?;
         match poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&left)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(errno).context("wait for an interface"),
+            Err(errno) => return Err(errno).context("wait for the kernel"),
         }
-        drain_socket(&socket, &mut buffer, &mut ignored, note_route).context("wait for a link")?;
+        drain_socket(&socket, &mut buffer, &mut ignored, note_route)
+            .context("wait for the kernel")?;
     }
+    Ok(true)
 }
 
 /// One notification; the kernel makes none larger.

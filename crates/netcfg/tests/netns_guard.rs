@@ -19,7 +19,7 @@ use mesh_types::net::ClusterPrefixes;
 use netcfg::capture::Capture;
 use netcfg::guard::{self, GuardConfig, GuardState};
 use netcfg::pod::{self, PodConfig};
-use netcfg::tun::{Tun, TunOptions};
+use netcfg::tun::{Tun, TunOptions, VNET_HEADER_BYTES};
 use netcfg::{link, state};
 
 fn cluster() -> ClusterPrefixes {
@@ -30,7 +30,7 @@ fn cluster() -> ClusterPrefixes {
 struct Lab {
     node: Scratch,
     outside: Scratch,
-    _tun: Tun,
+    tun: Tun,
 }
 
 /// A node with an underlay, forwarding, a TUN device and default routes by the underlay.
@@ -58,7 +58,7 @@ fn lab() -> Lab {
          sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0",
     );
     outside.sh("ip route replace 10.244.0.0/16 via 192.0.2.1; ip -6 route replace fd00:10:244::/48 via fd99::1");
-    Lab { node, outside, _tun: tun }
+    Lab { node, outside, tun }
 }
 
 /// Sends one datagram from `inside` of a namespace; errors (refused, unreachable) are as good as lost.
@@ -85,7 +85,9 @@ fn receive(socket: &UdpSocket) -> (Vec<u8>, IpAddr) {
         match socket.recv_from(&mut buffer) {
             Ok((len, from)) => return (buffer[..len].to_vec(), from.ip()),
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => panic!("no datagram within 5 s: {error}"),
+            Err(error) => {
+                panic!("no datagram within 5 s at {:?}: {error}", socket.local_addr());
+            }
         }
     }
 }
@@ -339,6 +341,52 @@ fn a_pod_cannot_use_anothers_address_or_act_as_a_router() {
     let waited = Instant::now();
     while lab.node.run(|| pod::drops("meshd-cni")).router == 0 {
         assert!(waited.elapsed() < Duration::from_secs(5), "the advertisement was not dropped");
+    }
+}
+
+#[test]
+fn a_pods_connection_into_the_tunnel_gets_a_segment_size_that_fits_the_route() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    mesh_rules(&lab);
+    lab.node.run(|| guard::ensure(&GuardConfig::new(cluster())));
+    lab.node.sh(
+        "ip route add 10.244.2.0/24 dev meshd0 table 5190 mtu 1300; ip -6 route add fd00:10:244:2::/64 dev meshd0 table 5190 mtu 1300",
+    );
+    let one = attach(&lab, "one", 5);
+    for (to, header_bytes, mss) in
+        [("10.244.2.9:80", 20, 1260), ("[fd00:10:244:2::9]:80", 40, 1240u16)]
+    {
+        let to: SocketAddr = to.parse().unwrap();
+        let _connecting = one.scratch.run(|| {
+            use rustix::net::{AddressFamily, SocketFlags, SocketType};
+            let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+            let socket =
+                rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::NONBLOCK, None)?;
+            assert_eq!(rustix::net::connect(&socket, &to), Err(rustix::io::Errno::INPROGRESS));
+            Ok(socket)
+        });
+        let mut buffer = vec![0u8; 70_000];
+        let segment = loop {
+            let timeout = rustix::event::Timespec { tv_sec: 5, tv_nsec: 0 };
+            let mut fds = [rustix::event::PollFd::new(&lab.tun, rustix::event::PollFlags::IN)];
+            assert!(rustix::event::poll(&mut fds, Some(&timeout)).unwrap() > 0, "no SYN came");
+            let len = lab.tun.read(&mut buffer).unwrap();
+            let packet = &buffer[VNET_HEADER_BYTES..len];
+            let (version, next) = if to.is_ipv4() { (4, packet[9]) } else { (6, packet[6]) };
+            if packet[0] >> 4 == version && next == 6 {
+                break &packet[header_bytes..];
+            }
+        };
+        // Linux puts the maximum segment size first: kind 2, length 4.
+        assert_eq!(
+            (segment[13] & 0x02, &segment[20..22]),
+            (2, &[2u8, 4][..]),
+            "a SYN with its MSS"
+        );
+        assert_eq!(u16::from_be_bytes([segment[22], segment[23]]), mss);
     }
 }
 

@@ -32,7 +32,7 @@ pub use check::check;
 use crate::link::{Link, Mac, VethPair};
 use crate::neigh::Neighbour;
 use crate::netns::Netns;
-use crate::route::{KernelRoute, TABLE_MAIN};
+use crate::route::{KernelRoute, TABLE_LOCAL, TABLE_MAIN};
 use crate::{addr, link, neigh, netns, nft, route, sysctl, watch};
 
 /// The kernel's worker for carrier changes takes milliseconds, a second at most when many links change (`linkwatch_schedule_work`).
@@ -168,11 +168,12 @@ pub fn setup_inside(
 ) -> anyhow::Result<()> {
     let host = link::require(&attachment.host_ifname)?;
     let host_mac = host.mac.with_context(|| format!("{} has no hardware address", host.name))?;
-    netns::run_in(netns, || {
+    let receives = netns::run_in(netns, || {
         inside(config, attachment, host_mac)
-            .with_context(|| format!("set up {} inside the pod", attachment.ifname))
+            .with_context(|| format!("set up {} inside the pod", attachment.ifname))?;
+        watch::wait_until(OPERATIONAL_WITHIN, || all_local(attachment))
     })?;
-    if host.up && !watch::wait_operational(host.index, OPERATIONAL_WITHIN)? {
+    if !receives || (host.up && !watch::wait_operational(host.index, OPERATIONAL_WITHIN)?) {
         // The pod works a moment later, or CHECK tells why not.
         tracing::warn!(interface = host.name, "not operational yet, going on");
     }
@@ -349,6 +350,15 @@ fn inside(config: &PodConfig, attachment: &Attachment, host_mac: Mac) -> anyhow:
         route::replace(&default).with_context(|| format!("add a default route via {gateway}"))?;
     }
     Ok(())
+}
+
+/// Whether the kernel delivers the pod's addresses. The worker that follows an IPv6 address (`addrconf_dad_work`) makes
+/// its local route even without duplicate address detection, and may be late on a busy node.
+fn all_local(attachment: &Attachment) -> anyhow::Result<bool> {
+    let local = route::list(TABLE_LOCAL).context("list local routes")?;
+    let delivered =
+        |address: &IpAddr| local.iter().any(|route| route.destination == host_prefix(*address));
+    Ok(attachment.addresses.iter().all(delivered))
 }
 
 /// Interface, neighbours and routes of the host's side; not the source filter.
