@@ -13,8 +13,14 @@ use mesh_types::net::EndpointHint;
 #[derive(Debug, Parser)]
 #[command(name = "meshd", version, propagate_version = true, arg_required_else_help = false)]
 pub struct Args {
-    /// Which messages to log, as `tracing` filters them: `info`, `meshd=debug,info`.
-    #[arg(long, global = true, env = "MESHD_LOG", default_value = "info")]
+    /// Which messages to log, as `tracing` filters them: `info`, `meshd=debug,info`. The client library calls every
+    /// attempt that fails an error; we say once what is wrong.
+    #[arg(
+        long,
+        global = true,
+        env = "MESHD_LOG",
+        default_value = "info,kube_client=off,kube_runtime=off"
+    )]
     pub log: String,
     /// How to log.
     #[arg(long, global = true, env = "MESHD_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
