@@ -286,3 +286,29 @@ fn the_nodes_own_namespace_and_no_namespace_are_refused() {
     assert_eq!(plain.json["code"], 8, "{plain:?}");
     assert_eq!(node.records(), Vec::<String>::new());
 }
+
+#[test]
+fn an_add_killed_anywhere_leaves_nothing_after_del_or_a_second_add() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&["10.244.3.0/29", "fd00:10:244:3::/64"]);
+    node.add("first");
+    // From before its first step to behind its last one, however slow the machine is just now.
+    let started = std::time::Instant::now();
+    assert!(node.cni("DEL", "first").ok);
+    let whole = started.elapsed() * 2;
+    for i in 0..40 {
+        let id = format!("k{i}");
+        node.pod(&id);
+        node.killed_add(&id, whole * i / 40);
+        if i % 2 == 0 {
+            // A runtime that tries again without DEL. When the kill came too late, the pod is whole.
+            let again = node.cni("ADD", &id);
+            let code = &again.json["code"];
+            assert!(again.ok || *code == 102, "{again:?}");
+        }
+        assert!(node.cni("DEL", &id).ok);
+        assert_eq!(node.leftovers(), Vec::<String>::new(), "killed after {:?}", whole * i / 40);
+    }
+}

@@ -27,7 +27,9 @@ pub(super) fn run<K: Kernel>(context: &Context<'_, K>, owner: &Owner) -> Result<
             .map_err(|error| store_error(&error))?
             .iter()
             .any(|record| record.name.owner.same_link(&hash));
-        return if clash { Ok(()) } else { remove_link_without_record(context, owner, &hash) };
+        if !clash {
+            remove_link_without_record(context, owner, &hash)?;
+        }
     }
     for record in records {
         detach(context, &attachment_of(context, owner, &hash, record))?;

@@ -142,7 +142,12 @@ impl Disk for RealDisk {
 
     fn try_claim(&self, file: &File) -> io::Result<bool> {
         match flock(file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                // The nft we start inherits it: killed in the middle, we may leave an nft that is still at work,
+                // and whoever cleans up behind us waits for that one too.
+                rustix::io::fcntl_setfd(file, rustix::io::FdFlags::empty())?;
+                Ok(true)
+            }
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
             Err(error) => Err(error.into()),
         }

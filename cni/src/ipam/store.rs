@@ -146,6 +146,7 @@ impl<D: Disk> Store<D> {
     /// Frees the owner's addresses. Free already is fine.
     pub fn release(&self, hash: &OwnerHash) -> Result<(), StoreError> {
         let _lock = self.disk.lock().map_err(io_at("lock"))?;
+        self.remove_temporary()?;
         for name in self.names()?.into_iter().filter(|name| name.owner == *hash) {
             self.disk.remove(&name.format()).map_err(io_at("remove a record"))?;
         }
@@ -191,12 +192,7 @@ impl<D: Disk> Store<D> {
 
     /// Removes what a killed writer or another boot left; returns the records that are left.
     fn tidy(&self, notes: &mut Vec<String>) -> Result<Vec<RecordName>, StoreError> {
-        for name in self.disk.list().map_err(io_at("list"))? {
-            // Written under the lock only, which is ours now: whoever began it is dead.
-            if name.starts_with(TEMP_PREFIX) {
-                self.disk.remove(&name).map_err(io_at("remove a temporary file"))?;
-            }
-        }
+        self.remove_temporary()?;
         if !self.boot_matches()? {
             let before = self.names()?;
             let mut freed = 0_usize;
@@ -216,6 +212,15 @@ impl<D: Disk> Store<D> {
             }
         }
         self.names()
+    }
+
+    /// Temporary files are written under the lock only, which is ours now: whoever began them is dead.
+    fn remove_temporary(&self) -> Result<(), StoreError> {
+        let names = self.disk.list().map_err(io_at("list"))?;
+        for name in names.iter().filter(|name| name.starts_with(TEMP_PREFIX)) {
+            self.disk.remove(name).map_err(io_at("remove a temporary file"))?;
+        }
+        Ok(())
     }
 
     fn boot_matches(&self) -> Result<bool, StoreError> {

@@ -114,7 +114,22 @@ impl Node {
         self.call(verb, id, &self.config(), &["unshare", "--mount", "sh", "-c", &mount])
     }
 
+    /// Starts an ADD and kills it after `patience`, wherever it is then.
+    pub(crate) fn killed_add(&self, id: &str, patience: std::time::Duration) {
+        let mut child = self.start("ADD", id, &self.config(), &[]);
+        let started = std::time::Instant::now();
+        while started.elapsed() < patience {
+            std::hint::spin_loop();
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
     fn call(&self, verb: &str, id: &str, config: &Value, wrapper: &[&str]) -> Answer {
+        answer(&self.start(verb, id, config, wrapper).wait_with_output().unwrap())
+    }
+
+    fn start(&self, verb: &str, id: &str, config: &Value, wrapper: &[&str]) -> std::process::Child {
         let net = format!("--net={}", self.netns().display());
         let mut words = vec![net.as_str()];
         words.extend(wrapper);
@@ -134,7 +149,7 @@ impl Node {
         let mut stdin = child.stdin.take().unwrap();
         std::io::Write::write_all(&mut stdin, config.to_string().as_bytes()).unwrap();
         drop(stdin);
-        answer(&child.wait_with_output().unwrap())
+        child
     }
 
     pub(crate) fn add(&self, id: &str) -> Value {
