@@ -9,6 +9,8 @@ plugins_version=v1.9.1
 
 command -v go >/dev/null || die "Go is needed to build the CNI tools: apt-get install golang-go"
 use_target_dir
+# Fetches the Go version a module asks for where the installed one is older.
+export GOTOOLCHAIN=auto
 folder=$CARGO_TARGET_DIR/tools/cni-$cnitool_version-$plugins_version
 
 # Renamed when whole: another test may be looking.

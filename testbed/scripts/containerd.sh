@@ -9,6 +9,8 @@ runc_version=v1.5.2
 
 command -v go >/dev/null || die "Go is needed to build containerd: apt-get install golang-go"
 use_target_dir
+# Fetches the Go version a module asks for where the installed one is older.
+export GOTOOLCHAIN=auto
 folder=$CARGO_TARGET_DIR/tools/containerd-$containerd_version-runc-$runc_version
 
 # install_one NAME PACKAGE ARGS...: renamed when whole, as another test may be looking.
