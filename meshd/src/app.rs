@@ -45,6 +45,9 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     let _lock = lock::take(&config.paths.lock(), lock::WAIT)?;
     preflight::check_udp_port(config.listen_port)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), ?config, "meshd starts");
+    for clash in preflight::clashes(&config.kernel)? {
+        tracing::warn!("{clash}");
+    }
     let key = own_key(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(REACTOR_THREADS)

@@ -124,10 +124,12 @@ fn gauges(registry: &mut Registry, name: &str, help: &str, unit: Option<Unit>) -
     family
 }
 
+#[allow(clippy::needless_pass_by_value)] // made for the call
 fn set(family: &Gauges, labels: Labels, value: f64) {
     family.get_or_create_owned(&labels).set(value);
 }
 
+#[allow(clippy::needless_pass_by_value)] // made for the call
 fn add(family: &Counters, labels: Labels, count: u64) {
     family.get_or_create_owned(&labels).inc_by(count);
 }

@@ -6,6 +6,9 @@ use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
+use mesh_types::defaults;
+
+use crate::config::Kernel;
 
 /// Bit of CAP_NET_ADMIN (include/uapi/linux/capability.h).
 const CAP_NET_ADMIN: u32 = 12;
@@ -73,6 +76,40 @@ pub fn check_udp_port(port: u16) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// What others use of what is to be ours, one line each with the flag to change. Not fatal: much of it is harmless.
+pub fn clashes(kernel: &Kernel) -> anyhow::Result<Vec<String>> {
+    let Kernel { tun, table, rule_priority, mark_mask, .. } = kernel;
+    let mut told = Vec::new();
+    let ours = [defaults::ROUTE_PROTOCOL, defaults::ROUTE_PROTOCOL_CNI];
+    let routes = netcfg::route::list(*table).context("list routes")?;
+    let foreign = routes.iter().filter(|route| !ours.contains(&route.protocol)).count();
+    if foreign > 0 {
+        told.push(format!(
+            "routing table {table} holds {foreign} routes of somebody else: choose another --table"
+        ));
+    }
+    let rules = netcfg::route::foreign_rules(*rule_priority, *mark_mask, defaults::ROUTE_PROTOCOL);
+    for (priority, mark, mask) in rules.context("list routing rules")? {
+        if priority == *rule_priority {
+            told.push(format!(
+                "somebody else has a routing rule at priority {priority}: choose another --rule-priority"
+            ));
+        } else {
+            told.push(format!(
+                "the routing rule at priority {priority} reads mark {mark:#x}/{mask:#x}, which overlaps ours: choose another --mark"
+            ));
+        }
+    }
+    let link = netcfg::link::get(tun).with_context(|| format!("look at {tun}"))?;
+    if let Some(link) = link.filter(|link| link.kind != "tun") {
+        bail!(
+            "the interface {tun} exists and is {}, no TUN device: choose another --tun-name",
+            link.kind
+        );
+    }
+    Ok(told)
 }
 
 #[cfg(test)]

@@ -41,9 +41,8 @@ pub async fn run(mut names: watch::Receiver<BTreeSet<String>>, resolved: watch::
             *slot = now;
             changed
         });
-        match timeout(INTERVAL, names.changed()).await {
-            Ok(Err(_)) => return,
-            Ok(Ok(())) | Err(_) => {}
+        if let Ok(Err(_)) = timeout(INTERVAL, names.changed()).await {
+            return;
         }
     }
 }

@@ -40,6 +40,9 @@ pub mod condition {
     /// Others can learn our key and endpoints.
     pub const PUBLISHED: &str = "published";
 
+    /// Those that wait for somebody else at every start.
+    pub(super) const LATER: [&str; 4] = [CLUSTER, OWN_NODE, NODE_FILE, PUBLISHED];
+
     pub const ALL: [&str; 9] =
         [GUARD, FORWARDING, DATA_PLANE, CLUSTER, OWN_NODE, NETWORK, PODS, NODE_FILE, PUBLISHED];
 }
@@ -197,12 +200,17 @@ impl View {
     }
 
     fn set(&self, name: &'static str, ok: bool, message: String) {
-        let before = self.lock().conditions.insert(name, (ok, message.clone()));
+        let reason = message.clone();
+        let before = self.lock().conditions.insert(name, (ok, message));
         match (before, ok) {
             (Some((true, _)), true) => {}
             (_, true) => tracing::info!(condition = name, "holds"),
-            (Some((false, said)), false) if said == message => {}
-            (_, false) => tracing::warn!(condition = name, reason = message, "does not hold"),
+            (Some((false, said)), false) if said == reason => {}
+            // What comes with the first records is not missed before they came.
+            (None, false) if condition::LATER.contains(&name) => {
+                tracing::info!(condition = name, reason, "does not hold yet");
+            }
+            (_, false) => tracing::warn!(condition = name, reason, "does not hold"),
         }
     }
 

@@ -153,3 +153,51 @@ fn a_second_daemon_and_a_taken_port_are_told_in_one_line() {
     let elsewhere = elsewhere.expect("meshd");
     assert!(one_line(elsewhere).contains("--listen-port"));
 }
+
+#[test]
+fn uninstall_does_not_open_the_guard_under_living_pods_unless_forced() {
+    if !root() {
+        return;
+    }
+    let mut pair = Pair::meshed();
+    pair.a.end(Signal::TERM);
+    pair.a.told("ip link add meshp0000000001 type veth peer name inside");
+    let attachment = mesh_types::attachment::Attachment {
+        version: mesh_types::attachment::ATTACHMENT_VERSION,
+        network: "mesh".into(),
+        container_id: "c1".into(),
+        ifname: "eth0".into(),
+        netns: "/run/netns/none".into(),
+        netns_inode: 1,
+        boot_id: meshd::node_file::boot_id().expect("boot id"),
+        host_ifname: "meshp0000000001".into(),
+        pod_mac: "02:00:00:00:00:01".into(),
+        addresses: vec!["10.244.1.2".parse().expect("address")],
+    };
+    let records = pair.a.state_dir().join("ipam/mesh");
+    std::fs::create_dir_all(&records).expect("directories");
+    let text = serde_json::to_string(&attachment).expect("JSON");
+    std::fs::write(records.join("c1.json"), text).expect("write");
+    let refused = pair.a.uninstall(&["--yes"]);
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && told.contains("meshp0000000001"), "{told}");
+    assert!(pair.a.sh("nft list table inet meshd").status.success());
+    assert!(pair.a.uninstall(&["--yes", "--force"]).status.success());
+    assert!(!pair.a.sh("nft list table inet meshd").status.success());
+}
+
+#[test]
+fn what_others_use_of_ours_is_reported_at_start() {
+    if !root() {
+        return;
+    }
+    let mut pair = Pair::new();
+    pair.write_roster(&["", ""]);
+    pair.a.told("ip route add 192.0.2.0/24 dev eth0 table 5190 proto 77");
+    pair.a.told("ip rule add priority 300 fwmark 0xc/0xc lookup 7");
+    pair.a.start();
+    let _ = pair.a.key();
+    let log = pair.a.log();
+    assert!(log.contains("choose another --table"), "{log}");
+    assert!(log.contains("choose another --mark"), "{log}");
+}

@@ -154,27 +154,34 @@ pub fn delete(route: &KernelRoute) -> io::Result<()> {
 /// Rules of ours: at `priority`, into `table`, "everything that does not carry the mark", of protocol `protocol`.
 /// Other rules at the priority are not reported.
 pub fn rules(priority: u32, table: u32, protocol: u8) -> io::Result<Vec<Rule>> {
-    let mut rules = Vec::new();
-    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        let mut request = RuleMessage::default();
-        request.header.family = family;
-        let answers = match Netlink::open()?.dump(&RouteNetlinkMessage::GetRule(request)) {
-            Ok(answers) => answers,
-            Err(error)
-                if family == AddressFamily::Inet6
-                    && matches!(
-                        error.raw_os_error(),
-                        Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)
-                    ) =>
-            {
-                continue;
-            }
-            Err(error) => return Err(error),
-        };
-        rules.extend(answers.iter().filter_map(|answer| our_rule(answer, protocol)));
-    }
+    let mut rules: Vec<Rule> =
+        dump_rules()?.iter().filter_map(|answer| our_rule(answer, protocol)).collect();
     rules.retain(|rule| rule.priority == priority && rule.table == table);
     Ok(rules)
+}
+
+/// Rules of others that get in our way: at `priority`, or reading a bit of `mark_mask`. Told as (priority, mark, mask).
+pub fn foreign_rules(
+    priority: u32,
+    mark_mask: u32,
+    protocol: u8,
+) -> io::Result<Vec<(u32, u32, u32)>> {
+    let foreign = dump_rules()?.into_iter().filter_map(|answer| {
+        let RouteNetlinkMessage::NewRule(message) = answer else { return None };
+        let (mut at, mut mark, mut mask, mut made_by) = (0, 0, 0, 0);
+        for attribute in &message.attributes {
+            match attribute {
+                RuleAttribute::Priority(priority) => at = *priority,
+                RuleAttribute::FwMark(value) => mark = *value,
+                RuleAttribute::FwMask(value) => mask = *value,
+                RuleAttribute::Protocol(protocol) => made_by = u8::from(*protocol),
+                _ => {}
+            }
+        }
+        let clashes = at == priority || mask & mark_mask != 0;
+        (clashes && made_by != protocol).then_some((at, mark, mask))
+    });
+    Ok(foreign.collect())
 }
 
 /// Adds a rule; no error when it stands already.
@@ -320,6 +327,29 @@ fn rule_message(rule: &Rule, protocol: u8) -> RuleMessage {
 }
 
 /// A rule of the one shape we make; everything else at our priority is somebody else's.
+fn dump_rules() -> io::Result<Vec<RouteNetlinkMessage>> {
+    let mut all = Vec::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut request = RuleMessage::default();
+        request.header.family = family;
+        let answers = match Netlink::open()?.dump(&RouteNetlinkMessage::GetRule(request)) {
+            Ok(answers) => answers,
+            Err(error)
+                if family == AddressFamily::Inet6
+                    && matches!(
+                        error.raw_os_error(),
+                        Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)
+                    ) =>
+            {
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        all.extend(answers);
+    }
+    Ok(all)
+}
+
 fn our_rule(answer: &RouteNetlinkMessage, protocol: u8) -> Option<Rule> {
     let RouteNetlinkMessage::NewRule(message) = answer else { return None };
     let header = &message.header;

@@ -7,6 +7,8 @@
 //!  198.51.100.1, 2001:db8::1 on eth0 ════════ veth ═════════ eth0 198.51.100.2, 2001:db8::2
 //! ```
 
+#![allow(clippy::expect_used, clippy::panic)] // tests stand on it
+
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -237,6 +239,11 @@ impl Node {
         let pid = i32::try_from(daemon.id()).ok().and_then(rustix::process::Pid::from_raw);
         rustix::process::kill_process(pid.expect("a process id"), signal).expect("signal");
         daemon.wait().expect("ended").success()
+    }
+
+    /// What the daemon logged so far.
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.join("log")).expect("a log")
     }
 
     pub(crate) fn status(&self) -> Option<Status> {
