@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use mesh_core::tunnel::config::{PeerConfig, TunnelConfig};
+use mesh_types::defaults;
 use mesh_types::key::PrivateKey;
+use mesh_types::status::Counter;
 use netcfg::tun::{Tun, TunOptions};
 use netcfg::udp::{UdpOptions, UdpSocket};
 use tokio::sync::mpsc;
@@ -130,11 +132,27 @@ fn listener(tun_lost: Arc<AtomicBool>, news: mpsc::Sender<()>) -> impl Fn(DataEv
 
 /// Figures of a shard that does not answer are none; its silence shows in the missing peers.
 fn figures(snapshots: &Snapshots) -> DataFigures {
-    match snapshots.take() {
-        Ok(snapshot) => snapshot.into(),
+    let mut figures = match snapshots.take() {
+        Ok(snapshot) => DataFigures::from(snapshot),
         Err(error) => {
             tracing::warn!(error = format!("{error:#}"), "no figures of the data plane");
             DataFigures::default()
         }
-    }
+    };
+    figures.drops.extend(kernel_drops());
+    figures
+}
+
+/// What guard and source filter dropped. A table that is not there has dropped nothing.
+fn kernel_drops() -> Vec<Counter> {
+    let guard = netcfg::guard::drops(defaults::NFT_TABLE).unwrap_or_default();
+    let pods = netcfg::pod::drops(defaults::NFT_TABLE_CNI).unwrap_or_default();
+    let named = [
+        ("guard_leaving_to_cluster", guard.leaving_to_cluster),
+        ("guard_leaving_from_cluster", guard.leaving_from_cluster),
+        ("guard_entering_from_cluster", guard.entering_from_cluster),
+        ("pod_spoofed_source", pods.spoofed),
+        ("pod_router_message", pods.router),
+    ];
+    named.map(|(reason, count)| Counter { reason: reason.to_owned(), count }).to_vec()
 }

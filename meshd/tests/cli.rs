@@ -1,5 +1,7 @@
 //! The command line as an operator meets it: every mistake is one line on stderr and a status above 0.
 
+#![allow(clippy::expect_used)] // tests stand on it
+
 use std::process::Command;
 
 fn meshd(argv: &[&str]) -> (i32, String, String) {

@@ -33,6 +33,7 @@ fn two_nodes_of_a_roster_reach_each_other_in_both_families_and_say_so() {
     assert!(table.contains("node-2") && table.contains("198.51.100.2:15190"), "{table}");
     let metrics = pair.a.told("curl -sf http://127.0.0.1:15191/metrics");
     assert!(metrics.contains("meshd_peer_received_bytes_total{node=\"node-2\""), "{metrics}");
+    assert!(metrics.contains("{reason=\"guard_leaving_to_cluster\"} 0"), "{metrics}");
     assert!(pair.a.sh("curl -sf http://127.0.0.1:15191/readyz").status.success());
     assert!(pair.a.sh("curl -sf http://127.0.0.1:15191/healthz").status.success());
     let file = std::fs::read(pair.a.state_dir().join("node.json")).expect("a node file");
@@ -144,7 +145,7 @@ fn a_second_daemon_and_a_taken_port_are_told_in_one_line() {
     let one_line = |output: std::process::Output| {
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success());
-        told.lines().filter(|line| line.starts_with("meshd: ")).last().expect("a line").to_owned()
+        told.lines().rfind(|line| line.starts_with("meshd: ")).expect("a line").to_owned()
     };
     let second = pair.a.run_command().args(["--log", "error"]).output().expect("meshd");
     assert!(one_line(second).contains("already runs"));
