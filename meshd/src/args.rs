@@ -7,7 +7,6 @@ use std::process::ExitCode;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use mesh_types::defaults;
-use mesh_types::net::EndpointHint;
 
 /// WireGuard mesh overlay for Kubernetes: the daemon of one node.
 #[derive(Debug, Parser)]
@@ -74,7 +73,7 @@ pub struct RunArgs {
     pub admin_address: SocketAddr,
     /// Endpoint to publish besides those found on interfaces, ADDRESS:PORT; repeat or separate by commas.
     #[arg(long = "endpoint", env = "MESHD_ENDPOINT", value_delimiter = ',')]
-    pub endpoints: Vec<EndpointHint>,
+    pub endpoints: Vec<SocketAddr>,
     /// Interfaces whose addresses are no endpoints, besides those of container networks; `*` ends a prefix.
     #[arg(long = "skip-interface", env = "MESHD_SKIP_INTERFACE", value_delimiter = ',')]
     pub skip_interfaces: Vec<String>,

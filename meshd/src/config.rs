@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail, ensure};
 use ipnet::IpNet;
 use mesh_types::defaults;
-use mesh_types::net::{ClusterPrefixes, EndpointHint, overlap};
+use mesh_types::net::{ClusterPrefixes, overlap};
 use mesh_types::node::{NodeName, Site};
 
 use crate::args::{KernelArgs, Places, RunArgs};
@@ -22,7 +22,7 @@ pub struct Config {
     pub kernel: Kernel,
     pub listen_port: u16,
     pub admin_address: SocketAddr,
-    pub endpoints: Vec<EndpointHint>,
+    pub endpoints: Vec<SocketAddr>,
     pub skip_interfaces: Vec<String>,
     pub use_interfaces: Vec<String>,
     pub joined_sites: Vec<(Site, Site)>,
@@ -106,14 +106,12 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
             bail!("--service-cidr {service} overlaps --cluster-cidr {cluster}");
         }
     }
-    for hint in &args.endpoints {
-        if let EndpointHint::Address(address) = hint
-            && prefixes.contains(address.ip())
-        {
-            bail!(
-                "--endpoint {address} lies inside the cluster prefixes: no way to reach this node"
-            );
-        }
+    for endpoint in &args.endpoints {
+        ensure!(endpoint.port() != 0, "--endpoint {endpoint} needs a port above 0");
+        ensure!(
+            !prefixes.contains(endpoint.ip()),
+            "--endpoint {endpoint} lies inside the cluster prefixes: no way to reach this node"
+        );
     }
     ensure!(args.listen_port != 0, "--listen-port must be above 0: peers and the guard know it");
     let source = match &args.roster {

@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 use mesh_core::cluster::{NodeRecord, own_endpoints};
 use mesh_types::defaults;
 use mesh_types::limits::CANDIDATES_PER_NODE_MAX;
-use mesh_types::net::{ClusterPrefixes, EndpointHint};
+use mesh_types::net::ClusterPrefixes;
 
 use crate::config::Config;
 
@@ -87,7 +87,7 @@ impl Choice {
 pub fn candidates(
     found: &[Found],
     choice: &Choice,
-    operator: &[EndpointHint],
+    operator: &[SocketAddr],
     record: Option<&NodeRecord>,
     port: u16,
     prefixes: &ClusterPrefixes,
@@ -97,13 +97,7 @@ pub fn candidates(
         .filter(|found| choice.counts(&found.interface))
         .map(|found| found.address)
         .collect();
-    let mut endpoints: Vec<SocketAddr> = operator
-        .iter()
-        .filter_map(|hint| match hint {
-            EndpointHint::Address(address) => Some(*address),
-            EndpointHint::Name { .. } => None,
-        })
-        .collect();
+    let mut endpoints = operator.to_vec();
     for endpoint in own_endpoints(&addresses, record, port, prefixes) {
         if !endpoints.contains(&endpoint) {
             endpoints.push(endpoint);
@@ -160,7 +154,7 @@ mod tests {
             found("eth1", "10.244.3.1"),
             found("lo", "127.0.0.1"),
         ];
-        let operator = ["198.51.100.1:4000".parse().expect("hint")];
+        let operator = ["198.51.100.1:4000".parse().expect("endpoint")];
         let told = candidates(&addresses, &choice(&[], &[]), &operator, None, 15190, &prefixes);
         let texts: Vec<String> = told.iter().map(ToString::to_string).collect();
         assert_eq!(

@@ -9,12 +9,17 @@
 //!
 //! | module | does |
 //! |---|---|
-//! | [`args`] | command line; the only place that names clap |
-//! | [`config`] | the command line, checked |
+//! | [`args`], [`config`] | command line, the only place that names clap; the same, checked |
+//! | [`app`] | `meshd run`: the order of the start, and the end |
+//! | [`preflight`], [`lock`], [`installed`] | what a node must have; one daemon per node; what uninstall has to know |
 //! | [`files`] | atomic writes and bounded reads |
 //! | [`keystore`] | the private key, bound to this node |
 //! | [`source`]: [`roster`], [`kube`], [`cache`] | where node records come from |
-//! | [`io`] | the data plane: TUN and UDP |
+//! | [`reconcile`] | makes the node be as the cluster says; [`kernel_watch`], [`resolver`] wake it |
+//! | [`endpoints`], [`attachments`], [`node_file`] | own endpoints; records of pods; the file for the CNI plugin |
+//! | [`io`], [`plane`] | the data plane: TUN and UDP; the same in the reconciler's hands |
+//! | [`view`], [`admin`], [`metrics`], [`status`] | what the daemon knows of itself, and who may ask |
+//! | [`uninstall`] | takes everything of ours away |
 
 pub mod admin;
 pub mod app;

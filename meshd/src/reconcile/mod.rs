@@ -28,7 +28,6 @@ use mesh_core::cluster::{
     ClusterIndex, ClusterView, Desired, Held, LocalNode, PathMtus, Policy, RawNode, desired,
 };
 use mesh_core::tunnel::config::PeerConfig;
-use mesh_types::net::EndpointHint;
 use mesh_types::netstate::NetState;
 use tokio::sync::watch;
 
@@ -67,7 +66,7 @@ pub struct Reconciler<K, P> {
     mtus: PathMtus,
     local: LocalNode,
     policy: Policy,
-    operator_endpoints: Vec<EndpointHint>,
+    operator_endpoints: Vec<std::net::SocketAddr>,
     choice: Choice,
     listen_port: u16,
     boot_id: String,
