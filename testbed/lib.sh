@@ -57,6 +57,19 @@ cargo_is_at_least() {
     [ -n "$have" ] && [ "$(printf '%s\n%s\n' "$1" "$have" | sort -V | head -1)" = "$1" ]
 }
 
+# need_go: Go that fetches the version a module asks for by itself (1.21 or newer), for the peers our tests run against.
+need_go() {
+    go_fetches_toolchains || need_packages golang-go
+    go_fetches_toolchains ||
+        die "Go 1.21 or newer is needed (Debian 12 packages an older one: install a newer Go, or use Debian 13)"
+}
+
+go_fetches_toolchains() {
+    local have
+    have=$(go env GOVERSION 2>/dev/null) || return 1
+    [ "$(printf '%s\n' go1.21 "${have%% *}" | sort -V | head -1)" = go1.21 ]
+}
+
 # Where builds go. CI runs in a fresh clone each time: there the build folder is kept beside it, so that a
 # machine that has built before only builds what changed.
 use_target_dir() {
