@@ -39,21 +39,25 @@ pub(super) struct Feed {
     listing: Vec<RawNode>,
     gate: Gate,
     in_trouble: bool,
+    /// The list that was last begun has come whole and was believed.
+    listed: bool,
 }
 
 impl Feed {
     pub(super) fn new(known: BTreeMap<String, String>) -> Self {
-        Self { known, listing: Vec::new(), gate: Gate::default(), in_trouble: false }
+        Self { known, listing: Vec::new(), gate: Gate::default(), in_trouble: false, listed: false }
     }
 
-    pub(super) fn in_trouble(&self) -> bool {
-        self.in_trouble
+    /// Whether silence would mean something: a server that owes us a list is silent when it is stuck.
+    pub(super) fn may_recover(&self) -> bool {
+        self.in_trouble && self.listed
     }
 
     pub(super) fn event(&mut self, event: Event<SeenNode>) -> News {
         match event {
             Event::Init => {
                 self.listing.clear();
+                self.listed = false;
                 go(None)
             }
             Event::InitApply(node) => {
@@ -97,6 +101,7 @@ impl Feed {
             Verdict::Believe => {
                 self.known = listed.collect();
                 self.in_trouble = false;
+                self.listed = true;
                 go(Some(ClusterEvent::Reset(nodes)))
             }
             Verdict::Confirm { missing, known } => {
@@ -166,10 +171,10 @@ mod tests {
         let _ = list(&mut feed, &["a", "b", "c"]);
         let first = list(&mut feed, &[]);
         assert_eq!((shown(&first), first.next), (vec!["trouble".into()], Next::Relist));
-        assert!(feed.in_trouble());
+        assert!(feed.in_trouble);
         let second = list(&mut feed, &[]);
         assert_eq!((shown(&second), second.next), (vec!["reset ".into()], Next::Go));
-        assert!(!feed.in_trouble());
+        assert!(!feed.in_trouble);
     }
 
     #[test]
@@ -186,12 +191,25 @@ mod tests {
         let mut feed = Feed::new(BTreeMap::new());
         let _ = list(&mut feed, &["a"]);
         assert_eq!(shown(&feed.error("gone".into())), ["trouble"]);
-        assert!(feed.in_trouble());
+        assert!(feed.in_trouble);
         let _ = feed.event(Event::Apply(seen("a", "u")));
-        assert!(!feed.in_trouble());
+        assert!(!feed.in_trouble);
         let _ = feed.error("gone".into());
         assert_eq!(shown(&feed.quiet()), ["recovered"]);
-        assert!(!feed.in_trouble());
+        assert!(!feed.in_trouble);
+    }
+
+    #[test]
+    fn silence_of_a_server_that_owes_a_list_is_no_recovery() {
+        let mut feed = Feed::new(BTreeMap::new());
+        let _ = feed.event(Event::Init);
+        let _ = feed.error("timed out".into());
+        assert!(!feed.may_recover(), "no list ever");
+        let _ = list(&mut feed, &["a"]);
+        let _ = feed.error("gone".into());
+        assert!(feed.may_recover(), "the watch goes on from the list");
+        let _ = feed.event(Event::Init);
+        assert!(!feed.may_recover(), "a new list was begun");
     }
 
     #[test]

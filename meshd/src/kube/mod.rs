@@ -33,13 +33,20 @@ pub use publish::Publisher;
 /// A server that does not take a connection within this time is not there.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// A server that takes connections and says nothing for so long is not there either. Watches are ended by the
+/// server before it, see [`WATCH_PERIOD_S`].
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The server is asked to end a watch after so long, in seconds; the next one goes on where it ended.
+const WATCH_PERIOD_S: u32 = 45;
+
 /// Between a suspicious list and the one that confirms it: a server that has just started, or lost its
 /// store, gets this long.
 const CONFIRM_AFTER: Duration = Duration::from_secs(5);
 
 /// Silence after an error that means the watch stands again: longer than the longest pause between attempts
-/// and the time one takes to fail.
-const RECOVERED_AFTER: Duration = Duration::from_secs(25);
+/// and the time one takes to fail, also at a server that never answers.
+const RECOVERED_AFTER: Duration = Duration::from_secs(80);
 
 /// Pause between attempts to list and watch, shortest and longest. Half of it is random, so that a
 /// thousand nodes do not come back to a server at once.
@@ -63,6 +70,10 @@ impl KubeSource {
             )?,
         };
         config.connect_timeout = Some(CONNECT_TIMEOUT);
+        config.read_timeout = Some(READ_TIMEOUT);
+        config.write_timeout = Some(READ_TIMEOUT);
+        // A connection that idled in the pool begins its time with the request.
+        config.reset_reader_on_write = true;
         let client = Client::try_from(config).context("make a client of the Kubernetes API")?;
         Ok(Self { client, shown: Vec::new() })
     }
@@ -95,12 +106,13 @@ impl KubeSource {
     /// Follows one watch until it has to be begun again or nobody listens.
     async fn follow(&self, feed: &mut Feed, events: &mpsc::Sender<ClusterEvent>) -> Next {
         let nodes: Api<SeenNode> = Api::all(self.client.clone());
-        let stream = watcher(nodes, watcher::Config::default()).backoff(Backoff::default());
+        let how = watcher::Config::default().timeout(WATCH_PERIOD_S);
+        let stream = watcher(nodes, how).backoff(Backoff::default());
         let mut stream = stream.boxed();
         loop {
             let news = tokio::select! {
                 () = events.closed() => return Next::Stop,
-                () = tokio::time::sleep(RECOVERED_AFTER), if feed.in_trouble() => feed.quiet(),
+                () = tokio::time::sleep(RECOVERED_AFTER), if feed.may_recover() => feed.quiet(),
                 item = stream.next() => match item {
                     Some(Ok(event)) => feed.event(event),
                     Some(Err(error)) => feed.error(words::of_watch(&error)),
@@ -182,7 +194,12 @@ mod tests {
         let pauses: Vec<Duration> = Backoff::default().take(8).collect();
         assert!(pauses[0] >= RETRY_MIN / 2 && pauses[0] <= RETRY_MIN);
         assert!(pauses[7] >= RETRY_MAX / 2 && pauses[7] <= RETRY_MAX);
-        assert!(RETRY_MAX + CONNECT_TIMEOUT < RECOVERED_AFTER);
+    }
+
+    #[test]
+    fn a_server_that_never_answers_is_an_error_before_silence_means_recovery() {
+        assert!(RETRY_MAX + CONNECT_TIMEOUT + READ_TIMEOUT < RECOVERED_AFTER);
+        assert!(Duration::from_secs(WATCH_PERIOD_S.into()) < READ_TIMEOUT);
     }
 
     #[tokio::test]

@@ -153,6 +153,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
     /// Takes in news. True where a turn should follow.
     pub fn hear(&mut self, event: ClusterEvent) -> bool {
         use mesh_core::cluster::Change;
+        let whole = matches!(event, ClusterEvent::Reset(_));
         let news = match event {
             ClusterEvent::Reset(nodes) => self.index.reset(nodes),
             ClusterEvent::Apply(node) => self.index.apply(node),
@@ -168,9 +169,13 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
                 return false;
             }
         };
-        let first = self.knowledge != Knowledge::Live;
-        self.knowledge = Knowledge::Live;
-        self.tell_knowledge();
+        // Single nodes and the end of trouble complete only what was whole before.
+        let live = whole || matches!(self.knowledge, Knowledge::Live | Knowledge::Stale(_));
+        let first = live && self.knowledge != Knowledge::Live;
+        if live {
+            self.knowledge = Knowledge::Live;
+            self.tell_knowledge();
+        }
         first || news == Change::Relevant
     }
 

@@ -278,3 +278,21 @@ fn path_mtus_are_looked_up_once_and_again_when_the_kernel_changed() {
     bench.reconciler.turn(Scope::All);
     assert_eq!(bench.model.with(|model| model.peers[0].mtu), before - 100);
 }
+
+#[test]
+fn the_end_of_trouble_makes_no_cluster_known_that_never_was() {
+    let mut fresh = bench();
+    let _ = fresh.reconciler.hear(ClusterEvent::Trouble("timed out".into()));
+    assert!(!fresh.reconciler.hear(ClusterEvent::Recovered));
+    assert_eq!(condition_of(&fresh.view, condition::CLUSTER), (false, "timed out".into()));
+    let _ = fresh.reconciler.hear(ClusterEvent::Reset(vec![node(1), node(2)]));
+    fresh.reconciler.turn(Scope::All);
+    let Bench { dir, reconciler, .. } = fresh;
+    drop(reconciler);
+    let mut cached = bench_in(dir);
+    let _ = cached.reconciler.hear(ClusterEvent::Trouble("timed out".into()));
+    let _ = cached.reconciler.hear(ClusterEvent::Apply(node(3)));
+    assert!(!cached.reconciler.hear(ClusterEvent::Recovered));
+    let (ok, message) = condition_of(&cached.view, condition::CLUSTER);
+    assert!(ok && message.contains("timed out"), "{message}");
+}
