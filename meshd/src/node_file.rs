@@ -41,6 +41,21 @@ impl NodeFileKeeper {
         self.written = Some(wanted.clone());
         Ok(())
     }
+
+    /// Makes the file be gone, so that the plugin gives out no more addresses.
+    pub fn remove(&mut self) -> anyhow::Result<()> {
+        self.written = None;
+        match std::fs::remove_file(&self.path) {
+            Ok(()) => {
+                tracing::warn!(file = %self.path.display(), "node file removed: no new pods here");
+                Ok(())
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error).with_context(|| {
+                format!("remove {}: new pods may get addresses of others", self.path.display())
+            }),
+        }
+    }
 }
 
 /// The boot id of the kernel.

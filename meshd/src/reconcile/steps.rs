@@ -7,7 +7,7 @@ use mesh_core::cluster::Desired;
 use mesh_types::netstate::NetState;
 use mesh_types::node_file::{NODE_FILE_VERSION, NodeFile};
 
-use super::{Kernel, Made, Plane, Reconciler, Scope};
+use super::{Kernel, Knowledge, Made, Plane, Reconciler, Scope};
 use crate::source::OwnRecord;
 use crate::view::{Facts, PeerFacts, RefusedFacts, condition};
 use crate::{attachments, endpoints};
@@ -149,9 +149,16 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         self.out.view.set_condition(condition::PODS, outcome);
     }
 
-    /// The plugin may make pods from the moment that guard and routes stand.
+    /// The plugin may make pods from the moment that guard and routes stand, until the cluster says that no pod CIDR
+    /// is ours (any more): another node may own those addresses. What is only remembered takes nothing away.
     pub(super) fn keep_node_file(&mut self, wanted: &Desired, safe: bool) {
         let outcome = match &wanted.node_file {
+            None if self.knowledge == Knowledge::Live => {
+                let why =
+                    wanted.own.problems.first().map_or_else(String::new, |p| format!(": {p}"));
+                let gone = format!("this node has no pod CIDR{why}; no new pods until it has one");
+                Err(self.node_file.remove().map_or_else(|error| format!("{error:#}"), |()| gone))
+            }
             None => Err("this node has no pod CIDR yet".to_owned()),
             Some(_) if !safe => Err("waits for guard and network".to_owned()),
             Some(input) => {

@@ -296,3 +296,24 @@ fn the_end_of_trouble_makes_no_cluster_known_that_never_was() {
     let (ok, message) = condition_of(&cached.view, condition::CLUSTER);
     assert!(ok && message.contains("timed out"), "{message}");
 }
+
+#[test]
+fn the_node_file_goes_when_the_cluster_says_that_no_pod_cidr_is_ours_and_only_then() {
+    let mut bench = bench();
+    let file = bench.dir.path().join("node.json");
+    let _ = bench.reconciler.hear(ClusterEvent::Reset(vec![node(1), node(2)]));
+    bench.reconciler.turn(Scope::All);
+    let bare = RawNode { pod_cidrs: vec![], ..node(1) };
+    let _ = bench.reconciler.hear(ClusterEvent::Apply(bare));
+    let _ = bench.reconciler.hear(ClusterEvent::Trouble("timed out".into()));
+    bench.reconciler.turn(Scope::Records);
+    assert!(file.exists(), "stale knowledge takes nothing away");
+    let _ = bench.reconciler.hear(ClusterEvent::Recovered);
+    bench.reconciler.turn(Scope::Records);
+    assert!(!file.exists());
+    let (ok, message) = condition_of(&bench.view, condition::NODE_FILE);
+    assert!(!ok && message.contains("no pod CIDR") && message.contains("no new pods"), "{message}");
+    let _ = bench.reconciler.hear(ClusterEvent::Apply(node(1)));
+    bench.reconciler.turn(Scope::Records);
+    assert!(file.exists());
+}
