@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use mesh_types::key::PrivateKey;
@@ -32,6 +33,9 @@ use crate::{
 
 /// Events on their way from the source: a burst waits in the source, not in memory.
 const EVENTS_MAX: usize = 1_024;
+
+/// How long the end waits for the reconciler's last turn; one takes milliseconds, nft(8) a fraction of a second.
+const STOP_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Threads of the reactor: the API, a few admin connections, timers. Packets have their own threads.
 const REACTOR_THREADS: usize = 2;
@@ -107,12 +111,25 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
     let resolver = tokio::spawn(resolver::run(wanted_names, resolved_in));
     start_source(&config.source, config, known, events_in, own, &view).await?;
     let inputs = Inputs { events, kernel_news, resolved, stop: stopped };
-    let ended = spawn_reconciler(reconciler, inputs)?;
-    let result = tokio::select! {
-        result = signalled() => result,
-        _ = ended => Err(anyhow!("the reconciler ended by itself: see the log above")),
+    let mut ended = spawn_reconciler(reconciler, inputs)?;
+    let told = tokio::select! {
+        told = signalled() => Some(told),
+        _ = &mut ended => None,
     };
     stop.send_replace(true);
+    let result = match told {
+        Some(told) => {
+            // Its timers live on our reactor, which must not go first.
+            if tokio::time::timeout(STOP_TIMEOUT, ended).await.is_err() {
+                tracing::warn!(
+                    ?STOP_TIMEOUT,
+                    "a turn of the reconciler takes long, ending without it"
+                );
+            }
+            told
+        }
+        None => Err(anyhow!("the reconciler ended by itself: see the log above")),
+    };
     admin.abort();
     resolver.abort();
     result

@@ -82,6 +82,8 @@ pub struct Reconciler<K, P> {
     found: Vec<Found>,
     names: BTreeSet<String>,
     named_bad_attachments: BTreeSet<std::path::PathBuf>,
+    /// Pods too young to be judged in the last turn.
+    unsettled_pods: usize,
 }
 
 /// How much of the cluster is known.
@@ -140,6 +142,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             found: Vec::new(),
             names: BTreeSet::new(),
             named_bad_attachments: BTreeSet::new(),
+            unsettled_pods: 0,
         };
         reconciler.begin_from_cache(cached.nodes);
         reconciler
@@ -182,6 +185,11 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
     /// Addresses of names in overrides.
     pub fn hear_names(&mut self, resolved: BTreeMap<String, Vec<IpAddr>>) {
         self.resolved = resolved;
+    }
+
+    /// Whether the last turn left pods out that a turn after [`crate::attachments::SETTLED_AFTER`] has to look at.
+    pub fn has_unsettled_pods(&self) -> bool {
+        self.unsettled_pods > 0
     }
 
     /// One turn; see the module's diagram.

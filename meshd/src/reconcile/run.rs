@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{Kernel, Plane, Reconciler, Scope};
+use crate::attachments::SETTLED_AFTER;
 use crate::source::ClusterEvent;
 
 /// A turn happens at least this often, for what no notification tells.
@@ -69,6 +70,10 @@ pub async fn run<K: Kernel, P: Plane>(mut reconciler: Reconciler<K, P>, mut inpu
         reconciler.turn(scope);
         if scope == Scope::All {
             slow = Instant::now() + SLOW_PERIOD;
+        }
+        if reconciler.has_unsettled_pods() {
+            // The news that woke us may be about them, and nobody tells it twice.
+            slow = slow.min(Instant::now() + SETTLED_AFTER);
         }
         tracing::trace!(?scope, took_ms = began.elapsed().as_millis(), "turn");
         sleep_until(began + TURN_INTERVAL).await;

@@ -130,6 +130,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
 
     pub(super) fn keep_pods(&mut self, mtu: u32) {
         let found = attachments::read_settled(&self.ipam, &self.boot_id);
+        self.unsettled_pods = found.unsettled;
         for (path, why) in &found.bad {
             if self.named_bad_attachments.insert(path.clone()) {
                 tracing::warn!(file = %path.display(), why, "no attachment record, skipped");
