@@ -173,10 +173,20 @@ impl<F: EngineFactory> Tunnel<F> {
         self.flush(now);
     }
 
+    /// The session ended before all that waited for it had left: without a new one it would wait for ever.
+    fn ask_for_session(&mut self, now: MonoTime, slot: u32) {
+        if self.peers.get(slot).is_some_and(|peer| !peer.staged.is_empty()) {
+            self.begin_handshake(now, slot, false);
+        }
+    }
+
     /// False: the arena is full, the rest follows when it is collected.
     fn drain_peer(&mut self, now: MonoTime, slot: u32) -> bool {
         loop {
-            let Some(flow) = self.flow(now, slot) else { return true };
+            let Some(flow) = self.flow(now, slot) else {
+                self.ask_for_session(now, slot);
+                return true;
+            };
             let Some(peer) = self.peers.get_mut(slot) else { return true };
             let mtu = peer.config.mtu as usize;
             let Some(staged) = peer.staged.pop(&mut self.staged) else { return true };

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use mesh_core::tunnel::DropReason;
+use mesh_core::tunnel::engine::INITIATION_BYTES;
 
 use crate::network::{Network, preshared};
 
@@ -240,4 +241,22 @@ fn packets_waiting_for_a_removed_peer_are_counted_and_freed() {
     assert_eq!(net.hosts[0].tunnel.staged_bytes(), 0);
     assert_eq!(net.dropped(0, DropReason::StagedPeerRemoved), 1);
     assert_eq!(net.hosts[0].tunnel.next_deadline(), None);
+}
+
+#[test]
+fn packets_whose_session_ends_before_they_leave_get_a_new_one() {
+    let mut net = Network::mesh(12, 2);
+    net.send(0, 1, "waits for the session");
+    net.hosts[0].busy = true;
+    net.run_ms(100);
+    assert!(net.hosts[0].tunnel.staged_bytes() > 0, "nobody collected it");
+    net.now = net.now + Duration::from_secs(200);
+    net.hosts[0].busy = false;
+    net.hosts[0].tunnel.flush(net.now);
+    // No timer runs here, so that nothing else can begin it.
+    let mut initiations = 0;
+    while let Some(transmit) = net.hosts[0].tunnel.poll_transmit() {
+        initiations += usize::from(transmit.bytes.len() == INITIATION_BYTES);
+    }
+    assert_eq!(initiations, 1);
 }
