@@ -34,7 +34,7 @@ pub struct Plan {
     pub tun: String,
 }
 
-/// The record of an attachment, without its addresses.
+/// The record of an attachment, without its addresses and MTU.
 pub fn template(
     network: &str,
     owner: &Owner,
@@ -54,6 +54,7 @@ pub fn template(
         host_ifname: hash.host_ifname(),
         pod_mac: hash.pod_mac(),
         addresses: Vec::new(),
+        mtu: None,
     }
 }
 

@@ -144,6 +144,13 @@ fn check_agrees_after_add_and_sees_what_is_missing() {
     config["prevResult"] = result;
     let fine = node.cni_with("CHECK", "a", &config);
     assert!(fine.ok, "{fine:?}");
+    // The node's MTU moves when peers come and go; pods keep theirs.
+    let file = node.dir.path().join("node.json");
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert!(text.contains("1380"));
+    std::fs::write(&file, text.replace("1380", "1360")).unwrap();
+    let fine = node.cni_with("CHECK", "a", &config);
+    assert!(fine.ok, "{fine:?}");
     for (damage, repair, expected) in [
         ("ip link set eth0 mtu 1300", "ip link set eth0 mtu 1380", "MTU"),
         (

@@ -114,6 +114,7 @@ mod tests {
             host_ifname: host.into(),
             pod_mac: "02:00:00:00:00:01".into(),
             addresses: vec!["10.244.1.2".parse().expect("address")],
+            mtu: None,
         }
     }
 

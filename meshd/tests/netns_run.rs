@@ -174,6 +174,7 @@ fn uninstall_does_not_open_the_guard_under_living_pods_unless_forced() {
         host_ifname: "meshp0000000001".into(),
         pod_mac: "02:00:00:00:00:01".into(),
         addresses: vec!["10.244.1.2".parse().expect("address")],
+        mtu: None,
     };
     let records = pair.a.state_dir().join("ipam/mesh");
     std::fs::create_dir_all(&records).expect("directories");

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use mesh_types::attachment::Attachment;
 use mesh_types::node_file::NodeFile;
 
 use crate::command::{Context, PodsInKernel, Streams, answer, store_error};
@@ -27,7 +28,10 @@ pub(super) fn run<K: Kernel>(
     refuse_existing(context, owner, netns)?;
 
     let hash = OwnerHash::new(&context.config.name, owner);
-    let template = plan::template(&context.config.name, owner, &hash, netns, inode, &boot_id);
+    let template = Attachment {
+        mtu: Some(node.mtu),
+        ..plan::template(&context.config.name, owner, &hash, netns, inode, &boot_id)
+    };
     let dir = &context.config.state_dir;
     let disk = RealDisk::create(dir).map_err(|error| {
         CniError::new(Code::Io, format!("state directory {}: {error}", dir.display()))

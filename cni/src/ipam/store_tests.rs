@@ -43,6 +43,7 @@ fn template(id: &str, boot_id: &str) -> Attachment {
         host_ifname: hash_of(id).host_ifname(),
         pod_mac: hash_of(id).pod_mac(),
         addresses: Vec::new(),
+        mtu: None,
     }
 }
 

@@ -31,4 +31,7 @@ pub struct Attachment {
     pub pod_mac: String,
     /// At most one per family.
     pub addresses: Vec<IpAddr>,
+    /// MTU both ends were given, bytes: the node's own moves later when peers come and go. Records of older plugins lack it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
 }

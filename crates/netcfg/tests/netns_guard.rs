@@ -246,6 +246,7 @@ fn attach(lab: &Lab, id: &str, number: u16) -> Pod {
             format!("10.244.1.{number}").parse().unwrap(),
             format!("fd00:10:244:1::{number}").parse().unwrap(),
         ],
+        mtu: Some(1380),
     };
     let pod = Pod { scratch, attachment };
     plumb(lab, &pod);
@@ -422,6 +423,27 @@ fn damage_is_found_by_check_and_put_right_by_repair() {
     assert_eq!(problems(&lab, &two), Vec::<String>::new());
     one.scratch.sh("ip route del default; ip addr del 10.244.1.5/32 dev eth0");
     assert!(problems(&lab, &one).join("\n").contains("lacks address 10.244.1.5"));
+}
+
+#[test]
+fn check_goes_by_the_mtu_of_the_pods_making_not_by_the_nodes_of_today() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    mesh_rules(&lab);
+    let mut one = attach(&lab, "one", 5);
+    let today = PodConfig { mtu: 1360, ..pod_config() };
+    let check =
+        |pod: &Pod| lab.node.run(|| pod::check(&today, &pod.attachment, &pod.scratch.netns));
+    assert_eq!(check(&one), Vec::<String>::new());
+    for recorded in [Some(1380), None] {
+        one.attachment.mtu = recorded;
+        assert_eq!(check(&one), Vec::<String>::new(), "{recorded:?}");
+        one.scratch.sh("ip link set eth0 mtu 1300");
+        assert!(check(&one).join("\n").contains("eth0 in the pod has MTU 1300, not 1380"));
+        one.scratch.sh("ip link set eth0 mtu 1380");
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use mesh_types::attachment::Attachment;
 use mesh_types::net::host_prefix;
 
 use super::{HostState, PodConfig, gateway, host_route, host_state, pod_mac};
-use crate::link::{self, Link, Mac};
+use crate::link::{self, Link};
 use crate::netns::{self, Netns};
 use crate::route::{self, TABLE_MAIN};
 use crate::{addr, neigh};
@@ -25,20 +25,26 @@ pub fn check(
     check_host(config, attachment, &host, &host_state(config)?, &mut problems)?;
     let inside = netns::run_in(netns, || {
         let mut problems = Vec::new();
-        check_inside(config, attachment, host.mac, &mut problems)?;
+        check_inside(attachment, &host, &mut problems)?;
         Ok(problems)
     })?;
     problems.extend(inside);
     Ok(problems)
 }
 
-fn check_link(config: &PodConfig, link: &Link, place: &str, problems: &mut Vec<String>) {
+fn check_link(mtu: u32, link: &Link, place: &str, problems: &mut Vec<String>) {
     if !link.up {
         problems.push(format!("{} {place} is down", link.name));
     }
-    if link.mtu != config.mtu {
-        problems.push(format!("{} {place} has MTU {}, not {}", link.name, link.mtu, config.mtu));
+    if link.mtu != mtu {
+        problems.push(format!("{} {place} has MTU {}, not {mtu}", link.name, link.mtu));
     }
+}
+
+/// The MTU the pod was made with. The node's own of today is no measure: it moves with its peers, pods keep theirs. A
+/// record that does not say leaves one property: both ends agree.
+fn made_with(attachment: &Attachment, host: &Link) -> u32 {
+    attachment.mtu.unwrap_or(host.mtu)
 }
 
 fn check_host(
@@ -48,7 +54,7 @@ fn check_host(
     state: &HostState,
     problems: &mut Vec<String>,
 ) -> anyhow::Result<()> {
-    check_link(config, host, "on the host", problems);
+    check_link(made_with(attachment, host), host, "on the host", problems);
     let pod_mac = pod_mac(attachment)?;
     let neighbours = neigh::list_permanent()?;
     for address in &attachment.addresses {
@@ -77,16 +83,15 @@ fn check_host(
 }
 
 fn check_inside(
-    config: &PodConfig,
     attachment: &Attachment,
-    host_mac: Option<Mac>,
+    host: &Link,
     problems: &mut Vec<String>,
 ) -> anyhow::Result<()> {
     let Some(link) = link::get(&attachment.ifname)? else {
         problems.push(format!("the pod has no interface {}", attachment.ifname));
         return Ok(());
     };
-    check_link(config, &link, "in the pod", problems);
+    check_link(made_with(attachment, host), &link, "in the pod", problems);
     if link.mac != Some(pod_mac(attachment)?) {
         problems.push(format!("{} in the pod has another hardware address", link.name));
     }
@@ -109,7 +114,7 @@ fn check_inside(
         let known = neighbours.iter().any(|neighbour| {
             neighbour.index == link.index
                 && neighbour.address == gateway
-                && Some(neighbour.mac) == host_mac
+                && Some(neighbour.mac) == host.mac
         });
         if !known {
             problems.push(format!("the pod does not know {gateway}'s hardware address"));

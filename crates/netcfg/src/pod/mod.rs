@@ -459,6 +459,7 @@ mod tests {
             host_ifname: names.host_ifname,
             pod_mac: names.pod_mac.to_string(),
             addresses: vec!["10.244.1.5".parse().unwrap(), "fd00:10:244:1::5".parse().unwrap()],
+            mtu: Some(1380),
         }
     }
 
