@@ -100,22 +100,47 @@ fn finish(
     input: Option<&str>,
 ) -> anyhow::Result<String> {
     if let (Some(mut stdin), Some(text)) = (child.stdin.take(), input) {
-        // nft reads everything before it answers, so this cannot block on its output.
-        stdin.write_all(text.as_bytes()).context("hand the script to nft")?;
+        // nft reads everything before it answers, so this cannot block on its output. One that gave up before it had
+        // read all says why on its standard error: a broken pipe is no news, and the child has to be waited for always.
+        if let Err(error) = stdin.write_all(text.as_bytes())
+            && error.kind() != io::ErrorKind::BrokenPipe
+        {
+            drop(stdin);
+            let _ = child.wait();
+            return Err(error).context("hand the script to nft");
+        }
     }
     let output = child.wait_with_output().context("wait for nft")?;
     if output.status.success() {
         return String::from_utf8(output.stdout).context("read what nft printed");
     }
     let message = String::from_utf8_lossy(&output.stderr);
-    let first = message.lines().next().unwrap_or("").trim();
-    if first.contains("No such file or directory") {
-        return Err(anyhow!(Missing).context(format!("nft {}: {first}", arguments.join(" "))));
+    Err(refused(&arguments.join(" "), input, message.lines().next().unwrap_or("").trim()))
+}
+
+/// What a refusal means. "No such file" has two meanings: what was asked for is not there, or, where something is
+/// to be made, the kernel lacks what it is made of.
+fn refused(arguments: &str, input: Option<&str>, first: &str) -> anyhow::Error {
+    let missing = first.contains("No such file or directory");
+    if missing && !input.is_some_and(makes_something) {
+        return anyhow!(Missing).context(format!("nft {arguments}: {first}"));
+    }
+    if missing {
+        return anyhow!(
+            "nft {arguments} failed: {first} (kernel modules may be missing: modprobe nf_tables nft_nat nft_masq)"
+        );
     }
     if first.contains("Operation not permitted") {
-        bail!("nft may not change the ruleset: run as root or with CAP_NET_ADMIN");
+        return anyhow!("nft may not change the ruleset: run as root or with CAP_NET_ADMIN");
     }
-    bail!("nft {} failed: {first}", arguments.join(" "))
+    anyhow!("nft {arguments} failed: {first}")
+}
+
+/// Whether a script makes tables, chains or rules. Elements are only put into sets that are there.
+fn makes_something(script: &str) -> bool {
+    script.lines().any(|line| {
+        ["add table", "add chain", "add set", "table "].iter().any(|word| line.starts_with(word))
+    })
 }
 
 /// A stable 64-bit hash of text (FNV-1a with a finishing mix, splitmix64's): names objects, protects nothing.
@@ -127,4 +152,40 @@ pub(crate) fn hash(text: &str) -> u64 {
     hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     hash ^ (hash >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A program in nft's place.
+    fn stand_in(script: &str, input: &str) -> anyhow::Result<String> {
+        let child = Command::new("sh")
+            .args(["-c", script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        finish(child, &["-f", "-"], Some(input))
+    }
+
+    #[test]
+    fn what_an_nft_says_that_gave_up_early_is_told_instead_of_a_broken_pipe() {
+        // More than a pipe holds.
+        let script = "add table inet x\n".repeat(1 << 18);
+        let error = stand_in("exec 0<&-; echo 'Error: out of order' >&2; exit 1", &script);
+        assert!(format!("{:#}", error.unwrap_err()).contains("Error: out of order"));
+    }
+
+    #[test]
+    fn no_such_file_means_missing_only_where_nothing_is_made() {
+        let first = "Error: Could not process rule: No such file or directory";
+        assert!(is_missing(&refused("-j list set inet x y", None, first)));
+        assert!(is_missing(&refused("-f -", Some("delete table inet x\n"), first)));
+        assert!(is_missing(&refused("-f -", Some("add element inet x y { 1 }\n"), first)));
+        let error = refused("-f -", Some("add table inet x\ntable inet x {\n}\n"), first);
+        assert!(!is_missing(&error));
+        assert!(error.to_string().contains("nft_masq"), "{error}");
+    }
 }
