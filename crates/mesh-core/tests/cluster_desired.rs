@@ -112,6 +112,7 @@ fn routes(desired: &Desired) -> Vec<String> {
             format!("{} src {source} mtu {mtu}", route.destination)
         }
         RouteTarget::Unreachable => format!("{} unreachable", route.destination),
+        RouteTarget::Other { .. } => format!("{} never wanted", route.destination),
     };
     desired.net.routes.iter().map(show).collect()
 }

@@ -21,6 +21,8 @@ pub enum RouteTarget {
     Tunnel { source: Option<IpAddr>, mtu: u32 },
     /// Answered with ICMP unreachable: addresses inside the cluster prefixes that no node owns.
     Unreachable,
+    /// Anything else that carries our mark: another link, a gateway, another kind (`RTN_*`). Seen, never wanted.
+    Other { kind: u8, oif: Option<u32>, gateway: Option<IpAddr> },
 }
 
 /// A route in our table.

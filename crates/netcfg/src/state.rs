@@ -26,6 +26,11 @@ use crate::{addr, link, route};
 /// IPv6 has no metric 0; the kernel takes this instead (`IP6_RT_PRIO_USER`).
 const V6_DEFAULT_METRIC: u32 = 1024;
 
+/// `RTN_*` (linux/rtnetlink.h).
+const RTN_UNICAST: u8 = 1;
+const RTN_BLACKHOLE: u8 = 6;
+const RTN_UNREACHABLE: u8 = 7;
+
 /// How our objects are told from everybody else's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Marks {
@@ -100,7 +105,7 @@ pub fn observe(marks: &Marks) -> anyhow::Result<NetState> {
         routes: routes
             .iter()
             .filter(|route| route.protocol == marks.protocol)
-            .filter_map(|route| from_kernel(route, index))
+            .map(|route| from_kernel(route, index))
             .collect(),
         rules: rules.into_iter().collect(),
     })
@@ -120,17 +125,22 @@ pub fn diff(have: &NetState, want: &NetState) -> Vec<Change> {
     changes.extend(
         want_routes
             .iter()
-            .filter(|(key, target)| have_routes.get(key) != Some(target))
-            .map(|(key, target)| Change::PutRoute(from_key(*key, *target))),
+            .filter(|(key, targets)| {
+                have_routes.get(key).is_none_or(|have| !have.is_superset(targets))
+            })
+            .flat_map(|(key, targets)| {
+                targets.iter().map(|t| Change::PutRoute(from_key(*key, *t)))
+            }),
     );
     changes.extend(want.rules.difference(&have.rules).copied().map(Change::AddRule));
     changes.extend(have.rules.difference(&want.rules).copied().map(Change::RemoveRule));
-    changes.extend(
-        have_routes
+    changes.extend(have_routes.iter().flat_map(|(key, targets)| {
+        let wanted = want_routes.get(key);
+        targets
             .iter()
-            .filter(|(key, _)| !want_routes.contains_key(key))
-            .map(|(key, target)| Change::RemoveRoute(from_key(*key, *target))),
-    );
+            .filter(move |target| wanted.is_none_or(|wanted| beside(key, target, wanted, targets)))
+            .map(|target| Change::RemoveRoute(from_key(*key, *target)))
+    }));
     changes.extend(have.addresses.difference(&want.addresses).copied().map(Change::RemoveAddress));
     changes
 }
@@ -191,7 +201,7 @@ fn apply_one(
         Change::PutRoute(wanted) => {
             let oif = match wanted.target {
                 RouteTarget::Tunnel { .. } => Some(index()?),
-                RouteTarget::Unreachable => None,
+                RouteTarget::Unreachable | RouteTarget::Other { .. } => None,
             };
             route::replace_on(netlink, &to_kernel(wanted, marks, oif))
         }
@@ -204,12 +214,28 @@ fn apply_one(
 /// What makes a route the same route in the kernel.
 type Key = (IpNet, u32);
 
-fn by_key(routes: &BTreeSet<Route>) -> BTreeMap<Key, RouteTarget> {
-    let mut map = BTreeMap::new();
+fn by_key(routes: &BTreeSet<Route>) -> BTreeMap<Key, BTreeSet<RouteTarget>> {
+    let mut map: BTreeMap<Key, BTreeSet<RouteTarget>> = BTreeMap::new();
     for route in routes {
-        map.entry((route.destination, metric(route))).or_insert(route.target);
+        map.entry((route.destination, metric(route))).or_default().insert(route.target);
     }
     map
+}
+
+/// Whether a route with a wanted key stands beside the wanted one and has to go. Where that one is still to be put, it
+/// takes the other's place by itself; what it did not replace is seen at the next turn.
+fn beside(
+    key: &Key,
+    target: &RouteTarget,
+    wanted: &BTreeSet<RouteTarget>,
+    have: &BTreeSet<RouteTarget>,
+) -> bool {
+    // IPv6 keeps routes of one key apart by link and gateway alone: without either, removing one may hit the wanted one.
+    let told_apart = match target {
+        RouteTarget::Other { kind, .. } => key.0.addr().is_ipv4() || *kind == RTN_UNICAST,
+        _ => key.0.addr().is_ipv4(),
+    };
+    !wanted.contains(target) && have.is_superset(wanted) && told_apart
 }
 
 fn from_key((destination, metric): Key, target: RouteTarget) -> Route {
@@ -235,20 +261,40 @@ fn to_kernel(route: &Route, marks: &Marks, oif: Option<u32>) -> KernelRoute {
             kernel.mtu = (mtu != 0).then_some(mtu);
             kernel.scope_link = route.destination.addr().is_ipv4();
         }
+        RouteTarget::Other { kind, oif: link, gateway } => {
+            kernel.kind = match kind {
+                RTN_UNICAST => RouteKind::Unicast,
+                RTN_BLACKHOLE => RouteKind::Blackhole,
+                other => RouteKind::Other(other),
+            };
+            kernel.oif = link;
+            kernel.gateway = gateway;
+            // For IPv4 the scope has to match (`fib_table_delete`): the one `ip route` gives by itself.
+            kernel.scope_link = kind == RTN_UNICAST && gateway.is_none();
+        }
     }
     kernel
 }
 
-/// Tunnel routes count only on the TUN device: one that lost it is put again.
-fn from_kernel(route: &KernelRoute, tun: Option<u32>) -> Option<Route> {
+/// Tunnel routes count only on the TUN device. Nothing with our mark is left out, so that what is not as we make it goes.
+fn from_kernel(route: &KernelRoute, tun: Option<u32>) -> Route {
     let target = match route.kind {
         RouteKind::Unreachable => RouteTarget::Unreachable,
         RouteKind::Unicast if route.oif == tun && route.gateway.is_none() => {
             RouteTarget::Tunnel { source: route.source, mtu: route.mtu.unwrap_or(0) }
         }
-        _ => return None,
+        kind => RouteTarget::Other {
+            kind: match kind {
+                RouteKind::Unicast => RTN_UNICAST,
+                RouteKind::Blackhole => RTN_BLACKHOLE,
+                RouteKind::Unreachable => RTN_UNREACHABLE,
+                RouteKind::Other(kind) => kind,
+            },
+            oif: route.oif,
+            gateway: route.gateway,
+        },
     };
-    Some(Route { destination: route.destination, metric: route.metric, target })
+    Route { destination: route.destination, metric: route.metric, target }
 }
 
 impl fmt::Display for Change {
@@ -263,7 +309,9 @@ impl fmt::Display for Change {
                 RouteTarget::Unreachable => {
                     write!(f, "add route unreachable {}", route.destination)
                 }
-                RouteTarget::Tunnel { .. } => write!(f, "add route to {}", route.destination),
+                RouteTarget::Tunnel { .. } | RouteTarget::Other { .. } => {
+                    write!(f, "add route to {}", route.destination)
+                }
             },
             Self::RemoveRoute(route) => write!(f, "remove route to {}", route.destination),
             Self::AddRule(rule) => {

@@ -118,6 +118,44 @@ fn what_somebody_else_removed_is_put_back_and_nothing_else_is_touched() {
 }
 
 #[test]
+fn a_route_with_our_mark_that_is_not_as_we_make_them_is_removed_or_replaced() {
+    if !privileged() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (marks, want) = (Marks::default(), wanted());
+    let _tun = scratch.run(|| Tun::open(&TunOptions::new("meshd0")));
+    scratch.sh(
+        "ip link add other0 type veth peer name other1; ip addr add 192.0.2.1/24 dev other0; ip link set other1 up; ip link set other0 up; \
+         ip -6 addr add fd99::1/64 dev other0 nodad; ip link set meshd0 up",
+    );
+    let reconcile = || {
+        scratch.run(|| {
+            let changes = state::diff(&state::observe(&marks)?, &want);
+            let report = state::apply(&marks, &changes)?;
+            assert!(report.failures.is_empty(), "{:?}", report.failures);
+            Ok(changes)
+        })
+    };
+    reconcile();
+    scratch.sh(
+        "ip route add 10.244.7.0/24 via 192.0.2.2 dev other0 table 5190 proto 190; \
+         ip route add 10.244.8.0/24 dev other0 table 5190 proto 190; \
+         ip route add blackhole 10.244.9.0/24 table 5190 proto 190; \
+         ip route append 10.244.2.0/24 dev other0 table 5190 proto 190; \
+         ip -6 route add fd00:10:244:7::/64 via fd99::2 dev other0 table 5190 proto 190; \
+         ip -6 route add blackhole fd00:10:244:9::/64 table 5190 proto 190; \
+         ip -6 route del unreachable fd00:10:244::/48 table 5190; ip -6 route add blackhole fd00:10:244::/48 metric 4278198272 table 5190 proto 190",
+    );
+    reconcile();
+    reconcile();
+    assert_eq!(reconcile(), vec![]);
+    let routes = scratch.sh("ip route show table 5190; ip -6 route show table 5190");
+    assert!(!routes.contains("other0") && !routes.contains("blackhole"), "{routes}");
+    assert_eq!(routes.lines().count(), 4, "{routes}");
+}
+
+#[test]
 fn a_failed_change_is_named_and_the_rest_is_done() {
     if !privileged() {
         return;
