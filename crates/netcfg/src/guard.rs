@@ -43,11 +43,12 @@ impl GuardConfig {
     }
 }
 
-/// How the guard stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How a table of ours stands: the guard, or that of pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum GuardState {
     /// As configured, untouched.
     Intact,
+    #[default]
     Missing,
     /// Made from another configuration.
     Outdated,

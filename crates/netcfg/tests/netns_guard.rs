@@ -447,6 +447,41 @@ fn check_goes_by_the_mtu_of_the_pods_making_not_by_the_nodes_of_today() {
 }
 
 #[test]
+fn the_pods_table_is_mended_when_touched_and_keeps_its_counters_otherwise() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    mesh_rules(&lab);
+    let one = attach(&lab, "one", 5);
+    let table = |config: &PodConfig| lab.node.run(|| pod::host_state(config)).table;
+    assert_eq!(table(&pod_config()), GuardState::Intact);
+    one.scratch.sh("ip addr add 10.244.1.77/32 dev eth0");
+    send(&one.scratch, "10.244.1.77", "192.0.2.2:9", b"forged");
+    let drops = || lab.node.run(|| pod::drops("meshd-cni")).spoofed;
+    assert_eq!(drops(), 1);
+    let _two = attach(&lab, "two", 6);
+    assert_eq!(drops(), 1, "another pod resets no counter");
+    assert_eq!(table(&pod_config()), GuardState::Intact);
+    let wider = PodConfig {
+        cluster: ClusterPrefixes::new(vec!["10.0.0.0/8".parse().unwrap()]).unwrap(),
+        ..pod_config()
+    };
+    assert_eq!(table(&wider), GuardState::Outdated);
+    for edit in [
+        "nft flush chain inet meshd-cni pod_source",
+        "nft insert rule inet meshd-cni from_pods accept",
+        "nft delete element inet meshd-cni cluster4 '{ 10.244.0.0/16 }'",
+    ] {
+        lab.node.sh(edit);
+        assert_eq!(table(&pod_config()), GuardState::Altered, "{edit}");
+        assert!(lab.node.run(|| pod::repair(&pod_config(), &[])).is_empty());
+        assert_eq!(table(&pod_config()), GuardState::Intact, "{edit}");
+    }
+    assert_eq!(lab.node.run(|| pod::host_state(&pod_config())).sources.len(), 4, "nobody is lost");
+}
+
+#[test]
 fn detaching_leaves_nothing_and_works_twice() {
     if !privileged() {
         return;

@@ -119,23 +119,30 @@ impl Kernel for Linux {
     }
 
     fn pods(&mut self, attachments: &[Attachment], mtu: u32) -> anyhow::Result<PodsMade> {
-        if attachments.is_empty() {
-            return Ok(PodsMade::default());
-        }
         let config =
             PodConfig::new(self.prefixes.clone(), mtu, self.marks.tun.clone(), self.marks.table);
         let state = pod::host_state(&config)?;
         let broken: Vec<Attachment> =
             attachments.iter().filter(|pod| is_broken(pod, &state)).cloned().collect();
-        if broken.is_empty() {
+        // Without pods it may be missing: the plugin makes it with the first.
+        let what = match state.table {
+            GuardState::Intact => None,
+            GuardState::Missing if attachments.is_empty() => None,
+            GuardState::Missing => Some("nftables table of pods was missing"),
+            GuardState::Outdated => Some("nftables table of pods was of another configuration"),
+            GuardState::Altered => Some("nftables table of pods was altered by somebody"),
+        };
+        if broken.is_empty() && what.is_none() {
             return Ok(PodsMade::default());
         }
         let failures = pod::repair(&config, &broken)?;
         let failed = |pod: &&Attachment| failures.iter().any(|f| f.host_ifname == pod.host_ifname);
+        let table = what.map(|what| Made { kind: "pod", what: what.to_owned() });
         let made = broken.iter().filter(|pod| !failed(pod)).map(|pod| Made {
             kind: "pod",
             what: format!("host side {} of container {}", pod.host_ifname, pod.container_id),
         });
+        let made = table.into_iter().chain(made);
         let failed = failures
             .iter()
             .map(|f| format!("{} of container {}: {:#}", f.host_ifname, f.container_id, f.error));
@@ -148,10 +155,15 @@ fn is_broken(pod: &Attachment, state: &HostState) -> bool {
     let Some(link) = state.links.iter().find(|link| link.name == pod.host_ifname) else {
         return false;
     };
+    let mac = pod.pod_mac.parse().ok();
     let whole = |address: &IpAddr| {
         let destination = host_prefix(*address);
         state.routes.iter().any(|r| r.destination == destination && r.oif == Some(link.index))
             && state.sources.iter().any(|(name, a)| *name == pod.host_ifname && a == address)
+            && state
+                .neighbours
+                .iter()
+                .any(|n| n.index == link.index && n.address == *address && Some(n.mac) == mac)
     };
     !(link.up && pod.addresses.iter().all(whole))
 }

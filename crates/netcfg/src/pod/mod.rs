@@ -14,6 +14,7 @@
 
 mod check;
 mod rules;
+mod table;
 
 use std::io;
 use std::net::IpAddr;
@@ -25,10 +26,10 @@ use mesh_types::attachment::Attachment;
 use mesh_types::defaults;
 use mesh_types::net::{ClusterPrefixes, host_prefix};
 use mesh_types::node_file::NodeFile;
-use serde_json::Value;
 
 pub use check::check;
 
+use crate::guard::GuardState;
 use crate::link::{Link, Mac, VethPair};
 use crate::neigh::Neighbour;
 use crate::netns::Netns;
@@ -91,6 +92,10 @@ pub struct HostState {
     pub routes: Vec<KernelRoute>,
     /// (interface, address) pairs the source filter lets through.
     pub sources: Vec<(String, IpAddr)>,
+    /// The nftables table of pods, but for who is in it.
+    pub table: GuardState,
+    /// Permanent neighbours on any link.
+    pub neighbours: Vec<Neighbour>,
 }
 
 /// Packets from pods that were dropped since the table was made.
@@ -184,7 +189,7 @@ pub fn setup_inside(
 pub fn attach_host(config: &PodConfig, attachment: &Attachment) -> anyhow::Result<()> {
     host_side(config, attachment).with_context(|| format!("set up {}", attachment.host_ifname))?;
     check_words(config, std::slice::from_ref(attachment))?;
-    nft::run_script(&rules::allow(config, std::slice::from_ref(attachment)))
+    table::allow(config, std::slice::from_ref(attachment))
         .with_context(|| format!("allow {} its source addresses", attachment.host_ifname))
 }
 
@@ -205,22 +210,21 @@ pub fn repair(config: &PodConfig, attachments: &[Attachment]) -> anyhow::Result<
         }
     }
     check_words(config, &[])?;
-    nft::run_script(&rules::allow(config, &good)).context("restore the pods' source filter")?;
+    table::allow(config, &good).context("restore the pods' source filter")?;
     Ok(failures)
 }
 
 /// Makes the nftables table of pods, without touching which pods it knows.
 pub fn ensure_table(config: &PodConfig) -> anyhow::Result<()> {
     check_words(config, &[])?;
-    nft::run_script(&rules::skeleton(config)).context("make the nftables table of pods")
+    table::allow(config, &[]).context("make the nftables table of pods")
 }
 
 /// Takes a pod away from the host: source filter, routes, link (and with it its neighbours and the pod's end). No
 /// error for what is already gone.
 pub fn detach_host(config: &PodConfig, attachment: &Attachment) -> anyhow::Result<()> {
     check_words(config, std::slice::from_ref(attachment))?;
-    nft::run_script(&rules::forbid(config, attachment))
-        .with_context(|| format!("take {} out of the source filter", attachment.host_ifname))?;
+    forbid(&config.nft_table, attachment)?;
     let Some(link) = link::get(&attachment.host_ifname)? else {
         // The kernel has taken its routes and neighbours along.
         return Ok(());
@@ -246,12 +250,17 @@ pub fn detach(attachment: &Attachment) -> anyhow::Result<()> {
     }
     // Its routes, its neighbours and the pod's end go with it.
     link::delete_by_name(name).with_context(|| format!("delete {name}"))?;
+    forbid(defaults::NFT_TABLE_CNI, attachment)
+}
+
+/// Takes a pod's addresses out of the source filter; a table that is not there has none.
+fn forbid(table: &str, attachment: &Attachment) -> anyhow::Result<()> {
     if attachment.addresses.is_empty() {
         return Ok(());
     }
-    match nft::run_script(&rules::forbid_only(defaults::NFT_TABLE_CNI, attachment)) {
+    match nft::run_script(&rules::forbid(table, attachment)) {
         Err(error) if !nft::is_missing(&error) => {
-            Err(error.context(format!("take {name} out of the source filter")))
+            Err(error.context(format!("take {} out of the source filter", attachment.host_ifname)))
         }
         _ => Ok(()),
     }
@@ -260,6 +269,8 @@ pub fn detach(attachment: &Attachment) -> anyhow::Result<()> {
 /// What stands on the host, for repair, garbage collection and status.
 pub fn host_state(config: &PodConfig) -> anyhow::Result<HostState> {
     check_words(config, &[])?;
+    // First: a pod in the filter has its link by now, one whose link is gone is on its way out.
+    let (table, sources) = table::look(config)?;
     let links = link::list()
         .context("list interfaces")?
         .into_iter()
@@ -270,15 +281,8 @@ pub fn host_state(config: &PodConfig) -> anyhow::Result<HostState> {
         .into_iter()
         .filter(|route| route.protocol == config.protocol)
         .collect();
-    let mut sources = Vec::new();
-    for set in rules::SETS {
-        match nft::query(&["-j", "list", "set", "inet", &config.nft_table, set]) {
-            Ok(text) => sources.extend(parse_set(&text)?),
-            Err(error) if nft::is_missing(&error) => {}
-            Err(error) => return Err(error.context("list the pods' source filter")),
-        }
-    }
-    Ok(HostState { links, routes, sources })
+    let neighbours = neigh::list_permanent().context("list neighbours")?;
+    Ok(HostState { links, routes, sources, table, neighbours })
 }
 
 /// Reads the drop counters.
@@ -416,26 +420,6 @@ fn check_words(config: &PodConfig, attachments: &[Attachment]) -> anyhow::Result
     Ok(())
 }
 
-/// `{"nftables":[{"set":{"elem":[{"concat":["meshp..","10.244.1.5"]}]}}]}`
-fn parse_set(text: &str) -> anyhow::Result<Vec<(String, IpAddr)>> {
-    let document: Value = serde_json::from_str(text).context("read nft's JSON")?;
-    let objects = document.get("nftables").and_then(Value::as_array);
-    let mut found = Vec::new();
-    for set in objects.into_iter().flatten().filter_map(|object| object.get("set")) {
-        for element in set.get("elem").and_then(Value::as_array).into_iter().flatten() {
-            let parts = element.get("concat").and_then(Value::as_array);
-            let Some([name, address]) = parts.map(Vec::as_slice) else { continue };
-            let (Some(name), Some(Ok(address))) =
-                (name.as_str(), address.as_str().map(str::parse::<IpAddr>))
-            else {
-                continue;
-            };
-            found.push((name.to_owned(), address));
-        }
-    }
-    Ok(found)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -496,13 +480,5 @@ mod tests {
         attachment.host_ifname = "meshp\" }; x".into();
         assert!(detach_host(&config(), &attachment).is_err());
         assert!(attach_host(&config(), &attachment).is_err());
-    }
-
-    #[test]
-    fn elements_are_read_from_a_listing() {
-        let text = r#"{"nftables":[{"metainfo":{}},{"set":{"name":"pods4","elem":[
-            {"concat":["meshp0","10.244.1.5"]},{"concat":["meshp1","nonsense"]},"odd"]}}]}"#;
-        let expected = vec![("meshp0".to_owned(), "10.244.1.5".parse().unwrap())];
-        assert_eq!(parse_set(text).unwrap(), expected);
     }
 }

@@ -6,8 +6,8 @@
 //! postrouting 100   cluster source, foreign destination, leaving by an underlay link       -> masquerade
 //! ```
 //!
-//! Every script begins with [`skeleton`], which is idempotent and keeps the elements: whoever comes first makes the table,
-//! and a table flushed by somebody else is whole again after the next pod.
+//! [`skeleton`] is idempotent and keeps the elements: whoever comes first makes the table, and a table flushed by
+//! somebody else is whole again after the next pod or the daemon's next look. `table` tells when it has to be loaded.
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
@@ -75,7 +75,12 @@ table inet {table} {{
 
 /// Lets these pods' links carry their own source addresses.
 pub(super) fn allow(config: &PodConfig, attachments: &[Attachment]) -> String {
-    let mut script = skeleton(config);
+    skeleton(config) + &elements_script(config, attachments)
+}
+
+/// As [`allow`], for a table that is whole.
+pub(super) fn elements_script(config: &PodConfig, attachments: &[Attachment]) -> String {
+    let mut script = String::new();
     for attachment in attachments {
         for element in elements(attachment) {
             let _ = writeln!(script, "add element inet {} {element}", config.nft_table);
@@ -84,13 +89,8 @@ pub(super) fn allow(config: &PodConfig, attachments: &[Attachment]) -> String {
     script
 }
 
-/// Takes a pod's addresses out. Adding first makes the removal work whether or not they stand.
-pub(super) fn forbid(config: &PodConfig, attachment: &Attachment) -> String {
-    skeleton(config) + &forbid_only(&config.nft_table, attachment)
-}
-
-/// As [`forbid`], for a table that is there.
-pub(super) fn forbid_only(table: &str, attachment: &Attachment) -> String {
+/// Takes a pod's addresses out of a table that is there. Adding first makes the removal work whether or not they stand.
+pub(super) fn forbid(table: &str, attachment: &Attachment) -> String {
     let mut script = String::new();
     for element in elements(attachment) {
         let _ = writeln!(script, "add element inet {table} {element}");
