@@ -1,7 +1,6 @@
 //! The data plane in the reconciler's hands: device and socket opened, made again when somebody deleted the device.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use mesh_core::tunnel::config::{PeerConfig, TunnelConfig};
@@ -31,7 +30,6 @@ pub struct NodePlane {
 struct Running {
     data: DataPlane,
     tun_index: u32,
-    tun_lost: Arc<AtomicBool>,
     /// The first set of peers is met by handshakes at once, see [`DataPlane::initiate_all`].
     greeted: bool,
 }
@@ -55,18 +53,17 @@ impl NodePlane {
             ..UdpOptions::default()
         })?;
         let tun_index = tun.index();
-        let tun_lost = Arc::new(AtomicBool::new(false));
         tracing::info!(tun = ?tun.features(), udp = ?udp.features(), "data plane starts");
         let options = DataPlaneOptions {
             tunnel: TunnelConfig::default(),
             own_key: self.key.clone(),
             seed: rand::random(),
-            on_event: Box::new(listener(Arc::clone(&tun_lost), self.news.clone())),
+            on_event: Box::new(listener(self.news.clone())),
         };
         let data = DataPlane::start(options, tun, udp)?;
         let snapshots = data.snapshots();
         self.view.set_data_source(move || figures(&snapshots));
-        Ok(Running { data, tun_index, tun_lost, greeted: false })
+        Ok(Running { data, tun_index, greeted: false })
     }
 
     fn open_tun(&self) -> anyhow::Result<Tun> {
@@ -87,9 +84,9 @@ impl Plane for NodePlane {
             return Ok(false);
         };
         let link = netcfg::link::get(name).with_context(|| format!("look at {name}"))?;
-        let there = link.is_some_and(|link| link.index == running.tun_index);
-        let lost = running.tun_lost.swap(false, Ordering::Relaxed);
-        if there && !lost {
+        // The index alone tells: a queue ends only with its device, and the kernel gives an index once. A flag set
+        // by the shard could speak of the old device after the new one was handed over.
+        if link.is_some_and(|link| link.index == running.tun_index) {
             return Ok(false);
         }
         let tun = self.open_tun()?;
@@ -113,7 +110,7 @@ impl Plane for NodePlane {
 }
 
 /// Runs on the packet thread: never waits.
-fn listener(tun_lost: Arc<AtomicBool>, news: mpsc::Sender<()>) -> impl Fn(DataEvent) + Send {
+fn listener(news: mpsc::Sender<()>) -> impl Fn(DataEvent) + Send {
     move |event| match event {
         DataEvent::Tunnel(event) => tracing::debug!(?event, "tunnel"),
         DataEvent::Refused(refusals) => {
@@ -122,7 +119,6 @@ fn listener(tun_lost: Arc<AtomicBool>, news: mpsc::Sender<()>) -> impl Fn(DataEv
             }
         }
         DataEvent::TunLost => {
-            tun_lost.store(true, Ordering::Relaxed);
             // Full means that a turn is due anyway.
             let _ = news.try_send(());
         }
