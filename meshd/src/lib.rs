@@ -46,3 +46,30 @@ pub mod source;
 pub mod status;
 pub mod uninstall;
 pub mod view;
+
+/// An error and its causes in one line. Many libraries say the cause in their own text: nothing is said twice.
+pub fn one_line(error: &anyhow::Error) -> String {
+    let mut causes: Vec<String> = Vec::new();
+    for cause in error.chain().map(|cause| cause.to_string().replace('\n', " ")) {
+        if !causes.iter().any(|said| said.contains(&cause)) {
+            causes.push(cause);
+        }
+    }
+    causes.join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::one_line;
+
+    #[test]
+    fn a_cause_that_the_error_says_itself_is_not_repeated() {
+        let repeating =
+            anyhow!("no such file").context("cannot open a: no such file").context("read");
+        assert_eq!(one_line(&repeating), "read: cannot open a: no such file");
+        let plain = anyhow!("no such\nfile").context("cannot open a");
+        assert_eq!(one_line(&plain), "cannot open a: no such file");
+    }
+}

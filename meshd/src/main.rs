@@ -26,7 +26,7 @@ fn main() -> ExitCode {
 /// One line with every cause; stderr, because the log filter may hide it.
 #[allow(clippy::print_stderr)]
 fn fail(error: &anyhow::Error) -> ExitCode {
-    eprintln!("meshd: {error:#}");
+    eprintln!("meshd: {}", meshd::one_line(error));
     ExitCode::FAILURE
 }
 
