@@ -52,6 +52,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     for clash in preflight::clashes(&config.kernel)? {
         tracing::warn!("{clash}");
     }
+    keystore::forbid_core_dumps()?;
     let key = own_key(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(REACTOR_THREADS)
