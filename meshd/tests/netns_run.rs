@@ -68,6 +68,8 @@ fn a_daemon_told_to_stop_ends_well_and_leaves_device_routes_guard_and_key() {
     let mut pair = Pair::meshed();
     let before = objects(&pair.a);
     assert!(pair.a.end(Signal::TERM), "exit status 0");
+    let log = pair.a.log();
+    assert!(!log.contains("panicked") && !log.contains("ending without it"), "{log}");
     assert_eq!(objects(&pair.a), before);
     assert!(pair.a.state_dir().join("private-key.json").exists());
     let down = pair.a.status();
