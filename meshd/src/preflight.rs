@@ -3,7 +3,7 @@
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use mesh_types::defaults;
@@ -21,7 +21,8 @@ pub fn check_machine() -> anyhow::Result<()> {
     let status = std::fs::read_to_string("/proc/self/status").context("read /proc/self/status")?;
     check_capability(&status)?;
     check_tun(Path::new(TUN_DEVICE))?;
-    find_program("nft", std::env::var_os("PATH").unwrap_or_default())?;
+    netcfg::find_nft(&std::env::var_os("PATH").unwrap_or_default())
+        .context("there is no program nft in PATH or sbin: install the package nftables")?;
     Ok(())
 }
 
@@ -53,15 +54,6 @@ fn check_tun(path: &Path) -> anyhow::Result<()> {
         Err(error) => Err(error)
             .with_context(|| format!("open {}: load the module (modprobe tun)", path.display())),
     }
-}
-
-fn find_program(name: &str, path: impl AsRef<std::ffi::OsStr>) -> anyhow::Result<PathBuf> {
-    std::env::split_paths(&path)
-        .map(|directory| directory.join(name))
-        .find(|candidate| candidate.is_file())
-        .with_context(|| {
-            format!("there is no program {name} in PATH: install the package nftables")
-        })
 }
 
 /// Nobody else has the port, in either family. IPv6 may be switched off.
@@ -130,10 +122,9 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_device_and_a_missing_program_are_told() {
+    fn a_missing_device_is_told() {
         let dir = tempfile::tempdir().expect("scratch");
         assert!(told(check_tun(&dir.path().join("tun"))).contains("modprobe tun"));
-        assert!(told(find_program("nft", dir.path())).contains("nftables"));
     }
 
     #[test]

@@ -35,3 +35,5 @@ pub mod sysctl;
 pub mod tun;
 pub mod udp;
 pub mod watch;
+
+pub use nft::find_program as find_nft;

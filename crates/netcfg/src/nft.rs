@@ -4,7 +4,10 @@
 //! network namespace of the calling thread.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::io::{self, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, anyhow, bail};
@@ -12,7 +15,12 @@ use ipnet::IpNet;
 use serde_json::Value;
 
 /// Where `nft` may be besides `$PATH`: container runtimes call plugins with a short one.
-const PLACES: [&str; 4] = ["nft", "/usr/sbin/nft", "/sbin/nft", "/usr/local/sbin/nft"];
+const PLACES: [&str; 3] = ["/usr/sbin", "/sbin", "/usr/local/sbin"];
+
+/// The `nft` program, in the directories of `path` (the text of `$PATH`) or where systems keep it.
+pub fn find_program(path: &OsStr) -> Option<PathBuf> {
+    find_in(std::env::split_paths(path).chain(PLACES.map(PathBuf::from)))
+}
 
 /// Carries out a script, all of it or nothing.
 pub(crate) fn run_script(script: &str) -> anyhow::Result<()> {
@@ -77,21 +85,25 @@ pub(crate) fn check_word(word: &str) -> anyhow::Result<()> {
 struct Missing;
 
 fn run(arguments: &[&str], input: Option<&str>) -> anyhow::Result<String> {
-    for program in PLACES {
-        let child = Command::new(program)
-            .args(arguments)
-            .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .env("LC_ALL", "C")
-            .spawn();
-        match child {
-            Ok(child) => return finish(child, arguments, input),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error).with_context(|| format!("start {program}")),
-        }
-    }
-    Err(anyhow!("there is no nft program: install nftables (apt install nftables)"))
+    let program = find_program(&std::env::var_os("PATH").unwrap_or_default())
+        .context("there is no nft program: install nftables (apt install nftables)")?;
+    let child = Command::new(&program)
+        .args(arguments)
+        .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .env("LC_ALL", "C")
+        .spawn()
+        .with_context(|| format!("start {}", program.display()))?;
+    finish(child, arguments, input)
+}
+
+fn find_in(directories: impl Iterator<Item = PathBuf>) -> Option<PathBuf> {
+    let runs = |file: &PathBuf| {
+        file.metadata().is_ok_and(|it| it.is_file() && it.permissions().mode() & 0o111 != 0)
+    };
+    // A relative directory would run what lies in the working directory.
+    directories.filter(|it| it.is_absolute()).map(|it| it.join("nft")).find(runs)
 }
 
 fn finish(
@@ -156,6 +168,8 @@ pub(crate) fn hash(text: &str) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::{self, Permissions};
+
     use super::*;
 
     /// A program in nft's place.
@@ -187,5 +201,22 @@ mod tests {
         let error = refused("-f -", Some("add table inet x\ntable inet x {\n}\n"), first);
         assert!(!is_missing(&error));
         assert!(error.to_string().contains("nft_masq"), "{error}");
+    }
+
+    #[test]
+    fn a_program_is_found_where_it_can_be_run_and_not_in_a_relative_directory() {
+        let name = format!("netcfg-nft-{}", std::process::id());
+        let (dir, other) = (std::env::temp_dir().join(&name), PathBuf::from("."));
+        fs::create_dir(&dir).unwrap();
+        let file = dir.join("nft");
+        let found = || find_in([other.clone(), dir.clone()].into_iter());
+        let nothing = found();
+        fs::write(&file, "").unwrap();
+        fs::set_permissions(&file, Permissions::from_mode(0o644)).unwrap();
+        let not_to_be_run = found();
+        fs::set_permissions(&file, Permissions::from_mode(0o755)).unwrap();
+        let there = found();
+        fs::remove_dir_all(&dir).unwrap();
+        assert_eq!((nothing, not_to_be_run, there), (None, None, Some(file)));
     }
 }
