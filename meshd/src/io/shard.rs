@@ -2,6 +2,7 @@
 //! before the next read; nothing is held back for a timer.
 
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,6 +37,9 @@ const CALM: Duration = Duration::from_secs(60);
 /// How long a TUN that fails to be read, or a poll that fails, is left alone, so that an error that lasts
 /// is no busy loop.
 const ERROR_PAUSE: Duration = Duration::from_millis(100);
+
+/// Pins given up in one collection; what is left over fails again and is given up with the next.
+const LOST_SOURCES_MAX: usize = 64;
 
 type BoringTunnel = Tunnel<BoringFactory>;
 
@@ -349,16 +353,20 @@ fn possible(wanted: CoalesceOptions, features: TunFeatures) -> CoalesceOptions {
 }
 
 /// Sends what is ready. A source address that is no longer ours must not silence the peer: the kernel
-/// chooses then.
+/// chooses then. Where that works, the peer's pin to the address is given up.
 fn send_ready(tunnel: &mut BoringTunnel, udp: &mut UdpSocket) {
-    let mut lost_address = None;
+    let mut lost: Vec<(IpAddr, SocketAddr)> = Vec::new();
     while let Some(transmit) = tunnel.poll_transmit() {
         let (dst, ecn, len) = (transmit.dst, transmit.ecn.bits(), transmit.segment_len);
         let local = transmit.local;
         let sent = match udp.send(dst, local, ecn, len, transmit.bytes) {
-            Err(_) if local.is_some() => {
-                lost_address = local;
-                udp.send(dst, None, ecn, len, transmit.bytes)
+            Err(error) if local.is_some() && is_of_source(&error) => {
+                let sent = udp.send(dst, None, ecn, len, transmit.bytes);
+                if let Some(local) = local.filter(|_| sent.is_ok() && lost.len() < LOST_SOURCES_MAX)
+                {
+                    lost.push((local, dst));
+                }
+                sent
             }
             sent => sent,
         };
@@ -366,9 +374,16 @@ fn send_ready(tunnel: &mut BoringTunnel, udp: &mut UdpSocket) {
             tracing::trace!(%dst, %error, "send");
         }
     }
-    if let Some(local) = lost_address {
-        tunnel.forget_local(local);
+    for (local, dst) in lost {
+        tunnel.forget_local(local, dst);
     }
+}
+
+/// Errors that a source address which is gone or does not lead there can cause: `ip_route_output_key_hash_rcu`
+/// in net/ipv4/route.c, `ip6_datagram_send_ctl` in net/ipv6/datagram.c. Others are no fault of the source.
+fn is_of_source(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    matches!(errno, Some(Errno::INVAL | Errno::ADDRNOTAVAIL | Errno::NETUNREACH))
 }
 
 /// Writes what is ready for the TUN; without a device it is dropped and counted.
@@ -406,4 +421,17 @@ fn panic_text(cause: &(dyn std::any::Any + Send)) -> &str {
         .copied()
         .or_else(|| cause.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("no text")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_errors_that_a_source_address_can_cause_cost_a_peer_its_pin() {
+        let of_source = |errno: Errno| is_of_source(&errno.into());
+        assert!([Errno::INVAL, Errno::ADDRNOTAVAIL, Errno::NETUNREACH].into_iter().all(of_source));
+        let others = [Errno::PERM, Errno::AGAIN, Errno::NOBUFS, Errno::MSGSIZE, Errno::CONNREFUSED];
+        assert!(!others.into_iter().any(of_source));
+    }
 }

@@ -43,7 +43,7 @@ mod timers;
 pub mod transmit;
 
 use std::collections::VecDeque;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use mesh_types::limits::EVENTS_MAX;
 use mesh_types::time::MonoTime;
@@ -142,12 +142,12 @@ impl<F: EngineFactory> Tunnel<F> {
         self.receive.set_options(options);
     }
 
-    /// Sending from `local` failed or the address is gone: replies choose their source anew.
-    pub fn forget_local(&mut self, local: IpAddr) {
+    /// Sending from `local` to `to` failed as the address is gone: sends there choose their source anew.
+    pub fn forget_local(&mut self, local: IpAddr, to: SocketAddr) {
         let slots: Vec<u32> = self.peers.slots().collect();
         for slot in slots {
             if let Some(peer) = self.peers.get_mut(slot) {
-                peer.path.forget_local(local);
+                peer.path.forget_local(local, to);
             }
         }
     }

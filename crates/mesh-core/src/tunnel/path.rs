@@ -160,9 +160,10 @@ impl Path {
         self.attempts = 0;
     }
 
-    /// An address of ours is gone or cannot be sent from.
-    pub fn forget_local(&mut self, local: IpAddr) {
+    /// An address of ours cannot be sent from to `to`.
+    pub fn forget_local(&mut self, local: IpAddr, to: SocketAddr) {
         if let Some(endpoint) = &mut self.endpoint
+            && endpoint.addr == to
             && endpoint.local == Some(local)
         {
             endpoint.local = None;

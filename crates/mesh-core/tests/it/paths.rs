@@ -195,6 +195,7 @@ fn replies_leave_from_the_address_that_was_written_to() {
     net.run_ms(100);
     let now = net.now;
     let packet = crate::network::inner(1, 0, "answer");
+    let peer = net.hosts[0].addr;
     let tunnel = &mut net.hosts[1].tunnel;
     let local_of = |tunnel: &mut mesh_core::tunnel::Tunnel<_>| {
         tunnel.handle_tun_input(now, &mesh_core::packet::VnetHeader::PLAIN, &mut packet.clone());
@@ -205,6 +206,8 @@ fn replies_leave_from_the_address_that_was_written_to() {
     };
     let ours = "192.0.2.2".parse().expect("an address");
     assert_eq!(local_of(tunnel), Some(ours));
-    tunnel.forget_local(ours);
+    tunnel.forget_local(ours, "198.51.100.1:1".parse().expect("another destination"));
+    assert_eq!(local_of(tunnel), Some(ours));
+    tunnel.forget_local(ours, peer);
     assert_eq!(local_of(tunnel), None);
 }
