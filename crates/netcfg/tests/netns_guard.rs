@@ -482,6 +482,21 @@ fn the_pods_table_is_mended_when_touched_and_keeps_its_counters_otherwise() {
 }
 
 #[test]
+fn whoever_lost_its_link_is_taken_out_of_the_source_filter_and_nobody_else() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    let (one, _two) = (attach(&lab, "one", 5), attach(&lab, "two", 6));
+    lab.node.sh(&format!("ip link del {}", one.attachment.host_ifname));
+    let prune = || lab.node.run(|| pod::prune(&pod_config(), &pod::host_state(&pod_config())?));
+    assert_eq!(prune(), 2);
+    assert_eq!(prune(), 0);
+    let left = lab.node.run(|| pod::host_state(&pod_config()));
+    assert_eq!((left.sources.len(), left.table), (2, GuardState::Intact));
+}
+
+#[test]
 fn detaching_leaves_nothing_and_works_twice() {
     if !privileged() {
         return;

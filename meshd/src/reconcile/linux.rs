@@ -124,6 +124,7 @@ impl Kernel for Linux {
         let state = pod::host_state(&config)?;
         let broken: Vec<Attachment> =
             attachments.iter().filter(|pod| is_broken(pod, &state)).cloned().collect();
+        pod::prune(&config, &state)?;
         // Without pods it may be missing: the plugin makes it with the first.
         let what = match state.table {
             GuardState::Intact => None,

@@ -214,6 +214,30 @@ pub fn repair(config: &PodConfig, attachments: &[Attachment]) -> anyhow::Result<
     Ok(failures)
 }
 
+/// Takes out of the source filter whose link is gone: a repair that crossed a DEL may leave such. Returns how many went.
+/// `state` is to be fresh. A pod is in the filter after it has a link, and [`host_state`] looks in the same order;
+/// each link is looked for once more here, because DEL and a second ADD give the same name.
+pub fn prune(config: &PodConfig, state: &HostState) -> anyhow::Result<usize> {
+    check_words(config, &[])?;
+    let mut gone = Vec::new();
+    for (name, address) in &state.sources {
+        let ours = name.starts_with(&config.link_prefix);
+        if !ours || state.links.iter().any(|link| link.name == *name) {
+            continue;
+        }
+        nft::check_word(name)?;
+        if link::get(name).with_context(|| format!("look at {name}"))?.is_none() {
+            gone.push((name.as_str(), *address));
+        }
+    }
+    if gone.is_empty() {
+        return Ok(0);
+    }
+    nft::run_script(&rules::forbid_pairs(&config.nft_table, &gone))
+        .context("take vanished pods out of the source filter")?;
+    Ok(gone.len())
+}
+
 /// Makes the nftables table of pods, without touching which pods it knows.
 pub fn ensure_table(config: &PodConfig) -> anyhow::Result<()> {
     check_words(config, &[])?;

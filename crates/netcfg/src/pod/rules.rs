@@ -91,8 +91,15 @@ pub(super) fn elements_script(config: &PodConfig, attachments: &[Attachment]) ->
 
 /// Takes a pod's addresses out of a table that is there. Adding first makes the removal work whether or not they stand.
 pub(super) fn forbid(table: &str, attachment: &Attachment) -> String {
+    let name = attachment.host_ifname.as_str();
+    let pairs: Vec<_> = attachment.addresses.iter().map(|address| (name, *address)).collect();
+    forbid_pairs(table, &pairs)
+}
+
+/// As [`forbid`], by interface and address.
+pub(super) fn forbid_pairs(table: &str, pairs: &[(&str, IpAddr)]) -> String {
     let mut script = String::new();
-    for element in elements(attachment) {
+    for element in pairs.iter().map(|(name, address)| element(name, *address)) {
         let _ = writeln!(script, "add element inet {table} {element}");
         let _ = writeln!(script, "delete element inet {table} {element}");
     }
@@ -100,11 +107,13 @@ pub(super) fn forbid(table: &str, attachment: &Attachment) -> String {
 }
 
 fn elements(attachment: &Attachment) -> impl Iterator<Item = String> {
-    attachment.addresses.iter().map(|address| {
-        let set = match address {
-            IpAddr::V4(_) => SETS[0],
-            IpAddr::V6(_) => SETS[1],
-        };
-        format!("{set} {{ \"{}\" . {address} }}", attachment.host_ifname)
-    })
+    attachment.addresses.iter().map(|address| element(&attachment.host_ifname, *address))
+}
+
+fn element(name: &str, address: IpAddr) -> String {
+    let set = match address {
+        IpAddr::V4(_) => SETS[0],
+        IpAddr::V6(_) => SETS[1],
+    };
+    format!("{set} {{ \"{name}\" . {address} }}")
 }
