@@ -20,7 +20,8 @@ use tokio::sync::{mpsc, watch};
 
 use crate::admin::Admin;
 use crate::args::RunArgs;
-use crate::config::{self, Config, Source};
+use crate::config::{self, Config, Kernel, Source};
+use crate::installed::Installed;
 use crate::kube::KubeSource;
 use crate::plane::NodePlane;
 use crate::reconcile::{self, Inputs, Linux, Outputs, Reconciler};
@@ -138,23 +139,34 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
 
 /// Before anything else of ours exists: the guard, and on disk what uninstall has to know.
 fn install_guard(config: &Config) -> anyhow::Result<()> {
-    let now = installed::Installed::of(config);
-    let before = installed::replace(&config.paths.installed(), &now)?;
+    let path = config.paths.installed();
+    let mut now = Installed::new(config.prefixes.clone(), config.kernel.clone());
+    let before = installed::replace(&path, &mut now)?;
     let guard = reconcile::guard_config(&config.prefixes, &config.kernel);
     netcfg::guard::ensure(&guard).context("make the guard")?;
-    let Some(before) = before.filter(|before| *before != now) else { return Ok(()) };
-    if before.cluster_prefixes != now.cluster_prefixes {
+    if let Some(before) = before.filter(|it| it.cluster_prefixes != now.cluster_prefixes) {
         tracing::warn!(
             before = ?before.cluster_prefixes.as_slice(),
             now = ?now.cluster_prefixes.as_slice(),
             "cluster prefixes changed: what is no longer inside may leave in clear"
         );
     }
-    if before.table != now.table || before.rule_priority != now.rule_priority {
-        uninstall::remove_routing(&before.kernel()).context("remove routes of the last start")?;
+    for old in now.previous.clone() {
+        remove_previous(&old, &config.kernel)?;
+        installed::forget(&path, &mut now, &old)?;
     }
-    if before.tun != now.tun {
-        netcfg::tun::remove(&before.tun).context("remove the TUN device of the last start")?;
+    Ok(())
+}
+
+/// What an earlier start made under other names.
+fn remove_previous(old: &Kernel, now: &Kernel) -> anyhow::Result<()> {
+    if old.table != now.table || old.rule_priority != now.rule_priority {
+        uninstall::remove_routing(old)
+            .with_context(|| format!("remove routes in table {} of an earlier start", old.table))?;
+    }
+    if old.tun != now.tun {
+        netcfg::tun::remove(&old.tun)
+            .with_context(|| format!("remove the TUN device {} of an earlier start", old.tun))?;
     }
     Ok(())
 }

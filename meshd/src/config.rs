@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use mesh_types::defaults;
 use mesh_types::net::{ClusterPrefixes, overlap};
 use mesh_types::node::{NodeName, Site};
+use serde::{Deserialize, Serialize};
 
 use crate::args::{KernelArgs, Places, RunArgs};
 
@@ -44,7 +45,7 @@ pub struct Paths {
 }
 
 /// What our objects in the kernel are called.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kernel {
     pub tun: String,
     pub table: u32,

@@ -1,5 +1,6 @@
 //! What of ours is in the kernel, on disk: written before anything is made, so that uninstall and the next start
-//! find it whatever their flags say.
+//! find it whatever their flags say. Names of earlier starts stay in it until what they name is gone: a start may be
+//! killed at any step.
 
 use std::path::Path;
 
@@ -7,11 +8,15 @@ use anyhow::{Context, ensure};
 use mesh_types::net::ClusterPrefixes;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, Kernel};
+use crate::config::Kernel;
 use crate::files;
 
 /// Version of the file.
 const INSTALLED_VERSION: u32 = 1;
+
+/// Sets of names kept besides the current one: more come together only where nothing can be removed, and then
+/// somebody has to look.
+const PREVIOUS_MAX: usize = 16;
 
 /// The names of our kernel objects and the prefixes the guard keeps closed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,19 +28,23 @@ pub struct Installed {
     pub rule_priority: u32,
     pub mark: u32,
     pub mark_mask: u32,
+    /// Names of earlier starts of which something may be left.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub previous: Vec<Kernel>,
 }
 
 impl Installed {
-    pub fn of(config: &Config) -> Self {
-        let Kernel { tun, table, rule_priority, mark, mark_mask } = config.kernel.clone();
+    pub fn new(cluster_prefixes: ClusterPrefixes, kernel: Kernel) -> Self {
+        let Kernel { tun, table, rule_priority, mark, mark_mask } = kernel;
         Self {
             version: INSTALLED_VERSION,
-            cluster_prefixes: config.prefixes.clone(),
+            cluster_prefixes,
             tun,
             table,
             rule_priority,
             mark,
             mark_mask,
+            previous: Vec::new(),
         }
     }
 
@@ -64,8 +73,9 @@ pub fn read(path: &Path) -> anyhow::Result<Option<Installed>> {
     Ok(Some(installed))
 }
 
-/// Replaces the file where it says something else. Answers what it said before if it could be read.
-pub fn replace(path: &Path, now: &Installed) -> anyhow::Result<Option<Installed>> {
+/// Replaces the file where it says something else; other names it holds become previous ones of `now`. Answers
+/// what it said before if it could be read.
+pub fn replace(path: &Path, now: &mut Installed) -> anyhow::Result<Option<Installed>> {
     let before = match read(path) {
         Ok(before) => before,
         Err(error) => {
@@ -74,11 +84,34 @@ pub fn replace(path: &Path, now: &Installed) -> anyhow::Result<Option<Installed>
             None
         }
     };
-    if before.as_ref() != Some(now) {
-        let text = serde_json::to_vec_pretty(now).context("format installed.json")?;
-        files::write_atomic(path, &text, 0o600)?;
+    if let Some(before) = &before {
+        let current = now.kernel();
+        for kernel in before.previous.iter().cloned().chain([before.kernel()]) {
+            if kernel != current && !now.previous.contains(&kernel) {
+                now.previous.push(kernel);
+            }
+        }
+        ensure!(
+            now.previous.len() <= PREVIOUS_MAX,
+            "devices and routes of {} earlier starts could not be removed: run meshd uninstall, then start again",
+            now.previous.len()
+        );
+    }
+    if before.as_ref() != Some(&*now) {
+        write(path, now)?;
     }
     Ok(before)
+}
+
+/// Drops a previous set of names: nothing is left of it.
+pub fn forget(path: &Path, now: &mut Installed, gone: &Kernel) -> anyhow::Result<()> {
+    now.previous.retain(|kernel| kernel != gone);
+    write(path, now)
+}
+
+fn write(path: &Path, now: &Installed) -> anyhow::Result<()> {
+    let text = serde_json::to_vec_pretty(now).context("format installed.json")?;
+    files::write_atomic(path, &text, 0o600)
 }
 
 #[cfg(test)]
@@ -86,26 +119,51 @@ mod tests {
     use super::*;
 
     fn sample(tun: &str) -> Installed {
-        Installed {
-            version: INSTALLED_VERSION,
-            cluster_prefixes: vec!["10.244.0.0/16".parse().expect("prefix")]
-                .try_into()
-                .expect("prefixes"),
-            tun: tun.into(),
-            table: 5190,
-            rule_priority: 5190,
-            mark: 4,
-            mark_mask: 4,
-        }
+        let prefix = "10.244.0.0/16".parse().expect("prefix");
+        let prefixes = vec![prefix].try_into().expect("prefixes");
+        let (table, rule_priority, mark, mark_mask) = (5190, 5190, 4, 4);
+        Installed::new(prefixes, Kernel { tun: tun.into(), table, rule_priority, mark, mark_mask })
+    }
+
+    fn previous(path: &Path) -> Vec<String> {
+        let installed = read(path).expect("read").expect("there");
+        installed.previous.into_iter().map(|kernel| kernel.tun).collect()
     }
 
     #[test]
     fn what_was_installed_before_is_known_at_the_next_start() {
         let dir = tempfile::tempdir().expect("scratch");
         let path = dir.path().join("installed.json");
-        assert_eq!(replace(&path, &sample("a")).expect("written"), None);
-        assert_eq!(replace(&path, &sample("b")).expect("written"), Some(sample("a")));
-        assert_eq!(read(&path).expect("read"), Some(sample("b")));
+        assert_eq!(replace(&path, &mut sample("a")).expect("written"), None);
+        assert_eq!(replace(&path, &mut sample("b")).expect("written"), Some(sample("a")));
+        assert_eq!(read(&path).expect("read").expect("there").tun, "b");
+    }
+
+    #[test]
+    fn names_of_earlier_starts_stay_until_what_they_name_is_gone() {
+        let dir = tempfile::tempdir().expect("scratch");
+        let path = dir.path().join("installed.json");
+        for tun in ["a", "b", "b", "c"] {
+            replace(&path, &mut sample(tun)).expect("written");
+        }
+        assert_eq!(previous(&path), ["a", "b"]);
+        let mut back = sample("a");
+        replace(&path, &mut back).expect("written");
+        assert_eq!(previous(&path), ["b", "c"], "names in use are no earlier ones");
+        forget(&path, &mut back, &sample("b").kernel()).expect("written");
+        assert_eq!(previous(&path), ["c"]);
+    }
+
+    #[test]
+    fn a_start_is_refused_once_too_much_is_left_of_earlier_ones() {
+        let dir = tempfile::tempdir().expect("scratch");
+        let path = dir.path().join("installed.json");
+        for number in 0..=PREVIOUS_MAX {
+            replace(&path, &mut sample(&number.to_string())).expect("written");
+        }
+        let refused = replace(&path, &mut sample("last")).expect_err("too many");
+        assert!(format!("{refused:#}").contains("meshd uninstall"));
+        assert_eq!(previous(&path).len(), PREVIOUS_MAX, "nothing is forgotten");
     }
 
     #[test]
@@ -114,7 +172,7 @@ mod tests {
         let path = dir.path().join("installed.json");
         for damage in ["", "{}", r#"{"version":9}"#] {
             std::fs::write(&path, damage).expect("write");
-            assert_eq!(replace(&path, &sample("a")).expect("written"), None, "{damage}");
+            assert_eq!(replace(&path, &mut sample("a")).expect("written"), None, "{damage}");
             assert_eq!(read(&path).expect("read"), Some(sample("a")), "{damage}");
         }
     }

@@ -51,10 +51,14 @@ fn plan(args: &UninstallArgs) -> anyhow::Result<Plan> {
     let paths = config::paths(&args.places)?;
     let mut kernels = vec![config::kernel(&args.kernel)?];
     match installed::read(&paths.installed()) {
-        Ok(Some(installed)) if !kernels.contains(&installed.kernel()) => {
-            kernels.push(installed.kernel());
+        Ok(Some(installed)) => {
+            for kernel in [installed.kernel()].into_iter().chain(installed.previous) {
+                if !kernels.contains(&kernel) {
+                    kernels.push(kernel);
+                }
+            }
         }
-        Ok(_) => {}
+        Ok(None) => {}
         Err(error) => tracing::warn!(error = format!("{error:#}"), "going by the flags alone"),
     }
     Ok(Plan { paths, kernels })

@@ -217,6 +217,10 @@ impl Node {
     }
 
     pub(crate) fn start(&mut self) {
+        self.start_with(&[]);
+    }
+
+    pub(crate) fn start_with(&mut self, flags: &[&str]) {
         let log = std::fs::File::options()
             .create(true)
             .append(true)
@@ -225,6 +229,7 @@ impl Node {
         let child = self
             .run_command()
             .args(["--log", "debug"])
+            .args(flags)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
