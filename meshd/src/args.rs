@@ -128,7 +128,7 @@ pub struct UninstallArgs {
     /// Do it; without, only say what would be removed.
     #[arg(long)]
     pub yes: bool,
-    /// Go on though pods are attached: their traffic is no longer kept from leaving in clear.
+    /// Go on though pods are attached: they are cut off.
     #[arg(long)]
     pub force: bool,
     #[command(flatten)]

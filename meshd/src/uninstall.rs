@@ -1,5 +1,12 @@
-//! `meshd uninstall`: takes away everything of ours. The guard goes last, so that nothing leaves in clear while the
-//! rest goes.
+//! `meshd uninstall`: takes away everything of ours.
+//!
+//! ```text
+//! pod links (--force) ─> routes, rules, TUN ─> source filter ──all gone──> guard ─> key, state ─> installed.json
+//!                                                            └─otherwise─> guard and files stay for the next try
+//! ```
+//!
+//! The guard goes after what it guards, so that nothing leaves in clear meanwhile; what says which names to look for
+//! goes last. Sysctls stay: others may rely on forwarding by now.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -10,7 +17,7 @@ use mesh_types::defaults;
 use crate::args::UninstallArgs;
 use crate::config::{self, Kernel, Paths};
 use crate::reconcile::marks;
-use crate::{attachments, installed, lock, node_file, preflight};
+use crate::{installed, lock, preflight};
 
 /// Files of ours in the state directory besides those [`Paths`] names.
 const DAMAGED_MARK: &str = ".damaged-";
@@ -20,31 +27,37 @@ struct Plan {
     paths: Paths,
     /// Names from the flags, and from what was installed where that differs.
     kernels: Vec<Kernel>,
+    /// Host interfaces of pods, to go as well.
+    pod_links: Vec<String>,
 }
+
+/// What stays on the node.
+const STAYS: &str = "sysctls stay as they are (net.ipv4.ip_forward, net.ipv6.conf.all.forwarding, accept_ra): \
+                     a reboot brings back those of the system";
 
 /// `meshd uninstall`.
 pub fn run(args: &UninstallArgs) -> anyhow::Result<()> {
-    let plan = plan(args)?;
+    let mut plan = plan(args)?;
     let status = std::fs::read_to_string("/proc/self/status").context("read /proc/self/status")?;
     preflight::check_capability(&status)?;
     let _lock = match plan.paths.state_dir.is_dir() {
         true => Some(lock::take(&plan.paths.lock(), std::time::Duration::ZERO)?),
         false => None,
     };
-    let pods = attached(&plan.paths)?;
+    plan.pod_links = pod_links()?;
     ensure!(
-        pods.is_empty() || args.force,
-        "{} pods are attached ({}): drain the node first, or pass --force and their traffic is no longer kept from leaving in clear",
-        pods.len(),
-        pods.iter().take(3).cloned().collect::<Vec<_>>().join(", ")
+        plan.pod_links.is_empty() || args.force,
+        "{} pods are attached ({}): drain the node first, or pass --force to cut them off",
+        plan.pod_links.len(),
+        plan.pod_links.iter().take(3).cloned().collect::<Vec<_>>().join(", ")
     );
     ensure!(args.yes, "nothing was removed: add --yes to remove {}", describe(&plan));
     let failures = remove_all(&plan);
     if !failures.is_empty() {
-        bail!("not everything could be removed: {}", failures.join("; "));
+        bail!("not everything could be removed, try again: {}", failures.join("; "));
     }
     let mut out = std::io::stdout().lock();
-    writeln!(out, "removed {}", describe(&plan)).context("print")
+    writeln!(out, "removed {}\n{STAYS}", describe(&plan)).context("print")
 }
 
 fn plan(args: &UninstallArgs) -> anyhow::Result<Plan> {
@@ -61,7 +74,7 @@ fn plan(args: &UninstallArgs) -> anyhow::Result<Plan> {
         Ok(None) => {}
         Err(error) => tracing::warn!(error = format!("{error:#}"), "going by the flags alone"),
     }
-    Ok(Plan { paths, kernels })
+    Ok(Plan { paths, kernels, pod_links: Vec::new() })
 }
 
 fn describe(plan: &Plan) -> String {
@@ -70,8 +83,12 @@ fn describe(plan: &Plan) -> String {
         .iter()
         .map(|k| format!("device {}, table {}, rules at {}", k.tun, k.table, k.rule_priority))
         .collect();
+    let pods = match plan.pod_links.len() {
+        0 => String::new(),
+        count => format!("links of {count} pods, "),
+    };
     format!(
-        "{}, nftables {} and {}, key and state in {}",
+        "{pods}{}, nftables {} and {}, key and state in {}",
         kernels.join(", "),
         defaults::NFT_TABLE,
         defaults::NFT_TABLE_CNI,
@@ -79,15 +96,16 @@ fn describe(plan: &Plan) -> String {
     )
 }
 
-/// Host interfaces of pods that live.
-fn attached(paths: &Paths) -> anyhow::Result<Vec<String>> {
-    let found = attachments::read(&paths.ipam(), &node_file::boot_id()?);
+/// Host interfaces of pods, by their names: a record may be damaged or gone.
+fn pod_links() -> anyhow::Result<Vec<String>> {
     let links = netcfg::link::list().context("list interfaces")?;
-    let lives = |name: &String| links.iter().any(|link| link.name == *name);
-    Ok(found.good.into_iter().map(|attachment| attachment.host_ifname).filter(lives).collect())
+    let ours = |link: &netcfg::link::Link| {
+        link.kind == "veth" && link.name.starts_with(defaults::POD_LINK_PREFIX)
+    };
+    Ok(links.into_iter().filter(ours).map(|link| link.name).collect())
 }
 
-/// Every step is tried; answers what failed.
+/// Every step that is safe is tried; answers what failed.
 fn remove_all(plan: &Plan) -> Vec<String> {
     let mut failures = Vec::new();
     let mut step = |what: &str, result: anyhow::Result<()>| {
@@ -95,14 +113,26 @@ fn remove_all(plan: &Plan) -> Vec<String> {
             failures.push(format!("{what}: {error:#}"));
         }
     };
+    for name in &plan.pod_links {
+        let gone = netcfg::link::delete_by_name(name).map(drop).map_err(anyhow::Error::from);
+        step(&format!("link {name}"), gone);
+    }
     for kernel in &plan.kernels {
         step("routes and rules", remove_routing(kernel));
         step("TUN device", netcfg::tun::remove(&kernel.tun).map(drop));
     }
-    step("state", remove_state(&plan.paths));
     step("nftables", netcfg::guard::remove(defaults::NFT_TABLE_CNI).map(drop));
-    step("guard", netcfg::guard::remove(defaults::NFT_TABLE).map(drop));
+    if failures.is_empty()
+        && let Err(error) = remove_guard_and_state(&plan.paths)
+    {
+        failures.push(format!("{error:#}"));
+    }
     failures
+}
+
+fn remove_guard_and_state(paths: &Paths) -> anyhow::Result<()> {
+    netcfg::guard::remove(defaults::NFT_TABLE).context("guard")?;
+    remove_state(paths).context("state")
 }
 
 /// Our routes, those of the CNI plugin, and the rules that lead to them.
@@ -111,27 +141,26 @@ pub fn remove_routing(kernel: &Kernel) -> anyhow::Result<()> {
     netcfg::state::remove_all(&marks(kernel), &protocols)
 }
 
-/// Only what has our names; a directory somebody else uses too stays.
+/// Only what has our names; a directory somebody else uses too stays. What says which names to look for goes last.
 fn remove_state(paths: &Paths) -> anyhow::Result<()> {
-    let mut ours: Vec<PathBuf> = vec![
-        paths.node_file(),
-        paths.key(),
-        paths.cache(),
-        paths.installed(),
-        paths.socket(),
-        paths.lock(),
-    ];
+    let mut ours: Vec<PathBuf> =
+        vec![paths.node_file(), paths.key(), paths.cache(), paths.socket()];
     let damaged = |path: &PathBuf| path.to_string_lossy().contains(DAMAGED_MARK);
     if let Ok(entries) = std::fs::read_dir(&paths.state_dir) {
         ours.extend(entries.flatten().map(|entry| entry.path()).filter(damaged));
     }
+    let remove = |path: &Path| {
+        ignore_missing(std::fs::remove_file(path))
+            .with_context(|| format!("remove {}", path.display()))
+    };
     for path in ours {
-        ignore_missing(std::fs::remove_file(&path))
-            .with_context(|| format!("remove {}", path.display()))?;
+        remove(&path)?;
     }
     let ipam = paths.ipam();
     ignore_missing(std::fs::remove_dir_all(&ipam))
         .with_context(|| format!("remove {}", ipam.display()))?;
+    remove(&paths.installed())?;
+    remove(&paths.lock())?;
     for directory in [&paths.state_dir, &paths.run_dir] {
         remove_if_empty(directory)?;
     }
@@ -164,6 +193,20 @@ fn ignore_missing(result: std::io::Result<()>) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_to_look_for_are_kept_until_everything_else_is_gone() {
+        let dir = tempfile::tempdir().expect("scratch");
+        let paths = Paths { state_dir: dir.path().join("state"), run_dir: dir.path().join("run") };
+        // A directory in the place of a file cannot be removed as one.
+        std::fs::create_dir_all(paths.key()).expect("directory");
+        std::fs::write(paths.installed(), "x").expect("write");
+        remove_state(&paths).expect_err("the key stays");
+        assert!(paths.installed().exists());
+        std::fs::remove_dir(paths.key()).expect("remove");
+        remove_state(&paths).expect("removed");
+        assert!(!paths.state_dir.exists());
+    }
 
     #[test]
     fn only_files_of_ours_are_removed_and_a_shared_directory_stays() {

@@ -186,8 +186,34 @@ fn uninstall_does_not_open_the_guard_under_living_pods_unless_forced() {
     let told = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && told.contains("meshp0000000001"), "{told}");
     assert!(pair.a.sh("nft list table inet meshd").status.success());
-    assert!(pair.a.uninstall(&["--yes", "--force"]).status.success());
+    let forced = pair.a.uninstall(&["--yes", "--force"]);
+    assert!(forced.status.success(), "{}", String::from_utf8_lossy(&forced.stderr));
+    let told = String::from_utf8_lossy(&forced.stdout).into_owned();
+    assert!(told.contains("sysctls stay"), "{told}");
     assert!(!pair.a.sh("nft list table inet meshd").status.success());
+    assert!(!pair.a.sh("ip link show meshp0000000001").status.success());
+}
+
+#[test]
+fn an_uninstall_that_fails_keeps_guard_and_files_and_the_next_one_finishes() {
+    if !root() {
+        return;
+    }
+    let mut pair = Pair::meshed();
+    pair.a.end(Signal::TERM);
+    // Its name is ours, its kind is not.
+    pair.a.told("ip link del meshd0; ip link add meshd0 type veth peer name other");
+    let failed = pair.a.uninstall(&["--yes"]);
+    let told = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert!(!failed.status.success() && told.contains("TUN device"), "{told}");
+    assert!(pair.a.sh("nft list table inet meshd").status.success());
+    for file in ["installed.json", "private-key.json"] {
+        assert!(pair.a.state_dir().join(file).exists(), "{file}");
+    }
+    pair.a.told("ip link del meshd0");
+    assert!(pair.a.uninstall(&["--yes"]).status.success());
+    assert!(!pair.a.sh("nft list table inet meshd").status.success());
+    assert!(!pair.a.state_dir().exists());
 }
 
 #[test]
