@@ -232,14 +232,6 @@ fn what_others_use_of_ours_is_reported_at_start() {
     assert!(log.contains("choose another --mark"), "{log}");
 }
 
-/// As after a start under other names that was killed as early as can be.
-fn killed_start_under_other_names(node: &support::Node) {
-    let path = node.state_dir().join("installed.json");
-    let mut now = meshd::installed::read(&path).expect("read").expect("there");
-    (now.tun, now.table, now.rule_priority) = ("meshd7".into(), 5197, 5197);
-    meshd::installed::replace(&path, &mut now).expect("written");
-}
-
 /// What is left of the default names.
 fn left_of_defaults(node: &support::Node) -> String {
     let line = "ip -br link show type tun | grep -w meshd0; ip route show table 5190; ip -6 route show table 5190; \
@@ -254,7 +246,7 @@ fn names_changed_from_start_to_start_leave_nothing_behind_though_a_start_was_kil
     }
     let mut pair = Pair::meshed();
     pair.a.end(Signal::KILL);
-    killed_start_under_other_names(&pair.a);
+    pair.a.leave_killed_start_under_other_names();
     assert_ne!(left_of_defaults(&pair.a), "");
     pair.a.start_with(&["--tun-name", "meshd8", "--table", "5198", "--rule-priority", "5198"]);
     until("a is ready", || pair.a.status().is_some_and(|status| status.ready));
@@ -272,7 +264,7 @@ fn uninstall_removes_what_earlier_starts_made_under_other_names() {
     }
     let mut pair = Pair::meshed();
     pair.a.end(Signal::KILL);
-    killed_start_under_other_names(&pair.a);
+    pair.a.leave_killed_start_under_other_names();
     let flags = ["--yes", "--tun-name", "meshd9", "--table", "5199", "--rule-priority", "5199"];
     assert!(pair.a.uninstall(&flags).status.success());
     assert_eq!(left_of_defaults(&pair.a), "");

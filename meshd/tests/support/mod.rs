@@ -278,6 +278,14 @@ impl Node {
         self.meshd("uninstall").args(flags).output().expect("meshd uninstall")
     }
 
+    /// As after a start under other names that was killed as early as can be.
+    pub(crate) fn leave_killed_start_under_other_names(&self) {
+        let path = self.state_dir().join("installed.json");
+        let mut now = meshd::installed::read(&path).expect("read").expect("there");
+        (now.tun, now.table, now.rule_priority) = ("meshd7".into(), 5197, 5197);
+        meshd::installed::replace(&path, &mut now).expect("written");
+    }
+
     /// A connection to the overlay address of `other`, in both families.
     pub(crate) fn reaches(&self, other: &Node) -> bool {
         let listener = run_in(&other.netns, || Ok(TcpListener::bind("[::]:0")?)).expect("bound");
