@@ -29,7 +29,8 @@ use crate::roster::RosterSource;
 use crate::source::{ClusterEvent, OwnRecord, Published};
 use crate::view::{Identity, View, condition};
 use crate::{
-    files, installed, kernel_watch, keystore, lock, node_file, preflight, resolver, uninstall,
+    files, installed, kernel_watch, keystore, last_heard, lock, node_file, preflight, resolver,
+    uninstall,
 };
 
 /// Events on their way from the source: a burst waits in the source, not in memory.
@@ -105,8 +106,14 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
     let (names, wanted_names) = watch::channel(BTreeSet::new());
     let (resolved_in, resolved) = watch::channel(BTreeMap::new());
     kernel_watch::start(news_in.clone())?;
-    let plane =
-        NodePlane::new(config.kernel.clone(), config.listen_port, key, Arc::clone(&view), news_in);
+    let plane = NodePlane::new(
+        config.kernel.clone(),
+        config.listen_port,
+        key,
+        Arc::clone(&view),
+        news_in,
+        last_heard::open(config.paths.last_heard())?,
+    );
     let out = Outputs { view: Arc::clone(&view), own_record, names };
     let reconciler = Reconciler::new(config, node_file::boot_id()?, Linux::new(config), plane, out);
     let known = reconciler.known();

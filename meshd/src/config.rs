@@ -63,6 +63,10 @@ impl Paths {
         self.state_dir.join(defaults::NODE_FILE)
     }
 
+    pub fn last_heard(&self) -> PathBuf {
+        self.state_dir.join(defaults::ENDPOINTS_FILE)
+    }
+
     pub fn cache(&self) -> PathBuf {
         self.state_dir.join(defaults::CACHE_FILE)
     }

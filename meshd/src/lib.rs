@@ -34,6 +34,7 @@ pub mod io;
 pub mod kernel_watch;
 pub mod keystore;
 pub mod kube;
+pub mod last_heard;
 pub mod lock;
 pub mod metrics;
 pub mod node_file;

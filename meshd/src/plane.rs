@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use mesh_core::tunnel::config::{PeerConfig, TunnelConfig};
+use mesh_core::tunnel::config::{Event, PeerConfig, TunnelConfig};
 use mesh_types::defaults;
 use mesh_types::key::PrivateKey;
 use mesh_types::status::Counter;
@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use crate::config::Kernel;
 use crate::io::{DataEvent, DataPlane, DataPlaneOptions, Snapshots};
+use crate::last_heard::{Endpoints, Recorder};
 use crate::reconcile::Plane;
 use crate::view::{DataFigures, View};
 
@@ -25,6 +26,9 @@ pub struct NodePlane {
     /// Wakes the reconciler.
     news: mpsc::Sender<()>,
     running: Option<Running>,
+    recorder: Recorder,
+    /// Where peers were last heard by an earlier process.
+    remembered: Endpoints,
 }
 
 struct Running {
@@ -41,8 +45,9 @@ impl NodePlane {
         key: PrivateKey,
         view: Arc<View>,
         news: mpsc::Sender<()>,
+        (recorder, remembered): (Recorder, Endpoints),
     ) -> Self {
-        Self { kernel, listen_port, key, view, news, running: None }
+        Self { kernel, listen_port, key, view, news, running: None, recorder, remembered }
     }
 
     fn start(&self) -> anyhow::Result<Running> {
@@ -58,7 +63,8 @@ impl NodePlane {
             tunnel: TunnelConfig::default(),
             own_key: self.key.clone(),
             seed: rand::random(),
-            on_event: Box::new(listener(self.news.clone())),
+            remembered: self.remembered.clone(),
+            on_event: Box::new(listener(self.news.clone(), self.recorder.clone())),
         };
         let data = DataPlane::start(options, tun, udp)?;
         let snapshots = data.snapshots();
@@ -110,9 +116,14 @@ impl Plane for NodePlane {
 }
 
 /// Runs on the packet thread: never waits.
-fn listener(news: mpsc::Sender<()>) -> impl Fn(DataEvent) + Send {
+fn listener(news: mpsc::Sender<()>, recorder: Recorder) -> impl Fn(DataEvent) + Send {
     move |event| match event {
-        DataEvent::Tunnel(event) => tracing::debug!(?event, "tunnel"),
+        DataEvent::Tunnel(event) => {
+            tracing::debug!(?event, "tunnel");
+            if let Event::EndpointChanged { key, endpoint } = event {
+                recorder.record(key, endpoint);
+            }
+        }
         DataEvent::Refused(refusals) => {
             for refusal in refusals {
                 tracing::warn!(%refusal, "left out by the data plane");

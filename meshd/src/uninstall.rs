@@ -144,7 +144,7 @@ pub fn remove_routing(kernel: &Kernel) -> anyhow::Result<()> {
 /// Only what has our names; a directory somebody else uses too stays. What says which names to look for goes last.
 fn remove_state(paths: &Paths) -> anyhow::Result<()> {
     let mut ours: Vec<PathBuf> =
-        vec![paths.node_file(), paths.key(), paths.cache(), paths.socket()];
+        vec![paths.node_file(), paths.key(), paths.cache(), paths.last_heard(), paths.socket()];
     let damaged = |path: &PathBuf| path.to_string_lossy().contains(DAMAGED_MARK);
     if let Ok(entries) = std::fs::read_dir(&paths.state_dir) {
         ours.extend(entries.flatten().map(|entry| entry.path()).filter(damaged));

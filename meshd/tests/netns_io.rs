@@ -135,6 +135,7 @@ impl Side {
         let options = DataPlaneOptions {
             tunnel: TunnelConfig::default(),
             own_key,
+            remembered: std::collections::BTreeMap::new(),
             seed: u64::from(number),
             on_event: Box::new(move |event| {
                 let _ = sender.try_send(event);

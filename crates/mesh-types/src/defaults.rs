@@ -53,6 +53,7 @@ pub const RUN_DIR: &str = "/run/meshd";
 pub const KEY_FILE: &str = "private-key.json";
 pub const NODE_FILE: &str = "node.json";
 pub const CACHE_FILE: &str = "cluster.json";
+pub const ENDPOINTS_FILE: &str = "endpoints.json";
 pub const IPAM_DIR: &str = "ipam";
 
 /// The status socket below the run directory.

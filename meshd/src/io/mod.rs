@@ -18,7 +18,9 @@ mod mailbox;
 mod shard;
 mod snapshot;
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
 use std::thread::JoinHandle;
@@ -26,7 +28,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use mesh_core::tunnel::config::{Event, PeerConfig, PeerRefusal, TunnelConfig};
-use mesh_types::key::PrivateKey;
+use mesh_types::key::{PrivateKey, PublicKey};
 use netcfg::tun::Tun;
 use netcfg::udp::UdpSocket;
 
@@ -62,6 +64,8 @@ pub struct DataPlaneOptions {
     pub own_key: PrivateKey,
     /// Drawn at random: receiver indexes and jitter come from it.
     pub seed: u64,
+    /// Where peers were last heard by an earlier process of this node.
+    pub remembered: BTreeMap<PublicKey, SocketAddr>,
     pub on_event: OnEvent,
 }
 

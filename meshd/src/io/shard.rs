@@ -1,6 +1,7 @@
 //! The loop of one shard. Run to completion: what one read brings is sealed and sent, or opened and written,
 //! before the next read; nothing is held back for a timer.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -9,11 +10,11 @@ use std::time::Duration;
 
 use mesh_core::packet::{CoalesceOptions, Ecn, VNET_HEADER_BYTES, VnetHeader};
 use mesh_core::tunnel::Tunnel;
-use mesh_core::tunnel::config::{PeerConfig, TunnelConfig, UdpMeta};
+use mesh_core::tunnel::config::{Event, PeerConfig, TunnelConfig, UdpMeta};
 use mesh_core::tunnel::engine::EngineFactory as _;
-use mesh_types::key::PrivateKey;
+use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::{
-    TUN_DRAIN_BYTES, TUN_DRAIN_READS, UDP_DRAIN_BUFFERS, UDP_RECV_MESSAGES_MAX,
+    NODES_MAX, TUN_DRAIN_BYTES, TUN_DRAIN_READS, UDP_DRAIN_BUFFERS, UDP_RECV_MESSAGES_MAX,
 };
 use mesh_types::time::MonoTime;
 use netcfg::clock;
@@ -51,6 +52,8 @@ pub(super) struct Shard {
     on_event: OnEvent,
     mailbox: Arc<Mailbox>,
     peers: Vec<PeerConfig>,
+    /// Where peers were last heard, in this life or one before.
+    remembered: BTreeMap<PublicKey, SocketAddr>,
     tun: Option<Tun>,
     /// The device is not read before this instant.
     tun_paused_until: MonoTime,
@@ -76,7 +79,7 @@ impl Shard {
         udp: UdpSocket,
         mailbox: Arc<Mailbox>,
     ) -> Self {
-        let DataPlaneOptions { tunnel, own_key, seed, on_event } = options;
+        let DataPlaneOptions { tunnel, own_key, seed, remembered, on_event } = options;
         let features = tun.features();
         let messages = if udp.features().gro { UDP_DRAIN_BUFFERS } else { UDP_RECV_MESSAGES_MAX };
         Self {
@@ -86,6 +89,7 @@ impl Shard {
             on_event,
             mailbox,
             peers: Vec::new(),
+            remembered,
             tun_paused_until: MonoTime::ZERO,
             tun_buffer: vec![0; VNET_HEADER_BYTES + PACKET_BYTES_MAX],
             writer: FrameWriter::new(features.vnet_hdr),
@@ -124,6 +128,7 @@ impl Shard {
         let mut tunnel = Tunnel::new(self.config.clone(), factory, seed);
         let features = self.tun.as_ref().map(Tun::features).unwrap_or_default();
         tunnel.set_coalesce(possible(self.config.coalesce, features));
+        tunnel.remember(self.remembered.iter().map(|(key, endpoint)| (*key, *endpoint)));
         if !self.peers.is_empty() {
             self.apply_peers(&mut tunnel, clock::now());
         }
@@ -148,6 +153,11 @@ impl Shard {
             }
             self.run_timers(&mut tunnel, now);
             while let Some(event) = tunnel.poll_event() {
+                if let Event::EndpointChanged { key, endpoint } = &event
+                    && self.remembered.len() < NODES_MAX
+                {
+                    self.remembered.insert(*key, *endpoint);
+                }
                 (self.on_event)(DataEvent::Tunnel(event));
             }
         }

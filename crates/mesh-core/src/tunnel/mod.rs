@@ -42,10 +42,11 @@ pub mod staging;
 mod timers;
 pub mod transmit;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 
-use mesh_types::limits::EVENTS_MAX;
+use mesh_types::key::PublicKey;
+use mesh_types::limits::{EVENTS_MAX, NODES_MAX};
 use mesh_types::time::MonoTime;
 
 pub use config::{
@@ -80,6 +81,8 @@ pub struct Tunnel<F: EngineFactory> {
     events: VecDeque<Event>,
     /// Handshakes of `initiate_all` still to begin, and when the next ones may.
     to_initiate: VecDeque<u32>,
+    /// Where peers that are yet to be set were last heard; see [`Tunnel::remember`].
+    remembered: BTreeMap<PublicKey, SocketAddr>,
     initiate_next: MonoTime,
     /// Scratch of one call.
     targets: Vec<Endpoint>,
@@ -105,12 +108,20 @@ impl<F: EngineFactory> Tunnel<F> {
             counters: Counters::default(),
             events: VecDeque::new(),
             to_initiate: VecDeque::new(),
+            remembered: BTreeMap::new(),
             initiate_next: MonoTime::ZERO,
             targets: Vec::new(),
             buffer: [0; INITIATION_BYTES],
             now: MonoTime::ZERO,
             config,
         }
+    }
+
+    /// Where peers were last heard in an earlier life of this node. A peer set later begins there: one behind a NAT
+    /// publishes no endpoint that could be reached, and its NAT still lets us in. Only a hint: nothing but an
+    /// authenticated answer makes it a path.
+    pub fn remember(&mut self, endpoints: impl IntoIterator<Item = (PublicKey, SocketAddr)>) {
+        self.remembered.extend(endpoints.into_iter().take(NODES_MAX));
     }
 
     pub fn counters(&self) -> &Counters {

@@ -155,6 +155,15 @@ impl Path {
         moved
     }
 
+    /// Where the peer was last heard in an earlier life: asked along with the candidates.
+    pub fn remember(&mut self, addr: SocketAddr) {
+        let addr = plain(addr);
+        let usable = addr.port() != 0 && !addr.ip().is_unspecified() && !addr.ip().is_multicast();
+        if usable {
+            self.endpoint.get_or_insert(Endpoint { addr, local: None });
+        }
+    }
+
     /// The handshake was given up: the next one begins with all candidates.
     pub fn gave_up(&mut self) {
         self.attempts = 0;

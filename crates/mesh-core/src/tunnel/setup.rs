@@ -95,6 +95,9 @@ impl<F: EngineFactory> Tunnel<F> {
             self.add_engine(now, slot);
             let peer = self.peers.get_mut(slot)?;
             peer.path.set_candidates(now, &config.candidates);
+            if let Some(addr) = self.remembered.remove(&config.key) {
+                peer.path.remember(addr);
+            }
             self.peers.reschedule(now, slot);
             return Some(slot);
         };

@@ -169,6 +169,27 @@ fn a_nat_that_forgets_its_mapping_costs_nothing_once_the_host_speaks() {
 }
 
 #[test]
+fn a_restarted_node_reaches_a_silent_peer_behind_nat_where_it_was_last_heard() {
+    for remembered in [false, true] {
+        let mut net = Network::mesh(9, 2);
+        net.hosts[1].nat = Some(Nat::new("198.51.100.7:40000"));
+        net.send(1, 0, "hello");
+        net.run_ms(100);
+        let peer = net.config_of(1);
+        net.restart(0, &[]);
+        if remembered {
+            let endpoint = (peer.key, addr("198.51.100.7:40000"));
+            net.hosts[0].tunnel.remember([endpoint]);
+        }
+        net.set_peers(0, &[peer]);
+        net.initiate_all(0);
+        net.send(0, 1, "are you there");
+        net.run_s(1);
+        assert_eq!(net.texts(1, 0).len(), usize::from(remembered), "remembered: {remembered}");
+    }
+}
+
+#[test]
 fn an_address_many_nodes_name_gets_one_initiation_a_second() {
     let mut net = Network::new(9);
     for i in 0..40 {
