@@ -1,7 +1,7 @@
 //! Files of ours: written so that a reader sees the old text or the new one, read with a bound.
 //!
 //! ```text
-//! write: DIR/.NAME.tmp-PID  write, fsync ── rename to DIR/NAME ── fsync DIR
+//! write: DIR/.NAME.tmp  write, fsync ── rename to DIR/NAME ── fsync DIR
 //!              a crash here leaves the old file       a crash here leaves either
 //! ```
 
@@ -132,9 +132,11 @@ fn sync_parent(path: &Path) -> anyhow::Result<()> {
     File::open(parent).and_then(|dir| dir.sync_all()).context("fsync directory")
 }
 
-fn temporary_name(path: &Path) -> anyhow::Result<PathBuf> {
+/// Where [`write_atomic`] writes first. The same in every process, so that what a killed one left is replaced
+/// by the next write and found by uninstall; only the holder of the daemon's lock writes.
+pub fn temporary_name(path: &Path) -> anyhow::Result<PathBuf> {
     let name = path.file_name().with_context(|| format!("{} names no file", path.display()))?;
-    Ok(path.with_file_name(format!(".{}.tmp-{}", name.to_string_lossy(), std::process::id())))
+    Ok(path.with_file_name(format!(".{}.tmp", name.to_string_lossy())))
 }
 
 /// `st_mode` without naming the extension trait at each use.

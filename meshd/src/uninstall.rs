@@ -16,6 +16,7 @@ use mesh_types::defaults;
 
 use crate::args::UninstallArgs;
 use crate::config::{self, Kernel, Paths};
+use crate::files;
 use crate::reconcile::marks;
 use crate::{installed, lock, preflight};
 
@@ -155,11 +156,14 @@ fn remove_state(paths: &Paths) -> anyhow::Result<()> {
     };
     for path in ours {
         remove(&path)?;
+        // A daemon killed while it wrote leaves this.
+        remove(&files::temporary_name(&path)?)?;
     }
     let ipam = paths.ipam();
     ignore_missing(std::fs::remove_dir_all(&ipam))
         .with_context(|| format!("remove {}", ipam.display()))?;
     remove(&paths.installed())?;
+    remove(&files::temporary_name(&paths.installed())?)?;
     remove(&paths.lock())?;
     for directory in [&paths.state_dir, &paths.run_dir] {
         remove_if_empty(directory)?;
@@ -214,7 +218,13 @@ mod tests {
         let paths = Paths { state_dir: dir.path().join("state"), run_dir: dir.path().join("run") };
         std::fs::create_dir_all(paths.ipam().join("mesh")).expect("directories");
         std::fs::create_dir(&paths.run_dir).expect("directory");
-        for path in [paths.key(), paths.cache(), paths.lock(), paths.ipam().join("mesh/a.json")] {
+        for path in [
+            paths.key(),
+            files::temporary_name(&paths.cache()).expect("a name"),
+            paths.cache(),
+            paths.lock(),
+            paths.ipam().join("mesh/a.json"),
+        ] {
             std::fs::write(path, "x").expect("write");
         }
         std::fs::write(paths.state_dir.join("private-key.json.damaged-1"), "x").expect("write");
