@@ -28,6 +28,7 @@ fn wire(what: &str) -> Wire {
             .ip(&[format!("addr add {v4}/24 dev w0"), format!("addr add {v6}/64 dev w0")])
             .expect("addresses");
         let addresses = [v4, v6].iter().map(|text| text.parse().expect("address")).collect();
+        namespace.wait_for_addresses().expect("usable addresses");
         Party { name: namespace.name().to_owned(), netns: namespace.netns(), addresses }
     });
     Wire { _lab: lab, left, parties }

@@ -14,6 +14,12 @@ use super::{NamespaceState, ProcessRef, process};
 /// How long nsenter(1) may take to start the program it was given.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long an address may be tentative: milliseconds on an idle machine.
+const ADDRESSES_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often something awaited is looked at.
+const POLL: Duration = Duration::from_millis(5);
+
 /// A node or router. Cheap to clone; says nothing about whether it still lives.
 #[derive(Debug, Clone)]
 pub struct Namespace {
@@ -89,6 +95,21 @@ impl Namespace {
         finish(command, &text)
             .with_context(|| format!("{}: ip -batch of\n{text}", self.name))
             .map(|_| ())
+    }
+
+    /// Waits until every address can be used. Even without duplicate address detection the kernel finishes an IPv6 address
+    /// from a queue of its own (`addrconf_dad_work` in net/ipv6/addrconf.c), and only once the link has a carrier.
+    pub fn wait_for_addresses(&self) -> Result<()> {
+        let deadline = Instant::now() + ADDRESSES_TIMEOUT;
+        loop {
+            let waiting = self.run(&["ip", "-6", "-o", "addr", "show", "tentative"])?;
+            if waiting.trim().is_empty() {
+                return Ok(());
+            }
+            let name = &self.name;
+            ensure!(Instant::now() < deadline, "{name}: addresses are still tentative:\n{waiting}");
+            std::thread::sleep(POLL);
+        }
     }
 
     /// Writes a file inside the namespace, making its folder.
@@ -170,7 +191,7 @@ impl Daemon {
                 return Ok(status);
             }
             ensure!(Instant::now() < end, "it did not end within {timeout:?} of SIGTERM");
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(POLL);
         }
     }
 }

@@ -146,6 +146,10 @@ impl Hybrid {
             wire(lab, router, &namespace, &node.wiring)?;
             nodes.push((node.clone(), namespace));
         }
+        let routers = [&internet, &home, &api];
+        for namespace in routers.into_iter().chain(nodes.iter().map(|(_, node)| node)) {
+            namespace.wait_for_addresses()?;
+        }
         Ok(Self { nodes, api, internet, home })
     }
 
