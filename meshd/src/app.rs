@@ -149,8 +149,7 @@ fn install_guard(config: &Config) -> anyhow::Result<()> {
     let path = config.paths.installed();
     let mut now = Installed::new(config.prefixes.clone(), config.kernel.clone());
     let before = installed::replace(&path, &mut now)?;
-    let guard = reconcile::guard_config(&config.prefixes, &config.kernel);
-    netcfg::guard::ensure(&guard).context("make the guard")?;
+    netcfg::guard::ensure(&reconcile::guard_config(config)).context("make the guard")?;
     if let Some(before) = before.filter(|it| it.cluster_prefixes != now.cluster_prefixes) {
         tracing::warn!(
             before = ?before.cluster_prefixes.as_slice(),

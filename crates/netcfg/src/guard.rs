@@ -5,8 +5,13 @@
 //! in   prerouting -350   source in the cluster?  -> drop        (before conntrack, before any NAT)
 //! out  postrouting 300   destination or source
 //!                        in the cluster?         -> drop        (after every NAT: what is still a pod's)
+//! out  postrouting 300   of a pod, from the port
+//!                        the tunnel's socket has?-> drop        (after every NAT: what would be taken for it)
 //! out  postrouting 300   SYN into the tunnel     -> MSS fits the route
 //! ```
+//!
+//! The tunnel's port is closed to pods on their way out because connection tracking would give the peer's answers, and
+//! whatever the peer begins, to the pod whose packet was masqueraded to that port (CVE-2021-3773 is of this kind).
 //!
 //! The table stays when the daemon dies; only [`remove`] takes it away. It is replaced as a whole in one transaction, and
 //! carries two marks: a comment with the hash of the configuration it was made from, and an empty chain named by the
@@ -29,6 +34,8 @@ pub struct GuardConfig {
     pub tun: String,
     /// Interfaces whose names begin so are pods'.
     pub pod_link_prefix: String,
+    /// UDP port of the tunnel's own socket.
+    pub port: u16,
 }
 
 impl GuardConfig {
@@ -39,6 +46,7 @@ impl GuardConfig {
             cluster,
             tun: defaults::TUN_NAME.to_owned(),
             pod_link_prefix: defaults::POD_LINK_PREFIX.to_owned(),
+            port: defaults::UDP_PORT,
         }
     }
 }
@@ -65,19 +73,22 @@ pub struct GuardDrops {
     pub leaving_from_cluster: u64,
     /// Came from the underlay with a pod's source address.
     pub entering_from_cluster: u64,
+    /// Would have left a pod from the port of the tunnel's own socket.
+    pub leaving_from_port: u64,
 }
 
 /// Comments the drop rules are found by.
 const TO_CLUSTER: &str = "to the cluster outside the tunnel";
 const FROM_CLUSTER: &str = "from the cluster outside the tunnel";
 const ENTERING: &str = "claims to come from the cluster";
+const FROM_PORT: &str = "of a pod, from the port of the tunnel";
 
 /// Name of the empty chain that holds the hash of the listing.
 const SEAL: &str = "seal-";
 
 /// The whole table as one `nft -f` transaction.
 pub fn render(config: &GuardConfig) -> String {
-    let GuardConfig { table, cluster, tun, pod_link_prefix } = config;
+    let GuardConfig { table, cluster, tun, pod_link_prefix, port } = config;
     let v4 = nft::elements(cluster.as_slice().iter().filter(|net| matches!(net, IpNet::V4(_))));
     let v6 = nft::elements(cluster.as_slice().iter().filter(|net| matches!(net, IpNet::V6(_))));
     let hash = config_hash(config);
@@ -104,6 +115,7 @@ table inet {table} {{
 		ip6 daddr @cluster6 counter drop comment "{TO_CLUSTER}"
 		ip saddr @cluster4 counter drop comment "{FROM_CLUSTER}"
 		ip6 saddr @cluster6 counter drop comment "{FROM_CLUSTER}"
+		iifname "{pod_link_prefix}*" udp sport {port} counter drop comment "{FROM_PORT}"
 	}}
 }}
 "#
@@ -164,6 +176,7 @@ fn parse_drops(text: &str) -> anyhow::Result<GuardDrops> {
         leaving_to_cluster: count(TO_CLUSTER),
         leaving_from_cluster: count(FROM_CLUSTER),
         entering_from_cluster: count(ENTERING),
+        leaving_from_port: count(FROM_PORT),
     })
 }
 
@@ -177,13 +190,14 @@ fn check(config: &GuardConfig) -> anyhow::Result<()> {
 /// Covers this program's idea of the rules too: the words that make them are hashed with the configuration.
 fn config_hash(config: &GuardConfig) -> String {
     /// Goes up with every change of [`render`].
-    const RULES_VERSION: u32 = 1;
+    const RULES_VERSION: u32 = 2;
     let prefixes: Vec<String> = config.cluster.as_slice().iter().map(ToString::to_string).collect();
     let text = format!(
-        "{RULES_VERSION} {} {} {} {}",
+        "{RULES_VERSION} {} {} {} {} {}",
         config.table,
         config.tun,
         config.pod_link_prefix,
+        config.port,
         prefixes.join(" ")
     );
     format!("{:016x}", nft::hash(&text))

@@ -219,6 +219,55 @@ fn the_guard_is_made_once_and_remade_when_touched() {
     assert!(!node.run(|| guard::remove(&wider.table)));
 }
 
+/// What a peer's tunnel hears when a pod sends from the port of the tunnel and from another, and who hears the peer.
+fn shadowed(guarded: bool) -> Vec<u16> {
+    let lab = lab();
+    mesh_rules(&lab);
+    if guarded {
+        lab.node.run(|| guard::ensure(&GuardConfig::new(cluster())));
+    }
+    let pod = attach(&lab, "one", 5);
+    // Somebody else's masquerade that keeps ports; with ours some 60,000 packets meet the port by chance.
+    lab.node.sh(
+        "nft add table inet other; nft add chain inet other post '{ type nat hook postrouting priority 90; }'; \
+         nft add rule inet other post oifname under0 masquerade",
+    );
+    let mut ports = Vec::new();
+    for (pod_ip, node_at, peer_at) in [
+        ("10.244.1.5", "192.0.2.1:15190", "192.0.2.2:15190"),
+        ("[fd00:10:244:1::5]", "[fd99::1]:15190", "[fd99::2]:15190"),
+    ] {
+        let (node, peer) = (listen(&lab.node, node_at), listen(&lab.outside, peer_at));
+        let inside = listen(&pod.scratch, &format!("{pod_ip}:15190"));
+        inside.send_to(b"shadow", peer_at).unwrap();
+        listen(&pod.scratch, &format!("{pod_ip}:15191")).send_to(b"fence", peer_at).unwrap();
+        let mut buffer = [0; 16];
+        loop {
+            let (len, from) = peer.recv_from(&mut buffer).unwrap();
+            ports.push(from.port());
+            if &buffer[..len] == b"fence" {
+                break;
+            }
+        }
+        peer.send_to(b"of the peer", node_at).unwrap();
+        let heard = if guarded { &node } else { &inside };
+        assert_eq!(receive(heard).0, b"of the peer");
+    }
+    if guarded {
+        assert_eq!(lab.node.run(|| guard::drops("meshd")).leaving_from_port, 2);
+    }
+    ports
+}
+
+#[test]
+fn a_pod_cannot_take_a_peers_flow_by_the_port_of_the_tunnel() {
+    if !privileged() {
+        return;
+    }
+    assert_eq!(shadowed(false), [15190, 15191, 15190, 15191], "without a guard");
+    assert_eq!(shadowed(true), [15191, 15191]);
+}
+
 /// A pod attached to the node of a lab.
 struct Pod {
     scratch: Scratch,

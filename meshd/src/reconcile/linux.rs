@@ -29,7 +29,7 @@ pub struct Linux {
 impl Linux {
     pub fn new(config: &Config) -> Self {
         Self {
-            guard: guard_config(&config.prefixes, &config.kernel),
+            guard: guard_config(config),
             marks: marks(&config.kernel),
             mark: config.kernel.mark,
             prefixes: config.prefixes.clone(),
@@ -38,8 +38,12 @@ impl Linux {
 }
 
 /// The guard of this configuration.
-pub fn guard_config(prefixes: &ClusterPrefixes, kernel: &config::Kernel) -> GuardConfig {
-    GuardConfig { tun: kernel.tun.clone(), ..GuardConfig::new(prefixes.clone()) }
+pub fn guard_config(config: &Config) -> GuardConfig {
+    GuardConfig {
+        tun: config.kernel.tun.clone(),
+        port: config.listen_port,
+        ..GuardConfig::new(config.prefixes.clone())
+    }
 }
 
 /// How our objects are told from others'.
