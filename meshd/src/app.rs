@@ -105,7 +105,9 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
     });
     let (names, wanted_names) = watch::channel(BTreeSet::new());
     let (resolved_in, resolved) = watch::channel(BTreeMap::new());
-    kernel_watch::start(news_in.clone())?;
+    let (surroundings_in, surroundings) = mpsc::channel(1);
+    let news = kernel_watch::News { ours: news_in.clone(), surroundings: surroundings_in };
+    kernel_watch::start(&config.kernel, news)?;
     let plane = NodePlane::new(
         config.kernel.clone(),
         config.listen_port,
@@ -119,7 +121,7 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
     let known = reconciler.known();
     let resolver = tokio::spawn(resolver::run(wanted_names, resolved_in));
     start_source(&config.source, config, known, events_in, own, &view).await?;
-    let inputs = Inputs { events, kernel_news, resolved, stop: stopped };
+    let inputs = Inputs { events, kernel_news, surroundings, resolved, stop: stopped };
     let mut ended = spawn_reconciler(reconciler, inputs)?;
     let told = tokio::select! {
         told = signalled() => Some(told),

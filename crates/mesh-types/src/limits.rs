@@ -115,8 +115,9 @@ pub const UDP_RECV_MESSAGES_MAX: usize = 64;
 /// call per send again. An eighth of the largest mesh behind odd paths at once is a fault elsewhere.
 pub const GSO_REFUSED_DESTINATIONS_MAX: usize = 1_024;
 
-/// nftables tables named in one batch of changes; a node has a few, beyond it every table counts as changed.
-pub const WATCH_TABLES_MAX: usize = 64;
+/// Links of ours the kernel watch knows by index: pods (a kubelet takes a few hundred) and the TUN. What befalls the
+/// addresses of more is seen at the next slow turn.
+pub const WATCH_LINKS_MAX: usize = 8_192;
 
 /// Longest network interface name (`IFNAMSIZ` less the terminating zero).
 pub const INTERFACE_NAME_BYTES_MAX: usize = 15;

@@ -12,7 +12,7 @@ use common::{Scratch, privileged};
 use mesh_types::netstate::{Family, NetState, Route, RouteTarget, Rule, TunLink};
 use netcfg::state::{self, Change, Marks};
 use netcfg::tun::{self, Tun, TunOptions, VNET_HEADER_BYTES};
-use netcfg::watch::{Changes, Watch};
+use netcfg::watch::{Interest, Watch};
 use netcfg::{addr, link, netns, route, sysctl};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -254,38 +254,117 @@ fn packets_go_through_the_tun_with_their_header() {
     });
 }
 
+fn interest() -> Interest {
+    Interest {
+        tun: "meshd0".into(),
+        pod_link_prefix: "meshp".into(),
+        table: 5190,
+        rule_priority: 5190,
+        nft_tables: vec!["meshd".into(), "meshd-cni".into()],
+    }
+}
+
 #[test]
-fn the_watch_hears_what_others_change() {
+fn the_watch_hears_what_others_do_to_ours() {
     if !privileged() {
         return;
     }
     let scratch = Scratch::new();
     let _tun = scratch.run(|| Tun::open(&TunOptions::new("meshd0")));
-    let mut watch = scratch.run(Watch::open);
+    scratch.sh(
+        "ip link add meshp0 type veth peer name inside; ip link set inside up; ip link set meshp0 up; \
+         ip neigh add 10.244.1.5 lladdr 02:00:00:00:00:05 dev meshp0 nud permanent; \
+         ip -6 neigh add fd00::5 lladdr 02:00:00:00:00:05 dev meshp0 nud permanent",
+    );
+    let mut watch = scratch.run(|| Watch::open(interest()));
     // Some notifications come from kernel workers, a moment after the change: each step waits for its own.
-    let mut after = |script: &str, told: fn(&Changes) -> bool| {
+    let mut after = |script: &str| {
         watch.drain().expect("drain");
         scratch.sh(script);
         loop {
             wait_readable(&watch);
             let changes = watch.drain().expect("drain");
             assert!(!changes.overflow);
-            if told(&changes) {
+            if changes.ours {
                 break;
             }
         }
     };
-    after("ip link set meshd0 up", |changes| changes.links);
-    after("ip addr add 10.9.0.1/32 dev meshd0", |changes| changes.addresses);
-    after("ip -6 addr add fd00::1/128 dev meshd0 nodad", |changes| changes.addresses);
-    after("ip route add 10.8.0.0/16 dev meshd0 table 5190", |changes| changes.routes);
-    after("ip -6 route add fd01::/64 dev meshd0 table 5190", |changes| changes.routes);
-    after("ip rule add priority 77 lookup 5190", |changes| changes.rules);
-    after("ip -6 rule del from all lookup main", |changes| changes.rules);
-    after("nft add table inet meshd", |changes| {
-        changes.touches_table("meshd") && !changes.touches_table("other")
+    for script in [
+        "ip link set meshd0 up",
+        "ip addr add 10.9.0.1/32 dev meshd0",
+        "ip -6 addr add fd00::1/128 dev meshd0 nodad",
+        "ip -6 addr del fd00::1/128 dev meshd0",
+        "ip route add 10.8.0.0/16 dev meshd0 table 5190",
+        "ip -6 route add fd01::/64 dev meshd0 table 5190",
+        "ip route del 10.8.0.0/16 table 5190",
+        "ip rule add priority 77 lookup 5190",
+        "ip rule add priority 5190 lookup main",
+        "ip -6 rule add priority 5190 not fwmark 4/4 lookup 5190",
+        "ip -6 rule del priority 5190",
+        "ip neigh del 10.244.1.5 dev meshp0",
+        "ip -6 neigh del fd00::5 dev meshp0",
+        "sysctl -qw net.ipv4.ip_forward=1",
+        "sysctl -qw net.ipv4.ip_forward=0",
+        "sysctl -qw net.ipv6.conf.all.forwarding=1",
+        "nft add table inet meshd",
+        "nft add chain inet meshd x",
+        "nft flush ruleset",
+        "ip link set meshp0 down",
+        "ip link set meshd0 down; ip link set meshd0 name renamed0",
+        "ip link del renamed0",
+    ] {
+        after(script);
+    }
+}
+
+#[test]
+fn the_watch_tells_the_surroundings_from_ours_and_is_silent_about_the_rest() {
+    if !privileged() {
+        return;
+    }
+    let scratch = Scratch::new();
+    scratch.sh(
+        "ip link add other0 type veth peer name other1; ip link set other1 up; ip link set other0 up",
+    );
+    scratch.run(|| {
+        let index = link::require("other0")?.index;
+        assert!(netcfg::watch::wait_operational(index, std::time::Duration::from_secs(5))?);
+        Ok(())
     });
-    after("nft flush ruleset", |changes| changes.touches_table("meshd"));
+    let mut watch = scratch.run(|| Watch::open(interest()));
+    let mut after = |script: &str| {
+        watch.drain().expect("drain");
+        scratch.sh(script);
+        let mut surroundings = false;
+        // What follows, of ours, comes last.
+        scratch.sh("nft add table inet meshd; nft delete table inet meshd");
+        loop {
+            wait_readable(&watch);
+            let changes = watch.drain().expect("drain");
+            surroundings |= changes.surroundings;
+            if changes.ours {
+                return surroundings;
+            }
+        }
+    };
+    for script in [
+        "ip addr add 192.0.2.1/24 dev other0",
+        "ip -6 addr add fd99::1/64 dev other0 nodad",
+        "ip route add 198.51.100.0/24 via 192.0.2.2",
+        "ip rule add priority 77 lookup 77",
+        "ip link set other0 mtu 1400",
+    ] {
+        assert!(after(script), "{script}");
+    }
+    for script in [
+        "ip neigh add 192.0.2.9 lladdr 02:00:00:00:00:05 dev other0; ip neigh del 192.0.2.9 dev other0",
+        "nft add table inet kube; nft add chain inet kube x; nft delete table inet kube",
+        "sysctl -qw net.ipv4.conf.other0.forwarding=1",
+        "sysctl -qw net.ipv4.conf.all.rp_filter=2",
+    ] {
+        assert!(!after(script), "{script}");
+    }
 }
 
 #[test]

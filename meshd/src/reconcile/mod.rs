@@ -84,6 +84,8 @@ pub struct Reconciler<K, P> {
     named_bad_attachments: BTreeSet<std::path::PathBuf>,
     /// Pods too young to be judged in the last turn.
     unsettled_pods: usize,
+    /// Whether the last turn put back what somebody took away.
+    repaired: bool,
 }
 
 /// How much of the cluster is known.
@@ -103,7 +105,9 @@ enum Knowledge {
 pub enum Scope {
     /// Only what follows from new records.
     Records,
-    /// Also what others may have changed: MTUs of all paths.
+    /// Also what follows from others' links, addresses and routes: own endpoints, MTUs of all paths. Pods do not.
+    Surroundings,
+    /// Everything, also what others may have done to ours.
     All,
 }
 
@@ -143,6 +147,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             names: BTreeSet::new(),
             named_bad_attachments: BTreeSet::new(),
             unsettled_pods: 0,
+            repaired: false,
         };
         reconciler.begin_from_cache(cached.nodes);
         reconciler
@@ -192,8 +197,14 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         self.unsettled_pods > 0
     }
 
+    /// Whether the last turn put back what somebody took away.
+    pub fn has_repaired(&self) -> bool {
+        self.repaired
+    }
+
     /// One turn; see the module's diagram.
     pub fn turn(&mut self, scope: Scope) {
+        self.repaired = false;
         if scope == Scope::All || !self.guarded {
             self.guarded = self.keep_guard();
             self.keep_sysctls();
@@ -208,7 +219,9 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         let device = self.keep_device();
         let network = device && self.keep_network(&wanted.net);
         self.keep_peers(&wanted);
-        self.keep_pods(wanted.net.link.mtu);
+        if scope != Scope::Surroundings {
+            self.keep_pods(wanted.net.link.mtu);
+        }
         self.keep_node_file(&wanted, self.guarded && network);
         self.tell(&wanted);
         self.out.view.beat();

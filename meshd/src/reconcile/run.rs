@@ -17,9 +17,16 @@ pub const SLOW_PERIOD: Duration = Duration::from_secs(30);
 /// News of one cause come in bursts: one turn for all of them.
 const SETTLE: Duration = Duration::from_millis(20);
 
-/// Between two turns that others' changes in the kernel cause: whoever fights us for a route gets ten rounds a
-/// second, not a core.
+/// Between two turns: whatever comes in bursts costs ten of them a second, not a core.
 const TURN_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Between two turns while somebody fights us: each that had to repair something doubles the pause to this. Who takes
+/// away once what is ours gets it back at once, who does it for ever a round a second.
+const FIGHT_INTERVAL_MAX: Duration = Duration::from_secs(1);
+
+/// Between two turns that changes of the surroundings cause: a node may be a router with a thousand changes a second,
+/// and a turn looks up the way to every peer. The first one after a quiet time is answered at once.
+const SURROUNDINGS_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Events taken in before a turn: a whole mesh may come one by one.
 const EVENTS_PER_TURN: usize = 4_096;
@@ -27,8 +34,10 @@ const EVENTS_PER_TURN: usize = 4_096;
 /// What wakes the reconciler.
 pub struct Inputs {
     pub events: mpsc::Receiver<ClusterEvent>,
-    /// Somebody changed links, addresses, routes, rules or nftables; or the data plane lost its device.
+    /// Somebody changed links, addresses, routes, rules or nftables of ours; or the data plane lost its device.
     pub kernel_news: mpsc::Receiver<()>,
+    /// Somebody changed links, addresses, routes or rules of others.
+    pub surroundings: mpsc::Receiver<()>,
     pub resolved: watch::Receiver<BTreeMap<String, Vec<IpAddr>>>,
     pub stop: watch::Receiver<bool>,
 }
@@ -38,6 +47,8 @@ pub async fn run<K: Kernel, P: Plane>(mut reconciler: Reconciler<K, P>, mut inpu
     // At once, from what is on disk: peers that knew us wait for our handshake.
     reconciler.turn(Scope::All);
     let mut slow = Instant::now() + SLOW_PERIOD;
+    let mut look_around = Instant::now();
+    let mut pause = TURN_INTERVAL;
     let mut source_ended = false;
     loop {
         let scope = tokio::select! {
@@ -56,6 +67,7 @@ pub async fn run<K: Kernel, P: Plane>(mut reconciler: Reconciler<K, P>, mut inpu
                 }
             },
             Some(()) = inputs.kernel_news.recv() => Scope::All,
+            Some(()) = not_before(look_around, &mut inputs.surroundings) => Scope::Surroundings,
             Ok(()) = inputs.resolved.changed() => {
                 let resolved = inputs.resolved.borrow_and_update().clone();
                 reconciler.hear_names(resolved);
@@ -67,6 +79,11 @@ pub async fn run<K: Kernel, P: Plane>(mut reconciler: Reconciler<K, P>, mut inpu
         drain(&mut reconciler, &mut inputs.events);
         let scope = if inputs.kernel_news.try_recv().is_ok() { Scope::All } else { scope };
         let began = Instant::now();
+        if scope != Scope::Records {
+            // Its turn looks around.
+            let _ = inputs.surroundings.try_recv();
+            look_around = began + SURROUNDINGS_INTERVAL;
+        }
         reconciler.turn(scope);
         if scope == Scope::All {
             slow = Instant::now() + SLOW_PERIOD;
@@ -76,8 +93,19 @@ pub async fn run<K: Kernel, P: Plane>(mut reconciler: Reconciler<K, P>, mut inpu
             slow = slow.min(Instant::now() + SETTLED_AFTER);
         }
         tracing::trace!(?scope, took_ms = began.elapsed().as_millis(), "turn");
-        sleep_until(began + TURN_INTERVAL).await;
+        pause = pause_after(pause, reconciler.has_repaired());
+        sleep_until(began + pause).await;
     }
+}
+
+fn pause_after(last: Duration, repaired: bool) -> Duration {
+    if repaired { (last * 2).min(FIGHT_INTERVAL_MAX) } else { TURN_INTERVAL }
+}
+
+/// What waits in `news`, but not before `from`.
+async fn not_before(from: Instant, news: &mut mpsc::Receiver<()>) -> Option<()> {
+    sleep_until(from).await;
+    news.recv().await
 }
 
 /// Takes in what has come meanwhile; true where some of it matters.
@@ -93,4 +121,30 @@ fn drain<K: Kernel, P: Plane>(
         }
     }
     matters
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_fights_us_gets_fewer_rounds_and_who_does_it_once_none() {
+        let mut pause = TURN_INTERVAL;
+        let pauses = [true, true, true, true, true, false].map(|repaired| {
+            pause = pause_after(pause, repaired);
+            pause.as_millis()
+        });
+        assert_eq!(pauses, [200, 400, 800, 1000, 1000, 100]);
+    }
+
+    #[tokio::test]
+    async fn the_surroundings_are_heard_at_once_and_then_not_before_their_time() {
+        let (news, mut heard) = mpsc::channel(1);
+        let began = Instant::now();
+        for wait in [Duration::ZERO, Duration::from_millis(50)] {
+            news.try_send(()).expect("room");
+            assert_eq!(not_before(began + wait, &mut heard).await, Some(()));
+            assert!(began.elapsed() >= wait);
+        }
+    }
 }

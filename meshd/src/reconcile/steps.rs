@@ -16,6 +16,9 @@ use crate::{attachments, endpoints};
 /// default holds.
 const PATHS_MAX: usize = 2 * mesh_types::limits::NODES_MAX;
 
+/// Repairs of one step named in the log; whoever flushes the table of a large mesh takes away thousands of routes.
+const NAMED_REPAIRS_MAX: usize = 8;
+
 impl<K: Kernel, P: Plane> Reconciler<K, P> {
     pub(super) fn keep_guard(&mut self) -> bool {
         let result = self.kernel.guard();
@@ -215,7 +218,12 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
     }
 
     /// Sets a condition by the outcome of a step, and reports what the step had to make.
-    fn settle(&self, name: &'static str, result: anyhow::Result<Vec<Made>>, repair: bool) -> bool {
+    fn settle(
+        &mut self,
+        name: &'static str,
+        result: anyhow::Result<Vec<Made>>,
+        repair: bool,
+    ) -> bool {
         match result {
             Ok(made) => {
                 self.report(made, repair);
@@ -230,14 +238,22 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
     }
 
     /// A repair means that somebody else took away what was ours, which somebody should look at.
-    fn report(&self, made: Vec<Made>, repair: bool) {
-        for Made { kind, what } in made {
-            if repair {
-                tracing::warn!(kind, what, "was gone, put back");
-                self.out.view.count_repairs(kind, 1);
-            } else {
+    fn report(&mut self, made: Vec<Made>, repair: bool) {
+        if !repair {
+            for Made { kind, what } in made {
                 tracing::debug!(kind, what, "made");
             }
+            return;
+        }
+        self.repaired |= !made.is_empty();
+        for (number, Made { kind, what }) in made.iter().enumerate() {
+            self.out.view.count_repairs(kind, 1);
+            if number < NAMED_REPAIRS_MAX {
+                tracing::warn!(kind, what, "was gone, put back");
+            }
+        }
+        if let Some(more) = made.len().checked_sub(NAMED_REPAIRS_MAX).filter(|more| *more > 0) {
+            tracing::warn!(more, "were gone, put back");
         }
     }
 }

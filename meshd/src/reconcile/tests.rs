@@ -72,6 +72,7 @@ impl Kernel for Shared {
     }
 
     fn pods(&mut self, _: &[Attachment], _: u32) -> anyhow::Result<PodsMade> {
+        self.with(|model| model.order.push("pods"));
         Ok(PodsMade::default())
     }
 }
@@ -158,7 +159,7 @@ fn the_guard_stands_before_anything_else_is_made() {
     let mut bench = bench();
     bench.reconciler.turn(Scope::All);
     let order = bench.model.with(|model| model.order.clone());
-    assert_eq!(order, ["guard", "sysctls", "device", "network"]);
+    assert_eq!(order, ["guard", "sysctls", "device", "network", "pods"]);
 }
 
 #[test]
@@ -198,7 +199,9 @@ fn what_somebody_else_removed_is_put_back_and_counted_as_a_repair() {
         model.guarded = false;
         model.network = None;
     });
+    assert!(!bench.reconciler.has_repaired());
     bench.reconciler.turn(Scope::All);
+    assert!(bench.reconciler.has_repaired());
     let repairs = bench.view.snapshot().repairs;
     assert_eq!(repairs.get("guard"), Some(&1));
     assert_eq!(repairs.get("route"), Some(&1));
@@ -277,6 +280,23 @@ fn path_mtus_are_looked_up_once_and_again_when_the_kernel_changed() {
     bench.model.with(|model| model.path_mtu = 1400);
     bench.reconciler.turn(Scope::All);
     assert_eq!(bench.model.with(|model| model.peers[0].mtu), before - 100);
+}
+
+#[test]
+fn a_turn_for_the_surroundings_looks_at_paths_and_leaves_guard_and_pods_alone() {
+    let mut bench = bench();
+    let _ = bench.reconciler.hear(ClusterEvent::Reset(vec![node(1), node(2)]));
+    bench.reconciler.turn(Scope::All);
+    bench.model.with(|model| {
+        model.order.clear();
+        model.path_mtu = 1400;
+        model.paths_asked = 0;
+    });
+    bench.reconciler.turn(Scope::Surroundings);
+    bench.model.with(|model| {
+        assert_eq!(model.order, ["device", "network"]);
+        assert_eq!(model.paths_asked, 1);
+    });
 }
 
 #[test]
