@@ -90,6 +90,9 @@ fn what_others_remove_is_put_back_and_counted() {
         ("the guard", "guard", "nft delete table inet meshd"),
         ("guard rules", "guard", "nft flush table inet meshd"),
         ("addresses", "address", "ip addr flush dev meshd0"),
+        ("forwarding", "sysctl", "sysctl -qw net.ipv4.ip_forward=0"),
+        ("forwarding of IPv6", "sysctl", "sysctl -qw net.ipv6.conf.all.forwarding=0"),
+        ("the device's IPv6", "sysctl", "sysctl -qw net.ipv6.conf.meshd0.disable_ipv6=1"),
         ("the device's state", "device", "ip link set meshd0 down"),
         ("the device", "device", "ip link del meshd0"),
     ] {

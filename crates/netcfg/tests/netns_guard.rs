@@ -352,6 +352,21 @@ fn pods_reach_each_other_and_the_world_with_the_right_source() {
     assert!(!shown.contains("inet"), "no address on the host's end: {shown}");
 }
 
+#[test]
+fn pods_have_ipv6_where_new_interfaces_have_it_switched_off() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    mesh_rules(&lab);
+    lab.node.sh("sysctl -qw net.ipv6.conf.default.disable_ipv6=1");
+    let (one, two) = (attach(&lab, "one", 5), attach(&lab, "two", 6));
+    assert_eq!(problems(&lab, &one), Vec::<String>::new());
+    let socket = listen(&two.scratch, "[fd00:10:244:1::6]:7000");
+    send(&one.scratch, "fd00:10:244:1::5", "[fd00:10:244:1::6]:7000", b"pod to pod");
+    assert_eq!(receive(&socket).0, b"pod to pod");
+}
+
 /// Sends a router advertisement (RFC 4861 section 4.2) to everybody on the pod's link.
 fn advertise_router(pod: &Scratch) {
     use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto};

@@ -102,6 +102,10 @@ impl Kernel for Linux {
     }
 
     fn network(&mut self, wanted: &NetState) -> anyhow::Result<Vec<Made>> {
+        let mut all = Vec::new();
+        if self.prefixes.has_v6() {
+            allow_v6(&mut all, &self.marks.tun)?;
+        }
         let have = state::observe(&self.marks)?;
         let changes = state::diff(&have, wanted);
         let report = state::apply(&self.marks, &changes)?;
@@ -119,7 +123,8 @@ impl Kernel for Linux {
                 named.join("; ")
             );
         }
-        Ok(changes.iter().map(made).collect())
+        all.extend(changes.iter().map(made));
+        Ok(all)
     }
 
     fn pods(&mut self, attachments: &[Attachment], mtu: u32) -> anyhow::Result<PodsMade> {
@@ -190,6 +195,16 @@ fn put(made: &mut Vec<Made>, key: &str, value: &str) -> anyhow::Result<()> {
         made.push(Made { kind: "sysctl", what: format!("{key} = {value}") });
     }
     Ok(())
+}
+
+/// New interfaces have no IPv6 where the system's default says so, and the kernel takes it from one whose setting is changed.
+fn allow_v6(made: &mut Vec<Made>, tun: &str) -> anyhow::Result<()> {
+    let key = sysctl::for_interface("ipv6", tun, "disable_ipv6");
+    // Without the device, or without IPv6 in the kernel, there is no such key: what cannot be made is told then.
+    match sysctl::get(&key) {
+        Ok(value) if value != "0" => put(made, &key, "0"),
+        _ => Ok(()),
+    }
 }
 
 /// A router ignores router advertisements unless `accept_ra` is 2 (ip-sysctl): a node that has its default route

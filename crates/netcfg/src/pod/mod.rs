@@ -397,6 +397,11 @@ fn host_side(config: &PodConfig, attachment: &Attachment) -> anyhow::Result<()> 
     }
     let pod_mac = pod_mac(attachment)?;
     let link = link::require(name)?;
+    if attachment.addresses.iter().any(IpAddr::is_ipv6) {
+        // The system's default may switch it off for new interfaces.
+        let key = sysctl::for_interface("ipv6", name, "disable_ipv6");
+        ignore_missing_v6(sysctl::set(&key, "0").map(|_| ()))?;
+    }
     if !link.up {
         // Before it goes up, so that the kernel never makes an address of its own.
         ignore_missing_v6(link::set_no_address_generation(link.index))?;
