@@ -367,6 +367,53 @@ fn pods_have_ipv6_where_new_interfaces_have_it_switched_off() {
     assert_eq!(receive(&socket).0, b"pod to pod");
 }
 
+/// Source of the packet with `payload` that the node gave to the tunnel.
+fn source_in_tunnel(lab: &Lab, payload: &[u8]) -> IpAddr {
+    let mut buffer = vec![0u8; 70_000];
+    loop {
+        let timeout = rustix::event::Timespec { tv_sec: 5, tv_nsec: 0 };
+        let mut fds = [rustix::event::PollFd::new(&lab.tun, rustix::event::PollFlags::IN)];
+        assert!(rustix::event::poll(&mut fds, Some(&timeout)).unwrap() > 0, "nothing came");
+        let len = lab.tun.read(&mut buffer).unwrap();
+        let packet = &buffer[VNET_HEADER_BYTES..len];
+        if !packet.ends_with(payload) {
+            continue;
+        }
+        return match packet[0] >> 4 {
+            4 => <[u8; 4]>::try_from(&packet[12..16]).unwrap().into(),
+            _ => <[u8; 16]>::try_from(&packet[8..24]).unwrap().into(),
+        };
+    }
+}
+
+#[test]
+fn what_the_node_sends_to_a_service_has_a_source_the_pods_node_accepts_and_a_pods_is_kept() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    mesh_rules(&lab);
+    lab.node.run(|| guard::ensure(&GuardConfig::new(cluster())));
+    lab.node.sh(
+        "ip addr add 10.244.1.1/32 dev meshd0; ip -6 addr add fd00:10:244:1::1/128 dev meshd0 nodad; \
+         ip route add 10.244.2.0/24 dev meshd0 table 5190; ip -6 route add fd00:10:244:2::/64 dev meshd0 table 5190; \
+         nft add table inet service; nft add chain inet service out '{ type nat hook output priority -100; }'; \
+         nft add rule inet service out ip daddr 10.96.0.1 dnat ip to 10.244.2.9; \
+         nft add rule inet service out ip6 daddr fd00:10:96::1 dnat ip6 to fd00:10:244:2::9",
+    );
+    let pod = attach(&lab, "one", 5);
+    for (service, remote, overlay, pods) in [
+        ("10.96.0.1:80", "10.244.2.9:80", "10.244.1.1", "10.244.1.5"),
+        ("[fd00:10:96::1]:80", "[fd00:10:244:2::9]:80", "fd00:10:244:1::1", "fd00:10:244:1::5"),
+    ] {
+        let any = if service.starts_with('[') { "::" } else { "0.0.0.0" };
+        send(&lab.node, any, service, b"to a service");
+        assert_eq!(source_in_tunnel(&lab, b"to a service"), overlay.parse::<IpAddr>().unwrap());
+        send(&pod.scratch, pods, remote, b"of a pod");
+        assert_eq!(source_in_tunnel(&lab, b"of a pod"), pods.parse::<IpAddr>().unwrap());
+    }
+}
+
 /// Sends a router advertisement (RFC 4861 section 4.2) to everybody on the pod's link.
 fn advertise_router(pod: &Scratch) {
     use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto};

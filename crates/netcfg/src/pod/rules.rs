@@ -4,7 +4,11 @@
 //! prerouting -300   from a pod link: (interface, source) in the set, or neighbour discovery -> on
 //!                   anything else, and router advertisements and redirects                -> drop
 //! postrouting 100   cluster source, foreign destination, leaving by an underlay link       -> masquerade
+//!                   foreign source, into the tunnel                                        -> masquerade
 //! ```
+//!
+//! Of a foreign source is what this node itself sends to a Service address: it is chosen before the Service's pod is, and a
+//! peer takes nothing from us but our own pods' and overlay addresses.
 //!
 //! [`skeleton`] is idempotent and keeps the elements: whoever comes first makes the table, and a table flushed by
 //! somebody else is whole again after the next pod or the daemon's next look. `table` tells when it has to be loaded.
@@ -63,8 +67,11 @@ table inet {table} {{
 		counter drop comment "{SPOOFED}"
 	}}
 	chain to_world {{
-		oifname {{ "{tun}", "lo" }} accept
+		oifname "lo" accept
 		oifname "{link_prefix}*" accept
+		oifname "{tun}" ip saddr != @cluster4 masquerade fully-random
+		oifname "{tun}" ip6 saddr != @cluster6 masquerade fully-random
+		oifname "{tun}" accept
 		ip saddr @cluster4 ip daddr != @cluster4 masquerade fully-random
 		ip6 saddr @cluster6 ip6 daddr != @cluster6 masquerade fully-random
 	}}
