@@ -51,7 +51,9 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     let _lock = lock::take(&config.paths.lock(), lock::WAIT)?;
     preflight::check_udp_port(config.listen_port)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), ?config, "meshd starts");
-    for clash in preflight::clashes(&config.kernel)? {
+    let clashes = preflight::clashes(&config.kernel)?;
+    let inside = preflight::check_addresses(&config.prefixes, &config.kernel.tun)?;
+    for clash in clashes.iter().chain(&inside) {
         tracing::warn!("{clash}");
     }
     keystore::forbid_core_dumps()?;

@@ -7,6 +7,9 @@ use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use mesh_types::defaults;
+use mesh_types::net::ClusterPrefixes;
+use netcfg::addr::InterfaceAddress;
+use netcfg::route::{KernelRoute, TABLE_MAIN};
 
 use crate::config::Kernel;
 
@@ -104,8 +107,43 @@ pub fn clashes(kernel: &Kernel) -> anyhow::Result<Vec<String>> {
     Ok(told)
 }
 
+/// Addresses of this machine that the guard would cut off: an error where one is its way out, told otherwise.
+pub fn check_addresses(cluster: &ClusterPrefixes, tun: &str) -> anyhow::Result<Vec<String>> {
+    let addresses = netcfg::addr::interface_addresses().context("list interface addresses")?;
+    let routes = netcfg::route::list(TABLE_MAIN).context("list routes")?;
+    let ways_out: Vec<KernelRoute> =
+        routes.into_iter().filter(|route| route.destination.prefix_len() == 0).collect();
+    addresses_inside(cluster, tun, &addresses, &ways_out)
+}
+
+fn addresses_inside(
+    cluster: &ClusterPrefixes,
+    tun: &str,
+    addresses: &[InterfaceAddress],
+    ways_out: &[KernelRoute],
+) -> anyhow::Result<Vec<String>> {
+    let mut told = Vec::new();
+    for InterfaceAddress { interface, address } in addresses {
+        let ours = interface.name == tun || interface.name.starts_with(defaults::POD_LINK_PREFIX);
+        let ip = address.net.addr();
+        let prefix = cluster.as_slice().iter().find(|prefix| prefix.contains(&ip));
+        let Some(prefix) = prefix.filter(|_| !ours) else { continue };
+        let what = format!("{ip} of {} lies inside --cluster-cidr {prefix}", interface.name);
+        let way_out =
+            |route: &KernelRoute| route.oif == Some(interface.index) || route.source == Some(ip);
+        ensure!(
+            !ways_out.iter().any(way_out),
+            "{what}: the guard would cut this node off; give the prefix that pods alone live in"
+        );
+        told.push(format!("{what}: nothing of it leaves this node or enters it"));
+    }
+    Ok(told)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::slice::from_ref;
+
     use super::*;
 
     fn told(result: anyhow::Result<impl std::fmt::Debug>) -> String {
@@ -125,6 +163,31 @@ mod tests {
     fn a_missing_device_is_told() {
         let dir = tempfile::tempdir().expect("scratch");
         assert!(told(check_tun(&dir.path().join("tun"))).contains("modprobe tun"));
+    }
+
+    #[test]
+    fn a_node_whose_own_address_is_a_pods_is_told_before_it_is_cut_off() {
+        let cluster =
+            ClusterPrefixes::new(vec!["10.0.0.0/8".parse().expect("prefix")]).expect("prefixes");
+        let mut addresses = netcfg::addr::interface_addresses().expect("addresses");
+        let mut one = addresses.pop().expect("loopback has one");
+        one.interface.name = "eth0".into();
+        one.address.net = "10.1.2.3/24".parse().expect("address");
+        let mut way_out = KernelRoute::new("0.0.0.0/0".parse().expect("prefix"), TABLE_MAIN, 4);
+        let judge = |one: &InterfaceAddress, way_out: &KernelRoute| {
+            addresses_inside(&cluster, "meshd0", from_ref(one), from_ref(way_out))
+        };
+        let warned = judge(&one, &way_out).expect("another way out");
+        assert!(warned[0].contains("10.1.2.3 of eth0"), "{warned:?}");
+        way_out.oif = Some(one.interface.index);
+        assert!(told(judge(&one, &way_out)).contains("--cluster-cidr 10.0.0.0/8"));
+        (way_out.oif, way_out.source) = (None, Some(one.address.net.addr()));
+        assert!(judge(&one, &way_out).is_err());
+        one.interface.name = "meshd0".into();
+        assert_eq!(judge(&one, &way_out).expect("ours"), [""; 0]);
+        one.interface.name = "eth0".into();
+        one.address.net = "192.0.2.1/24".parse().expect("address");
+        assert_eq!(judge(&one, &way_out).expect("outside"), [""; 0]);
     }
 
     #[test]
