@@ -10,10 +10,12 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use ipnet::IpNet;
 use mesh_types::key::PrivateKey;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
@@ -29,8 +31,8 @@ use crate::roster::RosterSource;
 use crate::source::{ClusterEvent, OwnRecord, Published};
 use crate::view::{Identity, View, condition};
 use crate::{
-    files, installed, kernel_watch, keystore, last_heard, lock, node_file, preflight, resolver,
-    uninstall,
+    attachments, files, installed, kernel_watch, keystore, last_heard, lock, node_file, preflight,
+    resolver, uninstall,
 };
 
 /// Events on their way from the source: a burst waits in the source, not in memory.
@@ -89,7 +91,8 @@ fn own_key(config: &Config) -> anyhow::Result<PrivateKey> {
 
 async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
     let admin = Admin::bind(config.admin_address, &config.paths.socket()).await?;
-    install_guard(config)?;
+    let boot_id = node_file::boot_id()?;
+    let earlier = install_guard(config, &boot_id)?;
     let view = Arc::new(View::new(Identity {
         node: config.node.clone(),
         public_key: wg_engine::public_key(&key),
@@ -119,7 +122,8 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
         last_heard::open(config.paths.last_heard())?,
     );
     let out = Outputs { view: Arc::clone(&view), own_record, names };
-    let reconciler = Reconciler::new(config, node_file::boot_id()?, Linux::new(config), plane, out);
+    let kernel = Linux::new(config, earlier);
+    let reconciler = Reconciler::new(config, boot_id, kernel, plane, out);
     let known = reconciler.known();
     let resolver = tokio::spawn(resolver::run(wanted_names, resolved_in));
     start_source(&config.source, config, known, events_in, own, &view).await?;
@@ -148,24 +152,36 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
     result
 }
 
-/// Before anything else of ours exists: the guard, and on disk what uninstall has to know.
-fn install_guard(config: &Config) -> anyhow::Result<()> {
+/// Before anything else of ours exists: the guard, and on disk what uninstall has to know. Answers the earlier cluster
+/// prefixes that stay closed.
+fn install_guard(config: &Config, boot_id: &str) -> anyhow::Result<Vec<IpNet>> {
     let path = config.paths.installed();
     let mut now = Installed::new(config.prefixes.clone(), config.kernel.clone());
-    let before = installed::replace(&path, &mut now)?;
-    netcfg::guard::ensure(&reconcile::guard_config(config)).context("make the guard")?;
+    let pods = attachments::read(&config.paths.ipam(), boot_id).good;
+    let living: Vec<IpAddr> = pods.into_iter().flat_map(|pod| pod.addresses).collect();
+    let before = installed::replace(&path, &mut now, &living)?;
+    let earlier = now.earlier_prefixes.clone();
+    netcfg::guard::ensure(&reconcile::guard_config(config, earlier.clone()))
+        .context("make the guard")?;
     if let Some(before) = before.filter(|it| it.cluster_prefixes != now.cluster_prefixes) {
         tracing::warn!(
             before = ?before.cluster_prefixes.as_slice(),
             now = ?now.cluster_prefixes.as_slice(),
-            "cluster prefixes changed: what is no longer inside may leave in clear"
+            "cluster prefixes changed: what is no longer inside, and no pod of this node lives in, may leave in clear"
+        );
+    }
+    if !earlier.is_empty() {
+        tracing::warn!(
+            ?earlier,
+            "pods of this node live in earlier cluster prefixes, which stay closed and unreachable: \
+             give back the prefix, or make the pods anew and restart meshd"
         );
     }
     for old in now.previous.clone() {
         remove_previous(&old, &config.kernel)?;
         installed::forget(&path, &mut now, &old)?;
     }
-    Ok(())
+    Ok(earlier)
 }
 
 /// What an earlier start made under other names.

@@ -2,10 +2,12 @@
 //! find it whatever their flags say. Names of earlier starts stay in it until what they name is gone: a start may be
 //! killed at any step.
 
+use std::net::IpAddr;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
-use mesh_types::net::ClusterPrefixes;
+use ipnet::IpNet;
+use mesh_types::net::{ClusterPrefixes, outermost};
 use serde::{Deserialize, Serialize};
 
 use crate::config::Kernel;
@@ -28,6 +30,9 @@ pub struct Installed {
     pub rule_priority: u32,
     pub mark: u32,
     pub mark_mask: u32,
+    /// Cluster prefixes of earlier starts that pods of this node still live in: the guard keeps them closed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub earlier_prefixes: Vec<IpNet>,
     /// Names of earlier starts of which something may be left.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub previous: Vec<Kernel>,
@@ -44,6 +49,7 @@ impl Installed {
             rule_priority,
             mark,
             mark_mask,
+            earlier_prefixes: Vec::new(),
             previous: Vec::new(),
         }
     }
@@ -73,9 +79,13 @@ pub fn read(path: &Path) -> anyhow::Result<Option<Installed>> {
     Ok(Some(installed))
 }
 
-/// Replaces the file where it says something else; other names it holds become previous ones of `now`. Answers
-/// what it said before if it could be read.
-pub fn replace(path: &Path, now: &mut Installed) -> anyhow::Result<Option<Installed>> {
+/// Replaces the file where it says something else; other names it holds become previous ones of `now`, prefixes it
+/// holds that leave an address of `living` pods outside become earlier ones. Answers what it said before if it could be read.
+pub fn replace(
+    path: &Path,
+    now: &mut Installed,
+    living: &[IpAddr],
+) -> anyhow::Result<Option<Installed>> {
     let before = match read(path) {
         Ok(before) => before,
         Err(error) => {
@@ -85,6 +95,7 @@ pub fn replace(path: &Path, now: &mut Installed) -> anyhow::Result<Option<Instal
         }
     };
     if let Some(before) = &before {
+        now.earlier_prefixes = lived_in(before, &now.cluster_prefixes, living);
         let current = now.kernel();
         for kernel in before.previous.iter().cloned().chain([before.kernel()]) {
             if kernel != current && !now.previous.contains(&kernel) {
@@ -101,6 +112,17 @@ pub fn replace(path: &Path, now: &mut Installed) -> anyhow::Result<Option<Instal
         write(path, now)?;
     }
     Ok(before)
+}
+
+/// Prefixes of `before` in which somebody lives that lives in none of `now`.
+fn lived_in(before: &Installed, now: &ClusterPrefixes, living: &[IpAddr]) -> Vec<IpNet> {
+    let all = before.cluster_prefixes.as_slice().iter().chain(&before.earlier_prefixes);
+    let left_out = |address: &&IpAddr| !now.contains(**address);
+    outermost(
+        all.copied().filter(|prefix| {
+            living.iter().filter(left_out).any(|address| prefix.contains(address))
+        }),
+    )
 }
 
 /// Drops a previous set of names: nothing is left of it.
@@ -134,9 +156,32 @@ mod tests {
     fn what_was_installed_before_is_known_at_the_next_start() {
         let dir = tempfile::tempdir().expect("scratch");
         let path = dir.path().join("installed.json");
-        assert_eq!(replace(&path, &mut sample("a")).expect("written"), None);
-        assert_eq!(replace(&path, &mut sample("b")).expect("written"), Some(sample("a")));
+        assert_eq!(replace(&path, &mut sample("a"), &[]).expect("written"), None);
+        assert_eq!(replace(&path, &mut sample("b"), &[]).expect("written"), Some(sample("a")));
         assert_eq!(read(&path).expect("read").expect("there").tun, "b");
+    }
+
+    #[test]
+    fn prefixes_that_pods_live_in_stay_until_the_pods_are_gone() {
+        let dir = tempfile::tempdir().expect("scratch");
+        let path = dir.path().join("installed.json");
+        let start = |cluster: &str, living: &[&str]| {
+            let prefixes = vec![cluster.parse().expect("prefix")].try_into().expect("prefixes");
+            let mut now = Installed::new(prefixes, sample("a").kernel());
+            let living: Vec<IpAddr> = living.iter().map(|a| a.parse().expect("address")).collect();
+            replace(&path, &mut now, &living).expect("written");
+            let kept = now.earlier_prefixes.iter().map(ToString::to_string).collect::<Vec<_>>();
+            assert_eq!(read(&path).expect("read").expect("there"), now);
+            kept
+        };
+        assert_eq!(start("10.244.0.0/16", &["10.244.1.5"]), [""; 0]);
+        assert_eq!(start("10.24.0.0/16", &["10.244.1.5"]), ["10.244.0.0/16"]);
+        assert_eq!(start("10.99.0.0/16", &["10.244.1.5"]), ["10.244.0.0/16"], "10.24 has no pods");
+        assert_eq!(start("10.0.0.0/8", &["10.244.1.5"]), [""; 0], "covered");
+        assert_eq!(start("10.99.0.0/16", &["10.244.1.5"]), ["10.0.0.0/8"]);
+        assert_eq!(start("10.99.0.0/16", &["10.99.1.5"]), [""; 0], "nobody is left out");
+        assert_eq!(start("10.244.0.0/16", &["10.99.1.5"]), ["10.99.0.0/16"]);
+        assert_eq!(start("10.99.0.0/16", &[]), [""; 0]);
     }
 
     #[test]
@@ -144,11 +189,11 @@ mod tests {
         let dir = tempfile::tempdir().expect("scratch");
         let path = dir.path().join("installed.json");
         for tun in ["a", "b", "b", "c"] {
-            replace(&path, &mut sample(tun)).expect("written");
+            replace(&path, &mut sample(tun), &[]).expect("written");
         }
         assert_eq!(previous(&path), ["a", "b"]);
         let mut back = sample("a");
-        replace(&path, &mut back).expect("written");
+        replace(&path, &mut back, &[]).expect("written");
         assert_eq!(previous(&path), ["b", "c"], "names in use are no earlier ones");
         forget(&path, &mut back, &sample("b").kernel()).expect("written");
         assert_eq!(previous(&path), ["c"]);
@@ -159,9 +204,9 @@ mod tests {
         let dir = tempfile::tempdir().expect("scratch");
         let path = dir.path().join("installed.json");
         for number in 0..=PREVIOUS_MAX {
-            replace(&path, &mut sample(&number.to_string())).expect("written");
+            replace(&path, &mut sample(&number.to_string()), &[]).expect("written");
         }
-        let refused = replace(&path, &mut sample("last")).expect_err("too many");
+        let refused = replace(&path, &mut sample("last"), &[]).expect_err("too many");
         assert!(format!("{refused:#}").contains("meshd uninstall"));
         assert_eq!(previous(&path).len(), PREVIOUS_MAX, "nothing is forgotten");
     }
@@ -172,7 +217,7 @@ mod tests {
         let path = dir.path().join("installed.json");
         for damage in ["", "{}", r#"{"version":9}"#] {
             std::fs::write(&path, damage).expect("write");
-            assert_eq!(replace(&path, &mut sample("a")).expect("written"), None, "{damage}");
+            assert_eq!(replace(&path, &mut sample("a"), &[]).expect("written"), None, "{damage}");
             assert_eq!(read(&path).expect("read"), Some(sample("a")), "{damage}");
         }
     }

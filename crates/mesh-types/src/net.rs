@@ -88,6 +88,20 @@ pub fn overlap(a: IpNet, b: IpNet) -> bool {
     a.contains(&b) || b.contains(&a)
 }
 
+/// The prefixes that lie in no other one of them, each once: what they cover together, without overlaps.
+pub fn outermost(prefixes: impl IntoIterator<Item = IpNet>) -> Vec<IpNet> {
+    let mut all: Vec<IpNet> = prefixes.into_iter().collect();
+    // A prefix sorts before those inside it.
+    all.sort_by_key(|prefix| (prefix.network(), prefix.prefix_len()));
+    let mut outer: Vec<IpNet> = Vec::new();
+    for prefix in all {
+        if !outer.last().is_some_and(|last| last.contains(&prefix)) {
+            outer.push(prefix);
+        }
+    }
+    outer
+}
+
 /// A prefix pods may live in: written without host bits, unicast, not link-local, loopback or
 /// everything.
 pub fn check_pod_prefix(prefix: IpNet) -> Result<(), PrefixError> {
@@ -232,6 +246,22 @@ mod tests {
 
     fn net(text: &str) -> IpNet {
         text.parse().expect("a prefix")
+    }
+
+    #[test]
+    fn only_outermost_prefixes_are_left() {
+        let nets =
+            |list: &[&str]| -> Vec<IpNet> { list.iter().map(|n| n.parse().unwrap()).collect() };
+        let all = [
+            "10.244.1.0/24",
+            "fd00:1::/64",
+            "10.244.0.0/16",
+            "10.0.0.0/8",
+            "fd00::/16",
+            "10.0.0.0/8",
+            "192.0.2.0/24",
+        ];
+        assert_eq!(outermost(nets(&all)), nets(&["10.0.0.0/8", "192.0.2.0/24", "fd00::/16"]));
     }
 
     #[test]

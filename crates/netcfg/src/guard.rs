@@ -21,7 +21,7 @@
 use anyhow::Context as _;
 use ipnet::IpNet;
 use mesh_types::defaults;
-use mesh_types::net::ClusterPrefixes;
+use mesh_types::net::{ClusterPrefixes, outermost};
 
 use crate::nft;
 
@@ -31,6 +31,8 @@ pub struct GuardConfig {
     /// Name of the nftables table, family `inet`.
     pub table: String,
     pub cluster: ClusterPrefixes,
+    /// Prefixes of earlier configurations that stay closed as well: pods live in them.
+    pub earlier: Vec<IpNet>,
     pub tun: String,
     /// Interfaces whose names begin so are pods'.
     pub pod_link_prefix: String,
@@ -44,6 +46,7 @@ impl GuardConfig {
         Self {
             table: defaults::NFT_TABLE.to_owned(),
             cluster,
+            earlier: Vec::new(),
             tun: defaults::TUN_NAME.to_owned(),
             pod_link_prefix: defaults::POD_LINK_PREFIX.to_owned(),
             port: defaults::UDP_PORT,
@@ -88,9 +91,10 @@ const SEAL: &str = "seal-";
 
 /// The whole table as one `nft -f` transaction.
 pub fn render(config: &GuardConfig) -> String {
-    let GuardConfig { table, cluster, tun, pod_link_prefix, port } = config;
-    let v4 = nft::elements(cluster.as_slice().iter().filter(|net| matches!(net, IpNet::V4(_))));
-    let v6 = nft::elements(cluster.as_slice().iter().filter(|net| matches!(net, IpNet::V6(_))));
+    let GuardConfig { table, tun, pod_link_prefix, port, .. } = config;
+    let closed = closed(config);
+    let v4 = nft::elements(closed.iter().filter(|net| matches!(net, IpNet::V4(_))));
+    let v6 = nft::elements(closed.iter().filter(|net| matches!(net, IpNet::V6(_))));
     let hash = config_hash(config);
     format!(
         r#"add table inet {table}
@@ -120,6 +124,11 @@ table inet {table} {{
 }}
 "#
     )
+}
+
+/// What is kept off the underlay. A set takes no prefix that overlaps another.
+fn closed(config: &GuardConfig) -> Vec<IpNet> {
+    outermost(config.cluster.as_slice().iter().chain(&config.earlier).copied())
 }
 
 /// Makes the guard stand as configured. Does nothing when it is intact; `true` when it had to be (re)made.
@@ -191,7 +200,7 @@ fn check(config: &GuardConfig) -> anyhow::Result<()> {
 fn config_hash(config: &GuardConfig) -> String {
     /// Goes up with every change of [`render`].
     const RULES_VERSION: u32 = 2;
-    let prefixes: Vec<String> = config.cluster.as_slice().iter().map(ToString::to_string).collect();
+    let prefixes: Vec<String> = closed(config).iter().map(ToString::to_string).collect();
     let text = format!(
         "{RULES_VERSION} {} {} {} {} {}",
         config.table,
@@ -245,6 +254,17 @@ mod tests {
         let prefixes = vec!["10.244.0.0/16".parse().unwrap()];
         let text = render(&GuardConfig::new(ClusterPrefixes::new(prefixes).unwrap()));
         assert!(text.contains("set cluster6 { type ipv6_addr; flags interval; }"), "{text}");
+    }
+
+    #[test]
+    fn earlier_prefixes_stay_closed_beside_todays_without_overlapping_them() {
+        let mut config = config();
+        config.earlier = ["10.244.7.0/24", "10.240.0.0/13", "192.0.2.0/24", "fd01::/48"]
+            .map(|net| net.parse().unwrap())
+            .to_vec();
+        let text = render(&config);
+        assert!(text.contains("elements = { 10.240.0.0/13, 192.0.2.0/24 };"), "{text}");
+        assert!(text.contains("elements = { fd00:10:244::/48, fd01::/48 };"), "{text}");
     }
 
     #[test]

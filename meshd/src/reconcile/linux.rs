@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use anyhow::{Context, bail};
+use ipnet::IpNet;
 use mesh_types::attachment::Attachment;
 use mesh_types::net::{ClusterPrefixes, host_prefix};
 use mesh_types::netstate::NetState;
@@ -27,9 +28,10 @@ pub struct Linux {
 }
 
 impl Linux {
-    pub fn new(config: &Config) -> Self {
+    /// `earlier` cluster prefixes stay closed as well.
+    pub fn new(config: &Config, earlier: Vec<IpNet>) -> Self {
         Self {
-            guard: guard_config(config),
+            guard: guard_config(config, earlier),
             marks: marks(&config.kernel),
             mark: config.kernel.mark,
             prefixes: config.prefixes.clone(),
@@ -37,9 +39,10 @@ impl Linux {
     }
 }
 
-/// The guard of this configuration.
-pub fn guard_config(config: &Config) -> GuardConfig {
+/// The guard of this configuration, and of `earlier` cluster prefixes that pods still live in.
+pub fn guard_config(config: &Config, earlier: Vec<IpNet>) -> GuardConfig {
     GuardConfig {
+        earlier,
         tun: config.kernel.tun.clone(),
         port: config.listen_port,
         ..GuardConfig::new(config.prefixes.clone())

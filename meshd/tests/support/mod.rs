@@ -283,7 +283,7 @@ impl Node {
         let path = self.state_dir().join("installed.json");
         let mut now = meshd::installed::read(&path).expect("read").expect("there");
         (now.tun, now.table, now.rule_priority) = ("meshd7".into(), 5197, 5197);
-        meshd::installed::replace(&path, &mut now).expect("written");
+        meshd::installed::replace(&path, &mut now, &[]).expect("written");
     }
 
     /// A connection to the overlay address of `other`, in both families.
