@@ -139,9 +139,9 @@ pub const HANDSHAKES_PER_PEER_PER_SECOND: u32 = 50;
 /// none of them. Less than 15 s, so that a peer captured on the way is back within 15 s.
 pub const PROBE_INTERVAL_SECONDS: u64 = 10;
 
-/// Destinations of unanswered initiations remembered: every node's every candidate in a second would be
-/// more, but so many do not leave in one second.
-pub const PROBE_TARGETS_MAX: usize = NODES_MAX;
+/// Destinations of initiations remembered: 3,200 handshakes begin in a second (`INITIATIONS_PER_TURN`), each with
+/// every candidate of a node.
+pub const PROBE_TARGETS_MAX: usize = 65_536;
 
 /// Peers whose timers run in one turn: an initiation costs about 100 us, packets wait no longer than 6 ms.
 pub const PEER_TIMERS_PER_TURN: usize = 64;

@@ -293,6 +293,8 @@ impl<F: EngineFactory> Tunnel<F> {
         }
         member.unconfirmed = false;
         peer.rtt = peer.initiated_at.map(|sent| now.since(sent));
+        // Not for an initiation: its source may be forged, but a response has read what we sent there.
+        self.limiter.answered(now, meta.source.ip());
         self.finish_handshake(now, slot, meta, datagram.len(), outcome);
         if outcome.session_ready {
             self.session_ready(now, slot);
@@ -309,7 +311,6 @@ impl<F: EngineFactory> Tunnel<F> {
         outcome: HandshakeOutcome,
     ) {
         if outcome.authenticated {
-            self.limiter.answered(meta.source.ip());
             self.heard(now, slot, meta);
         }
         self.counters.rx_bytes += len as u64;

@@ -21,7 +21,8 @@
 //! the first copy of an initiation, and that may have come by a way without a way back.
 //!
 //! An address that has not answered gets at most one initiation per second, from all peers together:
-//! candidates are what others wrote about themselves and may name a victim.
+//! candidates are what others wrote about themselves and may name a victim. One that has answered lately is asked
+//! freely: many nodes may sit behind it, and their own retry timers hold them to their rate.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -37,6 +38,9 @@ const SILENCE: Duration = Duration::from_secs(15);
 const SESSION: Duration = Duration::from_secs(180);
 const PROBE_INTERVAL: Duration = Duration::from_secs(PROBE_INTERVAL_SECONDS);
 const PER_DESTINATION: Duration = Duration::from_secs(1);
+/// An address that completed a handshake is asked freely so long: one round of retries (`REKEY_TIMEOUT` and jitter)
+/// of the nodes behind it, twice.
+const ANSWERED_LATELY: Duration = Duration::from_secs(10);
 
 /// Where to send, and from which address of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,12 +64,31 @@ pub struct Path {
 /// Keeps unanswered initiations to one per second and destination address.
 #[derive(Debug, Default)]
 pub struct ProbeLimiter {
-    sent: BTreeMap<IpAddr, MonoTime>,
+    /// Until when an address is asked by nobody, or freely.
+    noted: BTreeMap<IpAddr, Note>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Note {
+    AskedAt(MonoTime),
+    AnsweredAt(MonoTime),
+}
+
+impl Note {
+    fn is_over(self, now: MonoTime) -> bool {
+        match self {
+            Self::AskedAt(at) => now.since(at) >= PER_DESTINATION,
+            Self::AnsweredAt(at) => now.since(at) >= ANSWERED_LATELY,
+        }
+    }
 }
 
 impl ProbeLimiter {
     pub fn allows(&self, now: MonoTime, address: IpAddr) -> bool {
-        self.sent.get(&address).is_none_or(|sent| now.since(*sent) >= PER_DESTINATION)
+        match self.noted.get(&address) {
+            None | Some(Note::AnsweredAt(_)) => true,
+            Some(asked) => asked.is_over(now),
+        }
     }
 
     /// Notes an initiation to `address`; false if it must not be sent.
@@ -73,19 +96,29 @@ impl ProbeLimiter {
         if !self.allows(now, address) {
             return false;
         }
-        if self.sent.len() >= PROBE_TARGETS_MAX {
-            self.sent.retain(|_, sent| now.since(*sent) < PER_DESTINATION);
+        if self.noted.get(&address).is_some_and(|note| !note.is_over(now)) {
+            return true;
         }
-        if self.sent.len() >= PROBE_TARGETS_MAX {
-            return false;
+        if self.make_room(now, address) {
+            self.noted.insert(address, Note::AskedAt(now));
+            return true;
         }
-        self.sent.insert(address, now);
-        true
+        false
     }
 
-    /// Something authenticated came from `address`.
-    pub fn answered(&mut self, address: IpAddr) {
-        self.sent.remove(&address);
+    /// A handshake message of ours was answered from `address`.
+    pub fn answered(&mut self, now: MonoTime, address: IpAddr) {
+        let address = address.to_canonical();
+        if self.make_room(now, address) {
+            self.noted.insert(address, Note::AnsweredAt(now));
+        }
+    }
+
+    fn make_room(&mut self, now: MonoTime, address: IpAddr) -> bool {
+        if self.noted.len() >= PROBE_TARGETS_MAX && !self.noted.contains_key(&address) {
+            self.noted.retain(|_, note| !note.is_over(now));
+        }
+        self.noted.len() < PROBE_TARGETS_MAX || self.noted.contains_key(&address)
     }
 }
 
@@ -205,8 +238,16 @@ impl Path {
             return;
         }
         if first {
-            self.turn = 0;
-            out.extend(self.all().filter(|to| limiter.take(now, to.addr.ip())));
+            // Retries begin with what could not be asked, as another port of the same address could not.
+            let mut left = None;
+            for (at, to) in self.all().enumerate() {
+                if limiter.take(now, to.addr.ip()) {
+                    out.push(to);
+                } else {
+                    left.get_or_insert(at);
+                }
+            }
+            self.turn = left.unwrap_or(0);
             return;
         }
         let ways = self.all().count();
@@ -311,6 +352,15 @@ mod tests {
     }
 
     #[test]
+    fn a_candidate_that_had_to_wait_for_its_address_is_the_first_to_be_asked_again() {
+        let (mut path, mut limiter) =
+            (path(&["10.0.0.1:1", "10.0.0.1:2"]), ProbeLimiter::default());
+        assert_eq!(targets(&mut path, &mut limiter, 0), ["10.0.0.1:1"]);
+        assert_eq!(targets(&mut path, &mut limiter, 5_000), ["10.0.0.1:2"]);
+        assert_eq!(targets(&mut path, &mut limiter, 10_000), ["10.0.0.1:1"]);
+    }
+
+    #[test]
     fn a_rekey_of_a_working_path_goes_to_the_endpoint_alone() {
         let (mut path, mut limiter) =
             (path(&["10.0.0.1:1", "10.0.0.2:1"]), ProbeLimiter::default());
@@ -352,8 +402,33 @@ mod tests {
             sent += targets(&mut path, &mut limiter, 0).len();
         }
         assert_eq!(sent, 1);
-        limiter.answered(addr("192.0.2.1:1").ip());
-        assert!(limiter.take(at(1), addr("192.0.2.1:1").ip()));
+    }
+
+    #[test]
+    fn an_address_that_answered_is_asked_freely_for_ten_seconds() {
+        let (mut limiter, ip) = (ProbeLimiter::default(), addr("192.0.2.1:1").ip());
+        assert!(limiter.take(at(0), ip));
+        assert!(!limiter.take(at(1), ip));
+        limiter.answered(at(50), addr("[::ffff:192.0.2.1]:1").ip());
+        for ms in [50, 51, 10_049] {
+            assert!(limiter.take(at(ms), ip), "{ms}");
+        }
+        assert!(limiter.take(at(10_050), ip));
+        assert!(!limiter.take(at(10_051), ip));
+    }
+
+    #[test]
+    fn the_limiter_stays_bounded_and_forgets_what_is_over() {
+        let mut limiter = ProbeLimiter::default();
+        let ip = |i: usize| std::net::Ipv4Addr::from(u32::try_from(i).expect("few")).into();
+        for i in 0..PROBE_TARGETS_MAX {
+            assert!(limiter.take(at(0), ip(i)));
+        }
+        assert!(!limiter.take(at(999), ip(PROBE_TARGETS_MAX)));
+        limiter.answered(at(999), ip(PROBE_TARGETS_MAX));
+        assert_eq!(limiter.noted.len(), PROBE_TARGETS_MAX);
+        assert!(limiter.take(at(1_000), ip(PROBE_TARGETS_MAX)));
+        assert_eq!(limiter.noted.len(), 1);
     }
 
     #[test]

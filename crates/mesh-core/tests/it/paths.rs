@@ -210,6 +210,35 @@ fn an_address_many_nodes_name_gets_one_initiation_a_second() {
 }
 
 #[test]
+fn a_restarted_node_is_back_with_all_nodes_behind_one_address_within_3_s() {
+    let mut net = Network::new(12);
+    net.add(&format!("192.0.2.1:{PORT}"));
+    for i in 1..=40 {
+        net.add(&format!("10.0.0.{i}:{PORT}"));
+        net.hosts[i].nat = Some(Nat::new(&format!("198.51.100.7:{}", 40_000 + i)));
+    }
+    let mut peers = net.peers_of(0);
+    peers.iter_mut().for_each(|peer| peer.candidates.clear());
+    net.set_peers(0, &peers);
+    for i in 1..=40 {
+        let config = net.config_of(0);
+        net.set_peers(i, &[config]);
+        net.send(i, 0, "hello");
+        net.run_ms(100);
+    }
+    let mut known = Vec::new();
+    net.hosts[0].tunnel.snapshot(net.now, &mut known);
+    net.restart(0, &[]);
+    let heard = known.iter().filter_map(|peer| Some((peer.key, peer.endpoint?)));
+    net.hosts[0].tunnel.remember(heard);
+    net.set_peers(0, &peers);
+    net.initiate_all(0);
+    net.run_s(3);
+    let sessions = (1..=40).filter(|i| net.snapshot(0, *i).session).count();
+    assert_eq!(sessions, 40);
+}
+
+#[test]
 fn replies_leave_from_the_address_that_was_written_to() {
     let mut net = Network::mesh(10, 2);
     net.send(0, 1, "hello");
