@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!  key ──────────┐                        ┌ engine (old preshared key)   receives until 180 s later
-//!  index >> 8 ───┼─> slot ─> Peer ─> set ─┼ engine (newest)              begins handshakes; sends once it can
-//!  prefix ───────┘            │           └ ...at most ENGINES_PER_PEER_MAX
+//!  index >> 8 ───┼─> slot ─> Peer ─> set ─┼ engine (previous own key)    answers, and begins while no newer can send
+//!  prefix ───────┘            │           ├ engine (newest)              begins handshakes; sends once it can
+//!                             │           └ ...at most ENGINES_PER_PEER_MAX
 //!                             └ path, staged packets, counters
 //! ```
 //! A peer owns a set of engines with disjoint receiver indexes: the newest that has a session sends, all
@@ -53,7 +54,7 @@ pub struct Peer<E> {
     pub answers: Bucket,
     /// A handshake waits until its destinations may be asked.
     pub initiate_at: Option<MonoTime>,
-    /// It replaces one that is unanswered: there are new candidates.
+    /// It replaces one that is unanswered: there are new candidates, or another own key is due.
     pub initiate_anew: bool,
     pub initiated_at: Option<MonoTime>,
     pub last_handshake: Option<MonoTime>,
@@ -97,14 +98,29 @@ impl<E: Engine> Peer<E> {
         self.members.iter_mut().find(|member| member.index == index)
     }
 
-    /// The engine that begins handshakes.
-    pub fn newest(&mut self) -> Option<&mut Member<E>> {
-        self.members.last_mut()
-    }
-
     /// The newest engine with this own key answers handshakes to it.
     pub fn answering(&mut self, own: OwnKeyId) -> Option<&mut Member<E>> {
         self.members.iter_mut().rev().find(|member| member.own == own)
+    }
+
+    /// Whether the engine at `at` begins and renews sessions: the newest does, and while no newer one can send (the
+    /// other side may not have heard of our next key) the newest of each other own key.
+    pub fn speaks(&self, now: MonoTime, at: usize) -> bool {
+        let newer = self.members.get(at + 1..).unwrap_or_default();
+        let kept = self.members.get(at).is_some_and(|member| member.retire_at.is_none());
+        newer.is_empty() || (kept && !newer.iter().any(|member| member.engine.can_send(now)))
+    }
+
+    pub fn speakers(&self, now: MonoTime) -> usize {
+        (0..self.members.len()).filter(|at| self.speaks(now, *at)).count()
+    }
+
+    /// Which engine goes first where there are too many: one that was replaced, rather without a session.
+    fn dispensable(&self, now: MonoTime) -> usize {
+        let replaced = |member: &Member<E>| member.retire_at.is_some();
+        let dead = |member: &Member<E>| replaced(member) && !member.engine.can_send(now);
+        let of = |what: &dyn Fn(&Member<E>) -> bool| self.members.iter().position(what);
+        of(&dead).or_else(|| of(&replaced)).unwrap_or(0)
     }
 
     fn deadline(&self, now: MonoTime) -> Option<MonoTime> {
@@ -248,17 +264,15 @@ impl<E: Engine> Peers<E> {
         }
     }
 
-    /// Puts `member` beside the peer's other engines, as the newest; the others stop beginning handshakes and
-    /// go when no session of theirs can be alive.
+    /// Puts `member` beside the peer's other engines, as the newest; those with the same own key stop beginning
+    /// handshakes and go when no session of theirs can be alive.
     pub fn add_member(&mut self, now: MonoTime, slot: u32, member: Member<E>) {
         let index = member.index;
+        self.retire_own(now, slot, member.own);
         let Some(peer) = self.get_mut(slot) else { return };
-        for old in &mut peer.members {
-            old.retire_at.get_or_insert(now + QUARANTINE);
-        }
         let mut released = None;
         if peer.members.len() >= ENGINES_PER_PEER_MAX {
-            released = Some(peer.members.remove(0).index);
+            released = Some(peer.members.remove(peer.dispensable(now)).index);
         }
         peer.members.push(member);
         if let Some(index) = released {
@@ -266,6 +280,14 @@ impl<E: Engine> Peers<E> {
         }
         if let Err(at) = self.by_index.binary_search_by_key(&index, |entry| entry.0) {
             self.by_index.insert(at, (index, slot));
+        }
+    }
+
+    /// The engines with own key `own` go when no session of theirs can be alive.
+    pub fn retire_own(&mut self, now: MonoTime, slot: u32, own: OwnKeyId) {
+        let members = self.get_mut(slot).map(|peer| peer.members.as_mut_slice());
+        for member in members.unwrap_or_default().iter_mut().filter(|member| member.own == own) {
+            member.retire_at.get_or_insert(now + QUARANTINE);
         }
     }
 

@@ -19,12 +19,12 @@ impl<F: EngineFactory> Tunnel<F> {
     pub fn set_peers(&mut self, now: MonoTime, configs: &[PeerConfig]) -> Vec<PeerRefusal> {
         self.now = now;
         self.flush(now);
-        let own = self.factory.public_key(self.config.own);
+        let own: Vec<_> = self.own_keys().filter_map(|id| self.factory.public_key(id)).collect();
         let mut refused = Vec::new();
         let mut wanted = BTreeSet::new();
         for config in configs {
             let key = config.key;
-            if own == Some(key) {
+            if own.contains(&key) {
                 refused.push(PeerRefusal::OwnKey { key });
             } else if !wanted.insert(key) {
                 refused.push(PeerRefusal::KeyTwice { key });
@@ -49,8 +49,9 @@ impl<F: EngineFactory> Tunnel<F> {
         refused
     }
 
-    /// Holds another own key for new handshakes: every peer gets an engine with it, beside those that
-    /// have sessions under the old key.
+    /// Begins handshakes with another own key: every peer gets an engine with it. Those of the key until now go on
+    /// answering, and begin where the new key finds no answer, since peers hear of it in their time;
+    /// until [`Self::forget_own`].
     pub fn set_own(&mut self, now: MonoTime, own: OwnKeyId) {
         self.now = now;
         if self.config.own == own {
@@ -63,8 +64,30 @@ impl<F: EngineFactory> Tunnel<F> {
         self.config.own = own;
         let slots: Vec<u32> = self.peers.slots().collect();
         for slot in slots {
-            self.add_engine(now, slot);
+            self.add_engine(now, slot, own);
+            self.begin_anew(now, slot);
         }
+    }
+
+    /// Answers no handshake under own key `id` any more; its sessions live to their end, at most 180 s. The key in
+    /// use stays.
+    pub fn forget_own(&mut self, now: MonoTime, id: OwnKeyId) {
+        self.now = now;
+        if self.config.own == id {
+            return;
+        }
+        self.config.also_own.retain(|also| *also != id);
+        let slots: Vec<u32> = self.peers.slots().collect();
+        for slot in slots {
+            self.peers.retire_own(now, slot, id);
+            self.peers.reschedule(now, slot);
+        }
+    }
+
+    /// Every own key that is answered, the one handshakes begin with last.
+    fn own_keys(&self) -> impl Iterator<Item = OwnKeyId> + use<F> {
+        let also = self.config.also_own.clone();
+        also.into_iter().chain(std::iter::once(self.config.own))
     }
 
     /// The factory, to give it another own key before [`Self::set_own`].
@@ -92,7 +115,7 @@ impl<F: EngineFactory> Tunnel<F> {
     fn set_peer(&mut self, now: MonoTime, config: &PeerConfig) -> Option<u32> {
         let Some(slot) = self.peers.slot_of(&config.key) else {
             let slot = self.peers.insert(Peer::new(config.clone()))?;
-            self.add_engine(now, slot);
+            self.add_engines(now, slot);
             let peer = self.peers.get_mut(slot)?;
             peer.path.set_candidates(now, &config.candidates);
             if let Some(addr) = self.remembered.remove(&config.key) {
@@ -120,15 +143,21 @@ impl<F: EngineFactory> Tunnel<F> {
             }
         }
         if before.preshared != config.preshared {
-            self.add_engine(now, slot);
+            self.add_engines(now, slot);
+            self.begin_anew(now, slot);
         }
         self.peers.reschedule(now, slot);
         Some(slot)
     }
 
-    fn add_engine(&mut self, now: MonoTime, slot: u32) {
+    fn add_engines(&mut self, now: MonoTime, slot: u32) {
+        for own in self.own_keys() {
+            self.add_engine(now, slot, own);
+        }
+    }
+
+    fn add_engine(&mut self, now: MonoTime, slot: u32, own: OwnKeyId) {
         let (index, seed) = self.peers.new_index(now);
-        let own = self.config.own;
         let Some(peer) = self.peers.get(slot) else { return };
         let config = EngineConfig {
             own,
@@ -140,12 +169,13 @@ impl<F: EngineFactory> Tunnel<F> {
         };
         let engine = self.factory.create(now, config);
         let member = Member { engine, index, own, retire_at: None, unconfirmed: false };
-        let renewed = !peer.members.is_empty();
         self.peers.add_member(now, slot, member);
-        // Under the new keys as soon as may be: the old session lives at most 180 s more.
-        if let Some(peer) = self.peers.get_mut(slot)
-            && renewed
-        {
+        self.peers.reschedule(now, slot);
+    }
+
+    /// Under the new keys as soon as may be: an old session lives at most 180 s more.
+    fn begin_anew(&mut self, now: MonoTime, slot: u32) {
+        if let Some(peer) = self.peers.get_mut(slot) {
             peer.initiate_at = Some(now);
         }
         self.peers.reschedule(now, slot);

@@ -70,13 +70,29 @@ impl<F: EngineFactory> Tunnel<F> {
             return;
         }
         peer.initiate_at = None;
-        let Some(member) = peer.members.last_mut() else { return };
-        if let Some(len) = member.engine.initiate(now, force, &mut self.buffer) {
-            let limiter = &mut self.limiter;
-            peer.path.initiation_targets(now, session, limiter, &mut self.targets);
+        let force = std::mem::take(&mut peer.initiate_anew) || force;
+        self.initiate(now, slot, session, force);
+        self.peers.reschedule(now, slot);
+    }
+
+    /// All engines of the peer that may begin do, and their messages go the same ways: an address is asked
+    /// once a second, whoever knocks.
+    fn initiate(&mut self, now: MonoTime, slot: u32, session: bool, force: bool) {
+        let mut aimed = false;
+        let count = self.peers.get(slot).map_or(0, |peer| peer.members.len());
+        for at in (0..count).rev() {
+            let Some(peer) = self.peers.get_mut(slot) else { return };
+            if !peer.speaks(now, at) {
+                continue;
+            }
+            let Some(member) = peer.members.get_mut(at) else { return };
+            let Some(len) = member.engine.initiate(now, force, &mut self.buffer) else { continue };
+            if !std::mem::replace(&mut aimed, true) {
+                let limiter = &mut self.limiter;
+                peer.path.initiation_targets(now, session, limiter, &mut self.targets);
+            }
             self.send_initiation(now, slot, len);
         }
-        self.peers.reschedule(now, slot);
     }
 
     fn run_peer(&mut self, now: MonoTime, slot: u32) {
@@ -88,8 +104,7 @@ impl<F: EngineFactory> Tunnel<F> {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         if peer.initiate_at.is_some_and(|at| at <= now) {
             peer.initiate_at = None;
-            let force = std::mem::take(&mut peer.initiate_anew);
-            self.begin_handshake(now, slot, force);
+            self.begin_handshake(now, slot, false);
         }
         self.probe(now, slot);
     }
@@ -97,12 +112,19 @@ impl<F: EngineFactory> Tunnel<F> {
     fn run_engine(&mut self, now: MonoTime, slot: u32, at: usize, newest: bool) {
         for _ in 0..OUTCOMES_PER_ENGINE_MAX {
             let Some(peer) = self.peers.get_mut(slot) else { return };
+            let speaks = peer.speaks(now, at);
             let Some(member) = peer.members.get_mut(at) else { return };
             match member.engine.handle_timeout(now, &mut self.buffer) {
                 TimerOutcome::Idle => return,
                 // A replaced engine lives on to receive; its keys are not to be renewed.
-                TimerOutcome::Initiation(_) | TimerOutcome::GaveUp if !newest => {}
+                TimerOutcome::Initiation(_) if !speaks => {}
+                TimerOutcome::GaveUp if !newest => {}
                 TimerOutcome::Initiation(len) => {
+                    // While the other side may know any of our keys, all knock together.
+                    if peer.speakers(now) > 1 {
+                        (peer.initiate_at, peer.initiate_anew) = (Some(now), true);
+                        continue;
+                    }
                     let (session, limiter) = (peer.sender(now).is_some(), &mut self.limiter);
                     peer.path.initiation_targets(now, session, limiter, &mut self.targets);
                     self.send_initiation(now, slot, len);

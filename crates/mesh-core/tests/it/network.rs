@@ -68,6 +68,8 @@ pub(crate) struct Host {
     pub(crate) private: PrivateKey,
     pub(crate) key: PublicKey,
     pub(crate) addr: SocketAddr,
+    /// How many keys it had since it was started.
+    own_keys: u8,
     pub(crate) nat: Option<Nat>,
     pub(crate) up: bool,
     /// The shard is busy elsewhere and takes nothing from the tunnel.
@@ -135,6 +137,7 @@ impl Network {
             key: public_key(&private),
             private,
             addr: addr.parse().expect("an endpoint"),
+            own_keys: 0,
             nat: None,
             up: true,
             busy: false,
@@ -146,8 +149,9 @@ impl Network {
 
     /// The host begins handshakes with another key from now on.
     pub(crate) fn change_own_key(&mut self, host: usize, private: PrivateKey) {
-        let id = OwnKeyId(1);
         let changed = &mut self.hosts[host];
+        changed.own_keys += 1;
+        let id = OwnKeyId(changed.own_keys);
         changed.tunnel.factory_mut().set_own_key(id, &private);
         changed.tunnel.set_own(self.now, id);
         changed.key = public_key(&private);
@@ -180,6 +184,7 @@ impl Network {
     pub(crate) fn restart(&mut self, host: usize, peers: &[PeerConfig]) {
         let seed = self.random.next();
         self.hosts[host].tunnel = new_tunnel(&self.hosts[host].private, seed);
+        self.hosts[host].own_keys = 0;
         self.set_peers(host, peers);
     }
 

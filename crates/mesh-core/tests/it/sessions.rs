@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
-use mesh_core::tunnel::DropReason;
-use mesh_core::tunnel::engine::INITIATION_BYTES;
+use mesh_core::tunnel::engine::{EngineFactory, INITIATION_BYTES, OwnKeyId};
+use mesh_core::tunnel::model::{ModelFactory, public_key};
+use mesh_core::tunnel::{DropReason, Tunnel, TunnelConfig};
+use mesh_types::key::PrivateKey;
 
 use crate::network::{Network, preshared};
 
@@ -196,6 +198,74 @@ fn an_own_key_changes_without_cutting_the_sessions_of_the_old_one() {
     net.run_s(1);
     assert_eq!(net.texts(0, 1).last().map(String::as_str), Some("to the new key"));
     assert_eq!(net.texts(1, 0).last().map(String::as_str), Some("from the new key"));
+}
+
+#[test]
+fn a_peer_that_does_not_hear_of_our_new_key_for_an_hour_goes_on_talking_to_the_old_one() {
+    let mut net = Network::mesh(14, 2);
+    net.send(0, 1, "open");
+    net.run_ms(100);
+    net.change_own_key(0, mesh_types::key::PrivateKey::from_bytes([0x77; 32]));
+    for second in 0..3_600 {
+        // Traffic one way, both ways, and long enough none at all.
+        if second % 1_200 < 700 {
+            net.send(0, 1, "a");
+        }
+        if second % 1_200 > 300 && second % 1_200 < 900 {
+            net.send(1, 0, "b");
+        }
+        net.run_s(1);
+    }
+    assert_eq!(net.texts(1, 0).len(), 1 + 3 * 700);
+    assert_eq!(net.texts(0, 1).len(), 3 * 599);
+    let peers = net.peers_of(1);
+    net.set_peers(1, &peers);
+    net.send(1, 0, "to the new key");
+    net.run_s(1);
+    net.send(0, 1, "from the new key");
+    net.run_s(1);
+    assert_eq!(net.texts(0, 1).last().map(String::as_str), Some("to the new key"));
+    assert_eq!(net.texts(1, 0).last().map(String::as_str), Some("from the new key"));
+}
+
+#[test]
+fn a_node_started_with_two_own_keys_answers_both_and_stops_when_told() {
+    let mut net = Network::mesh(15, 3);
+    // Host 0 comes back with another key and its old one besides; host 2 has heard of it, host 1 has not.
+    let peers = net.peers_of(0);
+    let old = net.hosts[0].private.clone();
+    let new = PrivateKey::from_bytes([0x78; 32]);
+    let mut factory = ModelFactory::new(&old);
+    factory.set_own_key(OwnKeyId(1), &new);
+    let config =
+        TunnelConfig { own: OwnKeyId(1), also_own: vec![OwnKeyId(0)], ..TunnelConfig::default() };
+    net.hosts[0].tunnel = Tunnel::new(config, factory, 7);
+    net.set_peers(0, &peers);
+    net.hosts[0].key = public_key(&new);
+    let at_two = net.peers_of(2);
+    net.set_peers(2, &at_two);
+    net.send(1, 0, "old");
+    net.send(2, 0, "new");
+    net.run_s(1);
+    net.send(0, 1, "back");
+    net.send(0, 2, "back");
+    net.run_s(1);
+    assert_eq!((net.texts(0, 1), net.texts(0, 2)), (vec!["old".into()], vec!["new".into()]));
+    assert_eq!((net.texts(1, 0), net.texts(2, 0)), (vec!["back".into()], vec!["back".into()]));
+
+    net.hosts[0].tunnel.forget_own(net.now, OwnKeyId(0));
+    for _ in 0..200 {
+        net.send(1, 0, "x");
+        net.send(2, 0, "y");
+        net.run_s(1);
+    }
+    let heard = net.texts(0, 1).len();
+    assert!(
+        (100..=181).contains(&heard),
+        "the old session lived to its end and no longer: {heard}"
+    );
+    assert!(net.dropped(0, DropReason::BadMac) > 0);
+    assert_eq!(net.texts(0, 2).len(), 201);
 }
 
 #[test]

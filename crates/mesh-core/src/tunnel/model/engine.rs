@@ -286,7 +286,8 @@ impl Engine for ModelEngine {
         {
             return None;
         }
-        self.write_initiation(now, now, out);
+        let begun = self.handshake.map_or(now, |handshake| handshake.begun);
+        self.write_initiation(now, begun, out);
         Some(INITIATION_BYTES)
     }
 
