@@ -7,7 +7,9 @@ use mesh_core::tunnel::UdpMeta;
 use mesh_core::tunnel::peers::SplitMix64;
 use proptest::prelude::*;
 
-use crate::network::Network;
+use mesh_types::key::PrivateKey;
+
+use crate::network::{Network, preshared};
 
 /// Two hosts with a session, and what was on the wire between them.
 fn living() -> Network {
@@ -112,7 +114,7 @@ fn happen(net: &mut Network, random: &mut SplitMix64, number: u64) {
     let count = net.hosts.len() as u64;
     let mut draw = |below: u64| usize::try_from(random.next() % below).expect("small");
     let (a, b) = (draw(count), draw(count));
-    match draw(40) {
+    match draw(48) {
         0 => net.hosts[a].up = false,
         1..=3 => net.hosts[a].up = true,
         4 => {
@@ -136,14 +138,43 @@ fn happen(net: &mut Network, random: &mut SplitMix64, number: u64) {
         8 => net.loss_percent = u64::try_from(draw(60)).expect("small"),
         9 => net.jitter = Duration::from_millis(u64::try_from(draw(50)).expect("small")),
         10 => net.run_s(u64::try_from(draw(300)).expect("small")),
+        11 => {
+            let address = format!("[2001:db8::{}]:{}", a + 1, 1_000 + draw(9));
+            net.hosts[a].addr = address.parse().expect("an endpoint");
+        }
+        12 => {
+            let mut peers = net.peers_of(a);
+            for peer in &mut peers {
+                peer.keepalive = (draw(2) == 0).then_some(Duration::from_secs(25));
+                peer.preshared = (draw(4) == 0).then_some(preshared(7)).flatten();
+            }
+            net.set_peers(a, &peers);
+        }
+        13 => {
+            let mut private = [0xaa; 32];
+            private[8..16].copy_from_slice(&number.to_le_bytes());
+            net.change_own_key(a, PrivateKey::from_bytes(private));
+        }
+        14 => net.hosts[a].busy = true,
+        15..=17 => net.hosts[a].busy = false,
         _ if a != b => net.send(a, b, &format!("{a}>{b} {number}")),
         _ => {}
     }
 }
 
+/// 40, or `SIM_SEEDS=from..to` to look further.
+fn seeds() -> std::ops::Range<u64> {
+    let wanted = std::env::var("SIM_SEEDS").ok();
+    let parsed = wanted.as_deref().map(|text| {
+        let (from, to) = text.split_once("..").expect("SIM_SEEDS is from..to");
+        from.parse().expect("a number")..to.parse().expect("a number")
+    });
+    parsed.unwrap_or(0..40)
+}
+
 #[test]
 fn whatever_happens_packets_arrive_once_from_who_sent_them_and_a_healed_mesh_recovers() {
-    for seed in 0..40 {
+    for seed in seeds() {
         let mut net = Network::mesh(seed, 4);
         let mut random = SplitMix64(seed ^ 0xc0ffee);
         for number in 0..400 {
@@ -180,6 +211,7 @@ fn heal(net: &mut Network) {
     net.jitter = Duration::ZERO;
     for host in 0..net.hosts.len() {
         net.hosts[host].up = true;
+        net.hosts[host].busy = false;
         let peers = net.peers_of(host);
         net.set_peers(host, &peers);
     }
