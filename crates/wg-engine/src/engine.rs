@@ -104,6 +104,7 @@ impl BoringEngine {
             return None;
         }
         self.pending = read_u32(out, 4);
+        self.ring.issue(self.pending?);
         Some(written)
     }
 
@@ -127,12 +128,16 @@ impl BoringEngine {
         if self.last_initiation_in.is_some_and(|last| now.since(last) < INITIATION_SPACING) {
             return Err(EngineError::StaleInitiation);
         }
+        if self.ring.next_displaces_living(now) {
+            return Err(EngineError::PeerLimited);
+        }
         let tunn = self.tunn.as_mut().ok_or(EngineError::NoSession)?;
         let reply_len = reply(tunn.decapsulate(Some(source), datagram, out), RESPONSE_BYTES)?;
         let (remote, local) =
             read_u32(datagram, 4).zip(read_u32(out, 4)).ok_or(EngineError::Malformed)?;
         self.last_initiation_in = Some(now);
         self.pending = None;
+        self.ring.issue(local);
         self.ring.add_responder(now, local, remote);
         self.timers.received(now, false);
         self.timers.sent(now, false);
@@ -255,7 +260,7 @@ impl BoringEngine {
 
     /// A transport message of `session` verified.
     fn authenticated(&mut self, now: MonoTime, session: &Session, data: bool) {
-        if self.ring.received(session.local) {
+        if self.ring.received(now, session.local) {
             if let Some(tunn) = &mut self.tunn {
                 drain_queue(tunn, &mut self.scratch, self.plaintext_max);
             }

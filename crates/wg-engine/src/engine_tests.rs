@@ -236,6 +236,36 @@ fn an_initiation_of_the_wrong_key_or_preshared_key_gives_no_session() {
 }
 
 #[test]
+fn retries_of_a_side_with_another_preshared_key_do_not_end_the_session_in_use() {
+    let (a, b) = (generate_private_key(), generate_private_key());
+    let (mut ours, mut theirs) = (side(&a, &b, None, 1), side(&b, &a, None, 2));
+    connect(&mut ours, &mut theirs, at(0));
+    let mut renewed = side(&a, &b, Some(&PresharedKey::from_bytes([1; 32])), 3);
+    let mut refused = 0;
+    for second in (5..120).step_by(5) {
+        let first = initiation(&mut renewed, at(second));
+        match hand(&mut theirs, at(second), &first) {
+            Ok((_, second_message)) => {
+                assert!(hand(&mut renewed, at(second), &second_message).is_err());
+            }
+            Err(error) => {
+                assert_eq!(error, EngineError::PeerLimited);
+                refused += 1;
+            }
+        }
+        let there = seal(&mut ours, at(second), &padded(ipv4(40))).expect("sealed");
+        assert_eq!(open(&mut theirs, at(second), &there), Ok(ipv4(40)), "{second} s");
+        let back = seal(&mut theirs, at(second), &padded(ipv4(60))).expect("sealed");
+        assert_eq!(open(&mut ours, at(second), &back), Ok(ipv4(60)), "{second} s");
+    }
+    assert!(refused > 0);
+    // Once the session is silent, it makes room.
+    let first = initiation(&mut ours, at(140));
+    let (_, answer) = hand(&mut theirs, at(140), &first).expect("accepted");
+    assert!(hand(&mut ours, at(140), &answer).is_ok());
+}
+
+#[test]
 fn a_low_order_static_key_never_reaches_an_engine() {
     // EngineConfig holds a PublicKey, and these cannot become one: no initiation can leave for them.
     for first in [0u8, 1] {

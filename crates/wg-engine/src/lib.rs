@@ -20,7 +20,8 @@
 //! - persistent keepalives change without losing sessions;
 //! - received counters stop at 2^64 - 2^13, where `Tunn`'s arithmetic would overflow;
 //! - low-order static and ephemeral keys are refused before any message is made from them;
-//! - at most 50 initiations per second are accepted of one peer;
+//! - at most 50 initiations per second are accepted of one peer, and none whose answer would push a living session
+//!   out of `Tunn`'s eight slots;
 //! - a cookie is bound to address and port, and a cookie reply never moves an endpoint;
 //! - `Tunn`'s packet queue stays empty: nothing is encapsulated without a session;
 //! - padding is the caller's, and kept.

@@ -27,6 +27,9 @@ pub(crate) const COUNTER_LIMIT: u64 = u64::MAX - (1 << 13);
 /// Rekey-After-Messages (same section).
 pub(crate) const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
 
+/// Keepalive timeout and rekey timeout together (whitepaper section 6.5): a living session was heard of since.
+const SILENCE: Duration = Duration::from_secs(15);
+
 /// `Tunn` may have forgotten a session this much before we call it expired, or after: its clock is read
 /// later than `now` was.
 const CLOCK_SLACK: Duration = Duration::from_secs(1);
@@ -41,6 +44,8 @@ pub(crate) struct Session {
     /// The peer has shown that it holds the keys (whitepaper section 5.4.6: a responder sends nothing before).
     pub(crate) confirmed: bool,
     pub(crate) sent: u64,
+    /// Something was authenticated under it then.
+    heard: MonoTime,
     /// Order of establishment.
     order: u64,
 }
@@ -49,6 +54,8 @@ pub(crate) struct Session {
 pub(crate) struct Ring {
     slots: [Option<Session>; SLOTS],
     current: u32,
+    /// The local index `Tunn` gave out last.
+    issued: u32,
     established: u64,
 }
 
@@ -64,9 +71,23 @@ impl Ring {
         self.switch(local);
     }
 
+    /// `Tunn` wrote a handshake message with this index.
+    pub(crate) fn issue(&mut self, local: u32) {
+        self.issued = local;
+    }
+
+    /// Whether the next handshake answered would take the slot of a session that is in use and alive. It may: each
+    /// retry of a peer that cannot use our answers (another preshared key) takes one more slot.
+    pub(crate) fn next_displaces_living(&self, now: MonoTime) -> bool {
+        let next = position(self.issued.wrapping_add(1));
+        let alive = |session: &Session| now.since(session.heard) < SILENCE;
+        next == position(self.current) && self.sender(now).is_ok_and(|session| alive(&session))
+    }
+
     /// A packet was authenticated under `local`. Returns whether that confirmed the session.
-    pub(crate) fn received(&mut self, local: u32) -> bool {
+    pub(crate) fn received(&mut self, now: MonoTime, local: u32) -> bool {
         let Some(session) = self.slot_mut(local) else { return false };
+        session.heard = now;
         let first = !std::mem::replace(&mut session.confirmed, true);
         self.switch(local);
         first
@@ -137,6 +158,7 @@ impl Ring {
             initiator,
             confirmed: initiator,
             sent: 0,
+            heard: now,
             order: self.established,
         });
     }
@@ -177,8 +199,8 @@ mod tests {
         let mut ring = Ring::default();
         ring.add_responder(at(0), 0x101, 9);
         assert_eq!(ring.sender(at(0)).map(|s| s.remote), Err(EngineError::NoSession));
-        assert!(ring.received(0x101));
-        assert!(!ring.received(0x101), "confirmed once");
+        assert!(ring.received(at(0), 0x101));
+        assert!(!ring.received(at(0), 0x101), "confirmed once");
         assert_eq!(ring.sender(at(0)).map(|s| s.remote), Ok(9));
     }
 
@@ -196,7 +218,7 @@ mod tests {
         let mut ring = Ring::default();
         ring.add_initiator(at(0), 0x101, 1);
         ring.add_initiator(at(120), 0x102, 2);
-        ring.received(0x101);
+        ring.received(at(120), 0x101);
         assert!(ring.receiver(at(121), 0x101).is_ok());
         assert_eq!(ring.sender(at(121)).map(|s| s.remote), Ok(2));
     }
@@ -209,6 +231,21 @@ mod tests {
             ring.add_responder(at(1), local, 50);
         }
         assert_eq!(ring.sender(at(1)).map(|s| s.remote), Err(EngineError::NoSession));
+    }
+
+    #[test]
+    fn an_answer_does_not_take_the_slot_of_a_session_heard_of_lately() {
+        let mut ring = Ring::default();
+        ring.add_initiator(at(0), 0x101, 1);
+        ring.issue(0x107);
+        assert!(!ring.next_displaces_living(at(0)));
+        ring.issue(0x108);
+        assert!(ring.next_displaces_living(at(14)));
+        assert!(!ring.next_displaces_living(at(15)), "a silent one may go");
+        ring.received(at(20), 0x101);
+        assert!(ring.next_displaces_living(at(34)));
+        ring.add_initiator(at(34), 0x102, 2);
+        assert!(!ring.next_displaces_living(at(34)), "it is not in use any more");
     }
 
     #[test]

@@ -162,6 +162,7 @@ impl From<EngineError> for DropReason {
             EngineError::BadTag => Self::BadTag,
             EngineError::BadHandshake => Self::BadHandshake,
             EngineError::StaleInitiation => Self::StaleInitiation,
+            EngineError::PeerLimited => Self::PeerLimited,
             EngineError::UnderLoad => Self::UnderLoad,
             EngineError::NotIp => Self::NotIp,
         }

@@ -82,6 +82,8 @@ pub enum EngineError {
     BadHandshake,
     #[error("initiation older than the last one accepted")]
     StaleInitiation,
+    #[error("more handshakes of this peer than can be answered")]
+    PeerLimited,
     #[error("session or handshake expired")]
     Expired,
     #[error("under load: the sender must prove its address")]
