@@ -364,6 +364,10 @@ impl Engine for BoringEngine {
         self.timers.set_keepalive(now, interval);
     }
 
+    fn retire(&mut self) {
+        self.timers.retire();
+    }
+
     fn status(&self, now: MonoTime) -> EngineStatus {
         EngineStatus {
             since_handshake: self.last_handshake.map(|at| now.since(at)),

@@ -69,6 +69,8 @@ pub(crate) struct Timers {
     /// A given-up peer is tried again then; meanwhile persistent keepalives rest.
     revive_at: Option<MonoTime>,
     backoff: Duration,
+    /// Handshakes are another engine's.
+    retired: bool,
 }
 
 impl Timers {
@@ -84,6 +86,7 @@ impl Timers {
             persistent_at: None,
             revive_at: None,
             backoff: BACKOFF_FIRST,
+            retired: false,
         };
         timers.set_keepalive(now, keepalive);
         timers
@@ -143,6 +146,12 @@ impl Timers {
         self.backoff = BACKOFF_FIRST;
     }
 
+    /// No more handshakes from here, and none to give up.
+    pub(crate) fn retire(&mut self) {
+        self.retired = true;
+        self.attempt = None;
+    }
+
     /// Any authenticated message came in; `data`: it carried a packet.
     pub(crate) fn received(&mut self, now: MonoTime, data: bool) {
         self.unanswered_at = None;
@@ -188,7 +197,7 @@ impl Timers {
     /// The next instant [`Self::poll`] has something to do.
     pub(crate) fn next(&self, now: MonoTime) -> Option<MonoTime> {
         let attempt = self.attempt.map(|a| a.retry_at.min(a.started + REKEY_ATTEMPT));
-        let idle = self.attempt.is_none();
+        let idle = self.attempt.is_none() && !self.retired;
         let rekey = (idle && self.rekey).then_some(now);
         let unanswered = self.unanswered_at.filter(|_| idle);
         let revive = self.revive_at.filter(|_| idle);
@@ -200,6 +209,9 @@ impl Timers {
 
     fn handshake_due(&self, now: MonoTime, can_send: bool) -> bool {
         let reached = |at: Option<MonoTime>| at.is_some_and(|at| now >= at);
+        if self.retired {
+            return false;
+        }
         self.rekey
             || reached(self.unanswered_at)
             || reached(self.revive_at)
@@ -374,6 +386,21 @@ mod tests {
         timers.sent(at(9), true);
         assert_eq!(timers.poll(at(15), true), Due::Nothing);
         assert_eq!(timers.poll(at(17), true), Due::Initiation);
+    }
+
+    #[test]
+    fn a_retired_engine_begins_no_handshake_and_gives_none_up() {
+        let mut timers = Timers::new(at(0), Some(Duration::from_secs(25)), 1);
+        timers.initiation_sent(at(0));
+        timers.sent(at(1), true);
+        timers.want_rekey();
+        timers.retire();
+        let (sent, given_up) = alone(&mut timers, at(0), Duration::from_secs(600));
+        assert_eq!((sent, given_up), (vec![], vec![]));
+        timers.sent(at(600), true);
+        timers.want_rekey();
+        assert_eq!(timers.poll(at(700), true), Due::Keepalive, "sessions are kept");
+        assert_eq!(timers.poll(at(700), true), Due::Nothing);
     }
 
     #[test]

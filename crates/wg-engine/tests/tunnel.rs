@@ -201,3 +201,22 @@ fn a_changed_preshared_key_replaces_the_session_without_losing_a_packet() {
         assert_eq!(settle(&mut a, &mut b, at(second + 1)).1, [there], "{second} s");
     }
 }
+
+#[test]
+fn a_preshared_key_the_other_side_never_gets_costs_nothing_until_the_old_session_ends() {
+    let (mut a, mut b) = pair(at(0));
+    let first = packet(&a, &b, 100, 1);
+    send(&mut a, at(1), first);
+    settle(&mut a, &mut b, at(1));
+    introduce(&mut a, &b, at(2), Some([7; 32]), false);
+    // One way only: what the other side answers to our tries is all it says.
+    for second in 3..180 {
+        run(&mut a, &mut b, at(second - 1), at(second));
+        let there = packet(&a, &b, 100, 3);
+        send(&mut a, at(second), there.clone());
+        assert_eq!(settle(&mut a, &mut b, at(second)).1, [there], "{second} s");
+    }
+    let late = packet(&a, &b, 100, 4);
+    send(&mut a, at(182), late);
+    assert_eq!(settle(&mut a, &mut b, at(182)).1, Vec::<Vec<u8>>::new());
+}

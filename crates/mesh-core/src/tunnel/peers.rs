@@ -288,6 +288,7 @@ impl<E: Engine> Peers<E> {
         let members = self.get_mut(slot).map(|peer| peer.members.as_mut_slice());
         for member in members.unwrap_or_default().iter_mut().filter(|member| member.own == own) {
             member.retire_at.get_or_insert(now + QUARANTINE);
+            member.engine.retire();
         }
     }
 

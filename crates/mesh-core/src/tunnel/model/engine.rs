@@ -49,6 +49,7 @@ pub struct ModelEngine {
     own_time: u64,
     cookie: Option<([u8; 16], MonoTime)>,
     wants_handshake: bool,
+    retired: bool,
     /// Data went out since something came in.
     unanswered_since: Option<MonoTime>,
     /// Data came in since something went out.
@@ -98,6 +99,7 @@ impl ModelEngine {
             own_time: 0,
             cookie: None,
             wants_handshake: config.keepalive.is_some(),
+            retired: false,
             unanswered_since: None,
             unacknowledged_since: None,
             last_traffic: now,
@@ -274,7 +276,8 @@ impl ModelEngine {
     fn handshake_due(&self, now: MonoTime) -> bool {
         let silent = self.unanswered_since.is_some_and(|since| now.since(since) >= SILENT_AFTER);
         let keepalive = self.keepalive_at().is_some_and(|at| at <= now);
-        self.wants_handshake || silent || (keepalive && self.sender(now).is_none())
+        !self.retired
+            && (self.wants_handshake || silent || (keepalive && self.sender(now).is_none()))
     }
 }
 
@@ -343,6 +346,7 @@ impl Engine for ModelEngine {
     fn next_timeout(&self, now: MonoTime) -> Option<MonoTime> {
         let handshake = match self.handshake {
             Some(handshake) => Some(handshake.retry_at),
+            None if self.retired => None,
             None if self.wants_handshake => Some(now),
             None => self.unanswered_since.map(|since| since + SILENT_AFTER),
         };
@@ -378,6 +382,11 @@ impl Engine for ModelEngine {
         let new = interval.is_some() && self.keepalive.is_none();
         self.wants_handshake |= new && self.sender(now).is_none();
         self.keepalive = interval;
+    }
+
+    fn retire(&mut self) {
+        self.retired = true;
+        self.handshake = None;
     }
 
     fn status(&self, now: MonoTime) -> EngineStatus {
