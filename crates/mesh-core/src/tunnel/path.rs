@@ -250,6 +250,11 @@ impl Path {
             self.turn = left.unwrap_or(0);
             return;
         }
+        // Not answered either from the address the peer knew us by: its uplink may be dead although the address is still
+        // ours, and answers would go there. Routing chooses from now on, until the peer is heard again.
+        if let Some(endpoint) = &mut self.endpoint {
+            endpoint.local = None;
+        }
         let ways = self.all().count();
         for _ in 0..ways {
             let to = self.all().nth(self.turn % ways);
@@ -368,6 +373,25 @@ mod tests {
         assert_eq!(targets(&mut path, &mut limiter, 1_000), ["10.0.0.2:1"]);
         path.heard(at(1_100), addr("10.0.0.2:1"), None);
         assert_eq!(targets(&mut path, &mut limiter, 20_000), ["10.0.0.2:1", "10.0.0.1:1"]);
+    }
+
+    #[test]
+    fn silence_ends_the_pin_to_an_address_of_ours_after_one_try_from_it() {
+        let (mut path, mut limiter) = (path(&["10.0.0.1:1"]), ProbeLimiter::default());
+        let ours: IpAddr = "192.0.2.7".parse().expect("address");
+        path.heard(at(0), addr("10.0.0.1:1"), Some(ours));
+        let mut local = |path: &mut Path, ms| {
+            let mut out = Vec::new();
+            path.initiation_targets(at(ms), true, &mut limiter, &mut out);
+            assert_eq!(out.len(), 1);
+            out[0].local
+        };
+        // A NAT lets in what comes from the address it was opened towards.
+        assert_eq!(local(&mut path, 20_000), Some(ours));
+        assert_eq!(local(&mut path, 25_000), None);
+        assert_eq!(path.endpoint().and_then(|to| to.local), None, "nor do packets use it");
+        path.heard(at(25_010), addr("10.0.0.1:1"), Some(ours));
+        assert_eq!(path.endpoint().and_then(|to| to.local), Some(ours));
     }
 
     #[test]
