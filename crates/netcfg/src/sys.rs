@@ -140,17 +140,16 @@ pub(crate) struct Control(pub(crate) [u8; CONTROL_BYTES]);
 
 /// Buffers and headers for `recvmmsg(2)`, allocated once.
 pub(crate) struct ReceiveRing {
-    // The pointers in `headers` and `vectors` go into the other boxes, which are never reallocated,
-    // moved out of or dropped before the ring itself.
+    // The pointers in `headers` and `vectors` are written anew before each call and used by that call alone.
     headers: Box<[libc::mmsghdr]>,
-    _vectors: Box<[libc::iovec]>,
+    vectors: Box<[libc::iovec]>,
     names: Box<[[u8; NAME_BYTES]]>,
     controls: Box<[Control]>,
     storage: Box<[u8]>,
     slot_bytes: usize,
 }
 
-// SAFETY: the raw pointers point into boxes owned by the same value; nothing is tied to a thread.
+// SAFETY: the raw pointers are meaningful only within `receive`; nothing is tied to a thread.
 unsafe impl Send for ReceiveRing {}
 
 /// One received message as the kernel left it.
@@ -164,40 +163,46 @@ pub(crate) struct RawMessage<'a> {
 impl ReceiveRing {
     /// `slots` buffers of `slot_bytes` each.
     pub(crate) fn new(slots: usize, slot_bytes: usize) -> Self {
-        let mut storage = vec![0u8; slots.saturating_mul(slot_bytes)].into_boxed_slice();
-        let mut names = vec![[0u8; NAME_BYTES]; slots].into_boxed_slice();
-        let mut controls = vec![Control([0; CONTROL_BYTES]); slots].into_boxed_slice();
-        let mut vectors: Box<[libc::iovec]> = storage
-            .chunks_exact_mut(slot_bytes.max(1))
-            .map(|slot| libc::iovec { iov_base: slot.as_mut_ptr().cast(), iov_len: slot.len() })
-            .collect();
-        let headers = vectors
-            .iter_mut()
-            .zip(names.iter_mut())
-            .zip(controls.iter_mut())
-            .map(|((vector, name), control)| {
-                // SAFETY: `mmsghdr` is plain old data; all zero is a valid value.
-                let mut header: libc::mmsghdr = unsafe { mem::zeroed() };
-                header.msg_hdr.msg_iov = vector;
-                header.msg_hdr.msg_iovlen = 1;
-                header.msg_hdr.msg_name = name.as_mut_ptr().cast();
-                header.msg_hdr.msg_control = control.0.as_mut_ptr().cast();
-                header
-            })
-            .collect();
-        Self { headers, _vectors: vectors, names, controls, storage, slot_bytes }
+        let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        // SAFETY: `mmsghdr` is plain old data; all zero is a valid value.
+        let header: libc::mmsghdr = unsafe { mem::zeroed() };
+        Self {
+            headers: vec![header; slots].into_boxed_slice(),
+            vectors: vec![empty; slots].into_boxed_slice(),
+            names: vec![[0u8; NAME_BYTES]; slots].into_boxed_slice(),
+            controls: vec![Control([0; CONTROL_BYTES]); slots].into_boxed_slice(),
+            storage: vec![0u8; slots.saturating_mul(slot_bytes)].into_boxed_slice(),
+            slot_bytes,
+        }
+    }
+
+    /// Points every header at its buffers, with their whole lengths.
+    fn aim(&mut self) {
+        let buffers = self.storage.chunks_exact_mut(self.slot_bytes.max(1));
+        for (vector, buffer) in self.vectors.iter_mut().zip(buffers) {
+            *vector = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+        }
+        let ends = self.names.iter_mut().zip(&mut self.controls);
+        for ((header, vector), (name, control)) in
+            self.headers.iter_mut().zip(&mut self.vectors).zip(ends)
+        {
+            header.msg_len = 0;
+            header.msg_hdr.msg_iov = vector;
+            header.msg_hdr.msg_iovlen = 1;
+            header.msg_hdr.msg_name = name.as_mut_ptr().cast();
+            header.msg_hdr.msg_namelen = NAME_BYTES as u32;
+            header.msg_hdr.msg_control = control.0.as_mut_ptr().cast();
+            header.msg_hdr.msg_controllen = CONTROL_BYTES as _;
+            header.msg_hdr.msg_flags = 0;
+        }
     }
 
     /// `recvmmsg(2)` without waiting; returns how many slots were filled.
     pub(crate) fn receive(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        for header in &mut self.headers {
-            header.msg_hdr.msg_namelen = NAME_BYTES as u32;
-            header.msg_hdr.msg_controllen = CONTROL_BYTES as _;
-            header.msg_hdr.msg_flags = 0;
-            header.msg_len = 0;
-        }
-        // SAFETY: each header describes buffers owned by `self` with the lengths set above; the
-        // exclusive borrow keeps everybody else away from them during the call.
+        self.aim();
+        // SAFETY: each header points at one vector, name and control buffer, and each vector at one part of the storage,
+        // all owned by `self`, with their true lengths; the exclusive borrow keeps everybody else away from them
+        // during the call.
         let result = unsafe {
             libc::recvmmsg(
                 fd.as_raw_fd(),
