@@ -186,10 +186,12 @@ pub fn check_name(name: &str) -> io::Result<()> {
     let bad = name.is_empty()
         || name.len() > INTERFACE_NAME_BYTES_MAX
         || matches!(name, "." | "..")
-        || name.bytes().any(|byte| byte <= b' ' || byte == b'/' || byte == b':' || byte == 0x7f);
+        // The kernel takes a name with % for a pattern and makes another one of it.
+        || name.bytes().any(|byte| byte <= b' ' || matches!(byte, b'/' | b':' | b'%' | 0x7f));
     if bad {
-        let text =
-            format!("{name:?} cannot name a network interface (1 to 15 bytes, no space, / or :)");
+        let text = format!(
+            "{name:?} cannot name a network interface (1 to 15 bytes, no space, /, : or %)"
+        );
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
     Ok(())
@@ -357,7 +359,7 @@ mod tests {
     #[test]
     fn interface_names_are_checked() {
         assert!(check_name("meshd0").is_ok());
-        for bad in ["", "sixteen-bytes-xx", "a b", "a/b", "a:b", ".", ".."] {
+        for bad in ["", "sixteen-bytes-xx", "a b", "a/b", "a:b", "eth%d", ".", ".."] {
             assert!(check_name(bad).is_err(), "{bad}");
         }
     }
