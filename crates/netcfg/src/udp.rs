@@ -9,8 +9,12 @@
 //!   then the same datagrams again, one by one               SO_RXQ_OVFL = what the kernel dropped
 //! ```
 //!
-//! Sources: udp(7), ip(7), ipv6(7); `udp_send_skb` in net/ipv4/udp.c for the error codes. Path MTU
-//! discovery is off (`IP_PMTUDISC_OMIT`): it would cache forged ICMP; the tunnel MTU is ours to choose.
+//! Sources: udp(7), ip(7), ipv6(7); `udp_send_skb` in net/ipv4/udp.c for the error codes.
+//!
+//! The tunnel MTU is ours to choose, so no datagram is refused for its length. Over IPv4 path MTU discovery is off
+//! (`IP_PMTUDISC_OMIT`): it would cache forged ICMP, and routers fragment for us. Routers of IPv6 never fragment: what
+//! is too long for a link behind the first would vanish, so their answers are heard and we fragment
+//! (`IPV6_PMTUDISC_DONT`); a forged one costs fragments of 1280 bytes at worst.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -246,6 +250,19 @@ impl UdpSocket {
         segment_len: usize,
         bytes: &[u8],
     ) -> io::Result<()> {
+        let sent = self.send_as_it_goes(destination, source, ecn, segment_len, bytes);
+        self.counters.tx_errors += u64::from(sent.is_err());
+        sent
+    }
+
+    fn send_as_it_goes(
+        &mut self,
+        destination: SocketAddr,
+        source: Option<IpAddr>,
+        ecn: u8,
+        segment_len: usize,
+        bytes: &[u8],
+    ) -> io::Result<()> {
         let segment_len = if segment_len == 0 { bytes.len() } else { segment_len };
         if bytes.len() <= segment_len {
             return self.send_one(destination, source, ecn, None, bytes);
@@ -260,8 +277,11 @@ impl UdpSocket {
             let segment = (burst.len() > segment_len).then_some(segment_bytes);
             match self.send_one(destination, source, ecn, segment, burst) {
                 Ok(()) => {}
-                Err(error) if segment.is_some() && self.refused(destination, &error) => {
+                Err(error) if segment.is_some() && may_be_of_segments(&error) => {
+                    // These errors may have another cause (a source address that is gone): only what then
+                    // goes singly was refused for its segments.
                     self.send_singly(destination, source, ecn, segment_len, burst)?;
+                    self.remember_refusal(destination, &error);
                 }
                 Err(error) => return Err(error),
             }
@@ -269,29 +289,24 @@ impl UdpSocket {
         Ok(())
     }
 
-    /// Whether a failed segmented send is worth repeating singly, and remembers for whom.
-    fn refused(&mut self, destination: SocketAddr, error: &io::Error) -> bool {
-        match error.raw_os_error() {
-            Some(libc::EIO) => {
-                tracing::warn!(
-                    "the kernel cannot segment what this socket sends (EIO), sending datagrams singly from now on"
-                );
-                self.features.gso = false;
-            }
-            Some(libc::EINVAL | libc::EMSGSIZE) => {
-                tracing::debug!(%destination, %error, "segmented send refused, singly for 60 s");
-                let now = clock::now();
-                if self.gso_refused.len() >= GSO_REFUSED_DESTINATIONS_MAX {
-                    self.gso_refused.retain(|_, until| *until > now);
-                }
-                if self.gso_refused.len() < GSO_REFUSED_DESTINATIONS_MAX {
-                    self.gso_refused.insert(destination, now + GSO_REFUSED_FOR);
-                }
-            }
-            _ => return false,
-        }
+    /// A segmented send failed and went singly: so do the next ones, to this destination or for good.
+    fn remember_refusal(&mut self, destination: SocketAddr, error: &io::Error) {
         self.counters.gso_refused += 1;
-        true
+        if error.raw_os_error() == Some(libc::EIO) {
+            tracing::warn!(
+                "the kernel cannot segment what this socket sends (EIO), sending datagrams singly from now on"
+            );
+            self.features.gso = false;
+            return;
+        }
+        tracing::debug!(%destination, %error, "segmented send refused, singly for 60 s");
+        let now = clock::now();
+        if self.gso_refused.len() >= GSO_REFUSED_DESTINATIONS_MAX {
+            self.gso_refused.retain(|_, until| *until > now);
+        }
+        if self.gso_refused.len() < GSO_REFUSED_DESTINATIONS_MAX {
+            self.gso_refused.insert(destination, now + GSO_REFUSED_FOR);
+        }
     }
 
     fn gso_allowed(&mut self, destination: SocketAddr) -> bool {
@@ -361,10 +376,7 @@ impl UdpSocket {
                 self.counters.tx_dropped += 1;
                 Ok(())
             }
-            Err(error) => {
-                self.counters.tx_errors += 1;
-                Err(error)
-            }
+            Err(error) => Err(error),
         }
     }
 }
@@ -373,6 +385,11 @@ impl AsFd for UdpSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// What the kernel says of segments it cannot make (`EIO`), or that are longer than the path's MTU.
+fn may_be_of_segments(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE))
 }
 
 fn new_socket(family: AddressFamily) -> anyhow::Result<OwnedFd> {
@@ -384,8 +401,8 @@ fn set_options(fd: &OwnedFd, dual_stack: bool, options: &UdpOptions) -> anyhow::
     let set = |level, option, value: i32| sys::set_option(fd, level, option, value);
     if dual_stack {
         set(libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, 0).context("make the UDP socket dual-stack")?;
-        set(libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_OMIT)
-            .context("switch path MTU discovery off (IPv6)")?;
+        set(libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
+            .context("let the kernel fragment by the path MTU (IPv6)")?;
         set(libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1).context("ask for local addresses")?;
         set(libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1).context("ask for traffic classes")?;
     } else {
@@ -438,7 +455,7 @@ fn local_port(fd: &OwnedFd) -> anyhow::Result<u16> {
 }
 
 /// Whether segmented sends arrive as they should: asks the socket, then sends two and `GSO_SEGMENTS_MAX`
-/// datagrams (last one shorter) over loopback and compares. Where loopback is down the socket's
+/// datagrams (last one shorter) over loopback and compares. Where loopback is down or filtered the socket's
 /// word is taken; run-time fallbacks remain.
 fn gso_works(fd: &OwnedFd) -> bool {
     if sys::get_option(fd, libc::SOL_UDP, libc::UDP_SEGMENT).is_err() {
@@ -459,8 +476,17 @@ fn gso_works(fd: &OwnedFd) -> bool {
     }
 }
 
+/// Loopback is down, or a firewall refuses what is sent there (`EPERM`).
 fn is_no_path(code: i32) -> bool {
-    matches!(code, libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ENETDOWN | libc::EADDRNOTAVAIL)
+    matches!(
+        code,
+        libc::ENETUNREACH
+            | libc::EHOSTUNREACH
+            | libc::ENETDOWN
+            | libc::EADDRNOTAVAIL
+            | libc::EPERM
+            | libc::EACCES
+    )
 }
 
 /// Bytes of each datagram of the self-test; 64 of them stay below loopback's MTU and GSO limits.
@@ -583,13 +609,29 @@ mod tests {
         let mut receiver = open(&UdpOptions::default());
         let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), receiver.local_port());
         // What the kernel says when a segment is longer than the path's MTU.
-        let refused = io::Error::from_raw_os_error(libc::EINVAL);
-        assert!(sender.refused(to, &refused));
+        sender.remember_refusal(to, &io::Error::from_raw_os_error(libc::EINVAL));
         let sent = payload(3000);
         sender.send(to, None, 0, 1000, &sent).expect("send");
         assert_eq!(receive(&mut receiver, sent.len()).1, sent);
         assert_eq!((sender.counters().gso_refused, sender.counters().gso_bypassed), (1, 3));
         assert!(sender.features().gso, "other destinations are not concerned");
+    }
+
+    #[test]
+    fn a_source_that_is_not_ours_says_nothing_about_segments() {
+        let mut sender = open(&UdpOptions::default());
+        let mut receiver = open(&UdpOptions::default());
+        let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), receiver.local_port());
+        let sent = payload(3000);
+        // TEST-NET-1: no machine has it.
+        let gone = Some("192.0.2.77".parse().unwrap());
+        assert!(sender.send(to, gone, 0, 1000, &sent).is_err());
+        assert_eq!((sender.counters().gso_refused, sender.counters().tx_errors), (0, 1));
+        sender.send(to, None, 0, 1000, &sent).expect("send");
+        assert_eq!(receive(&mut receiver, sent.len()).1, sent);
+        let segmented = u64::from(!sender.features().gso) * 3;
+        assert_eq!(sender.counters().tx_errors, 1);
+        assert!(sender.counters().gso_bypassed <= 1 + segmented, "the destination is not blamed");
     }
 
     #[test]

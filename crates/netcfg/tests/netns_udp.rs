@@ -93,3 +93,74 @@ fn without_ipv6_addresses_ipv4_still_works() {
     let unreachable = sender.send("[fd99::2]:9".parse().unwrap(), None, 0, 9, b"x");
     assert!(unreachable.is_err() && sender.counters().tx_errors == 1);
 }
+
+/// Two namespaces with a router between; the wire behind the router is the smaller one.
+fn routed(near_mtu: u32, far_mtu: u32) -> [Scratch; 3] {
+    let [one, router, two] = [Scratch::new(), Scratch::new(), Scratch::new()];
+    for (end, name, net, mtu) in [(&one, "near", 1, near_mtu), (&two, "far", 2, far_mtu)] {
+        end.run(|| {
+            let pair = link::VethPair {
+                name: "wire0",
+                mac: None,
+                peer_name: name,
+                peer_mac: None,
+                mtu,
+                peer_netns: Some(&router.netns),
+            };
+            Ok(link::create_veth(&pair)?)
+        });
+        router.sh(&format!(
+            "ip addr add 192.0.{net}.1/24 dev {name}; ip addr add fd99:{net}::1/64 dev {name} nodad; ip link set {name} up"
+        ));
+        end.sh(&format!(
+            "ip addr add 192.0.{net}.2/24 dev wire0; ip addr add fd99:{net}::2/64 dev wire0 nodad; ip link set wire0 up;
+             ip route add default via 192.0.{net}.1; ip -6 route add default via fd99:{net}::1"
+        ));
+    }
+    router.sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1");
+    for end in [&one, &two] {
+        end.run(|| {
+            let index = link::require("wire0")?.index;
+            assert!(netcfg::watch::wait_operational(index, std::time::Duration::from_secs(5))?);
+            Ok(())
+        });
+    }
+    [one, router, two]
+}
+
+#[test]
+fn datagrams_too_long_for_a_link_behind_a_router_arrive_in_both_families() {
+    if !privileged() {
+        return;
+    }
+    let [one, _router, two] = routed(1500, 1280);
+    let mut sender = one.run(|| UdpSocket::open(&UdpOptions { mark: 4, ..UdpOptions::default() }));
+    let mut receiver = two.run(|| UdpSocket::open(&UdpOptions::default()));
+    let sent: Vec<u8> = (0..3 * 1420 + 9).map(|i| (i % 251) as u8).collect();
+    for address in ["192.0.2.2", "fd99:2::2"] {
+        let to = SocketAddr::new(address.parse().unwrap(), receiver.local_port());
+        // Over IPv6 the first is lost, and the router says so.
+        let arrives = (0..50).any(|_| {
+            sender.send(to, None, 0, 1420, &sent[..1420]).expect("send");
+            let timeout = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+            poll(&mut [PollFd::new(&receiver, PollFlags::IN)], Some(&timeout)).unwrap() > 0
+        });
+        assert!(arrives, "nothing longer than the far link came to {address}");
+        let mut batch = RecvBatch::new(4);
+        while receiver.recv(&mut batch).expect("receive") > 0 {}
+        sender.send(to, None, 0, 1420, &sent).expect("send");
+        assert_eq!(receive(&mut receiver, sent.len()), sent, "{address}");
+    }
+}
+
+#[test]
+fn a_firewall_on_loopback_does_not_cost_segmentation() {
+    if !privileged() {
+        return;
+    }
+    let one = Scratch::new();
+    one.sh(
+        "nft 'table inet t { chain o { type filter hook output priority 0; oifname lo drop; }; }'",
+    );
+    assert!(one.run(|| UdpSocket::open(&UdpOptions::default())).features().gso);
+}
