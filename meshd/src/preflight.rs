@@ -97,12 +97,8 @@ pub fn clashes(kernel: &Kernel) -> anyhow::Result<Vec<String>> {
             ));
         }
     }
-    let link = netcfg::link::get(tun).with_context(|| format!("look at {tun}"))?;
-    if let Some(link) = link.filter(|link| link.kind != "tun") {
-        bail!(
-            "the interface {tun} exists and is {}, no TUN device: choose another --tun-name",
-            link.kind
-        );
+    if let Some(link) = netcfg::link::get(tun).with_context(|| format!("look at {tun}"))? {
+        netcfg::tun::check_kind(&link)?;
     }
     Ok(told)
 }

@@ -18,6 +18,7 @@ use netlink_packet_route::link::{
 use crate::netlink::{Netlink, tolerate};
 
 /// Attributes of a TUN interface (`IFLA_TUN_*` in include/uapi/linux/if_link.h).
+const IFLA_TUN_TYPE: u16 = 3;
 const IFLA_TUN_MULTI_QUEUE: u16 = 7;
 const IFLA_TUN_NUM_QUEUES: u16 = 8;
 
@@ -52,6 +53,8 @@ pub struct Link {
 /// What a TUN interface says about itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TunInfo {
+    /// Carries Ethernet frames, not IP packets.
+    pub tap: bool,
     pub multi_queue: bool,
     /// Queues that a program holds open, where the kernel tells (multi-queue interfaces).
     pub queues: Option<u32>,
@@ -289,6 +292,10 @@ fn read_info(link: &mut Link, infos: &[LinkInfo]) {
                     let mut value = [0u8; 4];
                     let length = attribute.value_len();
                     match (attribute.kind(), length) {
+                        (IFLA_TUN_TYPE, 1) => {
+                            attribute.emit_value(&mut value[..1]);
+                            tun.tap = i32::from(value[0]) == libc::IFF_TAP;
+                        }
                         (IFLA_TUN_MULTI_QUEUE, 1) => {
                             attribute.emit_value(&mut value[..1]);
                             tun.multi_queue = value[0] != 0;

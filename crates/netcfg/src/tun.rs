@@ -18,6 +18,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use anyhow::{Context as _, anyhow, bail};
 use rustix::fs::{Mode, OFlags};
 
+use crate::link::Link;
 use crate::{link, sys};
 
 /// Bytes of the virtio network header in front of each packet.
@@ -143,14 +144,30 @@ impl AsFd for Tun {
     }
 }
 
-/// Deletes the device, whoever holds it; `false` when there was none. Refuses what is no TUN device.
+/// Fails when the interface called like ours can be none of ours: no TUN device, or one that others make (TAP,
+/// a single queue). Says what to do about it.
+pub fn check_kind(link: &Link) -> anyhow::Result<()> {
+    let name = &link.name;
+    let what = match &link.tun {
+        Some(tun) if tun.tap => "a TAP device",
+        Some(tun) if !tun.multi_queue => "a TUN device with a single queue",
+        Some(_) => return Ok(()),
+        // Kernels before 4.16 tell no more than this.
+        None if link.kind == "tun" => return Ok(()),
+        None if link.kind.is_empty() => "no TUN device",
+        None => link.kind.as_str(),
+    };
+    bail!(
+        "interface {name} exists and is {what}, none of ours: delete it (ip link delete {name}), or choose another --tun-name"
+    )
+}
+
+/// Deletes the device, whoever holds it; `false` when there was none. Refuses what is none of ours.
 pub fn remove(name: &str) -> anyhow::Result<bool> {
     let Some(link) = link::get(name).with_context(|| format!("look for TUN device {name}"))? else {
         return Ok(false);
     };
-    if link.tun.is_none() {
-        bail!("{name} is no TUN device, leaving it alone");
-    }
+    check_kind(&link).context("leaving it alone")?;
     link::delete(link.index).with_context(|| format!("delete TUN device {name}"))?;
     Ok(true)
 }
@@ -192,9 +209,6 @@ fn explain_attach(name: &str, error: io::Error) -> anyhow::Error {
             "TUN device {name} may not be made or opened: run as root or with CAP_NET_ADMIN"
         ),
         Some(libc::EBUSY) => busy(name),
-        Some(libc::EINVAL) => anyhow!(
-            "{name} exists but is no multi-queue TUN device of ours: delete it (ip link delete {name}), or choose --tun-name"
-        ),
         _ => anyhow::Error::new(error).context(format!("open TUN device {name}")),
     }
 }
@@ -205,10 +219,12 @@ fn busy(name: &str) -> anyhow::Error {
     )
 }
 
-/// Fails when more than `own` queues of the device are open.
+/// Fails when the interface is none of ours, or when more than `own` queues of it are open.
 fn refuse_owned(name: &str, own: u32) -> anyhow::Result<()> {
     let link = link::get(name).with_context(|| format!("look for TUN device {name}"))?;
-    match link.and_then(|link| link.tun).and_then(|tun| tun.queues) {
+    let Some(link) = link else { return Ok(()) };
+    check_kind(&link)?;
+    match link.tun.and_then(|tun| tun.queues) {
         Some(queues) if queues > own => Err(busy(name)),
         _ => Ok(()),
     }

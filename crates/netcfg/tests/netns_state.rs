@@ -209,10 +209,22 @@ fn a_device_of_another_kind_is_refused_with_what_to_do() {
         return;
     }
     let scratch = Scratch::new();
-    scratch.sh("ip tuntap add dev meshd0 mode tun");
-    let error =
-        scratch.run(|| Ok(Tun::open(&TunOptions::new("meshd0")).expect_err("refused").to_string()));
-    assert!(error.contains("ip link delete meshd0"), "{error}");
+    for (made, what) in [
+        ("ip tuntap add dev meshd0 mode tun", "single queue"),
+        ("ip tuntap add dev meshd0 mode tap", "TAP"),
+        ("ip tuntap add dev meshd0 mode tap multi_queue", "TAP"),
+        ("ip link add meshd0 type veth peer name other0", "veth"),
+    ] {
+        scratch.sh(made);
+        let (opened, removed) = scratch.run(|| {
+            let opened = Tun::open(&TunOptions::new("meshd0")).expect_err("refused").to_string();
+            Ok((opened, format!("{:#}", tun::remove("meshd0").expect_err("not ours"))))
+        });
+        for error in [opened, removed] {
+            assert!(error.contains("ip link delete meshd0") && error.contains(what), "{error}");
+        }
+        scratch.sh("ip link delete meshd0");
+    }
 }
 
 #[test]
