@@ -90,6 +90,10 @@ impl IpHeader {
         let [_, class, _, _, l0, l1, protocol, _, addresses @ ..] = fixed;
         let (pair, _) = addresses.as_chunks::<16>();
         let [source, destination] = *pair else { return Err(IpError::Short) };
+        // A jumbogram (RFC 2675): its length stands elsewhere, and no tunnel of ours is that wide.
+        if [*l0, *l1] == [0, 0] && *protocol == HOP_BY_HOP {
+            return Err(IpError::Length);
+        }
         let total_len = IPV6_HEADER_BYTES + usize::from(u16::from_be_bytes([*l0, *l1]));
         if total_len > packet.len() {
             return Err(IpError::Length);
@@ -261,6 +265,18 @@ mod tests {
         let packet = ipv4(0);
         assert_eq!(IpHeader::parse(&packet[..27]), Err(IpError::Length));
         assert_eq!(IpHeader::parse(&ipv6(17, &[0; 8])[..47]), Err(IpError::Length));
+    }
+
+    #[test]
+    fn packets_beyond_64_kib_are_refused_and_not_taken_for_empty_ones() {
+        let mut jumbogram = ipv6(HOP_BY_HOP, &[6, 0, 0xc2, 4, 0, 1, 0, 0]);
+        jumbogram[4..6].fill(0);
+        assert_eq!(IpHeader::parse(&jumbogram), Err(IpError::Length));
+        // Linux' "BIG TCP" over IPv4 has no length at all.
+        let mut big = ipv4(0);
+        big[2..4].fill(0);
+        assert_eq!(IpHeader::parse(&big), Err(IpError::Length));
+        assert!(IpHeader::parse(&ipv6(59, &[])).is_ok(), "no next header");
     }
 
     #[test]
