@@ -114,8 +114,7 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
     let news = kernel_watch::News { ours: news_in.clone(), surroundings: surroundings_in };
     kernel_watch::start(&config.kernel, news)?;
     let plane = NodePlane::new(
-        config.kernel.clone(),
-        config.listen_port,
+        config,
         key,
         Arc::clone(&view),
         news_in,

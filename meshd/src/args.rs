@@ -68,6 +68,10 @@ pub struct RunArgs {
     /// UDP port for WireGuard.
     #[arg(long, env = "MESHD_LISTEN_PORT", default_value_t = defaults::UDP_PORT)]
     pub listen_port: u16,
+    /// Let the kernel cut what is sent into datagrams; auto: except where network cards damage these
+    /// (Linux 7.0.0 to 7.1.4).
+    #[arg(long, env = "MESHD_UDP_GSO", default_value = "auto")]
+    pub udp_gso: Switch,
     /// TCP address of /healthz, /readyz and /metrics.
     #[arg(long, env = "MESHD_ADMIN_ADDRESS", default_value_t = SocketAddr::from(([127, 0, 0, 1], defaults::ADMIN_PORT)))]
     pub admin_address: SocketAddr,
@@ -83,6 +87,25 @@ pub struct RunArgs {
     /// Two sites that reach each other's private addresses, SITE=SITE; repeat or separate by commas.
     #[arg(long = "join-sites", env = "MESHD_JOIN_SITES", value_delimiter = ',')]
     pub joined_sites: Vec<String>,
+}
+
+/// A feature the daemon decides about unless told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    Auto,
+    On,
+    Off,
+}
+
+impl Switch {
+    /// What was told, if anything.
+    pub fn told(self) -> Option<bool> {
+        match self {
+            Self::Auto => None,
+            Self::On => Some(true),
+            Self::Off => Some(false),
+        }
+    }
 }
 
 /// Where our files are.

@@ -22,6 +22,8 @@ pub struct Config {
     pub paths: Paths,
     pub kernel: Kernel,
     pub listen_port: u16,
+    /// Whether the kernel cuts what is sent; `None` leaves it to the kernel's version.
+    pub udp_gso: Option<bool>,
     pub admin_address: SocketAddr,
     pub endpoints: Vec<SocketAddr>,
     pub skip_interfaces: Vec<String>,
@@ -131,6 +133,7 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
         paths: paths(&args.places)?,
         kernel: kernel(&args.kernel)?,
         listen_port: args.listen_port,
+        udp_gso: args.udp_gso.told(),
         admin_address: args.admin_address,
         endpoints: args.endpoints.clone(),
         skip_interfaces: args.skip_interfaces.clone(),

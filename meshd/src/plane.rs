@@ -3,15 +3,17 @@
 use std::sync::Arc;
 
 use anyhow::Context;
+use mesh_core::packet::CoalesceOptions;
 use mesh_core::tunnel::config::{Event, PeerConfig, TunnelConfig};
 use mesh_types::defaults;
 use mesh_types::key::PrivateKey;
 use mesh_types::status::Counter;
+use netcfg::release::Release;
 use netcfg::tun::{Tun, TunOptions};
 use netcfg::udp::{UdpOptions, UdpSocket};
 use tokio::sync::mpsc;
 
-use crate::config::Kernel;
+use crate::config::{Config, Kernel};
 use crate::io::{DataEvent, DataPlane, DataPlaneOptions, Snapshots};
 use crate::last_heard::{Endpoints, Recorder};
 use crate::reconcile::Plane;
@@ -21,6 +23,8 @@ use crate::view::{DataFigures, View};
 pub struct NodePlane {
     kernel: Kernel,
     listen_port: u16,
+    /// As the operator told.
+    udp_gso: Option<bool>,
     key: PrivateKey,
     view: Arc<View>,
     /// Wakes the reconciler.
@@ -40,14 +44,23 @@ struct Running {
 
 impl NodePlane {
     pub fn new(
-        kernel: Kernel,
-        listen_port: u16,
+        config: &Config,
         key: PrivateKey,
         view: Arc<View>,
         news: mpsc::Sender<()>,
         (recorder, remembered): (Recorder, Endpoints),
     ) -> Self {
-        Self { kernel, listen_port, key, view, news, running: None, recorder, remembered }
+        Self {
+            kernel: config.kernel.clone(),
+            listen_port: config.listen_port,
+            udp_gso: config.udp_gso,
+            key,
+            view,
+            news,
+            running: None,
+            recorder,
+            remembered,
+        }
     }
 
     fn start(&self) -> anyhow::Result<Running> {
@@ -55,12 +68,16 @@ impl NodePlane {
         let udp = UdpSocket::open(&UdpOptions {
             port: self.listen_port,
             mark: self.kernel.mark,
+            gso: self.udp_gso.unwrap_or_else(gso_is_sound),
             ..UdpOptions::default()
         })?;
         let tun_index = tun.index();
         tracing::info!(tun = ?tun.features(), udp = ?udp.features(), "data plane starts");
         let options = DataPlaneOptions {
-            tunnel: TunnelConfig::default(),
+            tunnel: TunnelConfig {
+                coalesce: coalesce(Release::running()),
+                ..TunnelConfig::default()
+            },
             own_key: self.key.clone(),
             seed: rand::random(),
             remembered: self.remembered.clone(),
@@ -115,6 +132,25 @@ impl Plane for NodePlane {
     }
 }
 
+/// A kernel we cannot tell the version of is taken for an old one.
+fn coalesce(kernel: Option<Release>) -> CoalesceOptions {
+    let spare_tunnel_ports = kernel.is_none_or(Release::drops_merged_tunnels);
+    CoalesceOptions { spare_tunnel_ports, ..CoalesceOptions::default() }
+}
+
+/// Virtual links hand segments on as they are; only network cards are concerned.
+fn gso_is_sound() -> bool {
+    let card = |link: &netcfg::link::Link| link.kind.is_empty() && !link.loopback;
+    let damaged = Release::running().is_some_and(Release::mangles_udp_segments)
+        && netcfg::link::list().is_ok_and(|links| links.iter().any(card));
+    if damaged {
+        tracing::warn!(
+            "network cards under Linux 7.0.0 to 7.1.4 may damage segmented UDP sends: not used, which costs throughput. Update the kernel, or pass --udp-gso on"
+        );
+    }
+    !damaged
+}
+
 /// Runs on the packet thread: never waits.
 fn listener(news: mpsc::Sender<()>, recorder: Recorder) -> impl Fn(DataEvent) + Send {
     move |event| match event {
@@ -163,4 +199,16 @@ fn kernel_drops() -> Vec<Counter> {
         ("pod_router_message", pods.router),
     ];
     named.map(|(reason, count)| Counter { reason: reason.to_owned(), count }).to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nested_tunnels_are_merged_only_where_the_kernel_is_known_to_take_them() {
+        assert!(coalesce(None).spare_tunnel_ports);
+        assert!(coalesce(Some(Release(6, 8, 0))).spare_tunnel_ports);
+        assert!(!coalesce(Some(Release(6, 12, 1))).spare_tunnel_ports);
+    }
 }

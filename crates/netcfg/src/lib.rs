@@ -28,6 +28,7 @@ pub mod netns;
 mod nfnetlink;
 mod nft;
 pub mod pod;
+pub mod release;
 pub mod route;
 pub mod state;
 mod sys;
