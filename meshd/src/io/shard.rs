@@ -35,8 +35,8 @@ const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Running so long forgives earlier panics.
 const CALM: Duration = Duration::from_secs(60);
 
-/// How long a TUN that fails to be read, or a poll that fails, is left alone, so that an error that lasts
-/// is no busy loop.
+/// How long a TUN or socket that fails to be read, or a poll that fails, is left alone, so that an error that
+/// lasts is no busy loop.
 const ERROR_PAUSE: Duration = Duration::from_millis(100);
 
 /// Pins given up in one collection; what is left over fails again and is given up with the next.
@@ -60,6 +60,8 @@ pub(super) struct Shard {
     tun_buffer: Vec<u8>,
     writer: FrameWriter,
     udp: UdpSocket,
+    /// The socket is not read before this instant.
+    udp_paused_until: MonoTime,
     batch: RecvBatch,
     counters: ShardCounters,
 }
@@ -95,6 +97,7 @@ impl Shard {
             writer: FrameWriter::new(features.vnet_hdr),
             tun: Some(tun),
             udp,
+            udp_paused_until: MonoTime::ZERO,
             batch: RecvBatch::new(messages),
             counters: ShardCounters::default(),
         }
@@ -166,39 +169,33 @@ impl Shard {
     /// Sleeps until something is to be done.
     fn wait(&self, tunnel: &BoringTunnel) -> Ready {
         let now = clock::now();
-        let paused = self.tun.is_some() && self.tun_paused_until > now;
-        let deadline = tunnel.next_deadline().map(|(at, _)| at);
-        let deadline = if paused {
-            Some(deadline.map_or(self.tun_paused_until, |at| at.min(self.tun_paused_until)))
-        } else {
-            deadline
-        };
-        let timeout = deadline.map(|at| timespec(at.since(now)));
+        let mailbox = &*self.mailbox;
+        // What is not to be read must not be polled: errors are told whatever one waits for.
+        let paused = || PollFd::new(mailbox, PollFlags::empty());
+        let until = [self.tun_paused_until, self.udp_paused_until]
+            .map(|at| Some(at).filter(|at| *at > now));
+        let [tun_until, udp_until] = until;
+        let tun = self.tun.as_ref().filter(|_| tun_until.is_none());
         let mut fds = [
-            PollFd::new(&*self.mailbox, PollFlags::IN),
-            PollFd::new(&self.udp, PollFlags::IN),
-            PollFd::new(&self.udp, PollFlags::empty()),
+            PollFd::new(mailbox, PollFlags::IN),
+            if udp_until.is_some() { paused() } else { PollFd::new(&self.udp, PollFlags::IN) },
+            tun.map_or_else(paused, |tun| PollFd::new(tun, PollFlags::IN)),
         ];
-        let tun = self.tun.as_ref().filter(|_| !paused);
-        let used = match (tun, fds.last_mut()) {
-            (Some(tun), Some(slot)) => {
-                *slot = PollFd::new(tun, PollFlags::IN);
-                3
-            }
-            _ => 2,
-        };
-        match poll(fds.get_mut(..used).unwrap_or_default(), timeout.as_ref()) {
+        let deadline = tunnel.next_deadline().map(|(at, _)| at);
+        let deadline = deadline.into_iter().chain(until.into_iter().flatten()).min();
+        let timeout = deadline.map(|at| timespec(at.since(now)));
+        match poll(&mut fds, timeout.as_ref()) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ready { tun: false, udp: false, mail: false },
             Err(error) => {
                 // Memory for the call, nothing else: look at everything after a moment.
                 tracing::warn!(%error, "poll failed");
                 std::thread::sleep(ERROR_PAUSE);
-                return Ready { tun: tun.is_some(), udp: true, mail: true };
+                return Ready { tun: tun.is_some(), udp: udp_until.is_none(), mail: true };
             }
         }
-        let [mail, udp, last] = fds.map(|fd| !fd.revents().is_empty());
-        Ready { mail, udp, tun: used == 3 && last }
+        let [mail, udp, tun] = fds.map(|fd| !fd.revents().is_empty());
+        Ready { mail, udp, tun }
     }
 
     /// Does what control asked; true: stop.
@@ -256,8 +253,9 @@ impl Shard {
     /// One receive call; what it brought goes to the TUN before anything else happens.
     fn drain_udp(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
         if let Err(error) = self.udp.recv(&mut self.batch) {
-            tracing::trace!(%error, "receive");
+            tracing::debug!(%error, "receive");
             self.counters.udp_errors += 1;
+            self.udp_paused_until = now + ERROR_PAUSE;
             return;
         }
         let mut device = Device::There;
