@@ -23,7 +23,7 @@ use meshd::io::{DataEvent, DataPlane, DataPlaneOptions, DataSnapshot};
 use netcfg::netns::{self, Netns, run_in};
 use netcfg::route::{KernelRoute, TABLE_MAIN};
 use netcfg::tun::{Tun, TunOptions};
-use netcfg::udp::{UdpOptions, UdpSocket};
+use netcfg::udp::{RecvBatch, UdpOptions, UdpSocket};
 use netcfg::{addr, link, route};
 
 const TUN: &str = "mio0";
@@ -332,6 +332,50 @@ fn super_packets_move_in_both_directions_and_nothing_is_dropped_for_their_shape(
     }
 }
 
+/// What `socket` receives until `bytes` have come, each datagram by itself, with its ECN bits.
+fn datagrams(socket: &mut UdpSocket, bytes: usize) -> Vec<(IpAddr, u8, Vec<u8>)> {
+    let mut batch = RecvBatch::new(4);
+    let mut seen = Vec::new();
+    let begun = Instant::now();
+    while seen.iter().map(|(_, _, bytes): &(_, _, Vec<u8>)| bytes.len()).sum::<usize>() < bytes {
+        assert!(begun.elapsed() < PATIENCE, "{} datagrams came, no more", seen.len());
+        if socket.recv(&mut batch).expect("receive") == 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        for message in batch.iter() {
+            let parts = message.bytes.chunks(message.segment_len.max(1));
+            seen.extend(parts.map(|part| (message.source.ip(), message.ecn, part.to_vec())));
+        }
+    }
+    seen
+}
+
+#[test]
+fn datagrams_an_application_had_segmented_arrive_as_they_were_with_their_ecn() {
+    if !root() {
+        return;
+    }
+    let [a, b] = everything();
+    for (v6, gro) in [(false, true), (true, true), (false, false), (true, false)] {
+        let mut sender =
+            run_in(&a.netns, || UdpSocket::open(&UdpOptions::default())).expect("a socket");
+        let options = UdpOptions { gro, ..UdpOptions::default() };
+        let mut receiver = run_in(&b.netns, || UdpSocket::open(&options)).expect("a socket");
+        let to = SocketAddr::new(b.overlay(v6), receiver.local_port());
+        for (len, segment) in [(40_077, 1_000), (60_001, 1_372), (65, 1), (900, 300)] {
+            let sent = pattern(len, 4);
+            sender.send(to, None, 2, segment, &sent).expect("send");
+            let wanted: Vec<_> =
+                sent.chunks(segment).map(|part| (a.overlay(v6), 2, part.to_vec())).collect();
+            assert!(datagrams(&mut receiver, len) == wanted, "{len} in {segment}, IPv6: {v6}");
+        }
+        assert_eq!(sender.counters().gso_refused, 0, "the TUN takes them whole");
+    }
+    let b = b.snapshot();
+    assert_eq!((b.tun.split, b.tun.write_errors), (0, 0));
+    assert!(b.packets_per_tun_write() > 3.0, "per write: {}", b.packets_per_tun_write());
+}
+
 #[test]
 fn without_any_offload_the_same_traffic_passes() {
     if !root() {
@@ -356,7 +400,11 @@ fn a_deleted_tun_is_told_and_a_new_one_takes_over_with_the_sessions() {
     udp_echo(&a, &b, false, 100);
     run_in(&b.netns, || netcfg::tun::remove(TUN)).expect("remove");
     b.wait_for(&DataEvent::TunLost);
-    assert_eq!(b.snapshot().tun_features, None);
+    let lost = b.snapshot();
+    assert_eq!(lost.tun_features, None);
+    std::thread::sleep(Duration::from_millis(100));
+    let turns = b.snapshot().shard.turns - lost.shard.turns;
+    assert!(turns < 1_000, "a shard without its device spins: {turns} turns");
     let established = b.snapshot().tunnel.sessions_established;
     b.data().replace_tun(Side::open_tun(&b.netns, b.number, &tun_options()));
     udp_echo(&a, &b, false, 8192);
