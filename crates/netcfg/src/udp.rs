@@ -3,10 +3,10 @@
 //! ```text
 //! send(dst, src, ecn, segment_len, bytes)                 recv(&mut RecvBatch)
 //!   one sendmsg, UDP_SEGMENT = segment_len                  one recvmmsg, each buffer 64 KiB
-//!     EIO ............. GSO off for this socket             UDP_GRO cmsg = size of the glued datagrams
-//!     EINVAL, EMSGSIZE  GSO off for dst, 60 s               PKTINFO    = the address we were reached at
-//!     EAGAIN, ENOBUFS   dropped, counted                    TOS/TCLASS = ECN bits
-//!   then the same datagrams again, one by one               SO_RXQ_OVFL = what the kernel dropped
+//!     EIO, EINVAL, EMSGSIZE: the same datagrams again,      UDP_GRO cmsg = size of the glued datagrams
+//!       one by one, and so to dst for 60 s                  PKTINFO    = the address we were reached at
+//!     EAGAIN, ENOBUFS: dropped, counted                     TOS/TCLASS = ECN bits
+//!                                                           SO_RXQ_OVFL = what the kernel dropped
 //! ```
 //!
 //! Sources: udp(7), ip(7), ipv6(7); `udp_send_skb` in net/ipv4/udp.c for the error codes.
@@ -64,7 +64,7 @@ impl Default for UdpOptions {
 pub struct UdpFeatures {
     /// Speaks IPv6 too.
     pub dual_stack: bool,
-    /// The kernel splits what we send. Switched off for good by `EIO`.
+    /// The kernel splits what we send, but for destinations whose way out cannot.
     pub gso: bool,
     /// The kernel glues what we receive.
     pub gro: bool,
@@ -174,7 +174,8 @@ impl UdpSocket {
             match new_socket(AddressFamily::INET6) {
                 Ok(fd) => (fd, true),
                 Err(error) => {
-                    tracing::info!(%error, "no IPv6 in this kernel, using IPv4 only");
+                    let error = format!("{error:#}");
+                    tracing::info!(error, "no IPv6 in this kernel, using IPv4 only");
                     (new_socket(AddressFamily::INET)?, false)
                 }
             }
@@ -289,16 +290,10 @@ impl UdpSocket {
         Ok(())
     }
 
-    /// A segmented send failed and went singly: so do the next ones, to this destination or for good.
+    /// A segmented send failed and went singly: so do the next ones to this destination. Others may leave by another
+    /// interface.
     fn remember_refusal(&mut self, destination: SocketAddr, error: &io::Error) {
         self.counters.gso_refused += 1;
-        if error.raw_os_error() == Some(libc::EIO) {
-            tracing::warn!(
-                "the kernel cannot segment what this socket sends (EIO), sending datagrams singly from now on"
-            );
-            self.features.gso = false;
-            return;
-        }
         tracing::debug!(%destination, %error, "segmented send refused, singly for 60 s");
         let now = clock::now();
         if self.gso_refused.len() >= GSO_REFUSED_DESTINATIONS_MAX {
@@ -387,7 +382,8 @@ impl AsFd for UdpSocket {
     }
 }
 
-/// What the kernel says of segments it cannot make (`EIO`), or that are longer than the path's MTU.
+/// What the kernel says of segments it cannot make on this interface (`EIO`: no checksum offload before Linux 6.11, or
+/// IPsec), or that are longer than the path's MTU.
 fn may_be_of_segments(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE))
 }
@@ -608,13 +604,19 @@ mod tests {
         }
         let mut receiver = open(&UdpOptions::default());
         let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), receiver.local_port());
-        // What the kernel says when a segment is longer than the path's MTU.
-        sender.remember_refusal(to, &io::Error::from_raw_os_error(libc::EINVAL));
+        let elsewhere: SocketAddr = format!("127.0.0.3:{}", receiver.local_port()).parse().unwrap();
         let sent = payload(3000);
-        sender.send(to, None, 0, 1000, &sent).expect("send");
-        assert_eq!(receive(&mut receiver, sent.len()).1, sent);
-        assert_eq!((sender.counters().gso_refused, sender.counters().gso_bypassed), (1, 3));
-        assert!(sender.features().gso, "other destinations are not concerned");
+        for (errno, bypassed) in [(libc::EINVAL, 3), (libc::EIO, 6), (libc::EMSGSIZE, 9)] {
+            sender.gso_refused.clear();
+            sender.remember_refusal(to, &io::Error::from_raw_os_error(errno));
+            sender.send(to, None, 0, 1000, &sent).expect("send");
+            assert_eq!(receive(&mut receiver, sent.len()).1, sent);
+            assert_eq!(sender.counters().gso_bypassed, bypassed);
+            sender.send(elsewhere, None, 0, 1000, &sent).expect("send");
+            assert_eq!(receive(&mut receiver, sent.len()).1, sent);
+            assert_eq!(sender.counters().gso_bypassed, bypassed, "others are not concerned");
+        }
+        assert_eq!(sender.counters().gso_refused, 3);
     }
 
     #[test]
