@@ -171,3 +171,29 @@ pub(super) fn assert_valid(packet: &[u8]) {
     pseudo.extend((transport.len() as u32).to_be_bytes());
     assert_eq!(naive_checksum(&[addresses, &pseudo, transport]), 0, "transport checksum");
 }
+
+/// Makes the checksums right again after a header was changed; what cannot have one stays as it is.
+pub(super) fn repair(packet: &mut [u8]) {
+    let v6 = packet[0] >> 4 == 6;
+    let (ip_len, protocol) = if v6 { (40, packet[6]) } else { (20, packet[9]) };
+    if !v6 {
+        packet[10..12].fill(0);
+        let sum = naive_checksum(&[&packet[..20]]);
+        packet[10..12].copy_from_slice(&sum.to_be_bytes());
+    }
+    let at = ip_len
+        + match protocol {
+            PROTOCOL_TCP => 16,
+            PROTOCOL_UDP => 6,
+            _ => return,
+        };
+    if packet.len() < at + 2 {
+        return;
+    }
+    packet[at..at + 2].fill(0);
+    let addresses = if v6 { packet[8..40].to_vec() } else { packet[12..20].to_vec() };
+    let mut pseudo = vec![0, protocol];
+    pseudo.extend(((packet.len() - ip_len) as u32).to_be_bytes());
+    let sum = naive_checksum(&[&addresses, &pseudo, &packet[ip_len..]]);
+    packet[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+}
