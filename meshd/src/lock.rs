@@ -1,7 +1,7 @@
 //! One daemon per node: a lock on the state directory, held while the process lives.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, Write};
+use std::io::{ErrorKind, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -37,21 +37,26 @@ pub fn take(path: &Path, wait: Duration) -> anyhow::Result<Lock> {
             Err(error) => return Err(error).with_context(|| format!("lock {}", path.display())),
         }
     }
-    // The process id is for the message above only.
-    file.set_len(0).and_then(|()| file.rewind()).context("write the lock file")?;
-    writeln!(file, "{}", std::process::id()).context("write the lock file")?;
+    // The process id is for the message above only: a full or read-only disk must not keep the daemon down.
+    let _ = file.set_len(0).and_then(|()| file.rewind());
+    let _ = writeln!(file, "{}", std::process::id());
     Ok(Lock { _file: file })
 }
 
+/// A lock needs no write: on a disk that has become read-only the file that is there will do.
 fn open(path: &Path) -> anyhow::Result<File> {
-    OpenOptions::new()
+    let writable = OpenOptions::new()
         .read(true)
         .write(true)
         .create(true)
         .truncate(false)
         .mode(0o600)
-        .open(path)
-        .with_context(|| format!("open the lock file {}", path.display()))
+        .open(path);
+    match writable {
+        Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => File::open(path),
+        other => other,
+    }
+    .with_context(|| format!("open the lock file {}", path.display()))
 }
 
 fn holder(file: &mut File) -> String {
