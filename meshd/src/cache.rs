@@ -32,6 +32,7 @@ pub struct CacheKeeper {
     path: PathBuf,
     written: Cached,
     last_write: Option<Instant>,
+    last_failure: Option<Instant>,
 }
 
 impl CacheKeeper {
@@ -46,15 +47,20 @@ impl CacheKeeper {
             );
             Cached::default()
         });
-        (Self { path, written: cached.clone(), last_write: None }, cached)
+        (Self { path, written: cached.clone(), last_write: None, last_failure: None }, cached)
     }
 
     /// Brings the file up to date. Nodes are written at most every few seconds; rights (`held`) at once, because
     /// losing them could hand a contested prefix to somebody else.
     pub fn keep(&mut self, index: &ClusterIndex, held: &Held) -> anyhow::Result<()> {
         let rights_changed = self.written.held != *held;
-        let recent = self.last_write.is_some_and(|then| then.elapsed() < WRITE_INTERVAL);
-        if !rights_changed && (recent || index.raws().eq(&self.written.nodes)) {
+        let recent =
+            |then: Option<Instant>| then.is_some_and(|then| then.elapsed() < WRITE_INTERVAL);
+        // A full disk is not asked at every turn.
+        if recent(self.last_failure) {
+            return Ok(());
+        }
+        if !rights_changed && (recent(self.last_write) || index.raws().eq(&self.written.nodes)) {
             return Ok(());
         }
         let now = Cached {
@@ -63,7 +69,9 @@ impl CacheKeeper {
             held: held.clone(),
         };
         let text = serde_json::to_vec(&now).context("format the cache")?;
+        self.last_failure = Some(Instant::now());
         files::write_atomic(&self.path, &text, 0o600)?;
+        self.last_failure = None;
         self.written = now;
         self.last_write = Some(Instant::now());
         Ok(())
@@ -124,6 +132,16 @@ mod tests {
         keeper.keep(&index(&["a", "b"]), &held("b")).expect("written");
         assert_eq!(on_disk().nodes.len(), 2);
         assert_eq!(on_disk().held, held("b"));
+    }
+
+    #[test]
+    fn a_disk_that_takes_nothing_is_not_asked_at_every_turn() {
+        let dir = tempfile::tempdir().expect("scratch");
+        let path = dir.path().join("cluster.json");
+        let (mut keeper, _) = CacheKeeper::open(path.clone());
+        std::fs::create_dir(&path).expect("a directory in the way");
+        assert!(keeper.keep(&index(&["a"]), &held("a")).is_err());
+        assert!(keeper.keep(&index(&["a"]), &held("a")).is_ok(), "too soon");
     }
 
     #[test]
