@@ -1,32 +1,26 @@
 //! Keeps `node.json` in step with what the CNI plugin may know. Written only on change.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use mesh_types::node_file::NodeFile;
 
 use crate::files;
 
-/// The file and what it says.
+/// The file.
 #[derive(Debug)]
 pub struct NodeFileKeeper {
     path: PathBuf,
-    written: Option<NodeFile>,
 }
 
 impl NodeFileKeeper {
-    /// Starts from what is on disk, so that a restart with nothing new writes nothing.
     pub fn new(path: PathBuf) -> Self {
-        let written = files::read_bounded(&path)
-            .ok()
-            .flatten()
-            .and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        Self { path, written }
+        Self { path }
     }
 
-    /// Makes the file say `wanted`. A file that somebody removed is written again.
-    pub fn keep(&mut self, wanted: &NodeFile) -> anyhow::Result<()> {
-        if self.written.as_ref() == Some(wanted) && self.path.exists() {
+    /// Makes the file say `wanted`. What is on disk counts: a file that somebody removed or damaged is written again.
+    pub fn keep(&self, wanted: &NodeFile) -> anyhow::Result<()> {
+        if read(&self.path).as_ref() == Some(wanted) {
             return Ok(());
         }
         wanted.clone().check().context("what the CNI plugin would be told")?;
@@ -38,13 +32,11 @@ impl NodeFileKeeper {
             mtu = wanted.mtu,
             "node file written"
         );
-        self.written = Some(wanted.clone());
         Ok(())
     }
 
     /// Makes the file be gone, so that the plugin gives out no more addresses.
-    pub fn remove(&mut self) -> anyhow::Result<()> {
-        self.written = None;
+    pub fn remove(&self) -> anyhow::Result<()> {
         match std::fs::remove_file(&self.path) {
             Ok(()) => {
                 tracing::warn!(file = %self.path.display(), "node file removed: no new pods here");
@@ -56,6 +48,11 @@ impl NodeFileKeeper {
             }),
         }
     }
+}
+
+fn read(path: &Path) -> Option<NodeFile> {
+    let bytes = files::read_bounded(path).ok().flatten()?;
+    serde_json::from_slice(&bytes).ok()
 }
 
 /// The boot id of the kernel.
@@ -93,7 +90,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("scratch");
         let path = dir.path().join("node.json");
         let inode = || std::fs::metadata(&path).expect("file").ino();
-        let mut keeper = NodeFileKeeper::new(path.clone());
+        let keeper = NodeFileKeeper::new(path.clone());
         keeper.keep(&sample(1380)).expect("written");
         let first = inode();
         keeper.keep(&sample(1380)).expect("same");
@@ -104,6 +101,9 @@ mod tests {
         std::fs::remove_file(&path).expect("removed by somebody");
         keeper.keep(&sample(1400)).expect("back");
         assert!(path.exists());
+        std::fs::write(&path, "{").expect("damaged by somebody");
+        keeper.keep(&sample(1400)).expect("whole again");
+        assert_eq!(read(&path), Some(sample(1400)));
     }
 
     #[test]
