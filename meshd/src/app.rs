@@ -219,7 +219,7 @@ async fn start_source(
         Source::Kubernetes(kubeconfig) => {
             let mut source = KubeSource::open(kubeconfig.as_deref()).await?;
             let (state_in, state) = watch::channel(Published::Waiting);
-            tokio::spawn(source.publisher(&config.node).run(own, state_in));
+            tokio::spawn(source.publisher(&config.node, &known).run(own, state_in));
             tokio::spawn(tell_published(state, Arc::clone(view)));
             tokio::spawn(async move {
                 if let Err(error) = source.watch(known, events).await {

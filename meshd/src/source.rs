@@ -84,9 +84,9 @@ impl Source {
     }
 
     /// Keeps our own Node's annotations in step, where there is one. To be asked for before [`Self::run`].
-    pub fn publisher(&mut self, node: &NodeName) -> Option<Publisher> {
+    pub fn publisher(&mut self, node: &NodeName, known: &[RawNode]) -> Option<Publisher> {
         match self {
-            Self::Kubernetes(source) => Some(source.publisher(node)),
+            Self::Kubernetes(source) => Some(source.publisher(node, known)),
             Self::Roster(_) => None,
         }
     }

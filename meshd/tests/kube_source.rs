@@ -201,7 +201,7 @@ async fn the_own_record_is_applied_once_without_force_and_a_conflict_is_explaine
         endpoints: vec![endpoint.parse().unwrap()],
         version: "0.1.0".into(),
     };
-    let publisher = bench.source.publisher(&"a".parse().unwrap()).expect("Kubernetes has one");
+    let publisher = bench.source.publisher(&"a".parse().unwrap(), &[]).expect("Kubernetes has one");
     let (wanted, receiver) = watch::channel(record("192.0.2.1:1"));
     let (state, mut published) = watch::channel(Published::Waiting);
     tokio::spawn(publisher.run(receiver, state));
@@ -239,4 +239,37 @@ async fn the_own_record_is_applied_once_without_force_and_a_conflict_is_explaine
     let third = tokio::time::timeout(PATIENCE, bench.writes.recv()).await.unwrap().unwrap();
     assert_eq!(third.body, first.body);
     assert!(bench.writes.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn a_restart_without_the_api_server_still_says_what_was_published_and_writes_nothing() {
+    let record = OwnRecord {
+        public_key: PublicKey::from_bytes([9; 32]).unwrap(),
+        endpoints: vec!["203.0.113.7:15190".parse().unwrap()],
+        version: "0.1.0".into(),
+    };
+    let known = mesh_core::cluster::RawNode {
+        name: "a".into(),
+        public_key: Some(record.public_key.to_string()),
+        endpoints: Some("203.0.113.7:15190".into()),
+        version: Some("0.1.0".into()),
+        ..Default::default()
+    };
+    let moved = OwnRecord { endpoints: vec![], ..record.clone() };
+    for (wants, known, expected) in [
+        (&record, vec![known.clone()], Published::Done),
+        (&moved, vec![known], Published::Waiting),
+        (&record, vec![], Published::Waiting),
+    ] {
+        let mut bench = bench(vec![]).await;
+        let publisher = bench.source.publisher(&"a".parse().unwrap(), &known).unwrap();
+        let (wanted, receiver) = watch::channel(record.clone());
+        let (state, mut published) = watch::channel(Published::Failed("nothing said".into()));
+        tokio::spawn(publisher.run(receiver, state));
+        wanted.send(wants.clone()).unwrap();
+        let said = published.wait_for(|now| !matches!(now, Published::Failed(_)));
+        let said = tokio::time::timeout(PATIENCE, said).await.unwrap().unwrap().clone();
+        assert_eq!(said, expected);
+        assert!(bench.writes.try_recv().is_err());
+    }
 }

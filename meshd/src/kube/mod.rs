@@ -78,11 +78,12 @@ impl KubeSource {
         Ok(Self { client, shown: Vec::new() })
     }
 
-    /// Writes to `node`, which it sees through this source while it is watched.
-    pub fn publisher(&mut self, node: &NodeName) -> Publisher {
+    /// Writes to `node`, which it sees through this source while it is watched. `known` is what an earlier run saw.
+    pub fn publisher(&mut self, node: &NodeName, known: &[RawNode]) -> Publisher {
         let (sender, shown) = watch::channel(None);
         self.shown.push((node.as_str().to_owned(), sender));
-        Publisher::new(self.client.clone(), node, shown)
+        let remembered = known.iter().find(|known| known.name == node.as_str()).cloned();
+        Publisher::new(self.client.clone(), node, shown, remembered)
     }
 
     /// Lists and watches until nobody listens.

@@ -37,6 +37,8 @@ pub struct Publisher {
     node: String,
     /// Our Node as the watch last showed it.
     shown: watch::Receiver<Option<RawNode>>,
+    /// Our Node as an earlier run last saw it.
+    remembered: Option<RawNode>,
 }
 
 impl Publisher {
@@ -44,8 +46,9 @@ impl Publisher {
         client: Client,
         node: &NodeName,
         shown: watch::Receiver<Option<RawNode>>,
+        remembered: Option<RawNode>,
     ) -> Self {
-        Self { nodes: Api::all(client), node: node.as_str().to_owned(), shown }
+        Self { nodes: Api::all(client), node: node.as_str().to_owned(), shown, remembered }
     }
 
     /// Keeps the Node in step until a sender is gone. The value `wanted` was made with is not published: the
@@ -62,10 +65,15 @@ impl Publisher {
         loop {
             let want = wanted.borrow_and_update().clone();
             let seen = self.shown.borrow_and_update().clone();
+            if seen.is_some() {
+                self.remembered = None;
+            }
             let mut retry = None;
             match due(&want, seen.as_ref()) {
                 Due::Wait => {
-                    set(&state, Published::Waiting);
+                    // A restart while the API server is away takes back nothing that was published.
+                    let still = due(&want, self.remembered.as_ref()) == Due::Nothing;
+                    set(&state, if still { Published::Done } else { Published::Waiting });
                 }
                 Due::Nothing => {
                     pause = RETRY_MIN;
