@@ -17,7 +17,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use ipnet::IpNet;
 use mesh_types::key::PrivateKey;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::admin::Admin;
@@ -90,6 +90,7 @@ fn own_key(config: &Config) -> anyhow::Result<PrivateKey> {
 }
 
 async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
+    let signals = Signals::catch()?;
     let admin = Admin::bind(config.admin_address, &config.paths.socket()).await?;
     let boot_id = node_file::boot_id()?;
     let earlier = install_guard(config, &boot_id)?;
@@ -129,26 +130,20 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
     let inputs = Inputs { events, kernel_news, surroundings, resolved, stop: stopped };
     let mut ended = spawn_reconciler(reconciler, inputs)?;
     let told = tokio::select! {
-        told = signalled() => Some(told),
-        _ = &mut ended => None,
+        () = signals.wait() => true,
+        _ = &mut ended => false,
     };
     stop.send_replace(true);
-    let result = match told {
-        Some(told) => {
-            // Its timers live on our reactor, which must not go first.
-            if tokio::time::timeout(STOP_TIMEOUT, ended).await.is_err() {
-                tracing::warn!(
-                    ?STOP_TIMEOUT,
-                    "a turn of the reconciler takes long, ending without it"
-                );
-            }
-            told
-        }
-        None => Err(anyhow!("the reconciler ended by itself: see the log above")),
-    };
+    if !told {
+        return Err(anyhow!("the reconciler ended by itself: see the log above"));
+    }
+    // Its timers live on our reactor, which must not go first.
+    if tokio::time::timeout(STOP_TIMEOUT, ended).await.is_err() {
+        tracing::warn!(?STOP_TIMEOUT, "a turn of the reconciler takes long, ending without it");
+    }
     admin.abort();
     resolver.abort();
-    result
+    Ok(())
 }
 
 /// Before anything else of ours exists: the guard, and on disk what uninstall has to know. Answers the earlier cluster
@@ -263,13 +258,25 @@ fn spawn_reconciler(
     Ok(ended)
 }
 
-async fn signalled() -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
-    let name = tokio::select! {
-        _ = terminate.recv() => "SIGTERM",
-        _ = interrupt.recv() => "SIGINT",
-    };
-    tracing::info!(signal = name, "stopping; TUN, routes, guard and key stay");
-    Ok(())
+/// Catches signals from the moment it is made: the first process of a container is not ended by one it does not catch.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn catch() -> anyhow::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).context("listen for SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("listen for SIGINT")?,
+        })
+    }
+
+    async fn wait(mut self) {
+        let name = tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        };
+        tracing::info!(signal = name, "stopping; TUN, routes, guard and key stay");
+    }
 }
