@@ -24,6 +24,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 
+use crate::config::Paths;
 use crate::view::{Snapshot, View};
 use crate::{files, metrics, status};
 
@@ -53,7 +54,7 @@ impl Admin {
             .await
             .with_context(|| format!("listen on TCP {address}: choose another --admin-address"))?;
         if let Some(directory) = socket.parent() {
-            files::private_directory(directory)?;
+            files::private_directory(directory, Paths::is_ours)?;
         }
         match std::fs::remove_file(socket) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {

@@ -49,9 +49,12 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     let host_name = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let config = config::check(args, &host_name)?;
     preflight::check_machine()?;
-    files::private_directory(&config.paths.state_dir)?;
+    files::private_directory(&config.paths.state_dir, config::Paths::is_ours)?;
     let _lock = lock::take(&config.paths.lock(), lock::WAIT)?;
     preflight::check_udp_port(config.listen_port)?;
+    preflight::check_tun_is_free(&config.kernel.tun, lock::WAIT)?;
+    let addresses = reconcile::own_addresses()?;
+    preflight::check_own_addresses(&addresses, &Choice::of(&config), &config.prefixes)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), ?config, "meshd starts");
     let clashes = preflight::clashes(&config.kernel)?;
     let inside = preflight::check_addresses(&config.prefixes, &config.kernel.tun)?;

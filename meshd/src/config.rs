@@ -75,7 +75,7 @@ impl Paths {
 
     /// What was installed into the kernel, so that uninstall finds it whatever its flags.
     pub fn installed(&self) -> PathBuf {
-        self.state_dir.join("installed.json")
+        self.state_dir.join(INSTALLED_FILE)
     }
 
     pub fn ipam(&self) -> PathBuf {
@@ -86,11 +86,33 @@ impl Paths {
         self.run_dir.join(defaults::SOCKET_FILE)
     }
 
+    /// Whether a name in the state or run directory is of a file of ours: made by us, being written, set aside, or of
+    /// the CNI plugin.
+    pub fn is_ours(name: &str) -> bool {
+        let stem = name.strip_prefix('.').unwrap_or(name);
+        let stem = stem.strip_suffix(".tmp").unwrap_or(stem);
+        let stem = stem.split(".damaged-").next().unwrap_or(stem);
+        [
+            defaults::KEY_FILE,
+            defaults::NODE_FILE,
+            defaults::CACHE_FILE,
+            defaults::ENDPOINTS_FILE,
+            defaults::IPAM_DIR,
+            defaults::SOCKET_FILE,
+            INSTALLED_FILE,
+            LOCK_FILE,
+        ]
+        .contains(&stem)
+    }
+
     /// In the state directory: two daemons that share it, share the key.
     pub fn lock(&self) -> PathBuf {
-        self.state_dir.join("lock")
+        self.state_dir.join(LOCK_FILE)
     }
 }
+
+const INSTALLED_FILE: &str = "installed.json";
+const LOCK_FILE: &str = "lock";
 
 /// `sun_path` of `sockaddr_un` holds 108 bytes with its final zero (unix(7)).
 const SOCKET_PATH_BYTES_MAX: usize = 107;

@@ -10,7 +10,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use mesh_types::limits::FILE_BYTES_MAX;
 
 /// Replaces `path` by `bytes` with `mode`. On an error, or a crash at any point, `path` holds what it
@@ -35,11 +35,15 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> anyhow::Result<()> 
 
 /// The whole file, or `None` if there is none. Files beyond [`FILE_BYTES_MAX`] are refused.
 pub fn read_bounded(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
-    let file = match File::open(path) {
+    // A FIFO in the place of a file would hold up whoever opens it for ever.
+    let nonblock = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).context("O_NONBLOCK")?;
+    let file = match OpenOptions::new().read(true).custom_flags(nonblock).open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error).with_context(|| format!("open {}", path.display())),
     };
+    let metadata = file.metadata().with_context(|| format!("look at {}", path.display()))?;
+    ensure!(metadata.is_file(), "{} is no regular file", path.display());
     let mut bytes = Vec::new();
     file.take(FILE_BYTES_MAX + 1)
         .read_to_end(&mut bytes)
@@ -50,8 +54,9 @@ pub fn read_bounded(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
     Ok(Some(bytes))
 }
 
-/// Makes `path` a directory that only its owner may enter, repairing the mode of one that exists.
-pub fn private_directory(path: &Path) -> anyhow::Result<()> {
+/// Makes `path` a directory that only its owner may enter. The mode of one that exists is repaired where nothing but
+/// `ours` is in it: /run closed to others stops the machine.
+pub fn private_directory(path: &Path, ours: impl Fn(&str) -> bool) -> anyhow::Result<()> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -59,6 +64,16 @@ pub fn private_directory(path: &Path) -> anyhow::Result<()> {
         .with_context(|| format!("create directory {}", path.display()))?;
     let mode = fs::metadata(path).with_context(|| format!("look at {}", path.display()))?.mode();
     if mode & 0o077 != 0 {
+        let entries = fs::read_dir(path).with_context(|| format!("read {}", path.display()))?;
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            ensure!(
+                name.to_str().is_some_and(&ours),
+                "{} is open to others and holds {}, which is not ours: choose a directory of its own, or set this one to mode 0700",
+                path.display(),
+                name.display()
+            );
+        }
         tracing::warn!(directory = %path.display(), mode = format!("{mode:04o}"), "others could enter; set to 0700");
         fs::set_permissions(path, Permissions::from_mode(0o700))
             .with_context(|| format!("set {} to mode 0700", path.display()))?;
@@ -222,6 +237,19 @@ pub(crate) mod tests {
         assert_eq!(read_bounded(&dir.path().join("none")).expect("read"), None);
         let huge = dir.path().join("huge");
         File::create(&huge).and_then(|file| file.set_len(FILE_BYTES_MAX + 1)).expect("sparse file");
+        let fifo = dir.path().join("fifo");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &fifo,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+            0,
+        )
+        .expect("a FIFO");
+        for odd in [fifo.as_path(), dir.path()] {
+            let error = read_bounded(odd).expect_err("no file");
+            assert!(format!("{error:#}").contains("no regular file"), "{error:#}");
+        }
         let error = read_bounded(&huge).expect_err("too large");
         assert!(format!("{error:#}").contains("larger than"), "{error:#}");
     }
@@ -230,11 +258,24 @@ pub(crate) mod tests {
     fn a_directory_others_can_enter_is_repaired() {
         let dir = tempfile::tempdir().expect("scratch");
         let path = dir.path().join("a/b");
-        private_directory(&path).expect("created");
-        assert_eq!(fs::metadata(&path).expect("directory").mode(), 0o700);
+        let make = || private_directory(&path, |name| name == "key");
+        let mode = || fs::metadata(&path).expect("directory").mode();
+        make().expect("created");
+        assert_eq!(mode(), 0o700);
+        fs::write(path.join("key"), "x").expect("write");
         fs::set_permissions(&path, Permissions::from_mode(0o755)).expect("chmod");
-        private_directory(&path).expect("repaired");
-        assert_eq!(fs::metadata(&path).expect("directory").mode(), 0o700);
+        make().expect("repaired");
+        assert_eq!(mode(), 0o700);
+    }
+
+    #[test]
+    fn a_directory_of_others_is_refused_and_left_as_it_is() {
+        let dir = tempfile::tempdir().expect("scratch");
+        fs::write(dir.path().join("sshd.pid"), "7").expect("write");
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).expect("chmod");
+        let error = private_directory(dir.path(), |name| name == "key").expect_err("refused");
+        assert!(format!("{error:#}").contains("sshd.pid"), "{error:#}");
+        assert_eq!(fs::metadata(dir.path()).expect("directory").mode(), 0o755);
     }
 
     #[test]

@@ -146,9 +146,12 @@ pub fn remove_routing(kernel: &Kernel) -> anyhow::Result<()> {
 fn remove_state(paths: &Paths) -> anyhow::Result<()> {
     let mut ours: Vec<PathBuf> =
         vec![paths.node_file(), paths.key(), paths.cache(), paths.last_heard(), paths.socket()];
-    let damaged = |path: &PathBuf| path.to_string_lossy().contains(DAMAGED_MARK);
+    let damaged = |entry: &std::fs::DirEntry| {
+        let name = entry.file_name();
+        name.to_str().is_some_and(|name| name.contains(DAMAGED_MARK) && Paths::is_ours(name))
+    };
     if let Ok(entries) = std::fs::read_dir(&paths.state_dir) {
-        ours.extend(entries.flatten().map(|entry| entry.path()).filter(damaged));
+        ours.extend(entries.flatten().filter(damaged).map(|entry| entry.path()));
     }
     let remove = |path: &Path| {
         ignore_missing(std::fs::remove_file(path))
@@ -228,7 +231,7 @@ mod tests {
             std::fs::write(path, "x").expect("write");
         }
         std::fs::write(paths.state_dir.join("private-key.json.damaged-1"), "x").expect("write");
-        std::fs::write(paths.state_dir.join("somebody-elses"), "x").expect("write");
+        std::fs::write(paths.state_dir.join("somebody-elses.damaged-1"), "x").expect("write");
         remove_state(&paths).expect("removed");
         assert!(!paths.run_dir.exists());
         let left: Vec<_> = std::fs::read_dir(&paths.state_dir)
@@ -236,8 +239,8 @@ mod tests {
             .flatten()
             .map(|entry| entry.file_name())
             .collect();
-        assert_eq!(left, ["somebody-elses"]);
-        std::fs::remove_file(paths.state_dir.join("somebody-elses")).expect("remove");
+        assert_eq!(left, ["somebody-elses.damaged-1"]);
+        std::fs::remove_file(paths.state_dir.join("somebody-elses.damaged-1")).expect("remove");
         remove_state(&paths).expect("twice is free");
         assert!(!paths.state_dir.exists());
     }
