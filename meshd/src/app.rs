@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, watch};
 use crate::admin::Admin;
 use crate::args::RunArgs;
 use crate::config::{self, Config, Kernel, Source};
+use crate::endpoints::Choice;
 use crate::installed::Installed;
 use crate::kube::KubeSource;
 use crate::plane::NodePlane;
@@ -56,9 +57,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     let addresses = reconcile::own_addresses()?;
     preflight::check_own_addresses(&addresses, &Choice::of(&config), &config.prefixes)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), ?config, "meshd starts");
-    let clashes = preflight::clashes(&config.kernel)?;
-    let inside = preflight::check_addresses(&config.prefixes, &config.kernel.tun)?;
-    for clash in clashes.iter().chain(&inside) {
+    for clash in preflight::clashes(&config.kernel)? {
         tracing::warn!("{clash}");
     }
     keystore::forbid_core_dumps()?;

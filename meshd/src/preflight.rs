@@ -4,14 +4,17 @@ use std::fs::OpenOptions;
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use mesh_types::defaults;
 use mesh_types::net::ClusterPrefixes;
-use netcfg::addr::InterfaceAddress;
-use netcfg::route::{KernelRoute, TABLE_MAIN};
 
 use crate::config::Kernel;
+use crate::endpoints::{Choice, Found};
+
+/// Between two looks at a device that is still served.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Bit of CAP_NET_ADMIN (include/uapi/linux/capability.h).
 const CAP_NET_ADMIN: u32 = 12;
@@ -73,6 +76,42 @@ pub fn check_udp_port(port: u16) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// No address of this machine's own network lies in a cluster prefix: the guard would cut the machine off from whoever
+/// is there, its operator included.
+pub fn check_own_addresses(
+    found: &[Found],
+    choice: &Choice,
+    prefixes: &ClusterPrefixes,
+) -> anyhow::Result<()> {
+    for Found { interface, address } in found.iter().filter(|found| choice.counts(&found.interface))
+    {
+        if let Some(prefix) = prefixes.as_slice().iter().find(|prefix| prefix.contains(address)) {
+            bail!(
+                "--cluster-cidr {prefix} contains {address} of {interface}, and the guard would cut this machine off: \
+                 pods need a prefix of their own; if {interface} belongs to pods, pass --skip-interface {interface}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Nobody serves the TUN device. Whoever held our lock before may take a moment to be gone.
+pub fn check_tun_is_free(tun: &str, wait: Duration) -> anyhow::Result<()> {
+    let deadline = Instant::now() + wait;
+    loop {
+        let link = netcfg::link::get(tun).with_context(|| format!("look at {tun}"))?;
+        if !link.is_some_and(|link| link.kind == "tun" && link.running) {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "the TUN device {tun} is served by another process, another meshd perhaps: stop it first, or choose \
+             another --tun-name, --table and --rule-priority"
+        );
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+}
+
 /// What others use of what is to be ours, one line each with the flag to change. Not fatal: much of it is harmless.
 pub fn clashes(kernel: &Kernel) -> anyhow::Result<Vec<String>> {
     let Kernel { tun, table, rule_priority, mark_mask, .. } = kernel;
@@ -103,43 +142,8 @@ pub fn clashes(kernel: &Kernel) -> anyhow::Result<Vec<String>> {
     Ok(told)
 }
 
-/// Addresses of this machine that the guard would cut off: an error where one is its way out, told otherwise.
-pub fn check_addresses(cluster: &ClusterPrefixes, tun: &str) -> anyhow::Result<Vec<String>> {
-    let addresses = netcfg::addr::interface_addresses().context("list interface addresses")?;
-    let routes = netcfg::route::list(TABLE_MAIN).context("list routes")?;
-    let ways_out: Vec<KernelRoute> =
-        routes.into_iter().filter(|route| route.destination.prefix_len() == 0).collect();
-    addresses_inside(cluster, tun, &addresses, &ways_out)
-}
-
-fn addresses_inside(
-    cluster: &ClusterPrefixes,
-    tun: &str,
-    addresses: &[InterfaceAddress],
-    ways_out: &[KernelRoute],
-) -> anyhow::Result<Vec<String>> {
-    let mut told = Vec::new();
-    for InterfaceAddress { interface, address } in addresses {
-        let ours = interface.name == tun || interface.name.starts_with(defaults::POD_LINK_PREFIX);
-        let ip = address.net.addr();
-        let prefix = cluster.as_slice().iter().find(|prefix| prefix.contains(&ip));
-        let Some(prefix) = prefix.filter(|_| !ours) else { continue };
-        let what = format!("{ip} of {} lies inside --cluster-cidr {prefix}", interface.name);
-        let way_out =
-            |route: &KernelRoute| route.oif == Some(interface.index) || route.source == Some(ip);
-        ensure!(
-            !ways_out.iter().any(way_out),
-            "{what}: the guard would cut this node off; give the prefix that pods alone live in"
-        );
-        told.push(format!("{what}: nothing of it leaves this node or enters it"));
-    }
-    Ok(told)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::slice::from_ref;
-
     use super::*;
 
     fn told(result: anyhow::Result<impl std::fmt::Debug>) -> String {
@@ -156,34 +160,33 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_device_is_told() {
-        let dir = tempfile::tempdir().expect("scratch");
-        assert!(told(check_tun(&dir.path().join("tun"))).contains("modprobe tun"));
+    fn a_cluster_prefix_around_this_machine_is_refused_and_one_around_a_bridge_of_pods_is_not() {
+        let prefixes = vec!["10.0.0.0/8".parse().expect("prefix")].try_into().expect("prefixes");
+        let choice = Choice { tun: "meshd0".into(), skip: vec!["pods*".into()], force: vec![] };
+        let check = |interface: &str, address: &str| {
+            let address = address.parse().expect("address");
+            check_own_addresses(
+                &[Found { interface: interface.into(), address }],
+                &choice,
+                &prefixes,
+            )
+        };
+        let line = told(check("eth0", "10.0.0.5"));
+        assert!(line.contains("10.0.0.0/8") && line.contains("10.0.0.5 of eth0"), "{line}");
+        for (interface, address) in [
+            ("eth0", "192.0.2.1"),
+            ("meshd0", "10.1.0.1"),
+            ("cni0", "10.1.0.1"),
+            ("pods1", "10.1.0.1"),
+        ] {
+            check(interface, address).expect(interface);
+        }
     }
 
     #[test]
-    fn a_node_whose_own_address_is_a_pods_is_told_before_it_is_cut_off() {
-        let cluster =
-            ClusterPrefixes::new(vec!["10.0.0.0/8".parse().expect("prefix")]).expect("prefixes");
-        let mut addresses = netcfg::addr::interface_addresses().expect("addresses");
-        let mut one = addresses.pop().expect("loopback has one");
-        one.interface.name = "eth0".into();
-        one.address.net = "10.1.2.3/24".parse().expect("address");
-        let mut way_out = KernelRoute::new("0.0.0.0/0".parse().expect("prefix"), TABLE_MAIN, 4);
-        let judge = |one: &InterfaceAddress, way_out: &KernelRoute| {
-            addresses_inside(&cluster, "meshd0", from_ref(one), from_ref(way_out))
-        };
-        let warned = judge(&one, &way_out).expect("another way out");
-        assert!(warned[0].contains("10.1.2.3 of eth0"), "{warned:?}");
-        way_out.oif = Some(one.interface.index);
-        assert!(told(judge(&one, &way_out)).contains("--cluster-cidr 10.0.0.0/8"));
-        (way_out.oif, way_out.source) = (None, Some(one.address.net.addr()));
-        assert!(judge(&one, &way_out).is_err());
-        one.interface.name = "meshd0".into();
-        assert_eq!(judge(&one, &way_out).expect("ours"), [""; 0]);
-        one.interface.name = "eth0".into();
-        one.address.net = "192.0.2.1/24".parse().expect("address");
-        assert_eq!(judge(&one, &way_out).expect("outside"), [""; 0]);
+    fn a_missing_device_is_told() {
+        let dir = tempfile::tempdir().expect("scratch");
+        assert!(told(check_tun(&dir.path().join("tun"))).contains("modprobe tun"));
     }
 
     #[test]

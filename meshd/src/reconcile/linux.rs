@@ -59,6 +59,20 @@ pub fn marks(kernel: &config::Kernel) -> Marks {
     }
 }
 
+/// Addresses of this machine that last and reach beyond the link.
+pub fn own_addresses() -> anyhow::Result<Vec<Found>> {
+    let all = addr::interface_addresses().context("list interface addresses")?;
+    let usable = all.into_iter().filter(|found| {
+        let address = &found.address;
+        found.interface.up
+            && address.global
+            && !(address.tentative || address.deprecated || address.temporary)
+    });
+    let found = usable
+        .map(|found| Found { interface: found.interface.name, address: found.address.net.addr() });
+    Ok(found.collect())
+}
+
 impl Kernel for Linux {
     fn guard(&mut self) -> anyhow::Result<Vec<Made>> {
         let what = match guard::verify(&self.guard)? {
@@ -84,18 +98,7 @@ impl Kernel for Linux {
     }
 
     fn addresses(&mut self) -> anyhow::Result<Vec<Found>> {
-        let all = addr::interface_addresses().context("list interface addresses")?;
-        let usable = all.into_iter().filter(|found| {
-            let address = &found.address;
-            found.interface.up
-                && address.global
-                && !(address.tentative || address.deprecated || address.temporary)
-        });
-        let found = usable.map(|found| Found {
-            interface: found.interface.name,
-            address: found.address.net.addr(),
-        });
-        Ok(found.collect())
+        own_addresses()
     }
 
     fn path_mtu(&mut self, address: IpAddr) -> anyhow::Result<u32> {

@@ -17,7 +17,7 @@ mod run;
 mod steps;
 
 pub use kernel::{Kernel, Made, PodsMade};
-pub use linux::{Linux, guard_config, marks};
+pub use linux::{Linux, guard_config, marks, own_addresses};
 pub use run::{Inputs, SLOW_PERIOD, run};
 
 use std::collections::{BTreeMap, BTreeSet};
