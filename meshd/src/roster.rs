@@ -33,6 +33,9 @@ const SETTLE: Duration = Duration::from_millis(50);
 /// Room for events; one with the longest name takes 272 bytes (inotify(7)).
 const EVENT_BYTES: usize = 4096;
 
+/// Longest reason told of one entry.
+const WHY_CHARS_MAX: usize = 200;
+
 /// The watched file.
 #[derive(Debug)]
 pub struct RosterSource {
@@ -120,7 +123,8 @@ fn raw(position: usize, entry: serde_json::Value) -> RawNode {
         Ok(node) => node.into(),
         Err(error) => RawNode {
             name: name.unwrap_or_else(|| format!("entry {} of the roster", position + 1)),
-            unreadable: Some(error.to_string()),
+            // It may quote the entry, and the entry may be megabytes.
+            unreadable: Some(error.to_string().chars().take(WHY_CHARS_MAX).collect()),
             ..RawNode::default()
         },
     }
@@ -229,6 +233,18 @@ nodes:
         assert_eq!(names, ["a", "b", "entry 3 of the roster", "c"]);
         let bad: Vec<_> = nodes.iter().map(|node| node.unreadable.is_some()).collect();
         assert_eq!(bad, [false, true, true, false]);
+    }
+
+    #[test]
+    fn a_misspelt_field_is_told_and_not_taken_for_a_missing_one() {
+        let text = "version: 1\nnodes:\n- {name: a, podCidrs: [10.244.1.0/24]}\n- name: b\n";
+        let nodes = parse(text.as_bytes()).unwrap();
+        let why = nodes[0].unreadable.as_deref().expect("refused");
+        assert!(why.contains("podCidrs") && why.contains("podCIDRs"), "{why}");
+        assert_eq!(nodes[1].unreadable, None);
+        let long =
+            format!("version: 1\nnodes:\n- {{name: a, podCIDRs: {}}}\n", "x".repeat(1 << 20));
+        assert!(parse(long.as_bytes()).unwrap()[0].unreadable.as_ref().unwrap().len() < 1_000);
     }
 
     #[test]

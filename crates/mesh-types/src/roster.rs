@@ -28,7 +28,7 @@ pub struct Roster {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct RosterNode {
     pub name: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
