@@ -125,7 +125,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             kernel,
             plane,
             out,
-            index: ClusterIndex::new(),
+            index: ClusterIndex::with_room_for(local.name.as_str()),
             held: cached.held,
             resolved: BTreeMap::new(),
             mtus: PathMtus::default(),

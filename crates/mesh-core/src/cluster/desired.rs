@@ -34,7 +34,7 @@ use mesh_types::node::{NodeName, Site};
 use super::candidates::{Candidates, EndpointRefusal, PathMtus, candidates};
 use super::claims::{Granted, Held, grant_keys, grant_prefixes};
 use super::index::ClusterIndex;
-use super::record::{NodeRecord, Refusal};
+use super::record::{NodeRecord, Refusal, shown};
 use crate::tunnel::config::PeerConfig;
 
 /// What is known of the cluster.
@@ -172,9 +172,6 @@ pub fn desired(
     let node_file = (!own.pod_cidrs.is_empty())
         .then(|| NodeFileInput { pod_cidrs: own.pod_cidrs.clone(), mtu: net.link.mtu });
     own.problems.extend(problems_of(&refused, &local.name));
-    if view.nodes.turned_away() > 0 {
-        own.problems.push(Refusal::TooManyNodes);
-    }
     Desired {
         peers,
         net,
@@ -333,12 +330,15 @@ fn problems_of(refused: &Refusals, name: &NodeName) -> Vec<Refusal> {
 /// Reasons about single objects, and the objects that could not be read at all.
 fn all_refused(nodes: &ClusterIndex, refused: Refusals) -> Vec<Refused> {
     let unread = nodes.records().filter_map(|(name, record)| {
-        Some(Refused { node: name.to_owned(), reason: record.err()?.clone() })
+        Some(Refused { node: shown(name), reason: record.err()?.clone() })
     });
+    let turned_away = nodes
+        .turned_away()
+        .map(|name| Refused { node: shown(name), reason: Refusal::TooManyNodes });
     let refused = refused
         .into_iter()
         .map(|(node, reason)| Refused { node: node.as_str().to_owned(), reason });
-    let mut all: Vec<Refused> = refused.chain(unread).collect();
+    let mut all: Vec<Refused> = refused.chain(unread).chain(turned_away).collect();
     // Stable: the reasons of one node stay in the order they were found in.
     all.sort_by(|a, b| a.node.cmp(&b.node));
     all

@@ -3,7 +3,7 @@
 //! The content is a function of the objects that exist now, not of the way they came to be known: any
 //! order of events that ends with the same objects ends with the same index.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_types::limits::NODES_MAX;
 
@@ -21,8 +21,11 @@ pub enum Change {
 #[derive(Debug, Clone, Default)]
 pub struct ClusterIndex {
     nodes: BTreeMap<String, Entry>,
-    /// New names turned away since the last reset because the index was full.
-    turned_away: usize,
+    /// Has room whoever else is there; empty for nobody.
+    own: String,
+    /// Names turned away because the index was full, at most [`NODES_MAX`]. One whose object changes once there is
+    /// room, or that the next reset has room for, comes in.
+    turned_away: BTreeSet<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +37,11 @@ struct Entry {
 impl ClusterIndex {
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// As [`Self::new`]; a full mesh has room for the node `own`.
+    pub fn with_room_for(own: &str) -> Self {
+        Self { own: own.to_owned(), ..Self::default() }
     }
 
     /// A node appeared or changed. Another object under the same name (other uid) replaces the old one.
@@ -50,6 +58,7 @@ impl ClusterIndex {
                 self.nodes.remove(name);
                 Change::Relevant
             }
+            _ if self.turned_away.remove(name) => Change::Relevant,
             _ => Change::Nothing,
         }
     }
@@ -70,10 +79,14 @@ impl ClusterIndex {
                 }
             }
         }
-        let turned_away = nodes.len().saturating_sub(NODES_MAX);
-        for _ in 0..turned_away {
-            nodes.pop_last();
+        let own = nodes.remove_entry(&self.own);
+        let room = NODES_MAX - usize::from(own.is_some());
+        let mut turned_away = BTreeSet::new();
+        while nodes.len() > room {
+            let name = nodes.pop_last().map(|(name, _)| name);
+            turned_away.extend(name.filter(|_| turned_away.len() < NODES_MAX));
         }
+        nodes.extend(own);
         let same = nodes == self.nodes && turned_away == self.turned_away;
         self.nodes = nodes;
         self.turned_away = turned_away;
@@ -88,9 +101,9 @@ impl ClusterIndex {
         self.nodes.is_empty()
     }
 
-    /// Nodes left out because the mesh is full.
-    pub fn turned_away(&self) -> usize {
-        self.turned_away
+    /// Names of nodes left out because the mesh is full.
+    pub fn turned_away(&self) -> impl Iterator<Item = &str> {
+        self.turned_away.iter().map(String::as_str)
     }
 
     pub fn record(&self, name: &str) -> Option<&NodeRecord> {
@@ -120,10 +133,14 @@ impl ClusterIndex {
         if self.nodes.get(&entry.raw.name) == Some(&entry) {
             return Change::Nothing;
         }
-        if self.nodes.len() >= NODES_MAX && !self.nodes.contains_key(&entry.raw.name) {
-            self.turned_away = self.turned_away.saturating_add(1);
-            return Change::Relevant;
+        let name = &entry.raw.name;
+        let has_room = self.nodes.len() < NODES_MAX || *name == self.own;
+        if !has_room && !self.nodes.contains_key(name) {
+            // Its next words are no news: a turn for each heartbeat of each node outside would be many.
+            let news = self.turned_away.len() < NODES_MAX && self.turned_away.insert(name.clone());
+            return if news { Change::Relevant } else { Change::Nothing };
         }
+        self.turned_away.remove(name);
         self.nodes.insert(entry.raw.name.clone(), entry);
         Change::Relevant
     }
@@ -179,10 +196,31 @@ mod tests {
         let mut index = ClusterIndex::new();
         let names = (0..NODES_MAX + 3).map(|i| raw(&format!("n{i:05}"), "", "10.0.0.0/24"));
         let _ = index.reset(names.collect());
-        assert_eq!((index.len(), index.turned_away()), (NODES_MAX, 3));
-        assert_eq!(index.apply(raw("a-new-one", "", "10.0.0.0/24")), Change::Relevant);
-        assert_eq!((index.len(), index.turned_away()), (NODES_MAX, 4));
+        let counts = |index: &ClusterIndex| (index.len(), index.turned_away().count());
+        assert_eq!(counts(&index), (NODES_MAX, 3));
+        let new = || raw("a-new-one", "", "10.0.0.0/24");
+        assert_eq!(index.apply(new()), Change::Relevant);
+        assert_eq!(index.apply(new()), Change::Nothing, "its heartbeat is no news");
+        assert_eq!(counts(&index), (NODES_MAX, 4));
         assert_eq!(index.apply(raw("n00000", "", "10.9.0.0/24")), Change::Relevant);
         assert_eq!(index.len(), NODES_MAX);
+        assert_eq!(index.delete("n00000", ""), Change::Relevant);
+        assert_eq!(index.apply(new()), Change::Relevant);
+        assert_eq!(counts(&index), (NODES_MAX, 3));
+        assert_eq!(index.delete("n08194", ""), Change::Relevant);
+        assert_eq!(counts(&index), (NODES_MAX, 2));
+    }
+
+    #[test]
+    fn a_full_index_has_room_for_the_own_node() {
+        let names = |count: usize| (0..count).map(|i| raw(&format!("n{i:05}"), "", "10.0.0.0/24"));
+        let own = || raw("z", "", "10.9.0.0/24");
+        let mut index = ClusterIndex::with_room_for("z");
+        let _ = index.reset(names(100_000).chain([own()]).collect());
+        assert!(index.record("z").is_some() && index.len() == NODES_MAX);
+        assert!(index.turned_away().count() <= NODES_MAX);
+        let _ = index.reset(names(NODES_MAX).collect());
+        assert_eq!(index.apply(own()), Change::Relevant);
+        assert!(index.record("z").is_some());
     }
 }

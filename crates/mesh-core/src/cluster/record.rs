@@ -78,7 +78,7 @@ pub enum Refusal {
     Name(#[from] NodeNameError),
     #[error("the name appears more than once: remove the other entries")]
     DuplicateName,
-    #[error("the site name is longer than {SITE_BYTES_MAX} characters")]
+    #[error("the site name has more than {SITE_BYTES_MAX} characters, or control characters")]
     Site,
     #[error("the mesh is full: more than {} nodes", mesh_types::limits::NODES_MAX)]
     TooManyNodes,
@@ -204,7 +204,7 @@ impl NodeRecord {
         }
         let name: NodeName = raw.name.parse()?;
         let site = raw.site.as_deref().unwrap_or_default().trim();
-        if site.len() > SITE_BYTES_MAX {
+        if site.len() > SITE_BYTES_MAX || site.chars().any(char::is_control) {
             return Err(Refusal::Site);
         }
         let mut problems = Vec::new();
@@ -236,9 +236,10 @@ impl NodeRecord {
     }
 }
 
-/// The beginning of foreign text.
+/// The beginning of foreign text, without what a terminal would obey.
 pub fn shown(text: &str) -> String {
-    text.chars().take(SHOWN_CHARS_MAX).collect()
+    let safe = |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
+    text.chars().take(SHOWN_CHARS_MAX).map(safe).collect()
 }
 
 fn keep<T>(result: Result<T, Refusal>, problems: &mut Vec<Refusal>) -> Option<T> {
@@ -399,6 +400,7 @@ mod tests {
         let label = |raw: RawNode| NodeRecord::from_raw(&raw).map_err(|why| why.label());
         assert_eq!(label(RawNode { name: "../etc".into(), ..raw() }), Err("name"));
         assert_eq!(label(RawNode { site: Some("s".repeat(300)), ..raw() }), Err("site"));
+        assert_eq!(label(RawNode { site: Some("a\u{1b}[2J".into()), ..raw() }), Err("site"));
         let unreadable = Some("spec is a number".into());
         assert_eq!(label(RawNode { unreadable, ..raw() }), Err("unreadable"));
         assert!(label(RawNode { name: "n".into(), ..RawNode::default() }).is_ok());
