@@ -34,11 +34,18 @@ const CONNECTIONS_MAX: usize = 32;
 /// A client that sends no whole request in this time, or none after its last, is let go.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// No connection lives longer: clients that read nothing must not keep a kubelet out. A scraper connects again.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(120);
+
 /// Pause after a failed accept (no file descriptors left), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// The reconciler turns at least every 30 s; four missed turns mean that it hangs.
 const TURN_AGE_MAX: Duration = Duration::from_secs(120);
+
+/// The data plane answers within milliseconds. A machine that stands still for a while is no reason to begin again
+/// without sessions.
+const SILENCE_MAX: Duration = Duration::from_secs(20);
 
 /// Both listeners, bound before anything else is touched so that a taken address is told early.
 pub struct Admin {
@@ -129,27 +136,34 @@ where
         let served = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(REQUEST_TIMEOUT)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
-            .await;
-        if let Err(error) = served {
-            tracing::debug!(%error, "admin connection ended");
+            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        match tokio::time::timeout(CONNECTION_TIMEOUT, served).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, "admin connection ended"),
+            Err(_) => tracing::debug!("admin connection ended after {CONNECTION_TIMEOUT:?}"),
         }
         drop(permit);
     });
 }
 
+/// Never waits, so that a probe's short patience says nothing: the answer of the data plane counts the next time.
 async fn healthz(State(view): State<Arc<View>>) -> (StatusCode, String) {
-    health(view.since_turn())
+    let asker = Arc::clone(&view);
+    drop(tokio::task::spawn_blocking(move || asker.take_pulse()));
+    health(view.since_turn(), view.silent_for())
 }
 
-fn health(since_turn: Option<Duration>) -> (StatusCode, String) {
-    match since_turn {
-        Some(age) if age > TURN_AGE_MAX => (
-            StatusCode::SERVICE_UNAVAILABLE,
-            format!("the reconciler has not turned for {} s\n", age.as_secs()),
-        ),
-        _ => (StatusCode::OK, "ok\n".to_owned()),
-    }
+fn health(since_turn: Duration, silent_for: Option<Duration>) -> (StatusCode, String) {
+    let why = match silent_for {
+        _ if since_turn > TURN_AGE_MAX => {
+            format!("the reconciler has not turned for {} s\n", since_turn.as_secs())
+        }
+        Some(silent) if silent > SILENCE_MAX => {
+            format!("the data plane has not answered for {} s\n", silent.as_secs())
+        }
+        _ => return (StatusCode::OK, "ok\n".to_owned()),
+    };
+    (StatusCode::SERVICE_UNAVAILABLE, why)
 }
 
 async fn readyz(State(view): State<Arc<View>>) -> (StatusCode, String) {
@@ -200,7 +214,7 @@ mod tests {
 
     use super::*;
     use crate::view::condition;
-    use crate::view::tests::sample;
+    use crate::view::tests::{Hanging, sample};
 
     struct Running {
         tcp: SocketAddr,
@@ -248,15 +262,30 @@ mod tests {
     }
 
     #[test]
-    fn health_fails_once_the_reconciler_hangs() {
+    fn health_fails_once_reconciler_or_data_plane_hang() {
         let running = running();
         let tcp = || TcpStream::connect(running.tcp).expect("connect");
         assert!(ask(tcp(), "/healthz").starts_with("HTTP/1.1 200"));
         running.view.beat();
         assert!(ask(tcp(), "/healthz").starts_with("HTTP/1.1 200"));
-        assert_eq!(health(Some(TURN_AGE_MAX)).0, StatusCode::OK);
-        let hung = health(Some(TURN_AGE_MAX + Duration::from_secs(1)));
-        assert_eq!(hung.0, StatusCode::SERVICE_UNAVAILABLE);
+        let second = Duration::from_secs(1);
+        assert_eq!(health(TURN_AGE_MAX, None).0, StatusCode::OK);
+        assert_eq!(health(TURN_AGE_MAX + second, None).0, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(health(second, Some(SILENCE_MAX)).0, StatusCode::OK);
+        let (code, why) = health(second, Some(SILENCE_MAX + second));
+        assert_eq!(code, StatusCode::SERVICE_UNAVAILABLE);
+        assert!(why.contains("data plane"), "{why}");
+    }
+
+    #[test]
+    fn a_question_about_health_finds_a_data_plane_that_hangs() {
+        let running = running();
+        running.view.set_data_source(Hanging);
+        while running.view.silent_for().is_none() {
+            ask(TcpStream::connect(running.tcp).expect("connect"), "/healthz");
+        }
+        let ready = ask(TcpStream::connect(running.tcp).expect("connect"), "/readyz");
+        assert!(ready.contains("[-] data-plane: no answer"), "{ready}");
     }
 
     #[test]

@@ -104,6 +104,11 @@ fn troubles(registry: &mut Registry, snapshot: &Snapshot) {
     for (reason, count) in by_reason {
         set(&refused, vec![("reason", reason.to_owned())], count);
     }
+    let endpoints = "refused_endpoints";
+    let endpoints = gauges(registry, endpoints, "Endpoints of peers not tried, by reason", None);
+    for (reason, count) in &snapshot.facts.endpoints_left_out {
+        set(&endpoints, vec![("reason", (*reason).to_owned())], *count as f64);
+    }
 }
 
 fn counters(registry: &mut Registry, name: &str, help: &str, unit: Option<Unit>) -> Counters {
@@ -149,6 +154,7 @@ mod tests {
             "meshd_udp_sends_total{} 12",
             r#"meshd_repairs_total{kind="route"} 3"#,
             r#"meshd_refused_nodes{reason="no_pod_cidr"} 1.0"#,
+            r#"meshd_refused_endpoints{reason="private_far"} 1.0"#,
             r#"meshd_condition{condition="guard"} 0.0"#,
             r#"meshd_peers{path="direct"} 1.0"#,
             r#"meshd_peers{path="none"} 1.0"#,

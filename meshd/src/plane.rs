@@ -17,7 +17,7 @@ use crate::config::{Config, Kernel};
 use crate::io::{DataEvent, DataPlane, DataPlaneOptions, Snapshots};
 use crate::last_heard::{Endpoints, Recorder};
 use crate::reconcile::Plane;
-use crate::view::{DataFigures, View};
+use crate::view::{DataFigures, DataSource, View};
 
 /// TUN, socket and shard of this node.
 pub struct NodePlane {
@@ -84,8 +84,7 @@ impl NodePlane {
             on_event: Box::new(listener(self.news.clone(), self.recorder.clone())),
         };
         let data = DataPlane::start(options, tun, udp)?;
-        let snapshots = data.snapshots();
-        self.view.set_data_source(move || figures(&snapshots));
+        self.view.set_data_source(Asked(data.snapshots()));
         Ok(Running { data, tun_index, greeted: false })
     }
 
@@ -173,17 +172,19 @@ fn listener(news: mpsc::Sender<()>, recorder: Recorder) -> impl Fn(DataEvent) + 
     }
 }
 
-/// Figures of a shard that does not answer are none; its silence shows in the missing peers.
-fn figures(snapshots: &Snapshots) -> DataFigures {
-    let mut figures = match snapshots.take() {
-        Ok(snapshot) => DataFigures::from(snapshot),
-        Err(error) => {
-            tracing::warn!(error = format!("{error:#}"), "no figures of the data plane");
-            DataFigures::default()
-        }
-    };
-    figures.drops.extend(kernel_drops());
-    figures
+/// The shard in the hands of whoever asks.
+struct Asked(Snapshots);
+
+impl DataSource for Asked {
+    fn figures(&self) -> anyhow::Result<DataFigures> {
+        let mut figures = DataFigures::from(self.0.take()?);
+        figures.drops.extend(kernel_drops());
+        Ok(figures)
+    }
+
+    fn pulse(&self) -> anyhow::Result<()> {
+        self.0.take().map(drop)
+    }
 }
 
 /// What guard and source filter dropped. A table that is not there has dropped nothing.

@@ -1,10 +1,13 @@
 //! `meshd status`: the document the daemon builds, and the table people read.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use mesh_core::tunnel::config::PeerSnapshot;
+use mesh_types::key::PublicKey;
 use mesh_types::limits::FILE_BYTES_MAX;
 use mesh_types::status::{PathKind, PeerStatus, RefusedNode, STATUS_VERSION, Status};
 
@@ -18,6 +21,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// The document behind `meshd status --json`.
 pub fn build(snapshot: &Snapshot) -> Status {
     let Snapshot { identity, facts, conditions, data, .. } = snapshot;
+    let seen: BTreeMap<_, _> = data.peers.iter().map(|seen| (seen.key, seen)).collect();
     Status {
         version: STATUS_VERSION,
         node: identity.node.clone(),
@@ -31,7 +35,7 @@ pub fn build(snapshot: &Snapshot) -> Status {
         mtu: facts.mtu,
         ready: conditions.iter().all(|condition| condition.ok),
         conditions: conditions.clone(),
-        peers: facts.peers.iter().map(|peer| peer_status(peer, snapshot)).collect(),
+        peers: facts.peers.iter().map(|peer| peer_status(peer, &seen, snapshot)).collect(),
         refused: facts
             .refused
             .iter()
@@ -114,12 +118,18 @@ pub fn table(status: &Status) -> String {
     text
 }
 
-fn peer_status(peer: &PeerFacts, snapshot: &Snapshot) -> PeerStatus {
+fn peer_status(
+    peer: &PeerFacts,
+    seen: &BTreeMap<PublicKey, &PeerSnapshot>,
+    snapshot: &Snapshot,
+) -> PeerStatus {
     let now = snapshot.data.now;
-    let seen = snapshot.data.peers.iter().find(|seen| seen.key == peer.config.key);
+    let seen = seen.get(&peer.config.key);
     let problem = match seen {
-        Some(seen) => seen.problem,
-        None => "the data plane does not know it yet",
+        _ if !snapshot.answered => "the data plane does not answer".to_owned(),
+        None => "the data plane does not know it yet".to_owned(),
+        Some(seen) if seen.session || peer.left_out.is_empty() => seen.problem.to_owned(),
+        Some(seen) => format!("{}; {}", seen.problem, peer.left_out),
     };
     PeerStatus {
         node: peer.node.clone(),
@@ -140,7 +150,7 @@ fn peer_status(peer: &PeerFacts, snapshot: &Snapshot) -> PeerStatus {
             .config
             .keepalive
             .map(|interval| u16::try_from(interval.as_secs()).unwrap_or(u16::MAX)),
-        problem: problem.to_owned(),
+        problem,
     }
 }
 
@@ -277,6 +287,21 @@ mod tests {
         assert!(!status.ready);
         let text = serde_json::to_string(&status).expect("json");
         assert_eq!(serde_json::from_str::<Status>(&text).expect("back"), status);
+    }
+
+    #[test]
+    fn why_a_peer_has_no_session_names_the_endpoints_that_are_not_tried() {
+        let mut snapshot = sample().snapshot();
+        snapshot.data.peers.push(PeerSnapshot {
+            key: snapshot.facts.peers[1].config.key,
+            session: false,
+            problem: "no endpoint known",
+            ..snapshot.data.peers[0].clone()
+        });
+        let problem = &build(&snapshot).peers[1].problem;
+        assert_eq!(problem, "no endpoint known; 10.0.0.3:1 is private");
+        snapshot.answered = false;
+        assert!(build(&snapshot).peers[1].problem.contains("does not answer"));
     }
 
     #[test]

@@ -65,6 +65,8 @@ pub struct Facts {
     pub endpoints: Vec<SocketAddr>,
     pub peers: Vec<PeerFacts>,
     pub refused: Vec<RefusedFacts>,
+    /// Endpoints that are not tried, by reason.
+    pub endpoints_left_out: BTreeMap<&'static str, u64>,
 }
 
 #[derive(Debug, Clone)]
@@ -72,6 +74,8 @@ pub struct PeerFacts {
     pub node: NodeName,
     pub site: Site,
     pub config: PeerConfig,
+    /// Which of its endpoints are not tried and why, in words; empty where all are.
+    pub left_out: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,11 +106,18 @@ pub struct Total {
     pub value: u64,
 }
 
-type DataSource = Arc<dyn Fn() -> DataFigures + Send + Sync>;
+/// The data plane as it can be asked. Both wait for it, and fail where it does not answer in time.
+pub trait DataSource: Send + Sync {
+    fn figures(&self) -> anyhow::Result<DataFigures>;
+
+    /// Whether it answers at all.
+    fn pulse(&self) -> anyhow::Result<()>;
+}
 
 /// Shared by all of the control side.
 pub struct View {
     pub identity: Identity,
+    began: Instant,
     inner: Mutex<Inner>,
 }
 
@@ -117,7 +128,11 @@ struct Inner {
     repairs: BTreeMap<&'static str, u64>,
     turns: u64,
     last_turn: Option<Instant>,
-    data: Option<DataSource>,
+    data: Option<Arc<dyn DataSource>>,
+    /// Since when the data plane answers nobody, and what the last who asked was told.
+    silent: Option<(Instant, String)>,
+    /// Somebody is taking the pulse.
+    pulse_taken: bool,
 }
 
 /// Everything at one moment.
@@ -129,12 +144,14 @@ pub struct Snapshot {
     pub repairs: BTreeMap<&'static str, u64>,
     /// Turns of the reconciler.
     pub turns: u64,
+    /// Empty where the data plane did not answer.
     pub data: DataFigures,
+    pub answered: bool,
 }
 
 impl View {
     pub fn new(identity: Identity) -> Self {
-        Self { identity, inner: Mutex::default() }
+        Self { identity, began: Instant::now(), inner: Mutex::default() }
     }
 
     /// Sets a condition; a change of its outcome is logged.
@@ -169,14 +186,50 @@ impl View {
         inner.last_turn = Some(Instant::now());
     }
 
-    /// How long ago the reconciler last finished a turn, suspend not counted; `None` before the first.
-    pub fn since_turn(&self) -> Option<Duration> {
-        self.lock().last_turn.map(|then| then.elapsed())
+    /// How long ago the reconciler last finished a turn, or began its first one; suspend not counted.
+    pub fn since_turn(&self) -> Duration {
+        self.lock().last_turn.unwrap_or(self.began).elapsed()
     }
 
-    /// Where figures of the data plane come from, once there is one.
-    pub fn set_data_source(&self, source: impl Fn() -> DataFigures + Send + Sync + 'static) {
+    /// What can be asked for figures of the data plane, once there is one.
+    pub fn set_data_source(&self, source: impl DataSource + 'static) {
         self.lock().data = Some(Arc::new(source));
+    }
+
+    /// Finds out whether the data plane answers. Waits for it; does nothing while another caller waits.
+    pub fn take_pulse(&self) {
+        let source = {
+            let mut inner = self.lock();
+            if std::mem::replace(&mut inner.pulse_taken, true) {
+                return;
+            }
+            inner.data.clone()
+        };
+        let began = Instant::now();
+        let outcome = source.map_or(Ok(()), |source| source.pulse());
+        self.lock().pulse_taken = false;
+        self.heard(began, outcome);
+    }
+
+    /// For how long the data plane has answered nobody who asked.
+    pub fn silent_for(&self) -> Option<Duration> {
+        self.lock().silent.as_ref().map(|(since, _)| since.elapsed())
+    }
+
+    /// Remembers what came of a question that was asked at `began`.
+    fn heard<T>(&self, began: Instant, outcome: anyhow::Result<T>) -> Option<T> {
+        let mut inner = self.lock();
+        match outcome {
+            Ok(answer) => {
+                inner.silent = None;
+                Some(answer)
+            }
+            Err(error) => {
+                let since = inner.silent.take().map_or(began, |(since, _)| since);
+                inner.silent = Some((since, format!("{error:#}")));
+                None
+            }
+        }
     }
 
     /// Every condition of readiness; one nobody has spoken about does not hold.
@@ -187,7 +240,8 @@ impl View {
     /// Everything, figures of the data plane included: may wait for a worker, so not for the reactor.
     pub fn snapshot(&self) -> Snapshot {
         let source = self.lock().data.clone();
-        let data = source.map(|source| source()).unwrap_or_default();
+        let began = Instant::now();
+        let data = source.and_then(|source| self.heard(began, source.figures()));
         let inner = self.lock();
         Snapshot {
             identity: self.identity.clone(),
@@ -195,7 +249,8 @@ impl View {
             conditions: conditions(&inner),
             repairs: inner.repairs.clone(),
             turns: inner.turns,
-            data,
+            answered: inner.data.is_none() || data.is_some(),
+            data: data.unwrap_or_default(),
         }
     }
 
@@ -224,8 +279,12 @@ fn conditions(inner: &Inner) -> Vec<Condition> {
     condition::ALL
         .iter()
         .map(|name| {
-            let (ok, message) =
-                inner.conditions.get(name).cloned().unwrap_or((false, "not reached yet".into()));
+            let (ok, message) = match (&inner.silent, *name) {
+                (Some((_, why)), condition::DATA_PLANE) => (false, why.clone()),
+                _ => {
+                    inner.conditions.get(name).cloned().unwrap_or((false, "not reached yet".into()))
+                }
+            };
             Condition { name: (*name).to_owned(), ok, message }
         })
         .collect()
@@ -243,6 +302,47 @@ pub(crate) mod tests {
         PublicKey::from_bytes([byte; 32]).expect("an ordinary point")
     }
 
+    /// A data plane that answers.
+    struct Answering;
+
+    impl DataSource for Answering {
+        fn figures(&self) -> anyhow::Result<DataFigures> {
+            Ok(DataFigures {
+                now: MonoTime::ZERO + Duration::from_secs(100),
+                peers: vec![PeerSnapshot {
+                    key: key(2),
+                    endpoint: Some("203.0.113.2:15190".parse().expect("endpoint")),
+                    path: PathKind::Direct,
+                    last_handshake: Some(MonoTime::ZERO + Duration::from_secs(63)),
+                    rtt: Some(Duration::from_micros(1500)),
+                    rx_bytes: 2048,
+                    tx_bytes: 5 << 20,
+                    session: true,
+                    problem: "",
+                }],
+                drops: vec![Counter { reason: "source_not_allowed".into(), count: 7 }],
+                totals: vec![Total { name: "udp_sends", help: "UDP send calls", value: 12 }],
+            })
+        }
+
+        fn pulse(&self) -> anyhow::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// A data plane that hangs.
+    pub(crate) struct Hanging;
+
+    impl DataSource for Hanging {
+        fn figures(&self) -> anyhow::Result<DataFigures> {
+            anyhow::bail!("no answer")
+        }
+
+        fn pulse(&self) -> anyhow::Result<()> {
+            anyhow::bail!("no answer")
+        }
+    }
+
     /// A node with one peer that answers, one that does not, and one node that is refused.
     pub(crate) fn sample() -> View {
         let view = View::new(Identity {
@@ -255,6 +355,7 @@ pub(crate) mod tests {
         let peer = |number: u8, endpoint: &str| PeerFacts {
             node: format!("node-{number}").parse().expect("name"),
             site: Site("cloud-a".into()),
+            left_out: (number == 3).then(|| "10.0.0.3:1 is private".into()).unwrap_or_default(),
             config: PeerConfig {
                 key: key(number),
                 preshared: None,
@@ -275,23 +376,9 @@ pub(crate) mod tests {
                 reason: "it has no pod CIDR".into(),
                 label: "no_pod_cidr",
             }],
+            endpoints_left_out: [("private_far", 1)].into(),
         });
-        view.set_data_source(|| DataFigures {
-            now: MonoTime::ZERO + Duration::from_secs(100),
-            peers: vec![PeerSnapshot {
-                key: key(2),
-                endpoint: Some("203.0.113.2:15190".parse().expect("endpoint")),
-                path: PathKind::Direct,
-                last_handshake: Some(MonoTime::ZERO + Duration::from_secs(63)),
-                rtt: Some(Duration::from_micros(1500)),
-                rx_bytes: 2048,
-                tx_bytes: 5 << 20,
-                session: true,
-                problem: "",
-            }],
-            drops: vec![Counter { reason: "source_not_allowed".into(), count: 7 }],
-            totals: vec![Total { name: "udp_sends", help: "UDP send calls", value: 12 }],
-        });
+        view.set_data_source(Answering);
         view
     }
 
@@ -307,5 +394,24 @@ pub(crate) mod tests {
         let broken: Vec<_> = view.conditions().into_iter().filter(|c| !c.ok).collect();
         assert_eq!(broken.len(), 1);
         assert_eq!(broken[0].message, "nft is missing");
+    }
+
+    #[test]
+    fn a_data_plane_that_hangs_is_not_ready_until_it_answers() {
+        let view = sample();
+        view.set_condition(condition::DATA_PLANE, Ok(()));
+        let served = || {
+            let conditions = view.conditions();
+            conditions.into_iter().find(|c| c.name == condition::DATA_PLANE).expect("condition").ok
+        };
+        view.take_pulse();
+        assert!(served() && view.silent_for().is_none());
+        view.set_data_source(Hanging);
+        view.take_pulse();
+        assert!(!served() && view.silent_for().is_some());
+        assert!(!view.snapshot().answered);
+        view.set_data_source(Answering);
+        assert!(view.snapshot().answered);
+        assert!(served() && view.silent_for().is_none());
     }
 }

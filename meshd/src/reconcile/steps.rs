@@ -19,6 +19,12 @@ const PATHS_MAX: usize = 2 * mesh_types::limits::NODES_MAX;
 /// Repairs of one step named in the log; whoever flushes the table of a large mesh takes away thousands of routes.
 const NAMED_REPAIRS_MAX: usize = 8;
 
+/// Refusals logged in one turn; status has all of them.
+const REFUSALS_LOGGED_MAX: usize = 32;
+
+/// Endpoints of a peer named as not tried: what is wrong with one is mostly wrong with all.
+const NAMED_MAX: usize = 3;
+
 impl<K: Kernel, P: Plane> Reconciler<K, P> {
     pub(super) fn keep_guard(&mut self) -> bool {
         let result = self.kernel.guard();
@@ -270,6 +276,7 @@ fn facts(wanted: &Desired, endpoints: &[std::net::SocketAddr]) -> Facts {
             .map(|peer| PeerFacts {
                 node: peer.name.clone(),
                 site: peer.site.clone(),
+                left_out: left_out(peer),
                 config: peer.config.clone(),
             })
             .collect(),
@@ -282,7 +289,17 @@ fn facts(wanted: &Desired, endpoints: &[std::net::SocketAddr]) -> Facts {
                 label: refused.reason.label(),
             })
             .collect(),
+        endpoints_left_out: wanted
+            .endpoints_left_out
+            .iter()
+            .map(|(why, count)| (why.label(), *count))
+            .collect(),
     }
+}
+
+fn left_out(peer: &DesiredPeer) -> String {
+    let named = peer.left_out.iter().take(NAMED_MAX);
+    named.map(|(endpoint, why)| format!("{endpoint} {}", why.why())).collect::<Vec<_>>().join(", ")
 }
 
 fn replace(slot: &mut OwnRecord, value: OwnRecord) -> bool {

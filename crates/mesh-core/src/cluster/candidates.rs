@@ -49,6 +49,20 @@ impl EndpointRefusal {
             Self::TooMany => "too_many",
         }
     }
+
+    /// For people; follows the endpoint.
+    pub fn why(self) -> &'static str {
+        match self {
+            Self::InCluster => "lies inside the cluster prefixes",
+            Self::Never => "reaches no other machine",
+            Self::Own => "is this machine's own",
+            Self::PrivateFar => {
+                "is private and its node in another site (label both or --join-sites)"
+            }
+            Self::NoFamily => "is of a family this machine has no address of",
+            Self::TooMany => "is one too many",
+        }
+    }
 }
 
 /// MTU of the underlay towards endpoint addresses, as the kernel's routes say.

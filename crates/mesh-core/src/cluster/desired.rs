@@ -119,6 +119,8 @@ pub struct DesiredPeer {
     /// Private addresses of the peer are tried: same site, same public address, or joined by policy.
     pub near: bool,
     pub version: Option<String>,
+    /// Endpoints that are no candidates, and why.
+    pub left_out: Vec<(SocketAddr, EndpointRefusal)>,
     pub config: PeerConfig,
 }
 
@@ -281,6 +283,7 @@ fn peer(
         site: record.site.clone(),
         near: found.near,
         version: record.version.clone(),
+        left_out: found.left_out,
         config: PeerConfig {
             key,
             preshared: None,
