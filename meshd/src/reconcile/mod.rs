@@ -81,6 +81,8 @@ pub struct Reconciler<K, P> {
     peers: Option<Vec<PeerConfig>>,
     found: Vec<Found>,
     names: BTreeSet<String>,
+    /// Refusals that were logged and still stand.
+    named_refusals: BTreeSet<(String, String)>,
     named_bad_attachments: BTreeSet<std::path::PathBuf>,
     /// Pods too young to be judged in the last turn.
     unsettled_pods: usize,
@@ -145,6 +147,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             peers: None,
             found: Vec::new(),
             names: BTreeSet::new(),
+            named_refusals: BTreeSet::new(),
             named_bad_attachments: BTreeSet::new(),
             unsettled_pods: 0,
             repaired: false,

@@ -1,9 +1,9 @@
 //! The steps of a turn. Each sets its condition and lets the others go on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use mesh_core::cluster::Desired;
+use mesh_core::cluster::{Desired, DesiredPeer};
 use mesh_types::netstate::NetState;
 use mesh_types::node_file::{NODE_FILE_VERSION, NodeFile};
 
@@ -198,7 +198,9 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         if self.roster {
             self.out.view.set_condition(condition::PUBLISHED, self.own_key_in_roster());
         }
-        self.out.view.set_facts(facts(wanted, &self.local.endpoints));
+        let facts = facts(wanted, &self.local.endpoints);
+        self.log_refusals(&facts.refused);
+        self.out.view.set_facts(facts);
         let record = OwnRecord {
             public_key: self.local.key,
             endpoints: self.local.endpoints.clone(),
@@ -209,6 +211,29 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             self.names.clone_from(&wanted.names);
             self.out.names.send_replace(wanted.names.clone());
         }
+    }
+
+    /// Each once, as long as it stands. What a joining node lacks for a while is no reason to look.
+    fn log_refusals(&mut self, refused: &[RefusedFacts]) {
+        let now: BTreeSet<(String, String)> =
+            refused.iter().map(|refused| (refused.node.clone(), refused.reason.clone())).collect();
+        let new = refused.iter().filter(|refused| {
+            !self.named_refusals.contains(&(refused.node.clone(), refused.reason.clone()))
+        });
+        let mut unnamed = 0_usize;
+        for (count, RefusedFacts { node, reason, label }) in new.enumerate() {
+            if count >= REFUSALS_LOGGED_MAX {
+                unnamed += 1;
+            } else if matches!(*label, "no_key" | "no_pod_cidr") {
+                tracing::info!(node, reason, "not meshed yet");
+            } else {
+                tracing::warn!(node, reason, "not meshed, or not wholly");
+            }
+        }
+        if unnamed > 0 {
+            tracing::warn!("{unnamed} more reasons why nodes are not meshed: see meshd status");
+        }
+        self.named_refusals = now;
     }
 
     /// Nobody publishes to a roster but its author.
