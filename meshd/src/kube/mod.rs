@@ -16,13 +16,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use ::kube::api::Api;
-use ::kube::config::{KubeConfigOptions, Kubeconfig};
+use ::kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use ::kube::runtime::{WatchStreamExt, watcher};
 use ::kube::{Client, Config};
-use anyhow::Context;
+use anyhow::{Context, bail, ensure};
 use futures::StreamExt;
 use mesh_core::cluster::RawNode;
 use mesh_types::node::NodeName;
+use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::{mpsc, watch};
 
 use crate::source::ClusterEvent;
@@ -152,10 +153,26 @@ impl KubeSource {
 
 async fn from_file(path: &Path) -> anyhow::Result<Config> {
     let shown = path.display();
-    let file = Kubeconfig::read_from(path).with_context(|| format!("read kubeconfig {shown}"))?;
-    Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
+    let file = match Kubeconfig::read_from(path) {
+        Ok(file) => file,
+        // The reader's own message shows the lines around the mistake, and a token may be in them.
+        Err(KubeconfigError::Parse(error)) => match error.location() {
+            Some(at) => bail!("kubeconfig {shown} is none: look at line {}", at.line()),
+            None => bail!("kubeconfig {shown} is none"),
+        },
+        Err(error) => return Err(error).with_context(|| format!("read kubeconfig {shown}")),
+    };
+    let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
         .await
-        .with_context(|| format!("use kubeconfig {shown}"))
+        .with_context(|| format!("use kubeconfig {shown}"))?;
+    // The client panics over it.
+    let printable =
+        |token: &SecretString| token.expose_secret().bytes().all(|b| b.is_ascii_graphic());
+    ensure!(
+        config.auth_info.token.as_ref().is_none_or(printable),
+        "kubeconfig {shown}: the token holds a line break or another character that no token has"
+    );
+    Ok(config)
 }
 
 /// Doubling pauses with a random half.
@@ -214,5 +231,28 @@ mod tests {
                 .contains("/nonexistent/kubeconfig")
         );
         assert!(told(None).await.contains("--kubeconfig or --roster"));
+    }
+
+    #[tokio::test]
+    async fn a_bad_kubeconfig_is_told_without_what_is_in_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("kubeconfig");
+        let told = async |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            format!("{:#}", KubeSource::open(Some(&path)).await.err().unwrap())
+        };
+        for (text, hint) in [
+            ("users:\n- name: u\n  user:\n    token: SECRET\n   bad: [\n", "line 5"),
+            ("users:\n- name: u\n  user: SECRET\n", "line 3"),
+            (
+                "current-context: c\nclusters: [{name: k, cluster: {server: 'http://127.0.0.1:1'}}]\n\
+                 contexts: [{name: c, context: {cluster: k, user: u}}]\n\
+                 users: [{name: u, user: {token: \"SECRET\\n\"}}]\n",
+                "line break",
+            ),
+        ] {
+            let error = told(text).await;
+            assert!(error.contains(hint) && !error.contains("SECRET"), "{error}");
+        }
     }
 }
