@@ -33,6 +33,9 @@ const SETTLE: Duration = Duration::from_millis(50);
 /// Room for events; one with the longest name takes 272 bytes (inotify(7)).
 const EVENT_BYTES: usize = 4096;
 
+/// Mappings, sequences and scalars in a roster: a file of `FILE_BYTES_MAX` with one for every eight bytes.
+const YAML_NODES_MAX: usize = 2 * 1024 * 1024;
+
 /// Longest reason told of one entry.
 const WHY_CHARS_MAX: usize = 200;
 
@@ -101,7 +104,13 @@ impl RosterSource {
 
 /// The nodes of a roster. An entry that cannot be read is in the list, and says why.
 pub fn parse(bytes: &[u8]) -> anyhow::Result<Vec<RawNode>> {
-    let file: RosterFile = serde_saphyr::from_slice(bytes).context("is no roster")?;
+    // The size of the file bounds the work; the library's own bounds are below the largest mesh.
+    let options = serde_saphyr::options! {
+        with_snippet: false,
+        budget: serde_saphyr::budget! { max_nodes: YAML_NODES_MAX, max_events: 2 * YAML_NODES_MAX },
+    };
+    let file: RosterFile =
+        serde_saphyr::from_slice_with_options(bytes, options).context("is no roster")?;
     if file.version != ROSTER_VERSION {
         bail!("version {} of the format, this program reads {ROSTER_VERSION}", file.version);
     }
@@ -113,7 +122,6 @@ pub fn parse(bytes: &[u8]) -> anyhow::Result<Vec<RawNode>> {
 #[serde(deny_unknown_fields)]
 struct RosterFile {
     version: u32,
-    #[serde(default)]
     nodes: Vec<serde_json::Value>,
 }
 
@@ -249,23 +257,35 @@ nodes:
 
     #[test]
     fn what_is_no_roster_is_refused_with_its_reason() {
-        for bad in ["", "nodes: [", "version: 2", "version: 1\nnode: []", "- 1", "\0\0"] {
+        for bad in [
+            "",
+            "nodes: [",
+            "version: 1",
+            "version: 1\nnodes:",
+            "version: 2\nnodes: []",
+            "version: 1\nnode: []",
+            "- 1",
+            "\0\0",
+        ] {
             assert!(parse(bad.as_bytes()).is_err(), "{bad:?}");
         }
-        let error = format!("{:#}", parse(b"version: 2").unwrap_err());
+        let error = format!("{:#}", parse(b"version: 2\nnodes: []").unwrap_err());
         assert!(error.contains("version 2"), "{error}");
+        let error = format!("{:#}", parse(b"version: 1\nnodes:\n- {name: [}\n").unwrap_err());
+        assert!(error.contains("line 3") && !error.contains('\n'), "{error}");
     }
 
     #[test]
-    fn a_roster_of_the_largest_mesh_is_read() {
+    fn a_roster_far_beyond_the_largest_mesh_is_read() {
+        let count = 6 * mesh_types::limits::NODES_MAX;
         let mut text = String::from("version: 1\nnodes:\n");
-        for i in 0..mesh_types::limits::NODES_MAX {
+        for i in 0..count {
             text += &format!(
                 "- name: n{i}\n  publicKey: \"CQkJ\"\n  podCIDRs: [10.0.0.0/24, fd00::/64]\n  \
                  endpoints: [\"203.0.113.7:15190\", \"[2001:db8::7]:15190\"]\n  site: s\n"
             );
         }
-        assert_eq!(parse(text.as_bytes()).unwrap().len(), mesh_types::limits::NODES_MAX);
+        assert_eq!(parse(text.as_bytes()).unwrap().len(), count);
     }
 
     /// Runs the source on `path`; answers its events.

@@ -23,7 +23,7 @@ pub const ROSTER_VERSION: u32 = 1;
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Roster {
     pub version: u32,
-    #[serde(default)]
+    /// Empty is written `[]`: a file cut off in front of it must not look like a mesh without nodes.
     pub nodes: Vec<RosterNode>,
 }
 
