@@ -12,7 +12,6 @@
 
 pub mod attach;
 pub mod command;
-pub mod ipam;
 pub mod kernel;
 pub mod node;
 pub mod plan;

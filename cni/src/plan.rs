@@ -10,6 +10,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
+use ipam::owner::{Owner, OwnerHash};
 use ipnet::IpNet;
 use mesh_types::attachment::{ATTACHMENT_VERSION, Attachment};
 use mesh_types::defaults::{POD_GATEWAY_V4, POD_GATEWAY_V6};
@@ -17,8 +18,6 @@ use mesh_types::net::{ClusterPrefixes, host_prefix};
 use mesh_types::node_file::NodeFile;
 use serde_json::{Map, Value};
 
-use crate::ipam::owner::OwnerHash;
-use crate::spec::env::Owner;
 use crate::spec::result::{CniResult, Interface, Ip, Route};
 
 /// All that has to be made for one pod interface.

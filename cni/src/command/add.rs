@@ -2,17 +2,16 @@
 
 use std::path::Path;
 
+use ipam::disk::RealDisk;
+use ipam::owner::{Owner, OwnerHash};
+use ipam::store::{Store, Wish};
 use mesh_types::attachment::Attachment;
 use mesh_types::node_file::NodeFile;
 
 use crate::command::{Context, PodsInKernel, Streams, answer, store_error};
-use crate::ipam::disk::RealDisk;
-use crate::ipam::owner::OwnerHash;
-use crate::ipam::store::{Store, Wish};
 use crate::kernel::Kernel;
 use crate::node;
 use crate::plan::{self, Plan};
-use crate::spec::env::Owner;
 use crate::spec::error::{CniError, Code};
 
 pub(super) fn run<K: Kernel>(

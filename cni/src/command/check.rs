@@ -3,16 +3,15 @@
 
 use std::path::Path;
 
+use ipam::owner::{Owner, OwnerHash};
+use ipam::store::Store;
 use mesh_types::attachment::Attachment;
 use mesh_types::net::host_prefix;
 
 use crate::command::{Context, store_error};
-use crate::ipam::owner::OwnerHash;
-use crate::ipam::store::Store;
 use crate::kernel::Kernel;
 use crate::node;
 use crate::plan::Plan;
-use crate::spec::env::Owner;
 use crate::spec::error::{CniError, Code};
 use crate::spec::result::CniResult;
 

@@ -3,14 +3,13 @@
 
 use std::path::Path;
 
+use ipam::owner::{Owner, OwnerHash};
+use ipam::store::{Record, Store};
 use mesh_types::attachment::Attachment;
 
 use crate::command::{Context, store_error};
-use crate::ipam::owner::OwnerHash;
-use crate::ipam::store::{Record, Store};
 use crate::kernel::Kernel;
 use crate::plan;
-use crate::spec::env::Owner;
 use crate::spec::error::{CniError, Code};
 
 pub(super) fn run<K: Kernel>(context: &Context<'_, K>, owner: &Owner) -> Result<(), CniError> {

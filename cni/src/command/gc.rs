@@ -2,14 +2,13 @@
 
 use std::collections::BTreeSet;
 
+use ipam::disk::Disk;
+use ipam::owner::{Owner, OwnerHash};
+use ipam::store::{Record, Store};
 use mesh_types::attachment::Attachment;
 
 use crate::command::{Context, Streams, store_error};
-use crate::ipam::disk::Disk;
-use crate::ipam::owner::OwnerHash;
-use crate::ipam::store::{Record, Store};
 use crate::kernel::Kernel;
-use crate::spec::env::Owner;
 use crate::spec::error::{CniError, Code};
 
 pub(super) fn run<K: Kernel>(

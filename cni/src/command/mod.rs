@@ -17,10 +17,10 @@ mod status;
 
 use std::io::{Read, Write};
 
+use ipam::disk::RealDisk;
+use ipam::store::{Pods, StoreError};
 use mesh_types::attachment::Attachment;
 
-use crate::ipam::disk::RealDisk;
-use crate::ipam::store::{Pods, StoreError};
 use crate::kernel::Kernel;
 use crate::spec::config::{self, Config};
 use crate::spec::env::{self, Request};

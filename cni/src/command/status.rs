@@ -1,8 +1,9 @@
 //! STATUS: would ADD work now? What it needs is on disk and in the kernel; whether the daemon runs does not matter.
 
+use ipam::store::{Fill, Pods as _, Store};
+
 use crate::command::add::missing_part;
 use crate::command::{Context, PodsInKernel, store_error};
-use crate::ipam::store::{Fill, Pods as _, Store};
 use crate::kernel::Kernel;
 use crate::node;
 use crate::spec::error::{CniError, Code};

@@ -6,11 +6,12 @@ use std::collections::BTreeSet;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use ipam::owner::Owner;
 use mesh_types::defaults;
 use mesh_types::limits::CNI_STDIN_BYTES_MAX;
 use serde_json::{Map, Value};
 
-use crate::spec::env::{Owner, is_identifier};
+use crate::spec::env::is_identifier;
 use crate::spec::error::{CniError, Code};
 use crate::spec::result::CniResult;
 use crate::spec::version::Version;

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use ipam::owner::Owner;
+
 use crate::spec::error::{CniError, Code};
 
 /// Longest interface name the kernel takes (`IFNAMSIZ` less its terminating zero).
@@ -18,13 +20,6 @@ pub enum Command {
     Gc,
     Status,
     Version,
-}
-
-/// A pod interface as the runtime names it.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Owner {
-    pub container_id: String,
-    pub ifname: String,
 }
 
 /// A request whose environment is complete and well formed.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::rc::Rc;
 
-use crate::ipam::disk::Disk;
+use crate::disk::Disk;
 
 #[derive(Debug, Default)]
 struct State {

@@ -16,9 +16,9 @@ use ipnet::IpNet;
 use mesh_types::attachment::{ATTACHMENT_VERSION, Attachment};
 use serde::{Deserialize, Serialize};
 
-use crate::ipam::choose;
-use crate::ipam::disk::Disk;
-use crate::ipam::owner::{OwnerHash, RecordName};
+use crate::choose;
+use crate::disk::Disk;
+use crate::owner::{OwnerHash, RecordName};
 
 /// Records looked at in each ADD for pods that are gone. Two system calls each: about half a
 /// millisecond, and all records of a full node (110 to 250 pods) within eight ADDs.
@@ -339,7 +339,7 @@ impl<D: Disk> Store<D> {
     ) -> Result<D::File, StoreError> {
         let name = name.format();
         let temp = format!("{TEMP_PREFIX}{name}");
-        let bytes = crate::spec::result::to_json(attachment);
+        let bytes = json_line(attachment);
         let file = self.disk.write_new(&temp, &bytes).map_err(io_at("write a record"))?;
         // Claimed before it has its name: nobody ever sees it without its claim.
         if !self.disk.try_claim(&file).map_err(io_at("claim a record"))? {
@@ -358,7 +358,7 @@ impl<D: Disk> Store<D> {
     }
 
     fn write_cursor(&self, cursor: &Cursor) -> Result<(), StoreError> {
-        self.replace(CURSOR_FILE, &crate::spec::result::to_json(cursor))
+        self.replace(CURSOR_FILE, &json_line(cursor))
     }
 
     /// Not synced: after a power loss there is another boot id, and both files begin anew.
@@ -429,6 +429,13 @@ fn describe(fills: &[Fill]) -> String {
         })
         .collect();
     texts.join(", ")
+}
+
+/// JSON with a line end, for whoever looks at the file. Plain data cannot fail to be written.
+fn json_line(value: &impl Serialize) -> Vec<u8> {
+    let mut bytes = serde_json::to_vec_pretty(value).unwrap_or_default();
+    bytes.push(b'\n');
+    bytes
 }
 
 fn list(addresses: &[IpAddr]) -> String {

@@ -1,6 +1,6 @@
 use super::*;
-use crate::ipam::fake::FakeDisk;
-use crate::spec::env::Owner;
+use crate::fake::FakeDisk;
+use crate::owner::Owner;
 use proptest::prelude::*;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -73,7 +73,7 @@ impl World {
     }
 
     /// ADD: the pod's namespace is there before the runtime calls.
-    fn add(&self, id: &str) -> Result<Reservation<crate::ipam::fake::FakeFile>, StoreError> {
+    fn add(&self, id: &str) -> Result<Reservation<crate::fake::FakeFile>, StoreError> {
         self.pods.alive.borrow_mut().insert(id.to_owned());
         let template = template(id, &self.boot);
         let wish = Wish { hash: &hash_of(id), template: &template, pod_cidrs: &self.cidrs };

@@ -5,8 +5,6 @@ use std::net::IpAddr;
 
 use mesh_types::defaults::POD_LINK_PREFIX;
 
-use crate::spec::env::Owner;
-
 /// 128 bits in hex.
 const HASH_DIGITS: usize = 32;
 
@@ -14,6 +12,13 @@ const HASH_DIGITS: usize = 32;
 const LINK_DIGITS: usize = 10;
 
 const SUFFIX: &str = ".json";
+
+/// A pod interface as the runtime names it; neither part holds a zero byte.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Owner {
+    pub container_id: String,
+    pub ifname: String,
+}
 
 /// Hash of an owner, as 32 hex digits. Written to disk: it must never change between versions.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
