@@ -21,6 +21,8 @@ pub trait Disk {
 
     /// Waits for the directory lock.
     fn lock(&self) -> io::Result<Self::Lock>;
+    /// Takes the directory lock if nobody has it.
+    fn try_lock(&self) -> io::Result<Option<Self::Lock>>;
     /// Names of all files but the lock.
     fn list(&self) -> io::Result<Vec<String>>;
     /// `None` when there is no such file.
@@ -69,6 +71,15 @@ impl RealDisk {
     fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
+
+    fn open_lock(&self) -> io::Result<File> {
+        OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(self.path(LOCK_FILE))
+    }
 }
 
 impl Disk for RealDisk {
@@ -76,14 +87,18 @@ impl Disk for RealDisk {
     type File = File;
 
     fn lock(&self) -> io::Result<File> {
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(self.path(LOCK_FILE))?;
+        let file = self.open_lock()?;
         self.claim(&file)?;
         Ok(file)
+    }
+
+    fn try_lock(&self) -> io::Result<Option<File>> {
+        let file = self.open_lock()?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(file)),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn list(&self) -> io::Result<Vec<String>> {

@@ -18,6 +18,8 @@ struct State {
     locked: bool,
     /// Steps until the process dies; `None`: it lives.
     steps_left: Option<usize>,
+    /// This one step fails, and the process lives on.
+    failing: Option<usize>,
     steps: usize,
 }
 
@@ -55,6 +57,12 @@ impl FakeDisk {
         self.0.borrow_mut().steps_left = Some(step);
     }
 
+    /// This step from now fails as on a full disk, those behind it work.
+    pub fn fail_at(&self, step: usize) {
+        let mut state = self.0.borrow_mut();
+        state.failing = Some(state.steps + step);
+    }
+
     /// A new process.
     pub fn revive(&self) {
         self.0.borrow_mut().steps_left = None;
@@ -86,6 +94,9 @@ impl FakeDisk {
     fn step(&self) -> io::Result<()> {
         let mut state = self.0.borrow_mut();
         state.steps += 1;
+        if state.failing == Some(state.steps) {
+            return Err(io::Error::from(io::ErrorKind::StorageFull));
+        }
         match &mut state.steps_left {
             Some(0) => Err(io::Error::other("killed")),
             Some(left) => {
@@ -109,6 +120,13 @@ impl Disk for FakeDisk {
         Ok(FakeLock(Rc::clone(&self.0)))
     }
 
+    fn try_lock(&self) -> io::Result<Option<FakeLock>> {
+        self.step()?;
+        let mut state = self.0.borrow_mut();
+        let free = !std::mem::replace(&mut state.locked, true);
+        Ok(free.then(|| FakeLock(Rc::clone(&self.0))))
+    }
+
     fn list(&self) -> io::Result<Vec<String>> {
         self.step()?;
         Ok(self.names())
@@ -123,8 +141,8 @@ impl Disk for FakeDisk {
     fn write_new(&self, name: &str, bytes: &[u8]) -> io::Result<FakeFile> {
         let died = self.step();
         let mut state = self.0.borrow_mut();
-        if died.is_err() && state.steps_left.is_some() && !name.is_empty() {
-            // Killed in the middle: the name is there, half the content too.
+        if died.is_err() {
+            // Killed in the middle, or the disk is full: the name is there, half the content too.
             let half = bytes.get(..bytes.len() / 2).unwrap_or_default();
             state.next_inode += 1;
             let inode = state.next_inode;

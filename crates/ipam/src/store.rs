@@ -24,6 +24,9 @@ use crate::owner::{OwnerHash, RecordName};
 /// millisecond, and all records of a full node (110 to 250 pods) within eight ADDs.
 pub const PROBES_PER_ADD_MAX: usize = 32;
 
+/// A dual-stack record with a container id of 64 digits has 600 bytes.
+const RECORD_BYTES_TYPICAL: usize = 1024;
+
 const BOOT_FILE: &str = "boot";
 const CURSOR_FILE: &str = "cursor.state";
 const TEMP_PREFIX: &str = ".tmp-";
@@ -124,6 +127,7 @@ impl<D: Disk> Store<D> {
         }
         let kept = self.own_addresses(wish, &mut records)?;
         self.probe(&mut records, &mut cursor, PROBES_PER_ADD_MAX, pods, &mut notes)?;
+        let reused = kept.is_some();
         let addresses = match kept {
             Some(addresses) => addresses,
             None => match choose_all(wish.pod_cidrs, &records, &cursor.last) {
@@ -137,10 +141,61 @@ impl<D: Disk> Store<D> {
         };
         let attachment = Attachment { addresses: addresses.clone(), ..wish.template.clone() };
         let name = RecordName { owner: wish.hash.clone(), addresses: addresses.clone() };
-        let claim = self.write_record(&name, &attachment)?;
+        let claim = self.write_record(&name, &attachment).inspect_err(|_| {
+            // A record of an earlier, killed ADD stays: its interface may stand.
+            self.take_back(&name, !reused);
+        })?;
         cursor.last = addresses;
-        self.write_cursor(&cursor)?;
+        if let Err(error) = self.write_cursor(&cursor) {
+            // The pod has its addresses; the next one begins to look where this one did.
+            notes.push(error.to_string());
+        }
         Ok(Reservation { attachment, notes, _claim: claim })
+    }
+
+    /// Frees the addresses of those of `suspects` whose pod is gone, and whatever another boot left. For a daemon that looks
+    /// at all pods anyway, and never waits: `None` when somebody else is at work here.
+    ///
+    /// # Errors
+    /// The directory cannot be read or written.
+    pub fn free_gone(
+        &self,
+        suspects: &[OwnerHash],
+        pods: &impl Pods,
+    ) -> Result<Option<Vec<String>>, StoreError> {
+        let Some(_lock) = self.disk.try_lock().map_err(io_at("lock"))? else { return Ok(None) };
+        let mut notes = Vec::new();
+        let records = self.tidy(&mut notes)?;
+        for name in records.iter().filter(|name| suspects.contains(&name.owner)) {
+            self.free_if_gone(name, pods, &mut notes)?;
+        }
+        Ok(Some(notes))
+    }
+
+    /// Frees every address whose pod is gone. Returns what was done, in words.
+    ///
+    /// # Errors
+    /// The directory cannot be read or written.
+    pub fn free_all_gone(&self, pods: &impl Pods) -> Result<Vec<String>, StoreError> {
+        let _lock = self.disk.lock().map_err(io_at("lock"))?;
+        let mut notes = Vec::new();
+        for name in self.tidy(&mut notes)? {
+            self.free_if_gone(&name, pods, &mut notes)?;
+        }
+        Ok(notes)
+    }
+
+    /// Whether a record could be written now: writes as much and takes it away again.
+    ///
+    /// # Errors
+    /// The disk is full, read-only or gone.
+    pub fn try_writing(&self) -> Result<(), StoreError> {
+        let _lock = self.disk.lock().map_err(io_at("lock"))?;
+        self.remove_temporary()?;
+        let name = format!("{TEMP_PREFIX}trial");
+        let written = self.disk.write_new(&name, &[b' '; RECORD_BYTES_TYPICAL]);
+        let removed = self.disk.remove(&name);
+        written.and(removed).map_err(io_at("write"))
     }
 
     /// Frees the owner's addresses. Free already is fine.
@@ -351,6 +406,15 @@ impl<D: Disk> Store<D> {
         Ok(file)
     }
 
+    /// After a failed write; what cannot be removed either is a leftover like a killed ADD's.
+    fn take_back(&self, name: &RecordName, record_too: bool) {
+        let name = name.format();
+        let _ = self.disk.remove(&format!("{TEMP_PREFIX}{name}"));
+        if record_too {
+            let _ = self.disk.remove(&name);
+        }
+    }
+
     /// Without the cursor the choice begins at the front: it is worth no error.
     fn read_cursor(&self) -> Cursor {
         let bytes = self.disk.read(CURSOR_FILE).ok().flatten().unwrap_or_default();
@@ -364,8 +428,11 @@ impl<D: Disk> Store<D> {
     /// Not synced: after a power loss there is another boot id, and both files begin anew.
     fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
         let temp = format!("{TEMP_PREFIX}{name}");
-        self.disk.write_new(&temp, bytes).map_err(io_at("write state"))?;
-        self.disk.rename(&temp, name).map_err(io_at("name state"))
+        let done = self.disk.write_new(&temp, bytes).and_then(|_| self.disk.rename(&temp, name));
+        if done.is_err() {
+            let _ = self.disk.remove(&temp);
+        }
+        done.map_err(io_at("write state"))
     }
 }
 

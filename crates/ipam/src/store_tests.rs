@@ -360,8 +360,9 @@ fn every_step_of_an_add_can_be_the_last() {
     for step in 1..=steps {
         let world = World::new(&["10.244.3.0/29"]);
         world.disk.kill_at(step);
-        assert!(world.add("a").is_err(), "step {step} does nothing");
-        assert!(world.disk.was_killed());
+        // Where it died behind its record, nobody hears the answer.
+        drop(world.add("a"));
+        assert!(world.disk.was_killed(), "step {step} does nothing");
         world.disk.revive();
         let left = world.store().records().unwrap();
         assert!(
@@ -372,4 +373,101 @@ fn every_step_of_an_add_can_be_the_last() {
         assert_ne!(world.addresses("a"), other, "step {step}");
         assert_eq!(world.store().records().unwrap().len(), 2, "step {step}");
     }
+}
+
+#[test]
+fn an_add_that_any_step_of_the_disk_fails_leaves_nothing() {
+    let probe = World::new(&["10.244.3.0/29"]);
+    probe.addresses("a");
+    for step in 1..=probe.disk.steps() {
+        let world = World::new(&["10.244.3.0/29"]);
+        world.disk.fail_at(step);
+        let made = world.add("a").map(|made| made.attachment.addresses);
+        let left = world.store().records().unwrap();
+        match made {
+            Ok(addresses) => assert_eq!(left[0].name.addresses, addresses, "step {step}"),
+            Err(_) => assert_eq!(left, [], "step {step}"),
+        }
+        // Nor in the way of the next one.
+        world.addresses("b");
+        let odd: Vec<_> =
+            world.disk.names().into_iter().filter(|name| name.starts_with('.')).collect();
+        assert_eq!(odd, Vec::<String>::new(), "step {step}");
+    }
+}
+
+#[test]
+fn a_failed_second_add_keeps_what_a_killed_first_one_reserved() {
+    let world = World::new(&["10.244.3.0/29"]);
+    let first = world.addresses("a");
+    let steps = world.disk.steps();
+    world.addresses("a");
+    for step in 1..=world.disk.steps() - steps {
+        world.disk.fail_at(step);
+        let _ = world.add("a");
+        let left = world.store().find(&hash_of("a")).unwrap();
+        assert_eq!(left.len(), 1, "step {step}");
+        assert_eq!(left[0].name.addresses, first, "step {step}");
+    }
+}
+
+#[test]
+fn a_daemon_frees_suspects_that_are_gone_and_nobody_else() {
+    let world = World::new(&["10.244.3.0/29"]);
+    for id in ["gone", "alive", "unsuspected"] {
+        world.addresses(id);
+    }
+    world.die("gone");
+    world.die("unsuspected");
+    let suspects = [hash_of("gone"), hash_of("alive"), hash_of("never")];
+    let notes = world.store().free_gone(&suspects, &world.pods).unwrap().unwrap();
+    assert_eq!(notes, ["freed 10.244.3.2 of gone, whose pod is gone"]);
+    assert_eq!(*world.pods.cleaned.borrow(), ["gone"]);
+    assert_eq!(world.store().records().unwrap().len(), 2);
+}
+
+#[test]
+fn a_daemon_leaves_an_add_under_way_alone_and_never_waits() {
+    let world = World::new(&["10.244.3.0/29"]);
+    let under_way = world.add("a").unwrap();
+    world.die("a");
+    let freed = world.store().free_gone(&[hash_of("a")], &world.pods).unwrap();
+    assert_eq!(freed, Some(Vec::new()));
+    drop(under_way);
+    let _held = world.disk.lock().unwrap();
+    assert_eq!(world.store().free_gone(&[hash_of("a")], &world.pods).unwrap(), None);
+}
+
+#[test]
+fn a_daemon_frees_what_an_earlier_boot_left() {
+    let mut world = World::new(&["10.244.3.0/29"]);
+    world.addresses("a");
+    world.boot = "boot-2".into();
+    world.store().free_gone(&[], &world.pods).unwrap();
+    assert_eq!(world.store().records().unwrap(), []);
+}
+
+#[test]
+fn all_that_are_gone_are_freed_at_once() {
+    let world = World::new(&["10.244.3.0/29"]);
+    for id in ["a", "b", "c"] {
+        world.addresses(id);
+    }
+    world.die("a");
+    world.die("c");
+    assert_eq!(world.store().free_all_gone(&world.pods).unwrap().len(), 2);
+    assert_eq!(world.store().find(&hash_of("b")).unwrap().len(), 1);
+}
+
+#[test]
+fn a_full_disk_is_noticed_without_a_pod() {
+    let world = World::new(&["10.244.3.0/29"]);
+    world.store().try_writing().unwrap();
+    let steps = world.disk.steps();
+    for step in 1..=steps {
+        world.disk.fail_at(step);
+        assert!(world.store().try_writing().is_err(), "step {step}");
+    }
+    world.store().try_writing().unwrap();
+    assert_eq!(world.disk.names(), Vec::<String>::new());
 }
