@@ -190,6 +190,23 @@ pub fn add_rule(rule: &Rule, protocol: u8) -> io::Result<()> {
     tolerate(Netlink::open()?.ack(request, NLM_F_CREATE | NLM_F_EXCL), &[libc::EEXIST])
 }
 
+/// Sends what comes from `source` by `table`; no error when that rule stands already.
+pub fn add_source_rule(source: IpAddr, priority: u32, table: u32, protocol: u8) -> io::Result<()> {
+    let mut message = RuleMessage::default();
+    message.header.family = family(source);
+    message.header.src_len = host_length(source);
+    message.header.action = RuleAction::ToTable;
+    message.header.table = short_table(table);
+    message.attributes = vec![
+        RuleAttribute::Source(source),
+        RuleAttribute::Table(table),
+        RuleAttribute::Priority(priority),
+        RuleAttribute::Protocol(RouteProtocol::Other(protocol)),
+    ];
+    let request = RouteNetlinkMessage::NewRule(message);
+    tolerate(Netlink::open()?.ack(request, NLM_F_CREATE | NLM_F_EXCL), &[libc::EEXIST])
+}
+
 /// Removes a rule; no error when it is gone.
 pub fn delete_rule(rule: &Rule, protocol: u8) -> io::Result<()> {
     let request = RouteNetlinkMessage::DelRule(rule_message(rule, protocol));

@@ -3,7 +3,7 @@
 use mesh_types::attachment::Attachment;
 use mesh_types::net::host_prefix;
 
-use super::{HostState, PodConfig, gateway, host_route, host_state, pod_mac};
+use super::{HostState, PodConfig, gateway, host_route, host_state, pod_mac, source_table};
 use crate::link::{self, Link};
 use crate::netns::{self, Netns};
 use crate::route::{self, TABLE_MAIN};
@@ -96,7 +96,9 @@ fn check_inside(
         problems.push(format!("{} in the pod has another hardware address", link.name));
     }
     let addresses = addr::of_interface(link.index)?;
-    let routes = route::list(TABLE_MAIN)?;
+    let mut routes = route::list(TABLE_MAIN)?;
+    // An interface behind the pod's first has its own.
+    routes.extend(route::list(source_table(link.index))?);
     let neighbours = neigh::list_permanent()?;
     for address in &attachment.addresses {
         if !addresses.iter().any(|found| found.net == host_prefix(*address)) {

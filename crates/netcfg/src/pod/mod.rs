@@ -18,6 +18,7 @@ mod table;
 
 use std::io;
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -38,6 +39,9 @@ use crate::{addr, link, neigh, netns, nft, route, sysctl, watch};
 
 /// The kernel's worker for carrier changes takes milliseconds, a second at most when many links change (`linkwatch_schedule_work`).
 const OPERATIONAL_WITHIN: Duration = Duration::from_secs(2);
+
+/// First of the tables in a pod for interfaces behind its first; the interface's index is added.
+const SOURCE_TABLES: u32 = 519_000;
 
 /// What all pods of a node have in common.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -277,6 +281,16 @@ pub fn detach(attachment: &Attachment) -> anyhow::Result<()> {
     forbid(defaults::NFT_TABLE_CNI, attachment)
 }
 
+/// Whether nothing of a pod is left: neither its namespace nor the host's end of its link, and with that end its own. What
+/// cannot be looked at is taken to live.
+pub fn is_gone(attachment: &Attachment) -> bool {
+    let left = match std::fs::metadata(&attachment.netns) {
+        Ok(found) => found.ino() == attachment.netns_inode,
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    };
+    !left && link::get(&attachment.host_ifname).is_ok_and(|link| link.is_none())
+}
+
 /// Takes a pod's addresses out of the source filter; a table that is not there has none.
 fn forbid(table: &str, attachment: &Attachment) -> anyhow::Result<()> {
     if attachment.addresses.is_empty() {
@@ -371,13 +385,38 @@ fn inside(config: &PodConfig, attachment: &Attachment, host_mac: Mac) -> anyhow:
             to_gateway.scope_link = true;
             route::replace(&to_gateway).with_context(|| format!("add a route to {gateway}"))?;
         }
-        let any = if address.is_ipv4() { "0.0.0.0/0" } else { "::/0" };
-        let mut default = KernelRoute::new(any.parse::<IpNet>()?, TABLE_MAIN, config.protocol);
+        let any: IpNet = if address.is_ipv4() { "0.0.0.0/0" } else { "::/0" }.parse()?;
+        let mut default = KernelRoute::new(any, TABLE_MAIN, config.protocol);
         default.oif = Some(link.index);
         default.gateway = Some(gateway);
+        if has_another_way_out(&default)? {
+            // The pod's first interface keeps the default; what comes from this one's address goes back by it.
+            default.table = source_table(link.index);
+            route::add_source_rule(
+                *address,
+                defaults::RULE_PRIORITY,
+                default.table,
+                config.protocol,
+            )
+            .with_context(|| format!("add a rule for {address}"))?;
+        }
         route::replace(&default).with_context(|| format!("add a default route via {gateway}"))?;
     }
     Ok(())
+}
+
+/// Table in a pod for what leaves by an interface that is not its first.
+fn source_table(index: u32) -> u32 {
+    SOURCE_TABLES.saturating_add(index)
+}
+
+/// Whether the pod has a default route of this family by another interface.
+fn has_another_way_out(ours: &KernelRoute) -> anyhow::Result<bool> {
+    let routes = route::list(TABLE_MAIN).context("list routes")?;
+    let other = |route: &KernelRoute| {
+        route.destination == ours.destination && route.oif.is_some() && route.oif != ours.oif
+    };
+    Ok(routes.iter().any(other))
 }
 
 /// Whether the kernel delivers the pod's addresses. The worker that follows an IPv6 address (`addrconf_dad_work`) makes
