@@ -26,6 +26,8 @@ pub struct Attachments {
     pub good: Vec<Attachment>,
     /// Files that are no attachments though their name says so, with the reason.
     pub bad: Vec<(PathBuf, String)>,
+    /// Records of another boot, left out.
+    pub earlier: usize,
     /// Records left out because the plugin may still be at work on them: look again after [`SETTLED_AFTER`].
     pub unsettled: usize,
 }
@@ -43,7 +45,9 @@ pub fn read_settled(root: &Path, boot_id: &str) -> Attachments {
 fn read_older(root: &Path, boot_id: &str, age: Duration) -> Attachments {
     let mut found = Attachments::default();
     walk(root, 0, age, &mut found);
+    let all = found.good.len();
     found.good.retain(|attachment| attachment.boot_id == boot_id);
+    found.earlier = all - found.good.len();
     found.good.sort_by(|a, b| a.host_ifname.cmp(&b.host_ifname));
     found
 }
@@ -135,6 +139,7 @@ mod tests {
         let found = read(dir.path(), "now");
         let names: Vec<_> = found.good.iter().map(|a| a.host_ifname.as_str()).collect();
         assert_eq!(names, ["meshp1", "meshp2"]);
+        assert_eq!(found.earlier, 1);
         assert_eq!(found.bad.len(), 1);
         assert!(found.bad[0].0.ends_with("bad.json"));
     }

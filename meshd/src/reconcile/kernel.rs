@@ -22,6 +22,8 @@ pub struct PodsMade {
     pub made: Vec<Made>,
     /// Pods that could not be put right, and why.
     pub failed: Vec<String>,
+    /// Pods of which nothing is left.
+    pub gone: Vec<Attachment>,
 }
 
 /// Every method makes the kernel be as asked, says what it had to do for it, and is free when all is right.
@@ -40,4 +42,10 @@ pub trait Kernel: Send {
 
     /// `mtu` of pod interfaces, for what has to be made anew.
     fn pods(&mut self, attachments: &[Attachment], mtu: u32) -> anyhow::Result<PodsMade>;
+
+    /// Whether nothing of a pod is left, neither its namespace nor its link.
+    fn pod_is_gone(&self, attachment: &Attachment) -> bool;
+
+    /// Removes what the host still has of a pod that is gone.
+    fn forget_pod(&self, attachment: &Attachment) -> anyhow::Result<()>;
 }

@@ -140,6 +140,10 @@ impl Kernel for Linux {
         let broken: Vec<Attachment> =
             attachments.iter().filter(|pod| is_broken(pod, &state)).cloned().collect();
         pod::prune(&config, &state)?;
+        let linkless =
+            |pod: &&Attachment| !state.links.iter().any(|link| link.name == pod.host_ifname);
+        let gone: Vec<Attachment> =
+            attachments.iter().filter(linkless).filter(|pod| pod::is_gone(pod)).cloned().collect();
         // Without pods it may be missing: the plugin makes it with the first.
         let what = match state.table {
             GuardState::Intact => None,
@@ -149,7 +153,7 @@ impl Kernel for Linux {
             GuardState::Altered => Some("nftables table of pods was altered by somebody"),
         };
         if broken.is_empty() && what.is_none() {
-            return Ok(PodsMade::default());
+            return Ok(PodsMade { gone, ..PodsMade::default() });
         }
         let failures = pod::repair(&config, &broken)?;
         let failed = |pod: &&Attachment| failures.iter().any(|f| f.host_ifname == pod.host_ifname);
@@ -162,7 +166,15 @@ impl Kernel for Linux {
         let failed = failures
             .iter()
             .map(|f| format!("{} of container {}: {:#}", f.host_ifname, f.container_id, f.error));
-        Ok(PodsMade { made: made.collect(), failed: failed.collect() })
+        Ok(PodsMade { made: made.collect(), failed: failed.collect(), gone })
+    }
+
+    fn pod_is_gone(&self, attachment: &Attachment) -> bool {
+        pod::is_gone(attachment)
+    }
+
+    fn forget_pod(&self, attachment: &Attachment) -> anyhow::Result<()> {
+        pod::detach(attachment)
     }
 }
 

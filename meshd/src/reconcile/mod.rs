@@ -24,6 +24,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipam::owner::OwnerHash;
 use mesh_core::cluster::{
     ClusterIndex, ClusterView, Desired, Held, LocalNode, PathMtus, Policy, RawNode, desired,
 };
@@ -84,10 +85,12 @@ pub struct Reconciler<K, P> {
     /// Refusals that were logged and still stand.
     named_refusals: BTreeSet<(String, String)>,
     named_bad_attachments: BTreeSet<std::path::PathBuf>,
-    /// Pods too young to be judged in the last turn.
+    /// Pods the last turn could not judge: too young, or seen gone for the first time.
     unsettled_pods: usize,
     /// Whether the last turn put back what somebody took away.
     repaired: bool,
+    /// Pods of which nothing was left in the last turn.
+    gone_pods: BTreeSet<OwnerHash>,
 }
 
 /// How much of the cluster is known.
@@ -151,6 +154,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             named_bad_attachments: BTreeSet::new(),
             unsettled_pods: 0,
             repaired: false,
+            gone_pods: BTreeSet::new(),
         };
         reconciler.begin_from_cache(cached.nodes);
         reconciler

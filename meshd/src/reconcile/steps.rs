@@ -3,7 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use ipam::disk::RealDisk;
+use ipam::owner::{Owner, OwnerHash};
+use ipam::store::{Pods, Store};
 use mesh_core::cluster::{Desired, DesiredPeer};
+use mesh_types::attachment::Attachment;
 use mesh_types::netstate::NetState;
 use mesh_types::node_file::{NODE_FILE_VERSION, NodeFile};
 
@@ -148,6 +152,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         self.named_bad_attachments.retain(|path| found.bad.iter().any(|(bad, _)| bad == path));
         let outcome = match self.kernel.pods(&found.good, mtu) {
             Ok(pods) => {
+                self.free_gone(&pods.gone, found.earlier > 0);
                 self.report(pods.made, true);
                 match pods.failed.first() {
                     None => Ok(()),
@@ -157,6 +162,33 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             Err(error) => Err(format!("{error:#}")),
         };
         self.out.view.set_condition(condition::PODS, outcome);
+    }
+
+    /// Addresses of pods that vanished without DEL (runtimes lose some, and not all of them call GC): seen gone in two turns,
+    /// then freed. Without this they would come back only when the plugin makes the next pod.
+    fn free_gone(&mut self, gone: &[Attachment], other_boot: bool) {
+        let gone: BTreeSet<OwnerHash> = gone.iter().map(owner_of).collect();
+        let twice: Vec<OwnerHash> = gone.intersection(&self.gone_pods).cloned().collect();
+        self.unsettled_pods += gone.len() - twice.len();
+        self.gone_pods = gone;
+        if twice.is_empty() && !other_boot {
+            return;
+        }
+        let freed =
+            RealDisk::existing(&self.ipam).map_err(anyhow::Error::from).and_then(
+                |disk| match disk {
+                    None => Ok(None),
+                    Some(disk) => Ok(Store::new(disk, self.boot_id.clone())
+                        .free_gone(&twice, &Vanished(&self.kernel))?),
+                },
+            );
+        match freed {
+            Ok(notes) => notes.into_iter().flatten().for_each(|note| tracing::info!("{note}")),
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::warn!(error, "cannot free the addresses of vanished pods");
+            }
+        }
     }
 
     /// The plugin may make pods from the moment that guard and routes stand, until the cluster says that no pod CIDR
@@ -331,4 +363,23 @@ fn replace(slot: &mut OwnRecord, value: OwnRecord) -> bool {
     let changed = *slot != value;
     *slot = value;
     changed
+}
+
+/// The kernel as the address store sees it.
+struct Vanished<'a, K>(&'a K);
+
+impl<K: Kernel> Pods for Vanished<'_, K> {
+    fn is_gone(&self, attachment: &Attachment) -> bool {
+        self.0.pod_is_gone(attachment)
+    }
+
+    fn clean(&self, attachment: &Attachment) -> anyhow::Result<()> {
+        self.0.forget_pod(attachment)
+    }
+}
+
+fn owner_of(attachment: &Attachment) -> OwnerHash {
+    let Attachment { container_id, ifname, .. } = attachment;
+    let owner = Owner { container_id: container_id.clone(), ifname: ifname.clone() };
+    OwnerHash::new(&attachment.network, &owner)
 }

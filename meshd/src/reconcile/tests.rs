@@ -1,7 +1,10 @@
 use std::net::SocketAddr;
 use std::sync::Mutex;
 
-use mesh_types::attachment::Attachment;
+use ipam::disk::RealDisk;
+use ipam::owner::Owner;
+use ipam::store::{Pods, Store, Wish};
+use mesh_types::attachment::{ATTACHMENT_VERSION, Attachment};
 use mesh_types::key::PublicKey;
 use mesh_types::roster::RosterNode;
 
@@ -20,6 +23,8 @@ struct Model {
     peer_sets: usize,
     paths_asked: usize,
     path_mtu: u32,
+    gone: Vec<Attachment>,
+    forgotten: Vec<String>,
 }
 
 #[derive(Clone, Default)]
@@ -72,8 +77,20 @@ impl Kernel for Shared {
     }
 
     fn pods(&mut self, _: &[Attachment], _: u32) -> anyhow::Result<PodsMade> {
-        self.with(|model| model.order.push("pods"));
-        Ok(PodsMade::default())
+        let gone = self.with(|model| {
+            model.order.push("pods");
+            model.gone.clone()
+        });
+        Ok(PodsMade { gone, ..PodsMade::default() })
+    }
+
+    fn pod_is_gone(&self, attachment: &Attachment) -> bool {
+        self.with(|model| model.gone.contains(attachment))
+    }
+
+    fn forget_pod(&self, attachment: &Attachment) -> anyhow::Result<()> {
+        self.with(|model| model.forgotten.push(attachment.container_id.clone()));
+        Ok(())
     }
 }
 
@@ -336,4 +353,70 @@ fn the_node_file_goes_when_the_cluster_says_that_no_pod_cidr_is_ours_and_only_th
     let _ = bench.reconciler.hear(ClusterEvent::Apply(node(1)));
     bench.reconciler.turn(Scope::Records);
     assert!(file.exists());
+}
+
+impl Pods for Shared {
+    fn is_gone(&self, attachment: &Attachment) -> bool {
+        self.pod_is_gone(attachment)
+    }
+
+    fn clean(&self, attachment: &Attachment) -> anyhow::Result<()> {
+        self.forget_pod(attachment)
+    }
+}
+
+/// What the plugin leaves of a pod it has made, in this boot.
+fn pod_made_by_the_plugin(bench: &Bench, container_id: &str, boot_id: &str) -> Attachment {
+    let owner = Owner { container_id: container_id.into(), ifname: "eth0".into() };
+    let hash = OwnerHash::new("mesh", &owner);
+    let template = Attachment {
+        version: ATTACHMENT_VERSION,
+        network: "mesh".into(),
+        container_id: owner.container_id,
+        ifname: owner.ifname,
+        netns: format!("/run/netns/{container_id}"),
+        netns_inode: 7,
+        boot_id: boot_id.into(),
+        host_ifname: hash.host_ifname(),
+        pod_mac: hash.pod_mac(),
+        addresses: Vec::new(),
+        mtu: None,
+    };
+    let disk = RealDisk::create(&bench.dir.path().join("ipam")).expect("directory");
+    let pod_cidrs = ["10.244.1.0/24".parse().expect("prefix")];
+    let wish = Wish { hash: &hash, template: &template, pod_cidrs: &pod_cidrs };
+    let made = Store::new(disk, boot_id.into()).reserve(wish, &bench.model).expect("an address");
+    made.attachment
+}
+
+fn records(bench: &Bench) -> usize {
+    let entries = std::fs::read_dir(bench.dir.path().join("ipam")).expect("directory");
+    let names = entries.map(|entry| entry.expect("entry").path());
+    names.filter(|path| path.extension().is_some_and(|e| e == "json")).count()
+}
+
+#[test]
+fn the_address_of_a_pod_that_vanished_is_freed_without_the_plugin_once_seen_twice() {
+    let mut bench = bench();
+    let gone = pod_made_by_the_plugin(&bench, "gone", "boot");
+    pod_made_by_the_plugin(&bench, "alive", "boot");
+    bench.model.with(|model| model.gone = vec![gone]);
+    bench.reconciler.turn(Scope::Records);
+    assert_eq!(records(&bench), 2, "one look is not enough");
+    assert!(bench.reconciler.has_unsettled_pods(), "somebody has to look again");
+    bench.reconciler.turn(Scope::Records);
+    assert_eq!(records(&bench), 1);
+    assert_eq!(bench.model.with(|model| model.forgotten.clone()), ["gone"]);
+}
+
+#[test]
+fn addresses_of_an_earlier_boot_are_freed_without_the_plugin() {
+    let mut bench = bench();
+    pod_made_by_the_plugin(&bench, "old", "boot before");
+    for file in std::fs::read_dir(bench.dir.path().join("ipam")).expect("directory") {
+        let file = std::fs::File::open(file.expect("entry").path()).expect("file");
+        file.set_modified(std::time::UNIX_EPOCH).expect("time");
+    }
+    bench.reconciler.turn(Scope::Records);
+    assert_eq!(records(&bench), 0);
 }
