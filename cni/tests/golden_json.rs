@@ -10,153 +10,18 @@
     reason = "a test fails by panicking"
 )]
 
-use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+#[path = "common/pretend.rs"]
+mod pretend;
+
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use mesh_types::attachment::Attachment;
-use meshd_cni::command::{Streams, run};
-use meshd_cni::kernel::Kernel;
-use meshd_cni::plan::Plan;
+use pretend::Bench;
 use serde_json::{Value, json};
 
 const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
-const BOOT: &str = "b0000000-0000-4000-8000-000000000001";
-
-/// A kernel with nothing but names in it.
-#[derive(Debug)]
-struct Pretend {
-    links: RefCell<BTreeSet<String>>,
-    pods: RefCell<BTreeSet<(String, String)>>,
-    guard: bool,
-    attach_fails: bool,
-}
-
-impl Pretend {
-    fn new() -> Self {
-        Self {
-            links: RefCell::new(BTreeSet::from(["meshd0".to_owned()])),
-            pods: RefCell::default(),
-            guard: true,
-            attach_fails: false,
-        }
-    }
-}
-
-impl Kernel for Pretend {
-    fn boot_id(&self) -> anyhow::Result<String> {
-        Ok(BOOT.to_owned())
-    }
-
-    fn netns_inode(&self, path: &Path) -> anyhow::Result<Option<u64>> {
-        Ok(match path.to_str() {
-            Some("/proc/self/ns/net") => Some(1),
-            Some(path) if path.starts_with("/run/netns/") => Some(path.len() as u64),
-            _ => None,
-        })
-    }
-
-    fn own_netns_inode(&self) -> anyhow::Result<u64> {
-        Ok(1)
-    }
-
-    fn link_exists(&self, name: &str) -> anyhow::Result<bool> {
-        Ok(self.links.borrow().contains(name))
-    }
-
-    fn pod_link_exists(&self, netns: &Path, name: &str) -> anyhow::Result<bool> {
-        let pod = (netns.display().to_string(), name.to_owned());
-        Ok(self.pods.borrow().contains(&pod))
-    }
-
-    fn guard_stands(&self) -> anyhow::Result<bool> {
-        Ok(self.guard)
-    }
-
-    fn attach(&self, plan: &Plan) -> anyhow::Result<String> {
-        let Attachment { host_ifname, netns, ifname, .. } = &plan.attachment;
-        self.links.borrow_mut().insert(host_ifname.clone());
-        anyhow::ensure!(!self.attach_fails, "the kernel says no");
-        self.pods.borrow_mut().insert((netns.clone(), ifname.clone()));
-        Ok("02:00:00:00:00:01".to_owned())
-    }
-
-    fn detach(&self, attachment: &Attachment) -> anyhow::Result<()> {
-        self.links.borrow_mut().remove(&attachment.host_ifname);
-        let pod = (attachment.netns.clone(), attachment.ifname.clone());
-        self.pods.borrow_mut().remove(&pod);
-        Ok(())
-    }
-
-    fn differences(&self, plan: &Plan) -> anyhow::Result<Vec<String>> {
-        let there = self.links.borrow().contains(&plan.attachment.host_ifname);
-        Ok(if there { Vec::new() } else { vec!["the link is gone".to_owned()] })
-    }
-}
-
-struct Bench {
-    dir: tempfile::TempDir,
-    kernel: Pretend,
-}
-
-impl Bench {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let file = json!({
-            "version": 1, "node": "n1", "boot_id": BOOT,
-            "cluster_prefixes": ["10.244.0.0/16", "fd00:10:244::/48"],
-            "pod_cidrs": ["10.244.3.0/24", "fd00:10:244:3::/64"],
-            "mtu": 1380, "tun": "meshd0", "table": 5190,
-        });
-        fs::write(dir.path().join("node.json"), file.to_string()).unwrap();
-        Self { dir, kernel: Pretend::new() }
-    }
-
-    fn config(&self, version: &str) -> Value {
-        json!({
-            "cniVersion": version, "name": "mesh", "type": "meshd-cni",
-            "nodeFile": self.dir.path().join("node.json"),
-            "stateDir": self.dir.path().join("ipam"),
-            "dns": {"nameservers": ["10.96.0.10"]},
-        })
-    }
-
-    fn call(&self, verb: &str, stdin: &str) -> (u8, String) {
-        self.call_with(verb, stdin, &[])
-    }
-
-    fn call_with(&self, verb: &str, stdin: &str, overrides: &[(&str, &str)]) -> (u8, String) {
-        let mut stdout = Vec::new();
-        let status = self.raw(verb, stdin, overrides, &mut stdout);
-        (status, String::from_utf8(stdout).unwrap())
-    }
-
-    fn raw(
-        &self,
-        verb: &str,
-        stdin: &str,
-        overrides: &[(&str, &str)],
-        stdout: &mut dyn Write,
-    ) -> u8 {
-        let mut environment = BTreeMap::from([
-            ("CNI_COMMAND", verb),
-            ("CNI_CONTAINERID", "c0ffee"),
-            ("CNI_NETNS", "/run/netns/pod"),
-            ("CNI_IFNAME", "eth0"),
-            ("CNI_PATH", "/opt/cni/bin"),
-        ]);
-        environment.extend(overrides.iter().copied());
-        let mut streams = Streams { stdin: &mut stdin.as_bytes(), stdout, stderr: &mut io::sink() };
-        run(|name| environment.get(name).map(|v| (*v).to_owned()), &mut streams, &self.kernel)
-    }
-
-    /// Folders differ between runs.
-    fn same_everywhere(&self, text: &str) -> String {
-        text.replace(&self.dir.path().display().to_string(), "DIR")
-    }
-}
 
 fn golden(name: &str, text: &str) {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
@@ -207,6 +72,8 @@ fn errors_are_json_in_the_version_that_was_asked_for() {
     let mut unready = Bench::new();
     unready.kernel.guard = false;
     let unready_config = unready.config("1.1.0").to_string();
+    let cut_off = Bench::new();
+    cut_off.kernel.links.borrow_mut().clear();
     let mut failing = Bench::new();
     failing.kernel.attach_fails = true;
     let missing = bench.config("0.4.0").to_string().replace("node.json", "absent.json");
@@ -224,7 +91,7 @@ fn errors_are_json_in_the_version_that_was_asked_for() {
         ("error-6-json.json", bench.call("ADD", "{\"cniVersion\": \"1.0.0\", ")),
         ("error-7-name.json", bench.call("ADD", &no_name)),
         ("error-7-check.json", bench.call("CHECK", &config)),
-        ("error-7-gc.json", bench.call("GC", &config.replace("1.0.0", "1.1.0"))),
+        ("error-2-ip.json", bench.call_with("ADD", &config, &[("CNI_ARGS", "IP=10.244.3.9")])),
         ("error-8-absent.json", bench.call_with("ADD", &config, &[("CNI_NETNS", "/absent")])),
         (
             "error-8-own.json",
@@ -232,6 +99,7 @@ fn errors_are_json_in_the_version_that_was_asked_for() {
         ),
         ("error-11-node-file.json", bench.call("ADD", &missing)),
         ("error-11-guard.json", unready.call("ADD", &unready_config)),
+        ("error-51-tun.json", cut_off.call("STATUS", &cut_off.config("1.1.0").to_string())),
         ("error-50-guard.json", unready.call("STATUS", &unready_config)),
         ("error-100-kernel.json", failing.call("ADD", &failing.config("1.1.0").to_string())),
     ];
@@ -260,10 +128,7 @@ fn verbs_without_an_answer_print_nothing() {
     for (verb, stdin) in [("STATUS", &config), ("CHECK", &check), ("GC", &gc), ("DEL", &config)] {
         assert_eq!(bench.call(verb, &stdin.to_string()), (0, String::new()), "{verb}");
     }
-    let left = fs::read_dir(bench.dir.path().join("ipam")).unwrap();
-    let records =
-        left.filter(|e| e.as_ref().unwrap().path().extension().is_some_and(|e| e == "json"));
-    assert_eq!(records.count(), 0);
+    assert_eq!(bench.records(), Vec::<String>::new());
 }
 
 #[test]
@@ -279,7 +144,7 @@ fn an_answer_nobody_takes_undoes_the_add() {
     }
     let bench = Bench::new();
     let config = bench.config("1.1.0").to_string();
-    assert_eq!(bench.raw("ADD", &config, &[], &mut Closed), 1);
+    assert_eq!(bench.raw("ADD", &mut config.as_bytes(), &[], &mut Closed), 1);
     assert_eq!(*bench.kernel.links.borrow(), BTreeSet::from(["meshd0".to_owned()]));
     assert_eq!(bench.call("ADD", &config).0, 0);
 }

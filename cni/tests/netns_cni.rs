@@ -168,12 +168,12 @@ fn check_agrees_after_add_and_sees_what_is_missing() {
 }
 
 #[test]
-fn fifty_parallel_adds_and_dels_double_and_leak_nothing() {
+fn a_hundred_parallel_adds_and_dels_double_and_leak_nothing() {
     if !can_run() {
         return;
     }
     let node = Node::new(&DUAL);
-    let ids: Vec<String> = (0..50).map(|i| format!("p{i}")).collect();
+    let ids: Vec<String> = (0..100).map(|i| format!("p{i}")).collect();
     let results: Vec<Value> = std::thread::scope(|scope| {
         let handles: Vec<_> = ids.iter().map(|id| scope.spawn(|| node.add(id))).collect();
         handles.into_iter().map(|handle| handle.join().unwrap()).collect()
@@ -182,8 +182,8 @@ fn fifty_parallel_adds_and_dels_double_and_leak_nothing() {
         results.iter().flat_map(|r| [address(r, false), address(r, true)]).collect();
     given.sort();
     given.dedup();
-    assert_eq!(given.len(), 100);
-    assert_eq!(node.records().len(), 50);
+    assert_eq!(given.len(), 200);
+    assert_eq!(node.records().len(), 100);
     std::thread::scope(|scope| {
         for id in &ids {
             scope.spawn(|| assert!(node.cni("DEL", id).ok));
@@ -275,7 +275,7 @@ fn add_waits_for_guard_and_tunnel_and_status_says_so() {
     node.run("nft add table inet meshd");
     node.run("ip link del meshd0");
     assert_eq!(node.cni("ADD", "a").json["code"], 11);
-    assert_eq!(node.cni("STATUS", "a").json["code"], 50);
+    assert_eq!(node.cni("STATUS", "a").json["code"], 51, "its pods reach no other node");
     node.write_node_file(&boot_id(), &DUAL);
 }
 
@@ -318,4 +318,128 @@ fn an_add_killed_anywhere_leaves_nothing_after_del_or_a_second_add() {
         assert!(node.cni("DEL", &id).ok);
         assert_eq!(node.leftovers(), Vec::<String>::new(), "killed after {:?}", whole * i / 40);
     }
+}
+
+#[test]
+fn a_pods_second_interface_works_and_leaves_the_first_as_it_is() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    let (first, other) = (node.add("a"), node.add("b"));
+    let second = node.cni_env("ADD", "a", &[("CNI_IFNAME", "net1")]);
+    assert!(second.ok, "{second:?}");
+    for v6 in [false, true] {
+        for interface in [&first, &second.json] {
+            assert_eq!(
+                connect(&node, "b", "a", address(interface, v6)),
+                address(&other, v6),
+                "{interface}"
+            );
+        }
+        assert_eq!(connect(&node, "a", "b", address(&other, v6)), address(&first, v6));
+    }
+    let mut config = node.config();
+    config["prevResult"] = first;
+    let checked = node.cni_with("CHECK", "a", &config);
+    assert!(checked.ok, "{checked:?}");
+    assert!(node.cni_env("DEL", "a", &[("CNI_IFNAME", "net1")]).ok);
+    let checked = node.cni_with("CHECK", "a", &config);
+    assert!(checked.ok, "{checked:?}");
+    assert!(node.cni("DEL", "a").ok && node.cni("DEL", "b").ok);
+    assert_eq!(node.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+fn a_namespace_may_be_that_of_a_process_and_a_container_id_anything_legal() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    let id = format!("0.A_b-{}", "c".repeat(64));
+    let mut process =
+        std::process::Command::new("unshare").args(["--net", "sleep", "600"]).spawn().unwrap();
+    let netns = format!("/proc/{}/ns/net", process.id());
+    let own = netcfg::netns::current_inode().unwrap();
+    while netcfg::netns::Netns::open(&netns).unwrap().inode().unwrap() == own {
+        std::thread::yield_now();
+    }
+    let added = node.cni_env("ADD", &id, &[("CNI_NETNS", &netns)]);
+    assert!(added.ok, "{added:?}");
+    assert_eq!(added.json["interfaces"][1]["sandbox"], netns);
+    process.kill().unwrap();
+    process.wait().unwrap();
+    let removed = node.cni_env("DEL", &id, &[("CNI_NETNS", &netns)]);
+    assert!(removed.ok, "{removed:?}");
+    assert_eq!(node.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+fn one_family_alone_is_enough() {
+    if !can_run() {
+        return;
+    }
+    for (cidr, v6) in [("10.244.3.0/24", false), ("fd00:10:244:3::/64", true)] {
+        let node = Node::new(&[cidr]);
+        let (a, b) = (node.add("a"), node.add("b"));
+        assert_eq!(a["ips"].as_array().unwrap().len(), 1);
+        assert_eq!(connect(&node, "a", "b", address(&b, v6)), address(&a, v6));
+        let mut config = node.config();
+        config["prevResult"] = a;
+        let checked = node.cni_with("CHECK", "a", &config);
+        assert!(checked.ok, "{checked:?}");
+        assert!(node.cni("DEL", "a").ok && node.cni("DEL", "b").ok);
+        assert_eq!(node.leftovers(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn a_full_or_read_only_disk_makes_no_pod_and_leaves_nothing() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    node.pod("a");
+    let ipam = node.ipam();
+    let ipam = ipam.display();
+    // The lock is there from better times.
+    let full = format!(
+        "mkdir -p {ipam} && mount -t tmpfs -o size=8k tmpfs {ipam} && touch {ipam}/lock && \
+         ! head -c 64k /dev/zero > {ipam}/filler"
+    );
+    let read_only = format!("mkdir -p {ipam} && mount -t tmpfs -o ro tmpfs {ipam}");
+    for (prepare, left) in [(full, "filler\nlock\n"), (read_only, "")] {
+        let failed = node.cni_mounted(&prepare, "ADD", "a");
+        assert_eq!(failed.json["code"], 5, "{failed:?}");
+        let names: String = failed
+            .stderr
+            .lines()
+            .filter(|line| !line.starts_with("meshd-cni:") && !line.starts_with("head:"))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        assert_eq!(names, left, "{failed:?}");
+        assert!(!node.run("ip -o link").contains("meshp"));
+        let status = node.cni_mounted(&prepare, "STATUS", "a");
+        assert_eq!(status.json["code"], 50, "{status:?}");
+    }
+    assert!(node.cni("ADD", "a").ok);
+}
+
+#[test]
+fn pods_of_an_earlier_range_stay_and_new_ones_come_from_the_new_range() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    let old = node.add("a");
+    node.write_node_file(&boot_id(), &["10.244.9.0/24", "fd00:10:244:9::/64"]);
+    let new = node.add("b");
+    assert_eq!(address(&new, false).to_string(), "10.244.9.2");
+    assert_eq!(connect(&node, "b", "a", address(&old, true)), address(&new, true));
+    let mut config = node.config();
+    config["prevResult"] = old;
+    let checked = node.cni_with("CHECK", "a", &config);
+    assert!(checked.ok, "{checked:?}");
+    assert!(node.cni("DEL", "a").ok && node.cni("DEL", "b").ok);
+    assert_eq!(node.leftovers(), Vec::<String>::new());
 }

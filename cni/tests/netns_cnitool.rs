@@ -10,6 +10,7 @@
 
 mod common;
 
+use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -126,6 +127,70 @@ fn a_host_port_chained_behind_us_leads_to_the_pod() {
     tool.expect("del", "a", &port);
     tool.expect("del", "b", &json!({}));
     assert_eq!(node.leftovers(), Vec::<String>::new());
+}
+
+/// 1 MB/s in each direction, and this much at once.
+const BURST_BYTES: u64 = 100_000;
+
+#[test]
+fn a_bandwidth_limit_chained_behind_us_slows_a_pod_both_ways() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    let limit = json!({"type": "bandwidth", "capabilities": {"bandwidth": true}});
+    let tool = Tool::new(&node, "1.1.0", &[limit]);
+    for id in ["a", "b"] {
+        node.pod(id);
+    }
+    let (rate, burst) = (8_000_000, BURST_BYTES * 8);
+    let limited = json!({"bandwidth": {
+        "ingressRate": rate, "ingressBurst": burst, "egressRate": rate, "egressBurst": burst,
+    }});
+    let slow = tool.expect("add", "a", &limited);
+    let free = tool.expect("add", "b", &json!({}));
+    for v6 in [false, true] {
+        for (from, to) in [("a", "b"), ("b", "a")] {
+            let (source, target) = if from == "a" { (&slow, &free) } else { (&free, &slow) };
+            let at = SocketAddr::new(address(target, v6), 0);
+            let listener = node.in_pod(to, || TcpListener::bind(at).unwrap());
+            let at = listener.local_addr().unwrap();
+            let mut client = node
+                .in_pod(from, || TcpStream::connect_timeout(&at, Duration::from_secs(5)))
+                .unwrap();
+            let (mut server, seen) = listener.accept().unwrap();
+            assert_eq!(seen.ip(), address(source, v6));
+            let started = std::time::Instant::now();
+            let bytes = BURST_BYTES * 4;
+            let sender = std::thread::spawn(move || {
+                client.write_all(&vec![7; usize::try_from(bytes).unwrap()]).unwrap();
+            });
+            assert_eq!(std::io::copy(&mut server, &mut std::io::sink()).unwrap(), bytes);
+            sender.join().unwrap();
+            // What a limit of 1 MB/s cannot do faster; it may well take longer.
+            assert!(started.elapsed() >= Duration::from_millis(250), "{from} to {to}");
+        }
+    }
+    tool.expect("check", "a", &limited);
+    tool.expect("del", "a", &limited);
+    tool.expect("del", "b", &json!({}));
+    assert!(!node.run("ip -o link").contains("bwp"), "the limiter's own device is gone");
+    assert_eq!(node.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+fn cnitool_collects_garbage_without_a_list() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    let tool = Tool::new(&node, "1.1.0", &[]);
+    node.pod("a");
+    tool.expect("gc", "a", &json!({}));
+    node.add("b");
+    tool.expect("gc", "a", &json!({}));
+    assert_eq!(node.records().len(), 1, "a pod that lives is no garbage");
+    assert!(node.cni("DEL", "b").ok);
 }
 
 #[test]

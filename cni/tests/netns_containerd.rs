@@ -52,18 +52,35 @@ impl<'a> Containerd<'a> {
             dir.display()
         );
         fs::write(dir.join("containerd.toml"), text).unwrap();
-        let log = File::create(dir.join("containerd.log")).unwrap();
-        let daemon = Self::command(node, &tools, "containerd")
+        let daemon = Self::spawn(node, &tools);
+        let this = Self { node, tools, daemon };
+        this.wait_ready();
+        this
+    }
+
+    fn spawn(node: &Node, tools: &Path) -> Child {
+        let dir = node.dir.path();
+        let log = File::options().create(true).append(true).open(dir.join("containerd.log"));
+        Self::command(node, tools, "containerd")
             .args(["--config".into(), dir.join("containerd.toml")])
             .stdout(Stdio::null())
-            .stderr(log)
+            .stderr(log.unwrap())
             .spawn()
-            .unwrap();
-        let this = Self { node, tools, daemon };
-        this.until("containerd answers", || {
-            this.ctr(&["version"]).output().unwrap().status.success()
+            .unwrap()
+    }
+
+    fn wait_ready(&self) {
+        self.until("containerd answers", || {
+            self.ctr(&["version"]).output().unwrap().status.success()
         });
-        this
+    }
+
+    /// The daemon dies without a word and is started again; its containers go on.
+    fn restart(&mut self) {
+        self.daemon.kill().unwrap();
+        self.daemon.wait().unwrap();
+        self.daemon = Self::spawn(self.node, &self.tools);
+        self.wait_ready();
     }
 
     fn command(node: &Node, tools: &Path, program: &str) -> Command {
@@ -189,11 +206,8 @@ fn rootfs(dir: &Path) -> PathBuf {
     root
 }
 
-#[test]
-fn containers_of_containerd_reach_each_other_and_leave_nothing() {
-    if !can_run() {
-        return;
-    }
+/// A node whose containerd uses our plugin.
+fn node_with_plugin() -> Node {
     let node = Node::new(&["10.244.3.0/24", "fd00:10:244:3::/64"]);
     let mut plugin = node.config();
     let fields = plugin.as_object_mut().unwrap();
@@ -201,6 +215,58 @@ fn containers_of_containerd_reach_each_other_and_leave_nothing() {
     fields.remove("name");
     let list = serde_json::json!({"cniVersion": "1.1.0", "name": "mesh", "plugins": [plugin]});
     fs::write(node.dir.path().join("10-meshd.conflist"), list.to_string()).unwrap();
+    node
+}
+
+fn inside(pid: u32) -> Netns {
+    Netns::of_pid(pid).unwrap()
+}
+
+/// Connects from one container to an address of another; returns the source it saw.
+fn connect(from: u32, to: u32, target: &str) -> String {
+    let target = SocketAddr::new(target.parse().unwrap(), 0);
+    let listener = netns::run_in(inside(to), || Ok(TcpListener::bind(target)?)).unwrap();
+    let at = listener.local_addr().unwrap();
+    netns::run_in(inside(from), || Ok(TcpStream::connect_timeout(&at, Duration::from_secs(5))?))
+        .unwrap();
+    listener.accept().unwrap().1.ip().to_string()
+}
+
+#[test]
+fn containers_keep_their_network_while_containerd_is_killed_and_started_again() {
+    if !can_run() {
+        return;
+    }
+    let node = node_with_plugin();
+    let root = rootfs(node.dir.path());
+    let mut containerd = Containerd::start(&node);
+    let ids = [format!("cnit{}-c", std::process::id()), format!("cnit{}-d", std::process::id())];
+    let mut pids = Vec::new();
+    for id in &ids {
+        let words =
+            format!("run --detach --cni --rootfs {} {id} /busybox sleep 600", root.display());
+        let mut run = containerd.ctr_with_cni(id, &words);
+        assert!(run.0.wait().unwrap().success(), "ctr run {id}");
+        containerd.restart();
+        pids.push(containerd.pid_of(id).unwrap());
+    }
+    for (target, source) in [("10.244.3.2", "10.244.3.3"), ("fd00:10:244:3::2", "fd00:10:244:3::3")]
+    {
+        assert_eq!(connect(pids[1], pids[0], target), source);
+    }
+    for id in &ids {
+        let mut kill = containerd.ctr_with_cni(id, &format!("tasks kill -s KILL {id}"));
+        assert!(kill.0.wait().unwrap().success(), "ctr tasks kill {id}");
+    }
+    assert_eq!(node.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+fn containers_of_containerd_reach_each_other_and_leave_nothing() {
+    if !can_run() {
+        return;
+    }
+    let node = node_with_plugin();
     let root = rootfs(node.dir.path());
     let containerd = Containerd::start(&node);
 
@@ -214,20 +280,12 @@ fn containers_of_containerd_reach_each_other_and_leave_nothing() {
         });
         pids.push(containerd.pid_of(id).unwrap());
     }
-    let inside = |pid: u32| Netns::of_pid(pid).unwrap();
     containerd.until("the second container has its route", || {
         netns::run_in(inside(pids[1]), || Ok(netcfg::route::list(254)?.len()))
             .is_ok_and(|routes| routes >= 3)
     });
     for target in ["10.244.3.2", "fd00:10:244:3::2"] {
-        let target = SocketAddr::new(target.parse().unwrap(), 0);
-        let listener = netns::run_in(inside(pids[0]), || Ok(TcpListener::bind(target)?)).unwrap();
-        let at = listener.local_addr().unwrap();
-        netns::run_in(inside(pids[1]), || {
-            Ok(TcpStream::connect_timeout(&at, Duration::from_secs(5))?)
-        })
-        .unwrap();
-        let seen = listener.accept().unwrap().1.ip().to_string();
+        let seen = connect(pids[1], pids[0], target);
         assert!(["10.244.3.3", "fd00:10:244:3::3"].contains(&seen.as_str()), "{seen}");
     }
     for (id, client) in ids.iter().zip(&mut clients) {

@@ -21,6 +21,7 @@ pub(super) fn run<K: Kernel>(
     own_netns_allowed: bool,
     streams: &mut Streams<'_>,
 ) -> Result<(), CniError> {
+    let (prev_result, dns) = (context.config.prev_result()?, context.config.dns()?);
     let boot_id = context.boot_id()?;
     let node = ready_node(context, &boot_id)?;
     let inode = netns_inode(context, netns, own_netns_allowed)?;
@@ -31,11 +32,8 @@ pub(super) fn run<K: Kernel>(
         mtu: Some(node.mtu),
         ..plan::template(&context.config.name, owner, &hash, netns, inode, &boot_id)
     };
-    let dir = &context.config.state_dir;
-    let disk = RealDisk::create(dir).map_err(|error| {
-        CniError::new(Code::Io, format!("state directory {}: {error}", dir.display()))
-    })?;
-    let store = Store::new(disk, boot_id);
+    let store = Store::new(context.disk()?, boot_id);
+    refuse_second_home(context, &store, &hash, &template)?;
     let wish = Wish { hash: &hash, template: &template, pod_cidrs: &node.pod_cidrs };
     let reservation =
         store.reserve(wish, &PodsInKernel(context.kernel)).map_err(|error| store_error(&error))?;
@@ -45,8 +43,7 @@ pub(super) fn run<K: Kernel>(
 
     let plan = Plan::new(reservation.attachment.clone(), &node);
     let done = attach(context, &plan).and_then(|host_mac| {
-        let ours = plan.result(&host_mac, context.config.dns.clone());
-        let all = ours.behind(context.config.prev_result.clone());
+        let all = plan.result(&host_mac, dns).behind(prev_result);
         answer(streams.stdout, &all.to_json(context.config.version))
     });
     // The claim on the reservation is held until here: DEL waits for it, nobody takes it for a leftover.
@@ -93,19 +90,27 @@ fn ready_node<K: Kernel>(context: &Context<'_, K>, boot_id: &str) -> Result<Node
     let later = |why: String| {
         CniError::new(Code::TryAgainLater, "the node is not ready for pods yet").with_details(why)
     };
-    let node = node::load(&context.config.node_file, boot_id).map_err(later)?;
-    missing_part(context.kernel, &node).map_or(Ok(node), |why| Err(later(why)))
+    let node = node::load(&context.config.node_file()?, boot_id).map_err(later)?;
+    let missing = missing_guard(context.kernel).or_else(|| missing_tun(context.kernel, &node));
+    missing.map_or(Ok(node), |why| Err(later(why)))
 }
 
-/// What pods need of the node and is not there, in words.
-pub(super) fn missing_part<K: Kernel>(kernel: &K, node: &NodeFile) -> Option<String> {
-    let there = |found: anyhow::Result<bool>, what: &str| match found {
+/// Why there is no guard, in words.
+pub(super) fn missing_guard<K: Kernel>(kernel: &K) -> Option<String> {
+    missing(kernel.guard_stands(), "the guard (nftables table inet meshd)")
+}
+
+/// Why there is no tunnel device, in words.
+pub(super) fn missing_tun<K: Kernel>(kernel: &K, node: &NodeFile) -> Option<String> {
+    missing(kernel.link_exists(&node.tun), &format!("tunnel device {}", node.tun))
+}
+
+fn missing(found: anyhow::Result<bool>, what: &str) -> Option<String> {
+    match found {
         Ok(true) => None,
         Ok(false) => Some(format!("{what} is not there: meshd makes it when it starts")),
         Err(error) => Some(format!("{what} cannot be looked at: {error:#}")),
-    };
-    there(kernel.guard_stands(), "the guard (nftables table inet meshd)")
-        .or_else(|| there(kernel.link_exists(&node.tun), &format!("tunnel device {}", node.tun)))
+    }
 }
 
 fn netns_inode<K: Kernel>(
@@ -149,4 +154,34 @@ fn refuse_existing<K: Kernel>(
         ));
     }
     Ok(())
+}
+
+/// The same container and interface lives in another namespace: making it here would take it away there. A namespace that
+/// is gone, or an interface that was never finished, is no hindrance.
+fn refuse_second_home<K: Kernel>(
+    context: &Context<'_, K>,
+    store: &Store<RealDisk>,
+    hash: &OwnerHash,
+    wanted: &Attachment,
+) -> Result<(), CniError> {
+    let kernel = context.kernel;
+    let lives = |found: &Attachment| {
+        let netns = Path::new(&found.netns);
+        found.boot_id == wanted.boot_id
+            && found.netns_inode != wanted.netns_inode
+            && kernel.netns_inode(netns).is_ok_and(|inode| inode == Some(found.netns_inode))
+            && kernel.pod_link_exists(netns, &found.ifname).is_ok_and(|there| there)
+    };
+    let records = store.find(hash).map_err(|error| store_error(&error))?;
+    match records.iter().filter_map(|record| record.content.as_ref().ok()).find(|a| lives(a)) {
+        None => Ok(()),
+        Some(found) => Err(CniError::new(
+            Code::InterfaceExists,
+            format!(
+                "{} has its interface {} in {} already",
+                found.container_id, found.ifname, found.netns
+            ),
+        )
+        .with_details("DEL comes before another ADD")),
+    }
 }

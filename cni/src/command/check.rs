@@ -20,16 +20,16 @@ pub(super) fn run<K: Kernel>(
     owner: &Owner,
     netns: &Path,
 ) -> Result<(), CniError> {
-    let Some(prev) = &context.config.prev_result else {
+    let Some(prev) = context.config.prev_result()? else {
         return Err(CniError::new(Code::InvalidConfig, "CHECK needs prevResult, which is missing"));
     };
     let boot_id = context.boot_id()?;
     let attachment = record(context, owner, &boot_id)?;
-    let mut faults = differences_from(prev, &attachment);
+    let mut faults = differences_from(&prev, &attachment);
     if Path::new(&attachment.netns) != netns {
         faults.push(format!("the pod was made in {}, not {}", attachment.netns, netns.display()));
     }
-    let node = node::load(&context.config.node_file, &boot_id).map_err(|why| {
+    let node = node::load(&context.config.node_file()?, &boot_id).map_err(|why| {
         CniError::new(Code::TryAgainLater, "CHECK needs the node file").with_details(why)
     })?;
     match context.kernel.differences(&Plan::new(attachment, &node)) {

@@ -7,7 +7,7 @@ use ipam::owner::{Owner, OwnerHash};
 use ipam::store::{Record, Store};
 use mesh_types::attachment::Attachment;
 
-use crate::command::{Context, Streams, store_error};
+use crate::command::{Context, PodsInKernel, Streams, store_error};
 use crate::kernel::Kernel;
 use crate::spec::error::{CniError, Code};
 
@@ -15,15 +15,17 @@ pub(super) fn run<K: Kernel>(
     context: &Context<'_, K>,
     streams: &mut Streams<'_>,
 ) -> Result<(), CniError> {
-    // Without a list nothing is known to be stale: an empty one would say so.
-    let Some(valid) = &context.config.valid_attachments else {
-        return Err(CniError::new(
-            Code::InvalidConfig,
-            "GC needs cni.dev/valid-attachments (or cni.dev/attachments), which is missing",
-        ));
-    };
+    let valid = context.config.valid_attachments()?;
     let Some(disk) = context.existing_disk()? else { return Ok(()) };
     let store = Store::new(disk, context.boot_id()?);
+    let Some(valid) = &valid else {
+        // As cnitool calls: only an empty list would say that nothing is to stay, so we go by what we see ourselves.
+        let notes = store.free_all_gone(&PodsInKernel(context.kernel));
+        for note in notes.map_err(|error| store_error(&error))? {
+            let _ = writeln!(streams.stderr, "meshd-cni: {note}");
+        }
+        return Ok(());
+    };
     let mut faults = Vec::new();
     for record in store.records().map_err(|error| store_error(&error))? {
         match stale(&record, &context.config.name, valid) {

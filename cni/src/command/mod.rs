@@ -4,7 +4,7 @@
 //! ADD     node file, guard ─> reserve ─> attach ─> answer         undone in reverse when a step fails
 //! DEL     wait for ADD ─> detach ─> release                       what is gone is fine
 //! CHECK   record, prevResult and kernel agree
-//! GC      detach and release what is not in the runtime's list
+//! GC      detach and release what is not in the runtime's list, without one what has no pod any more
 //! STATUS  would ADD work?
 //! VERSION what we speak
 //! ```
@@ -16,6 +16,7 @@ mod gc;
 mod status;
 
 use std::io::{Read, Write};
+use std::path::Path;
 
 use ipam::disk::RealDisk;
 use ipam::store::{Pods, StoreError};
@@ -53,6 +54,16 @@ pub fn run(
     }
 }
 
+/// What this program is, in two lines.
+pub fn about() -> String {
+    let versions: Vec<&str> = Version::ALL.iter().map(|version| version.as_str()).collect();
+    format!(
+        "meshd-cni {}\nCNI versions supported: {}; run by a container runtime (CNI SPEC.md)",
+        env!("CARGO_PKG_VERSION"),
+        versions.join(", ")
+    )
+}
+
 fn dispatch(
     get_env: impl Fn(&str) -> Option<String>,
     streams: &mut Streams<'_>,
@@ -65,13 +76,17 @@ fn dispatch(
     }
     let stdin = config::read_stdin(streams.stdin)?;
     *version = config::answer_version(&stdin);
+    if matches!(request, Request::Check { .. } | Request::Gc | Request::Status) {
+        config::check_comparable(&stdin)?;
+    }
     let config = config::parse(&stdin)?;
     let context = Context { config, kernel };
     match request {
-        Request::Add { owner, netns, own_netns_allowed } => {
+        Request::Add { owner, netns, own_netns_allowed, args } => {
+            context.config.refuse_wishes(&args)?;
             add::run(&context, &owner, &netns, own_netns_allowed, streams)
         }
-        Request::Del { owner, .. } => del::run(&context, &owner),
+        Request::Del { owner } => del::run(&context, &owner),
         Request::Check { owner, netns } => {
             context.needs(Version::V0_4_0, "CHECK")?;
             check::run(&context, &owner, &netns)
@@ -116,11 +131,19 @@ impl<K: Kernel> Context<'_, K> {
 
     /// The store's directory; `None` where there is none yet.
     fn existing_disk(&self) -> Result<Option<RealDisk>, CniError> {
-        let dir = &self.config.state_dir;
-        RealDisk::existing(dir).map_err(|error| {
-            CniError::new(Code::Io, format!("state directory {}: {error}", dir.display()))
-        })
+        let dir = self.config.state_dir()?;
+        RealDisk::existing(&dir).map_err(|error| state_dir_error(&dir, &error))
     }
+
+    /// The store's directory, made where there is none yet.
+    fn disk(&self) -> Result<RealDisk, CniError> {
+        let dir = self.config.state_dir()?;
+        RealDisk::create(&dir).map_err(|error| state_dir_error(&dir, &error))
+    }
+}
+
+fn state_dir_error(dir: &Path, error: &std::io::Error) -> CniError {
+    CniError::new(Code::Io, format!("state directory {}: {error}", dir.display()))
 }
 
 /// A pod is gone when neither its namespace nor the host side of its link is left.

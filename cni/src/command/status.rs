@@ -2,7 +2,7 @@
 
 use ipam::store::{Fill, Pods as _, Store};
 
-use crate::command::add::missing_part;
+use crate::command::add::{missing_guard, missing_tun};
 use crate::command::{Context, PodsInKernel, store_error};
 use crate::kernel::Kernel;
 use crate::node;
@@ -13,12 +13,17 @@ pub(super) fn run<K: Kernel>(context: &Context<'_, K>) -> Result<(), CniError> {
         CniError::new(Code::NotAvailable, "no pod can be made on this node now").with_details(why)
     };
     let boot_id = context.boot_id()?;
-    let node = node::load(&context.config.node_file, &boot_id).map_err(unavailable)?;
-    if let Some(why) = missing_part(context.kernel, &node) {
+    let node = node::load(&context.config.node_file()?, &boot_id).map_err(unavailable)?;
+    if let Some(why) = missing_guard(context.kernel) {
         return Err(unavailable(why));
     }
-    let Some(disk) = context.existing_disk()? else { return Ok(()) };
+    if let Some(why) = missing_tun(context.kernel, &node) {
+        let message = "no pod can be made on this node now, and its pods do not reach other nodes";
+        return Err(CniError::new(Code::Limited, message).with_details(why));
+    }
+    let disk = context.disk().map_err(|error| unavailable(error.message))?;
     let store = Store::new(disk, boot_id);
+    store.try_writing().map_err(|error| unavailable(error.to_string()))?;
     let fills = store.fill(&node.pod_cidrs).map_err(|error| store_error(&error))?;
     let Some(family) = [true, false].into_iter().find(|v4| is_full(&fills, *v4)) else {
         return Ok(());

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use ipam::owner::Owner;
 use mesh_types::defaults;
-use mesh_types::limits::CNI_STDIN_BYTES_MAX;
+use mesh_types::limits::{CNI_STDIN_BYTES_MAX, SHOWN_CHARS_MAX};
 use serde_json::{Map, Value};
 
 use crate::spec::env::is_identifier;
@@ -19,22 +19,73 @@ use crate::spec::version::Version;
 /// Longest network name: it ends up in records and messages.
 const NETWORK_NAME_BYTES_MAX: usize = 256;
 
-/// A checked configuration.
+/// A configuration whose name and version are fine. The other fields are checked when a verb asks for them: what DEL
+/// does not need must not keep it from removing a pod.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     pub version: Version,
     /// Network name.
     pub name: String,
+    object: Map<String, Value>,
+}
+
+impl Config {
     /// Where `meshd` leaves what pods need to know (`nodeFile`).
-    pub node_file: PathBuf,
+    pub fn node_file(&self) -> Result<PathBuf, CniError> {
+        path(&self.object, "nodeFile", defaults::NODE_FILE)
+    }
+
     /// Where attachment records live (`stateDir`).
-    pub state_dir: PathBuf,
+    pub fn state_dir(&self) -> Result<PathBuf, CniError> {
+        path(&self.object, "stateDir", defaults::IPAM_DIR)
+    }
+
     /// What earlier plugins of the chain, or our own ADD, answered.
-    pub prev_result: Option<CniResult>,
+    pub fn prev_result(&self) -> Result<Option<CniResult>, CniError> {
+        prev_result(&self.object)
+    }
+
     /// GC: what is to stay. `None` where the runtime did not say.
-    pub valid_attachments: Option<BTreeSet<Owner>>,
+    pub fn valid_attachments(&self) -> Result<Option<BTreeSet<Owner>>, CniError> {
+        valid_attachments(&self.object)
+    }
+
     /// Name servers for the pod, handed through to the result as they are.
-    pub dns: Option<Value>,
+    pub fn dns(&self) -> Result<Option<Value>, CniError> {
+        match field(&self.object, "dns") {
+            Some(dns) if !dns.is_object() => {
+                Err(CniError::new(Code::InvalidConfig, "dns is not an object"))
+            }
+            dns => Ok(dns.cloned()),
+        }
+    }
+
+    /// An address or hardware address that the runtime asks for, in `CNI_ARGS`, `args` or `runtimeConfig`: we choose
+    /// them ourselves, and a pod with another one than was asked for would be worse than none.
+    pub fn refuse_wishes(&self, cni_args: &str) -> Result<(), CniError> {
+        let refused = |key: &str, value: &str| {
+            let shown: String = value.chars().take(SHOWN_CHARS_MAX).collect();
+            let message = format!("{key}={shown} is not supported");
+            Err(CniError::new(Code::UnsupportedField, message)
+                .with_details("meshd-cni chooses a pod's addresses from the node's pod CIDRs"))
+        };
+        for (key, value) in cni_args.split(';').filter_map(|pair| pair.split_once('=')) {
+            if matches!(key, "IP" | "MAC") && !value.is_empty() {
+                return refused(&format!("CNI_ARGS {key}"), value);
+            }
+        }
+        let object = Value::Object(self.object.clone());
+        for parent in ["/runtimeConfig", "/args/cni"] {
+            for name in ["ips", "mac"] {
+                let pointer = format!("{parent}/{name}");
+                let value = object.pointer(&pointer).map(Value::to_string).unwrap_or_default();
+                if !matches!(value.as_str(), "" | "null" | "[]" | "\"\"") {
+                    return refused(pointer[1..].replace('/', ".").as_str(), &value);
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Reads stdin up to its bound.
@@ -61,28 +112,25 @@ pub fn answer_version(stdin: &[u8]) -> Version {
         .unwrap_or(Version::NEWEST)
 }
 
-/// Parses and checks a configuration.
+/// Parses a configuration and checks its name and version.
 pub fn parse(stdin: &[u8]) -> Result<Config, CniError> {
     let object = parse_object(stdin)?;
     let name = network_name(&object)?;
     let version = version(&object)?;
-    Ok(Config {
-        version,
-        name,
-        node_file: path(
-            &object,
-            "nodeFile",
-            &Path::new(defaults::STATE_DIR).join(defaults::NODE_FILE),
-        )?,
-        state_dir: path(
-            &object,
-            "stateDir",
-            &Path::new(defaults::STATE_DIR).join(defaults::IPAM_DIR),
-        )?,
-        prev_result: prev_result(&object)?,
-        valid_attachments: valid_attachments(&object)?,
-        dns: field(&object, "dns").cloned(),
-    })
+    Ok(Config { version, name, object })
+}
+
+/// For verbs that need a minimal version: a version that cannot be compared is code 6, one we do not speak code 1.
+pub fn check_comparable(stdin: &[u8]) -> Result<(), CniError> {
+    let object = parse_object(stdin)?;
+    network_name(&object)?;
+    match text(&object, "cniVersion")? {
+        Some(asked) if !asked.is_empty() && !Version::is_one(asked) => Err(CniError::new(
+            Code::Decoding,
+            format!("cniVersion {:?} is no version", shorten(asked)),
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn parse_object(stdin: &[u8]) -> Result<Map<String, Value>, CniError> {
@@ -117,7 +165,7 @@ fn network_name(object: &Map<String, Value>) -> Result<String, CniError> {
         return Err(CniError::new(Code::InvalidConfig, "the configuration has no network name"));
     }
     if name.len() > NETWORK_NAME_BYTES_MAX || !is_identifier(name) {
-        let shown: String = name.chars().take(64).collect();
+        let shown = shorten(name);
         return Err(CniError::new(
             Code::InvalidConfig,
             format!(
@@ -133,19 +181,21 @@ fn version(object: &Map<String, Value>) -> Result<Version, CniError> {
     // The specification reads a missing version as 0.1.0.
     let asked = text(object, "cniVersion")?.filter(|text| !text.is_empty()).unwrap_or("0.1.0");
     Version::parse(asked).ok_or_else(|| {
-        let shown: String = asked.chars().take(32).collect();
         let spoken: Vec<&str> = Version::ALL.iter().map(|version| version.as_str()).collect();
-        CniError::new(
-            Code::IncompatibleVersion,
-            format!("cniVersion {shown:?} is not supported: write one of {}", spoken.join(", ")),
-        )
+        let message = format!("cniVersion {:?} is not supported", shorten(asked));
+        CniError::new(Code::IncompatibleVersion, message)
+            .with_details(format!("write one of {}", spoken.join(", ")))
     })
 }
 
-fn path(object: &Map<String, Value>, name: &str, default: &Path) -> Result<PathBuf, CniError> {
+fn shorten(text: &str) -> String {
+    text.chars().take(SHOWN_CHARS_MAX).collect()
+}
+
+fn path(object: &Map<String, Value>, name: &str, default: &str) -> Result<PathBuf, CniError> {
     let refused = |why: &str| CniError::new(Code::InvalidConfig, format!("{name} {why}"));
     match field(object, name) {
-        None => Ok(default.to_owned()),
+        None => Ok(Path::new(defaults::STATE_DIR).join(default)),
         Some(Value::String(text)) if text.contains('\0') => Err(refused("holds a zero byte")),
         Some(Value::String(text)) if Path::new(text).is_absolute() => Ok(PathBuf::from(text)),
         Some(_) => Err(refused("is not an absolute path")),
@@ -192,8 +242,20 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// Every field looked at.
+    fn parse_all(text: &[u8]) -> Result<Config, CniError> {
+        let config = parse(text)?;
+        config.node_file()?;
+        config.state_dir()?;
+        config.prev_result()?;
+        config.valid_attachments()?;
+        config.dns()?;
+        config.refuse_wishes("")?;
+        Ok(config)
+    }
+
     fn code_of(text: &str) -> u32 {
-        parse(text.as_bytes()).map_or_else(|error| error.code.number(), |_| 0)
+        parse_all(text.as_bytes()).map_or_else(|error| error.code.number(), |_| 0)
     }
 
     #[test]
@@ -204,10 +266,10 @@ mod tests {
         )
         .unwrap();
         assert_eq!(config.version, Version::V1_0_0);
-        assert_eq!(config.node_file, Path::new("/var/lib/meshd/node.json"));
-        assert_eq!(config.state_dir, Path::new("/var/lib/meshd/ipam"));
-        assert_eq!(config.valid_attachments, None);
-        assert_eq!(config.prev_result, None);
+        assert_eq!(config.node_file().unwrap(), Path::new("/var/lib/meshd/node.json"));
+        assert_eq!(config.state_dir().unwrap(), Path::new("/var/lib/meshd/ipam"));
+        assert_eq!(config.valid_attachments().unwrap(), None);
+        assert_eq!(config.prev_result().unwrap(), None);
     }
 
     #[test]
@@ -247,6 +309,16 @@ mod tests {
                 r#"{"cniVersion":"1.1.0","name":"mesh","cni.dev/attachments":[{"ifname":"eth0"}]}"#,
             ),
             (7, r#"{"cniVersion":"1.1.0","name":"mesh","cni.dev/valid-attachments":["x"]}"#),
+            (7, r#"{"cniVersion":"1.1.0","name":"mesh","dns":["192.0.2.53"]}"#),
+            (2, r#"{"cniVersion":"1.1.0","name":"mesh","runtimeConfig":{"ips":["10.244.3.9"]}}"#),
+            (
+                2,
+                r#"{"cniVersion":"1.1.0","name":"mesh","args":{"cni":{"mac":"02:00:00:00:00:01"}}}"#,
+            ),
+            (
+                0,
+                r#"{"cniVersion":"1.1.0","name":"mesh","args":{"cni":{"ips":[]}},"runtimeConfig":{"mac":""}}"#,
+            ),
         ];
         for (code, text) in cases {
             assert_eq!(code_of(text), code, "{:.80}", text);
@@ -261,12 +333,34 @@ mod tests {
                 "cni.dev/attachments":[{"containerID":"b","ifname":"eth0"}]}"#,
         )
         .unwrap();
-        let names: Vec<String> =
-            config.valid_attachments.unwrap().into_iter().map(|owner| owner.container_id).collect();
+        let names: Vec<String> = config
+            .valid_attachments()
+            .unwrap()
+            .unwrap()
+            .into_iter()
+            .map(|owner| owner.container_id)
+            .collect();
         assert_eq!(names, ["a", "b"]);
         let empty =
             parse(br#"{"cniVersion":"1.1.0","name":"mesh","cni.dev/attachments":null}"#).unwrap();
-        assert_eq!(empty.valid_attachments, Some(BTreeSet::new()));
+        assert_eq!(empty.valid_attachments().unwrap(), Some(BTreeSet::new()));
+    }
+
+    #[test]
+    fn an_address_asked_for_is_refused_by_key_and_value() {
+        let config = parse(br#"{"cniVersion":"1.1.0","name":"mesh"}"#).unwrap();
+        for fine in [
+            "",
+            "some;extra;args",
+            "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web-0;K8S_POD_INFRA_CONTAINER_ID=c",
+            "IP=",
+            "=;;=x",
+        ] {
+            assert_eq!(config.refuse_wishes(fine), Ok(()), "{fine}");
+        }
+        let error = config.refuse_wishes("IgnoreUnknown=1;IP=10.244.3.9").unwrap_err();
+        assert_eq!(error.code, Code::UnsupportedField);
+        assert!(error.message.contains("IP=10.244.3.9"), "{error}");
     }
 
     #[test]
@@ -278,7 +372,8 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_on_stdin_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
-            let _ = parse(&bytes);
+            let _ = parse_all(&bytes);
+            let _ = check_comparable(&bytes);
             let _ = answer_version(&bytes);
         }
 
@@ -293,7 +388,7 @@ mod tests {
             object.insert("cniVersion".into(), version.into());
             object.insert("name".into(), name.into());
             object.insert(key, value);
-            let _ = parse(&serde_json::to_vec(&object).unwrap());
+            let _ = parse_all(&serde_json::to_vec(&object).unwrap());
         }
     }
 

@@ -25,9 +25,21 @@ pub enum Command {
 /// A request whose environment is complete and well formed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
-    Add { owner: Owner, netns: PathBuf, own_netns_allowed: bool },
-    Check { owner: Owner, netns: PathBuf },
-    Del { owner: Owner, netns: Option<PathBuf>, own_netns_allowed: bool },
+    /// `args` is `CNI_ARGS` as it came.
+    Add {
+        owner: Owner,
+        netns: PathBuf,
+        own_netns_allowed: bool,
+        args: String,
+    },
+    Check {
+        owner: Owner,
+        netns: PathBuf,
+    },
+    /// The record and the host know all that is to go: a namespace is not needed.
+    Del {
+        owner: Owner,
+    },
     Gc,
     Status,
     Version,
@@ -66,15 +78,15 @@ pub fn parse(get: impl Fn(&str) -> Option<String>) -> Result<Request, CniError> 
         check_ifname(&owner.ifname)?;
         Ok(owner)
     };
-    let netns = get("CNI_NETNS").map(PathBuf::from);
+    let netns = PathBuf::from(value("CNI_NETNS"));
     let own_netns_allowed =
         matches!(value("CNI_NETNS_OVERRIDE").to_ascii_uppercase().as_str(), "1" | "TRUE");
     Ok(match command {
         Command::Add => {
-            Request::Add { owner: owner()?, netns: netns.unwrap_or_default(), own_netns_allowed }
+            Request::Add { owner: owner()?, netns, own_netns_allowed, args: value("CNI_ARGS") }
         }
-        Command::Check => Request::Check { owner: owner()?, netns: netns.unwrap_or_default() },
-        Command::Del => Request::Del { owner: owner()?, netns, own_netns_allowed },
+        Command::Check => Request::Check { owner: owner()?, netns },
+        Command::Del => Request::Del { owner: owner()? },
         Command::Gc => Request::Gc,
         Command::Status => Request::Status,
         Command::Version => Request::Version,
@@ -194,7 +206,7 @@ mod tests {
             ("CNI_IFNAME", "eth0"),
             ("CNI_PATH", "/p"),
         ]);
-        assert!(matches!(del, Ok(Request::Del { netns: None, .. })), "{del:?}");
+        assert!(matches!(del, Ok(Request::Del { .. })), "{del:?}");
     }
 
     #[test]

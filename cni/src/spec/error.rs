@@ -10,6 +10,8 @@ use crate::spec::version::Version;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Code {
     IncompatibleVersion,
+    /// A field asks for something we do not do; the message has its key and value.
+    UnsupportedField,
     UnknownContainer,
     InvalidEnvironment,
     Io,
@@ -17,7 +19,10 @@ pub enum Code {
     InvalidConfig,
     InvalidNetns,
     TryAgainLater,
+    /// STATUS: ADD would fail.
     NotAvailable,
+    /// STATUS: ADD would fail, and pods that are there reach less than they should.
+    Limited,
     /// A kernel object could not be made, read or removed.
     Kernel,
     /// Every address of the node's pod CIDRs is taken.
@@ -34,6 +39,7 @@ impl Code {
     pub const fn number(self) -> u32 {
         match self {
             Self::IncompatibleVersion => 1,
+            Self::UnsupportedField => 2,
             Self::UnknownContainer => 3,
             Self::InvalidEnvironment => 4,
             Self::Io => 5,
@@ -42,6 +48,7 @@ impl Code {
             Self::InvalidNetns => 8,
             Self::TryAgainLater => 11,
             Self::NotAvailable => 50,
+            Self::Limited => 51,
             Self::Kernel => 100,
             Self::RangeExhausted => 101,
             Self::InterfaceExists => 102,

@@ -27,6 +27,14 @@ impl Version {
     pub fn parse(text: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|version| version.as_str() == text)
     }
+
+    /// Whether a text is a version at all: three numbers, as semantic versions begin.
+    pub fn is_one(text: &str) -> bool {
+        let core = text.split(['-', '+']).next().unwrap_or_default();
+        let mut parts = core.split('.');
+        let numbers = parts.by_ref().take(3).filter(|part| part.parse::<u32>().is_ok()).count();
+        numbers == 3 && parts.next().is_none()
+    }
 }
 
 impl fmt::Display for Version {
@@ -49,6 +57,12 @@ mod tests {
         }
         for other in ["", "0.2.0", "0.3.0", "1.1", "1.2.0", "v1.0.0", " 1.0.0"] {
             assert_eq!(Version::parse(other), None, "{other}");
+        }
+        for other in ["0.2.0", "9.8.7", "10.0.0", "1.1.0-rc1"] {
+            assert!(Version::is_one(other), "{other}");
+        }
+        for other in ["", "1.1", "1.1.0.0", "v1.0.0", "adsfsadf", "1..0", " 1.0.0"] {
+            assert!(!Version::is_one(other), "{other}");
         }
     }
 }

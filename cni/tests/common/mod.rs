@@ -103,6 +103,23 @@ impl Node {
         self.call(verb, id, config, &[])
     }
 
+    /// As [`Node::cni`], with other variables than usual.
+    pub(crate) fn cni_env(&self, verb: &str, id: &str, variables: &[(&str, &str)]) -> Answer {
+        let words: Vec<String> =
+            variables.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let mut wrapper = vec!["env"];
+        wrapper.extend(words.iter().map(String::as_str));
+        self.call(verb, id, &self.config(), &wrapper)
+    }
+
+    /// As [`Node::cni`], where `prepare` was done in a mount namespace of its own; the names in the state directory follow
+    /// what the plugin says on stderr.
+    pub(crate) fn cni_mounted(&self, prepare: &str, verb: &str, id: &str) -> Answer {
+        let ipam = self.ipam();
+        let script = format!("{prepare} && \"$0\"; rc=$?; ls -A {} >&2; exit $rc", ipam.display());
+        self.call(verb, id, &self.config(), &["unshare", "--mount", "sh", "-c", &script])
+    }
+
     /// As [`Node::cni`], in a boot of its own.
     pub(crate) fn cni_in_boot(&self, boot_id: &str, verb: &str, id: &str) -> Answer {
         let file = self.dir.path().join("boot_id");
@@ -185,8 +202,8 @@ impl Node {
         let mut left: Vec<String> = self
             .run("ip -o link")
             .lines()
-            .chain(self.run("ip route show table 5190 proto 191").lines())
-            .chain(self.run("ip -6 route show table 5190 proto 191").lines())
+            .chain(self.run("ip route show table all proto 191").lines())
+            .chain(self.run("ip -6 route show table all proto 191").lines())
             .filter(|line| line.contains("meshp"))
             .map(str::to_owned)
             .collect();
