@@ -139,9 +139,9 @@ fn check_agrees_after_add_and_sees_what_is_missing() {
         return;
     }
     let node = Node::new(&DUAL);
-    let result = node.add("a");
+    let added = node.add("a");
     let mut config = node.config();
-    config["prevResult"] = result;
+    config["prevResult"] = added.clone();
     let fine = node.cni_with("CHECK", "a", &config);
     assert!(fine.ok, "{fine:?}");
     // The node's MTU moves when peers come and go; pods keep theirs.
@@ -151,20 +151,102 @@ fn check_agrees_after_add_and_sees_what_is_missing() {
     std::fs::write(&file, text.replace("1380", "1360")).unwrap();
     let fine = node.cni_with("CHECK", "a", &config);
     assert!(fine.ok, "{fine:?}");
-    for (damage, repair, expected) in [
-        ("ip link set eth0 mtu 1300", "ip link set eth0 mtu 1380", "MTU"),
+    let link = added["interfaces"][0]["name"].as_str().unwrap().to_owned();
+    let on_host = |words: &str| words.replace("LINK", &link);
+    let mac = |at: usize| added["interfaces"][at]["mac"].as_str().unwrap();
+    let (host_mac, pod_mac) = (mac(0), mac(1));
+    // In the pod or on the host: what is broken, how it is mended, and a word of the sentence about it.
+    let cases = [
+        (true, "ip link set eth0 mtu 1300", "ip link set eth0 mtu 1380".to_owned(), "MTU"),
         (
-            "ip address del 10.244.3.2/32 dev eth0",
-            "ip address add 10.244.3.2/32 dev eth0",
-            "10.244.3.2",
+            true,
+            "ip address del fd00:10:244:3::2/128 dev eth0",
+            "ip address add fd00:10:244:3::2/128 dev eth0 nodad".to_owned(),
+            "lacks address fd00:10:244:3::2",
         ),
-    ] {
-        node.run_in_pod("a", damage);
+        (
+            true,
+            "ip neigh del 169.254.1.1 dev eth0",
+            format!("ip neigh add 169.254.1.1 dev eth0 nud permanent lladdr {host_mac}"),
+            "169.254.1.1",
+        ),
+        (
+            true,
+            "ip -6 route del default",
+            "ip -6 route add default via fe80::1 dev eth0".to_owned(),
+            "default route via fe80::1",
+        ),
+        (
+            true,
+            "ip link set eth0 address 02:00:00:00:00:99",
+            // The kernel forgot its neighbours with the old one.
+            format!(
+                "ip link set eth0 address {pod_mac};\
+                 ip neigh add 169.254.1.1 dev eth0 nud permanent lladdr {host_mac};\
+                 ip neigh add fe80::1 dev eth0 nud permanent lladdr {host_mac}"
+            ),
+            "hardware address",
+        ),
+        (
+            false,
+            "ip route del 10.244.3.2 table 5190",
+            on_host("ip route add 10.244.3.2 dev LINK table 5190 scope link proto 191"),
+            "no route to 10.244.3.2",
+        ),
+        (
+            false,
+            "ip neigh del fd00:10:244:3::2 dev LINK",
+            on_host("ip neigh add fd00:10:244:3::2 dev LINK nud permanent lladdr ") + pod_mac,
+            "permanent neighbour",
+        ),
+        (
+            false,
+            "nft delete element inet meshd-cni pods4 { LINK . 10.244.3.2 }",
+            on_host("nft add element inet meshd-cni pods4 { LINK . 10.244.3.2 }"),
+            "source filter",
+        ),
+    ];
+    for (in_pod, damage, repair, expected) in cases {
+        let run = |line: &str| if in_pod { node.run_in_pod("a", line) } else { node.run(line) };
+        run(&on_host(damage));
         let broken = node.cni_with("CHECK", "a", &config);
-        assert_eq!(broken.json["code"], 103, "{broken:?}");
-        assert!(broken.json["details"].as_str().unwrap().contains(expected), "{broken:?}");
-        node.run_in_pod("a", repair);
+        assert_eq!(broken.json["code"], 103, "{damage}: {broken:?}");
+        let details = broken.json["details"].as_str().unwrap();
+        assert!(details.contains(expected), "{damage}: {details}");
+        for line in repair.split(';') {
+            run(line);
+        }
+        let mended = node.cni_with("CHECK", "a", &config);
+        assert!(mended.ok, "{repair}: {mended:?}");
     }
+}
+
+#[test]
+fn check_compares_what_the_runtime_remembers_and_where_the_pod_is() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    let added = node.add("a");
+    let check = |prev: &Value, variables: &[(&str, &str)]| {
+        let mut config = node.config();
+        config["prevResult"] = prev.clone();
+        node.cni_env_with("CHECK", "a", &config, variables).json
+    };
+    let mut fewer = added.clone();
+    fewer["ips"].as_array_mut().unwrap().pop();
+    let mut other_mac = added.clone();
+    other_mac["interfaces"][1]["mac"] = "02:00:00:00:00:99".into();
+    let mut no_interface = added.clone();
+    no_interface["interfaces"].as_array_mut().unwrap().pop();
+    for odd in [fewer, other_mac, no_interface, serde_json::json!({})] {
+        assert_eq!(check(&odd, &[])["code"], 103, "{odd}");
+    }
+    let elsewhere = node.pod("b").display().to_string();
+    assert_eq!(check(&added, &[("CNI_NETNS", &elsewhere)])["code"], 103);
+    assert_eq!(check(&added, &[("CNI_IFNAME", "net1")])["code"], 3);
+    assert!(node.cni("DEL", "a").ok);
+    assert_eq!(check(&added, &[])["code"], 3);
 }
 
 #[test]

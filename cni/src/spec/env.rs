@@ -122,6 +122,8 @@ pub fn check_ifname(name: &str) -> Result<(), CniError> {
         "holds a '/', ':', control character or white space"
     } else if name == "lo" {
         "is the loopback interface of every pod"
+    } else if matches!(name, "all" | "default") {
+        "is a word of the kernel's for interfaces in general"
     } else {
         return Ok(());
     };
@@ -220,7 +222,19 @@ mod tests {
             ),
             (
                 "CNI_IFNAME",
-                &["1234567890123456", ".", "..", "a/b", "a:b", "a b", "a\tb", "lo", "a\u{85}"],
+                &[
+                    "1234567890123456",
+                    ".",
+                    "..",
+                    "a/b",
+                    "a:b",
+                    "a b",
+                    "a\tb",
+                    "lo",
+                    "all",
+                    "default",
+                    "a\u{85}",
+                ],
             ),
         ];
         for (name, values) in cases {

@@ -105,11 +105,21 @@ impl Node {
 
     /// As [`Node::cni`], with other variables than usual.
     pub(crate) fn cni_env(&self, verb: &str, id: &str, variables: &[(&str, &str)]) -> Answer {
+        self.cni_env_with(verb, id, &self.config(), variables)
+    }
+
+    pub(crate) fn cni_env_with(
+        &self,
+        verb: &str,
+        id: &str,
+        config: &Value,
+        variables: &[(&str, &str)],
+    ) -> Answer {
         let words: Vec<String> =
             variables.iter().map(|(name, value)| format!("{name}={value}")).collect();
         let mut wrapper = vec!["env"];
         wrapper.extend(words.iter().map(String::as_str));
-        self.call(verb, id, &self.config(), &wrapper)
+        self.call(verb, id, config, &wrapper)
     }
 
     /// As [`Node::cni`], where `prepare` was done in a mount namespace of its own; the names in the state directory follow
