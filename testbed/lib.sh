@@ -6,11 +6,36 @@ root_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 say() { printf '%s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
 
-# become_root SCRIPT ARGS...: namespaces need root; run the script again through sudo where we are not.
+# nft and its like live where the PATH of a plain user does not look.
+export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
+# become_root SCRIPT ARGS...: namespaces need root; run the script again through sudo where we are not. sudo would
+# replace PATH by its own, and with it lose the caller's cargo and go.
 become_root() {
     [ "$(id -u)" -eq 0 ] && return
     command -v sudo >/dev/null || die "this needs root and there is no sudo: run it as root"
-    exec sudo --preserve-env=CI,PATH,HOME,CARGO_HOME,RUSTUP_HOME,CARGO_TARGET_DIR "$@"
+    exec sudo --preserve-env=CI,CARGO_HOME,RUSTUP_HOME,CARGO_TARGET_DIR -- env "PATH=$PATH" bash "$@"
+}
+
+# choose_builder: who builds, after use_target_dir. What root builds in somebody's checkout, they could neither rebuild
+# nor remove: so it is whoever called sudo, unless the build folder is not theirs to write.
+choose_builder() {
+    builder_home=
+    [ "$(id -u)" -eq 0 ] && [ "${SUDO_UID:-0}" -ne 0 ] || return 0
+    builder_home=$(getent passwd "$SUDO_UID" | cut -d: -f6) || true
+    as_builder sh -c 'mkdir -p "$1" && [ -w "$1" ]' sh "$CARGO_TARGET_DIR" 2>/dev/null || builder_home=
+}
+
+# as_builder COMMAND ARGS...: runs it as whoever builds, with their home.
+as_builder() {
+    if [ -z "${builder_home:-}" ]; then
+        "$@"
+        return
+    fi
+    setpriv --reuid "$SUDO_UID" --regid "$SUDO_GID" --init-groups -- \
+        env -u SUDO_UID -u SUDO_GID -u SUDO_USER -u SUDO_COMMAND \
+        HOME="$builder_home" USER="${SUDO_USER:-}" LOGNAME="${SUDO_USER:-}" \
+        PATH="${CARGO_HOME:-$builder_home/.cargo}/bin:$PATH" "$@"
 }
 
 # need_packages NAME...: installs the Debian packages that are not there yet.
@@ -22,38 +47,46 @@ need_packages() {
     [ ${#missing[@]} -eq 0 ] && return
     command -v apt-get >/dev/null || die "please install: ${missing[*]}"
     say "installing ${missing[*]}"
-    export DEBIAN_FRONTEND=noninteractive
-    apt-get update -qq >&2 || die "apt-get update failed: is the network up?"
-    apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2 || die "could not install ${missing[*]}"
+    # The caller's locale may not exist yet.
+    local -x DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
+    # A repository of somebody else's that is broken must not keep us from Debian's own.
+    apt-get update -qq >&2 || say "apt-get update failed; trying with the package lists that are there"
+    # A machine that has just been set up may be upgrading itself: wait for it.
+    apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
+        die "could not install ${missing[*]}: is the network up?"
 }
 
-# need_rust: cargo of the version rust-toolchain.toml names or newer; by rustup (Debian's where it is packaged, else the
-# Rust project's own installer) where there is none or only an older one.
+# need_rust: cargo of the version rust-toolchain.toml names or newer, for who builds; by rustup (Debian's where it is
+# packaged, else the Rust project's own installer) where there is none or only an older one.
 need_rust() {
     export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
     local channel
     channel=$(sed -n 's/^channel = "\(.*\)"$/\1/p' "$root_dir/rust-toolchain.toml")
-    if ! command -v rustup >/dev/null && ! cargo_is_at_least "$channel"; then
-        if ! command -v cargo >/dev/null && apt-cache show rustup >/dev/null 2>&1; then
+    if ! has rustup && ! cargo_is_at_least "$channel"; then
+        if ! has cargo && apt-cache show rustup >/dev/null 2>&1; then
             need_packages rustup
         else
             need_packages curl ca-certificates
             say "installing Rust by rustup"
             curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
-                sh -s -- -y --no-modify-path --profile minimal --default-toolchain none >&2 || die "rustup failed"
+                as_builder sh -s -- -y --no-modify-path --profile minimal --default-toolchain none >&2 ||
+                die "rustup failed"
         fi
     fi
-    if command -v rustup >/dev/null; then
-        rustup toolchain list | grep -q "^$channel-" ||
-            rustup toolchain install "$channel" --profile minimal -c rustfmt -c clippy >&2 ||
+    if has rustup; then
+        as_builder rustup toolchain list | grep "^$channel-" >/dev/null ||
+            as_builder rustup toolchain install "$channel" --profile minimal -c rustfmt -c clippy >&2 ||
             die "rustup could not install Rust $channel"
     fi
     cargo_is_at_least "$channel" || die "cargo $channel or newer is needed"
 }
 
+# has PROGRAM: whether who builds finds it.
+has() { as_builder sh -c 'command -v "$1" >/dev/null' sh "$1"; }
+
 cargo_is_at_least() {
     local have
-    have=$(cd "$root_dir" && cargo --version 2>/dev/null | cut -d' ' -f2) || return 1
+    have=$(cd "$root_dir" && as_builder cargo --version 2>/dev/null | cut -d' ' -f2) || return 1
     [ -n "$have" ] && [ "$(printf '%s\n%s\n' "$1" "$have" | sort -V | head -1)" = "$1" ]
 }
 
@@ -66,7 +99,7 @@ need_go() {
 
 go_fetches_toolchains() {
     local have
-    have=$(go env GOVERSION 2>/dev/null) || return 1
+    have=$(as_builder go env GOVERSION 2>/dev/null) || return 1
     [ "$(printf '%s\n' go1.21 "${have%% *}" | sort -V | head -1)" = go1.21 ]
 }
 
@@ -80,6 +113,8 @@ use_target_dir() {
             CARGO_TARGET_DIR=$root_dir/target
         fi
     fi
+    # cargo runs in the project's folder, the caller may have meant their own.
+    case $CARGO_TARGET_DIR in /*) ;; *) CARGO_TARGET_DIR=$PWD/$CARGO_TARGET_DIR ;; esac
     export CARGO_TARGET_DIR
 }
 
