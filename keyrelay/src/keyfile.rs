@@ -29,12 +29,9 @@ pub fn load_or_create(path: &Path) -> anyhow::Result<(PrivateKey, Origin)> {
             .create(folder)
             .with_context(|| format!("cannot make the key's folder {}", folder.display()))?;
     }
-    match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
-        Ok(file) => Ok((write_new(file, path)?, Origin::Made)),
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok((load(path)?, Origin::Kept)),
-        Err(error) => Err(error).with_context(|| {
-            format!("cannot create the private key {}: may we write there?", path.display())
-        }),
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => make(path),
+        _ => Ok((load(path)?, Origin::Kept)),
     }
 }
 
@@ -55,19 +52,46 @@ pub fn load(path: &Path) -> anyhow::Result<PrivateKey> {
     text.parse().with_context(|| format!("{} holds no private key", path.display()))
 }
 
-fn write_new(mut file: File, path: &Path) -> anyhow::Result<PrivateKey> {
-    let key = generate_private_key();
-    let written = file
-        .write_all(key.to_base64().as_bytes())
-        .and_then(|()| file.write_all(b"\n"))
-        .and_then(|()| file.sync_all());
-    if let Err(error) = written {
-        // A half-written key would refuse every later start.
-        let _ = std::fs::remove_file(path);
-        return Err(error)
-            .with_context(|| format!("cannot write the private key {}", path.display()));
+/// A key that appears whole or not at all: a half-written one would refuse every later start.
+fn make(path: &Path) -> anyhow::Result<(PrivateKey, Origin)> {
+    let describe =
+        || format!("cannot create the private key {}: may we write there?", path.display());
+    let mut scratch = path.as_os_str().to_owned();
+    scratch.push(".new");
+    let scratch = Path::new(&scratch);
+    // What a start that was killed left.
+    match std::fs::remove_file(scratch) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(error).with_context(describe);
+        }
+        _ => {}
     }
-    Ok(key)
+    let key = generate_private_key();
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(scratch)
+        .with_context(describe)?;
+    file.write_all(key.to_base64().as_bytes())
+        .and_then(|()| file.write_all(b"\n"))
+        .and_then(|()| file.sync_all())
+        .with_context(describe)?;
+    // Unlike a rename, a link does not replace the key of a relay that started at the same moment.
+    let linked = std::fs::hard_link(scratch, path);
+    let _ = std::fs::remove_file(scratch);
+    match linked {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            return Ok((load(path)?, Origin::Kept));
+        }
+        Err(error) => return Err(error).with_context(describe),
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    File::open(folder.unwrap_or(Path::new(".")))
+        .and_then(|folder| folder.sync_all())
+        .with_context(describe)?;
+    Ok((key, Origin::Made))
 }
 
 #[cfg(test)]
@@ -83,6 +107,16 @@ mod tests {
         assert_eq!(std::fs::metadata(&path).expect("a file").permissions().mode() & 0o777, 0o600);
         let (kept, origin) = load_or_create(&path).expect("kept");
         assert_eq!((kept.expose(), origin), (made.expose(), Origin::Kept));
+    }
+
+    #[test]
+    fn a_start_killed_while_it_made_the_key_hinders_no_later_one() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("key");
+        std::fs::write(folder.path().join("key.new"), "half a k").expect("written");
+        let (_, origin) = load_or_create(&path).expect("made");
+        assert_eq!(origin, Origin::Made);
+        assert_eq!(std::fs::read_dir(folder.path()).expect("listed").count(), 1, "only the key");
     }
 
     #[test]

@@ -4,6 +4,7 @@ mod args;
 
 use std::collections::BTreeSet;
 use std::io::Write;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -20,13 +21,25 @@ use wg_engine::{BoringFactory, public_key};
 use crate::args::{Args, Command, Run, Whoami};
 
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
+async fn main() -> ExitCode {
+    match start(Args::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nothing to be done where even stderr is gone.
+            let _ = writeln!(std::io::stderr(), "keyrelay: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn start(args: Args) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(false)
+        // They would go to the stderr that could not be written, and panic there.
+        .log_internal_errors(false)
         .init();
     // A core dump would hold the private key and session keys.
     let none = Rlimit { current: Some(0), maximum: Some(0) };

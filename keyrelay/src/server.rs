@@ -2,12 +2,14 @@
 
 use std::future::Future;
 use std::io::ErrorKind;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::time::Duration;
 
 use anyhow::Context;
 use mesh_core::tunnel::engine::INITIATION_BYTES;
 use rustix::io::Errno;
+use rustix::net::sockopt::set_ipv6_v6only;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use tokio::net::UdpSocket;
 use tokio::time::{MissedTickBehavior, interval};
 use wg_engine::BoringFactory;
@@ -21,7 +23,10 @@ const TIMEOUT_EVERY: Duration = Duration::from_secs(1);
 /// Binds `listen`, or the port on every address of both families; on a host without IPv6, of IPv4.
 pub async fn bind(listen: Option<SocketAddr>, port: u16) -> anyhow::Result<UdpSocket> {
     let wanted = listen.unwrap_or_else(|| (Ipv6Addr::UNSPECIFIED, port).into());
-    let bound = UdpSocket::bind(wanted).await;
+    let bound = match wanted {
+        SocketAddr::V6(any) if any.ip().is_unspecified() => bind_both(any),
+        one => UdpSocket::bind(one).await,
+    };
     let without_v6 = bound.as_ref().is_err_and(|error| {
         error.kind() == ErrorKind::AddrNotAvailable
             || error.raw_os_error() == Some(Errno::AFNOSUPPORT.raw_os_error())
@@ -34,6 +39,15 @@ pub async fn bind(listen: Option<SocketAddr>, port: u16) -> anyhow::Result<UdpSo
     bound.with_context(|| {
         format!("cannot listen on UDP {wanted}: does another program hold the port?")
     })
+}
+
+/// Every address of both families, also where the host's `net.ipv6.bindv6only` says otherwise.
+fn bind_both(any: SocketAddrV6) -> std::io::Result<UdpSocket> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::INET6, SocketType::DGRAM, flags, None)?;
+    set_ipv6_v6only(&socket, false)?;
+    rustix::net::bind(&socket, &any)?;
+    UdpSocket::from_std(socket.into())
 }
 
 /// Answers until `stop` is ready.

@@ -123,5 +123,31 @@ fn a_relay_for_nobody_refuses_to_start() {
         .output()
         .expect("it runs");
     assert!(!output.status.success());
-    assert!(String::from_utf8_lossy(&output.stderr).contains("--allow-key"), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("--allow-key") && said.lines().count() == 1, "{output:?}");
+}
+
+#[test]
+fn a_taken_port_is_one_clear_line() {
+    let member = public_key(&generate_private_key());
+    let relay = start("127.0.0.1:0", &[member]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let output = Command::new(PROGRAM)
+        .args(["run", "--listen", &relay.address.to_string(), "--private-key-file"])
+        .arg(folder.path().join("key"))
+        .args(["--allow-key", &member.to_string()])
+        .output()
+        .expect("it runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said.contains("another program") && said.lines().count() == 1, "{said}");
+}
+
+#[test]
+fn a_relay_whose_log_nobody_reads_ends_well_when_told_to() {
+    let member = public_key(&generate_private_key());
+    let mut relay = start("127.0.0.1:0", &[member]);
+    let pid = rustix::process::Pid::from_child(&relay.child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("told to end");
+    assert!(relay.child.wait().expect("a status").success());
 }
