@@ -193,3 +193,57 @@ async fn a_client_that_is_refused_gets_through_once_the_fault_ends() {
         assert_eq!(listed.items.len(), 1, "the client library asks again by itself");
     }
 }
+
+#[tokio::test]
+async fn applying_to_a_name_nobody_has_creates_it_for_who_may_create() {
+    let server = server().await;
+    let handle = server.handle();
+    let params = PatchParams::apply("meshd");
+    let body = annotation("new", "meshd.dev/public-key", "k");
+    let daemon = nodes(&handle, Identity::Node("new".into())).await;
+    let refused = daemon.patch("new", &params, &Patch::Apply(&body)).await.unwrap_err();
+    assert_eq!(code(&refused), 403, "it may patch its Node, not make one");
+    let admin = nodes(&handle, Identity::Admin).await;
+    let made = admin.patch("new", &params, &Patch::Apply(&body)).await.unwrap();
+    assert_eq!(made.metadata.annotations.unwrap()["meshd.dev/public-key"], "k");
+    let owner = made.metadata.managed_fields.unwrap().remove(0);
+    assert_eq!(
+        (owner.manager.as_deref(), owner.operation.as_deref()),
+        (Some("meshd"), Some("Apply"))
+    );
+    let refused = admin.patch_status("other", &params, &Patch::Apply(&body)).await.unwrap_err();
+    assert!(matches!(code(&refused), 400 | 404));
+}
+
+#[tokio::test]
+async fn a_watch_begins_with_every_object_however_many_there_are() {
+    // More than the queue of a watch holds.
+    const COUNT: usize = 9_000;
+    let server = server().await;
+    let handle = server.handle();
+    for i in 0..COUNT {
+        handle.create_node(&json!({"metadata": {"name": format!("n{i}")}})).unwrap();
+    }
+    let api = nodes(&handle, Identity::Reader).await;
+    let mut events = api.watch(&WatchParams::default(), "0").await.unwrap().boxed();
+    for seen in 0..COUNT {
+        let event = tokio::time::timeout(PATIENCE, events.try_next()).await.unwrap().unwrap();
+        assert!(matches!(event, Some(WatchEvent::Added(_))), "after {seen}: {event:?}");
+    }
+}
+
+#[tokio::test]
+async fn lists_and_watches_are_about_what_their_selectors_say() {
+    let server = server().await;
+    let handle = server.handle();
+    for (name, site) in [("a", "x"), ("b", "y"), ("c", "z")] {
+        handle.create_node(&json!({"metadata": {"name": name, "labels": {"site": site}}})).unwrap();
+    }
+    let api = nodes(&handle, Identity::Reader).await;
+    let chosen = api.list(&ListParams::default().labels("site in (x,z)")).await.unwrap();
+    assert_eq!(chosen.items.len(), 2);
+    let chosen = api.list(&ListParams::default().fields("metadata.name!=a")).await.unwrap();
+    assert_eq!(chosen.items.len(), 2);
+    let refused = api.list(&ListParams::default().fields("spec.x=1")).await.unwrap_err();
+    assert_eq!(code(&refused), 400);
+}

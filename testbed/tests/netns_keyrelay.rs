@@ -63,6 +63,8 @@ fn a_node_behind_nat_learns_the_address_of_its_router_and_a_public_node_its_own(
     let plan: Vec<_> =
         hybrid_plan().into_iter().filter(|node| ["a1", "c1"].contains(&&*node.name)).collect();
     let cluster = Hybrid::build(&lab, &plan).expect("topology");
+    let strict = "echo 1 > /proc/sys/net/ipv6/bindv6only";
+    cluster.api.shell(strict).expect("a host that keeps the families apart");
     let [cloud_v4, cloud_v6, home] = [0; 3].map(|_| generate_private_key());
     let (_relay, relay_key) = start(&cluster.api, &[&cloud_v4, &cloud_v6, &home]);
 

@@ -15,9 +15,10 @@ use tokio::sync::mpsc;
 
 use super::apply::Manager;
 use super::auth::{Identity, Verb};
+use super::selector::Selector;
 use super::server::{Fault, Shared};
 use super::store::{StoreError, Write};
-use super::watch::{ListQuery, Selector, bookmark, event_line, page, shape};
+use super::watch::{ListQuery, bookmark, event_line, page, shape};
 
 /// Largest body taken, as the real server's default.
 const BODY_BYTES_MAX: usize = 3 * 1024 * 1024;
@@ -66,6 +67,7 @@ impl From<StoreError> for Refusal {
             StoreError::AlreadyExists(_) => (StatusCode::CONFLICT, "AlreadyExists"),
             StoreError::Stale(_) | StoreError::Conflict(_) => (StatusCode::CONFLICT, "Conflict"),
             StoreError::Expired { .. } => (StatusCode::GONE, "Expired"),
+            StoreError::TooLarge { .. } => (StatusCode::GATEWAY_TIMEOUT, "Timeout"),
             StoreError::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "Invalid"),
             StoreError::BadRequest(_) => (StatusCode::BAD_REQUEST, "BadRequest"),
         };
@@ -105,6 +107,7 @@ async fn answer(
     let rest = uri
         .path()
         .strip_prefix("/api/v1/nodes")
+        .filter(|rest| rest.is_empty() || rest.starts_with('/'))
         .ok_or_else(|| not_found("the server could not find the requested resource"))?;
     let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok());
     let partial = accept.is_some_and(|accept| accept.contains("as=PartialObjectMetadata"));
@@ -123,13 +126,16 @@ async fn answer(
             let object = read_body(&headers, body).await?;
             create(&shared, &uri, &headers, &object)
         }
-        ([name], &Method::GET) => {
+        ([name] | [name, "status"], &Method::GET) => {
             allow(&identity, Verb::Read, Some(name))?;
             Ok(Json(shape(&*shared.store().get(name)?, partial)).into_response())
         }
         ([name], &Method::DELETE) => {
             allow(&identity, Verb::Delete, Some(name))?;
-            let object = shared.store().delete(name)?;
+            let dry_run = WriteQuery::read(&uri)?.is_dry_run();
+            let mut store = shared.store();
+            let object = if dry_run { store.get(name)? } else { store.delete(name)? };
+            drop(store);
             shared.notify();
             Ok(Json(object.as_ref().clone()).into_response())
         }
@@ -138,6 +144,9 @@ async fn answer(
             allow(&identity, Verb::Write { status }, Some(name))?;
             let incoming = read_body(&headers, body).await?;
             change(&shared, &identity, name, status, &method, &uri, &headers, &incoming)
+        }
+        ([_, _, ..], _) if parts.get(1..) != Some(&["status"][..]) => {
+            Err(not_found("the server could not find the requested resource"))
         }
         _ => Err(Refusal::new(
             StatusCode::METHOD_NOT_ALLOWED,
@@ -244,7 +253,8 @@ fn create(
 ) -> Result<Response, Refusal> {
     let query = WriteQuery::read(uri)?;
     let manager = query.manager(headers, false, false)?;
-    let created = shared.store().create(object, &manager, &shared.timestamp())?;
+    let now = shared.timestamp();
+    let created = shared.store().create(object, &manager, &now, query.is_dry_run())?;
     shared.notify();
     Ok((StatusCode::CREATED, Json(created.as_ref().clone())).into_response())
 }
@@ -277,6 +287,16 @@ fn change(
     };
     let manager = query.manager(headers, apply, status)?;
     let mut store = shared.store();
+    if apply && !status && store.get(name).is_err() {
+        // Who applies to a name nobody has creates it, if he may.
+        allow(identity, Verb::Create, Some(name))?;
+        let mut named = incoming.clone();
+        super::apply::merge_patch(&mut named, &json!({"metadata": {"name": name}}));
+        let created = store.create(&named, &manager, &shared.timestamp(), query.is_dry_run())?;
+        drop(store);
+        shared.notify();
+        return Ok((StatusCode::CREATED, Json(created.as_ref().clone())).into_response());
+    }
     let before = store.get(name)?;
     let after = store.write(name, write, &manager, true)?;
     identity
@@ -309,7 +329,7 @@ async fn read_body(headers: &HeaderMap, body: Body) -> Result<Value, Refusal> {
 
 /// Streams events from the asked version on; initial events first where asked for.
 fn watch(shared: &Arc<Shared>, query: &ListQuery, partial: bool) -> Result<Response, Refusal> {
-    let selector = Selector::parse(query)?;
+    let selector = query.selector()?;
     let asked = query.resource_version.as_deref().filter(|version| !version.is_empty());
     let asked: Option<u64> = match asked {
         Some("0") | None => None,
@@ -333,9 +353,11 @@ fn watch(shared: &Arc<Shared>, query: &ListQuery, partial: bool) -> Result<Respo
     let initial = query.send_initial_events.unwrap_or(asked.is_none());
     match (asked, initial) {
         (Some(version), false) => watcher.version = version,
-        _ => watcher.send_snapshot(query.send_initial_events == Some(true)),
+        (None, false) => watcher.version = shared.store().version(),
+        (_, true) => watcher.send_snapshot(query.send_initial_events == Some(true)),
     }
-    let timeout = query.timeout_seconds.map_or(WATCH_TIMEOUT, Duration::from_secs);
+    let asked = query.timeout_seconds.filter(|seconds| *seconds > 0);
+    let timeout = asked.map_or(WATCH_TIMEOUT, Duration::from_secs);
     tokio::spawn(async move {
         // Ending the stream is what a timeout means here.
         let _ended = tokio::time::timeout(timeout, watcher.run()).await;
@@ -356,22 +378,24 @@ struct Watcher {
 }
 
 impl Watcher {
+    /// One entry of the queue, however many objects there are.
     fn send_snapshot(&mut self, mark_end: bool) {
         let snapshot = self.shared.store().snapshot();
         self.version = snapshot.version;
-        for object in snapshot.objects.iter().filter(|object| self.selector.matches(object)) {
-            self.send(&json!({"type": "ADDED", "object": shape(object, self.partial)}));
-        }
+        let shown = snapshot.objects.iter().filter(|object| self.selector.matches(object));
+        let mut lines: Vec<Value> = shown
+            .map(|object| json!({"type": "ADDED", "object": shape(object, self.partial)}))
+            .collect();
         if mark_end {
-            self.send(&bookmark(self.version, true, self.partial));
+            lines.push(bookmark(self.version, true, self.partial));
         }
+        self.send(&lines);
     }
 
     /// False when the client is gone or too slow.
-    fn send(&self, line: &Value) -> bool {
-        let mut bytes = line.to_string().into_bytes();
-        bytes.push(b'\n');
-        self.sender.try_send(Ok(Bytes::from(bytes))).is_ok()
+    fn send(&self, lines: &[Value]) -> bool {
+        let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+        text.is_empty() || self.sender.try_send(Ok(Bytes::from(text))).is_ok()
     }
 
     async fn run(mut self) {
@@ -389,7 +413,7 @@ impl Watcher {
                 changed = changes.changed() => if changed.is_err() { return },
                 _ = ticks.tick() => {
                     let stalled = self.shared.fault() == Fault::StallWatches;
-                    if self.bookmarks && !stalled && !self.send(&bookmark(self.version, false, self.partial)) {
+                    if self.bookmarks && !stalled && !self.send(&[bookmark(self.version, false, self.partial)]) {
                         return;
                     }
                 }
@@ -405,14 +429,14 @@ impl Watcher {
             Ok(events) => events,
             Err(error) => {
                 let status = Refusal::from(error).status();
-                self.send(&json!({"type": "ERROR", "object": status}));
+                self.send(&[json!({"type": "ERROR", "object": status})]);
                 return false;
             }
         };
         for event in events {
             self.version = event.version;
             if let Some(line) = event_line(&event, &self.selector, self.partial)
-                && !self.send(&line)
+                && !self.send(&[line])
             {
                 return false;
             }

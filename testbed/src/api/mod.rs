@@ -21,6 +21,7 @@ pub mod fields;
 pub mod http;
 pub mod kubeconfig;
 pub mod process;
+pub mod selector;
 pub mod store;
 pub mod watch;
 

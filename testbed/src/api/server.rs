@@ -245,7 +245,8 @@ impl ApiHandle {
 
     /// Creates a Node as an operator would.
     pub fn create_node(&self, node: &Value) -> Result<Value, StoreError> {
-        let created = self.shared.store().create(node, &operator(), &self.shared.timestamp())?;
+        let now = self.shared.timestamp();
+        let created = self.shared.store().create(node, &operator(), &now, false)?;
         self.shared.notify();
         Ok(created.as_ref().clone())
     }

@@ -32,6 +32,8 @@ pub enum StoreError {
     Conflict(Vec<Conflict>),
     #[error("too old resource version: {asked} ({oldest})")]
     Expired { asked: u64, oldest: u64 },
+    #[error("Too large resource version: {asked}, current: {current}")]
+    TooLarge { asked: u64, current: u64 },
     #[error("{0}")]
     Invalid(String),
     #[error("{0}")]
@@ -148,13 +150,21 @@ impl Store {
         self.snapshots.clear();
     }
 
+    /// A new object; what is applied to a name nobody has makes one, too. `dry_run` answers as if, and changes
+    /// nothing.
     pub fn create(
         &mut self,
         object: &Value,
         manager: &Manager,
         created_at: &str,
+        dry_run: bool,
     ) -> Result<Arc<Value>, StoreError> {
         let name = name_of(object)?;
+        if text(object, "/metadata/resourceVersion").is_some_and(|version| !version.is_empty()) {
+            return Err(StoreError::BadRequest(
+                "resourceVersion should not be set on objects to be created".into(),
+            ));
+        }
         if self.objects.contains_key(&name) {
             return Err(StoreError::AlreadyExists(name));
         }
@@ -162,16 +172,23 @@ impl Store {
             return Err(StoreError::Invalid(format!("more than {OBJECTS_MAX} nodes")));
         }
         let mut value = object.clone();
-        self.created += 1;
-        let uid = format!("00000000-0000-4000-8000-{:012x}", self.created);
+        let uid = format!("00000000-0000-4000-8000-{:012x}", self.created + 1);
         merge_patch(
             &mut value,
             &json!({"apiVersion": "v1", "kind": "Node", "metadata": {"uid": uid,
                 "creationTimestamp": created_at, "managedFields": null, "resourceVersion": null}}),
         );
         check(&value)?;
-        let mut owners = Ownership::default();
-        owners.update(&json!({}), &content(&value, ""), manager);
+        let (mut owners, content) = (Ownership::default(), content(&value, ""));
+        if manager.apply {
+            owners.apply(&mut json!({}), &content, manager, false).map_err(StoreError::Conflict)?;
+        } else {
+            owners.update(&json!({}), &content, manager);
+        }
+        if dry_run {
+            return Ok(Arc::new(value));
+        }
+        self.created += 1;
         self.put(&name, value, owners, None)
     }
 
@@ -296,7 +313,7 @@ fn name_of(object: &Value) -> Result<String, StoreError> {
         .map_err(|error| StoreError::Invalid(format!("metadata.name: {error}")))
 }
 
-fn set_version(value: &mut Value, version: u64) {
+pub(super) fn set_version(value: &mut Value, version: u64) {
     merge_patch(value, &json!({"metadata": {"resourceVersion": version.to_string()}}));
 }
 
@@ -390,7 +407,7 @@ mod tests {
     fn store_with(name: &str) -> Store {
         let mut store = Store::default();
         let node = json!({"metadata": {"name": name}, "spec": {"podCIDRs": ["10.244.1.0/24"]}});
-        store.create(&node, &manager("t", false, ""), "2026-01-01T00:00:00Z").unwrap();
+        store.create(&node, &manager("t", false, ""), "2026-01-01T00:00:00Z", false).unwrap();
         store
     }
 
@@ -439,6 +456,18 @@ mod tests {
         let version = store.version();
         store.write("n", Write::MergePatch(&note), &manager("m", false, ""), true).unwrap();
         assert_eq!(store.version(), version);
+    }
+
+    #[test]
+    fn a_dry_run_makes_nothing_and_a_new_object_brings_no_version() {
+        let mut store = Store::default();
+        let mut node = json!({"metadata": {"name": "n"}});
+        let operator = manager("t", false, "");
+        store.create(&node, &operator, "2026-01-01T00:00:00Z", true).unwrap();
+        assert_eq!((store.version(), store.get("n").is_err()), (0, true));
+        node["metadata"]["resourceVersion"] = json!("7");
+        let refused = store.create(&node, &operator, "2026-01-01T00:00:00Z", false);
+        assert!(matches!(refused, Err(StoreError::BadRequest(_))));
     }
 
     #[test]

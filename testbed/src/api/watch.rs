@@ -7,7 +7,8 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::store::{Event, EventKind, Snapshot, Store, StoreError, text};
+use super::selector::Selector;
+use super::store::{Event, EventKind, Snapshot, Store, StoreError, set_version, text};
 
 /// Query of a list or watch.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -30,69 +31,52 @@ impl ListQuery {
     pub fn is_watch(&self) -> bool {
         matches!(self.watch.as_deref(), Some("1" | "true"))
     }
-}
 
-/// `metadata.name=x` and `label=value` selectors; others are refused, never ignored.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Selector {
-    name: Option<String>,
-    labels: Vec<(String, String)>,
-}
-
-impl Selector {
-    pub fn parse(query: &ListQuery) -> Result<Self, StoreError> {
-        let mut selector = Self::default();
-        for term in terms(query.field_selector.as_deref()) {
-            match term.split_once('=') {
-                Some(("metadata.name", name)) => {
-                    selector.name = Some(name.trim_start_matches('=').to_owned());
-                }
-                _ => {
-                    return Err(StoreError::BadRequest(format!(
-                        "field selector {term:?} not supported"
-                    )));
-                }
-            }
-        }
-        for term in terms(query.label_selector.as_deref()) {
-            match term.split_once('=') {
-                Some((key, value)) if !key.ends_with('!') => {
-                    selector.labels.push((key.into(), value.trim_start_matches('=').into()));
-                }
-                _ => {
-                    return Err(StoreError::BadRequest(format!(
-                        "label selector {term:?} not supported"
-                    )));
-                }
-            }
-        }
-        Ok(selector)
+    pub fn selector(&self) -> Result<Selector, StoreError> {
+        Selector::parse(self.field_selector.as_deref(), self.label_selector.as_deref())
     }
-
-    pub fn matches(&self, object: &Value) -> bool {
-        let labels = object.pointer("/metadata/labels");
-        self.name.as_deref().is_none_or(|name| text(object, "/metadata/name") == Some(name))
-            && self.labels.iter().all(|(key, value)| {
-                labels.and_then(|labels| labels.get(key)).and_then(Value::as_str) == Some(value)
-            })
-    }
-}
-
-fn terms(text: Option<&str>) -> impl Iterator<Item = &str> {
-    text.unwrap_or_default().split(',').filter(|term| !term.is_empty())
 }
 
 /// A page of a list: `(body, done)`.
 pub fn page(store: &mut Store, query: &ListQuery, partial: bool) -> Result<Value, StoreError> {
-    let selector = Selector::parse(query)?;
+    let selector = query.selector()?;
     let (snapshot, after) = match query.token.as_deref().filter(|token| !token.is_empty()) {
         Some(token) => {
             let (version, after) = read_token(token)?;
             (store.snapshot_at(version)?, Some(after))
         }
-        None => (store.snapshot(), None),
+        None => (asked_snapshot(store, query)?, None),
     };
     Ok(cut(&snapshot, &selector, after.as_deref(), query.limit.unwrap_or(0), partial))
+}
+
+/// The newest state is what every version asked for gets, but the exact one and one that is still to come.
+fn asked_snapshot(store: &mut Store, query: &ListQuery) -> Result<Snapshot, StoreError> {
+    let text = query.resource_version.as_deref().unwrap_or_default();
+    let asked: u64 = if text.is_empty() {
+        0
+    } else {
+        text.parse().map_err(|_| {
+            StoreError::BadRequest(format!("resourceVersion: Invalid value: {text:?}"))
+        })?
+    };
+    let current = store.version();
+    match query.resource_version_match.as_deref().filter(|how| !how.is_empty()) {
+        None | Some("NotOlderThan" | "Exact") if asked > current => {
+            Err(StoreError::TooLarge { asked, current })
+        }
+        Some("Exact") if asked == 0 => Err(StoreError::Invalid(
+            "resourceVersionMatch: Forbidden: exact match of resourceVersion \"0\"".into(),
+        )),
+        Some("Exact") if asked < current => store.snapshot_at(asked),
+        Some("NotOlderThan") if text.is_empty() => Err(StoreError::Invalid(
+            "resourceVersionMatch: Forbidden: without a resourceVersion".into(),
+        )),
+        None | Some("NotOlderThan" | "Exact") => Ok(store.snapshot()),
+        Some(other) => {
+            Err(StoreError::Invalid(format!("resourceVersionMatch: Unsupported value: {other:?}")))
+        }
+    }
 }
 
 fn cut(
@@ -161,7 +145,13 @@ pub fn event_line(event: &Event, selector: &Selector, partial: bool) -> Option<V
         (true, true) => "MODIFIED",
         (true, false) => "DELETED",
     };
-    Some(json!({"type": kind, "object": shape(&event.object, partial)}))
+    let mut object = shape(&event.object, partial);
+    if let (true, false, Some(before)) = (was_in, is_in, &event.before) {
+        // What leaves a filtered watch is shown as it was, at the version of the change.
+        object = shape(before, partial);
+        set_version(&mut object, event.version);
+    }
+    Some(json!({"type": kind, "object": object}))
 }
 
 /// A bookmark: nothing changed up to this version. `initial_end` marks the end of the initial events.
@@ -190,7 +180,7 @@ mod tests {
         let manager = Manager { name: "t".into(), apply: false, subresource: "" };
         for name in ["a", "b", "c"] {
             let node = json!({"metadata": {"name": name, "labels": {"site": name}}});
-            store.create(&node, &manager, "2026-01-01T00:00:00Z").unwrap();
+            store.create(&node, &manager, "2026-01-01T00:00:00Z", false).unwrap();
         }
         store
     }
@@ -210,17 +200,47 @@ mod tests {
     }
 
     #[test]
+    fn a_list_at_a_version_is_that_version_or_says_why_not() {
+        let mut store = store();
+        let at = |version: &str, how: Option<&str>| ListQuery {
+            resource_version: Some(version.into()),
+            resource_version_match: how.map(str::to_owned),
+            ..ListQuery::default()
+        };
+        let old = store.snapshot().version;
+        store.delete("c").unwrap();
+        let count = |page: Result<Value, StoreError>| {
+            page.map(|page| page["items"].as_array().map(Vec::len))
+        };
+        assert_eq!(
+            count(page(&mut store, &at(&old.to_string(), Some("Exact")), false)),
+            Ok(Some(3))
+        );
+        assert_eq!(count(page(&mut store, &at(&old.to_string(), None), false)), Ok(Some(2)));
+        assert_eq!(count(page(&mut store, &at("0", None), false)), Ok(Some(2)));
+        assert_eq!(
+            count(page(&mut store, &at("99", None), false)),
+            Err(StoreError::TooLarge { asked: 99, current: 4 })
+        );
+        assert!(matches!(page(&mut store, &at("x", None), false), Err(StoreError::BadRequest(_))));
+        store.compact();
+        let gone = page(&mut store, &at(&old.to_string(), Some("Exact")), false);
+        assert!(matches!(gone, Err(StoreError::Expired { .. })));
+    }
+
+    #[test]
     fn a_filtered_watch_sees_objects_come_and_go_by_their_labels() {
         let mut store = store();
         let query = ListQuery { label_selector: Some("site=a".into()), ..ListQuery::default() };
-        let selector = Selector::parse(&query).unwrap();
+        let selector = query.selector().unwrap();
         let manager = Manager { name: "t".into(), apply: false, subresource: "" };
         let patch = json!({"metadata": {"labels": {"site": "z"}}});
         let version = store.version();
         store.write("a", super::super::store::Write::MergePatch(&patch), &manager, false).unwrap();
         let events = store.events_after(version).unwrap();
         assert_eq!(event_line(&events[0], &selector, false).unwrap()["type"], "DELETED");
-        let unknown = ListQuery { field_selector: Some("spec.x=1".into()), ..ListQuery::default() };
-        assert!(Selector::parse(&unknown).is_err());
+        let left = event_line(&events[0], &selector, false).unwrap()["object"].clone();
+        assert_eq!(left["metadata"]["labels"]["site"], "a", "as it was while it was in");
+        assert_eq!(text(&left, "/metadata/resourceVersion"), Some("4"), "but at the new version");
     }
 }
