@@ -148,9 +148,9 @@ pub struct StatusArgs {
 
 #[derive(Debug, Clone, ClapArgs)]
 pub struct UninstallArgs {
-    /// Do it; without, only say what would be removed.
+    /// Only say what would be removed.
     #[arg(long)]
-    pub yes: bool,
+    pub dry_run: bool,
     /// Go on though pods are attached: they are cut off.
     #[arg(long)]
     pub force: bool,

@@ -46,18 +46,20 @@ pub fn run(args: &UninstallArgs) -> anyhow::Result<()> {
         false => None,
     };
     plan.pod_links = pod_links()?;
+    let mut out = std::io::stdout().lock();
+    if args.dry_run {
+        return writeln!(out, "would remove {}\n{STAYS}", describe(&plan)).context("print");
+    }
     ensure!(
         plan.pod_links.is_empty() || args.force,
         "{} pods are attached ({}): drain the node first, or pass --force to cut them off",
         plan.pod_links.len(),
         plan.pod_links.iter().take(3).cloned().collect::<Vec<_>>().join(", ")
     );
-    ensure!(args.yes, "nothing was removed: add --yes to remove {}", describe(&plan));
     let failures = remove_all(&plan);
     if !failures.is_empty() {
         bail!("not everything could be removed, try again: {}", failures.join("; "));
     }
-    let mut out = std::io::stdout().lock();
     writeln!(out, "removed {}\n{STAYS}", describe(&plan)).context("print")
 }
 

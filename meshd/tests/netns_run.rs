@@ -116,15 +116,15 @@ fn uninstall_refuses_beside_a_daemon_and_leaves_nothing_behind_it() {
         return;
     }
     let mut pair = Pair::meshed();
-    let refused = pair.a.uninstall(&["--yes"]);
+    let refused = pair.a.uninstall(&[]);
     let told = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && told.contains("already runs"), "{told}");
     pair.a.end(Signal::TERM);
-    let asked = pair.a.uninstall(&[]);
-    let told = String::from_utf8_lossy(&asked.stderr).into_owned();
-    assert!(!asked.status.success() && told.contains("--yes"), "{told}");
+    let asked = pair.a.uninstall(&["--dry-run"]);
+    let told = String::from_utf8_lossy(&asked.stdout).into_owned();
+    assert!(asked.status.success() && told.contains("would remove device meshd0"), "{told}");
     assert!(pair.a.state_dir().join("private-key.json").exists());
-    let done = pair.a.uninstall(&["--yes"]);
+    let done = pair.a.uninstall(&[]);
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     for nothing in [
         "ip -br link show type tun",
@@ -138,7 +138,7 @@ fn uninstall_refuses_beside_a_daemon_and_leaves_nothing_behind_it() {
         assert_eq!(String::from_utf8_lossy(&left.stdout).trim(), "", "{nothing}");
     }
     assert!(!pair.a.state_dir().exists());
-    assert!(pair.a.uninstall(&["--yes"]).status.success(), "twice is free");
+    assert!(pair.a.uninstall(&[]).status.success(), "twice is free");
 }
 
 #[test]
@@ -185,11 +185,11 @@ fn uninstall_does_not_open_the_guard_under_living_pods_unless_forced() {
     std::fs::create_dir_all(&records).expect("directories");
     let text = serde_json::to_string(&attachment).expect("JSON");
     std::fs::write(records.join("c1.json"), text).expect("write");
-    let refused = pair.a.uninstall(&["--yes"]);
+    let refused = pair.a.uninstall(&[]);
     let told = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && told.contains("meshp0000000001"), "{told}");
     assert!(pair.a.sh("nft list table inet meshd").status.success());
-    let forced = pair.a.uninstall(&["--yes", "--force"]);
+    let forced = pair.a.uninstall(&["--force"]);
     assert!(forced.status.success(), "{}", String::from_utf8_lossy(&forced.stderr));
     let told = String::from_utf8_lossy(&forced.stdout).into_owned();
     assert!(told.contains("sysctls stay"), "{told}");
@@ -206,7 +206,7 @@ fn an_uninstall_that_fails_keeps_guard_and_files_and_the_next_one_finishes() {
     pair.a.end(Signal::TERM);
     // Its name is ours, its kind is not.
     pair.a.told("ip link del meshd0; ip link add meshd0 type veth peer name other");
-    let failed = pair.a.uninstall(&["--yes"]);
+    let failed = pair.a.uninstall(&[]);
     let told = String::from_utf8_lossy(&failed.stderr).into_owned();
     assert!(!failed.status.success() && told.contains("TUN device"), "{told}");
     assert!(pair.a.sh("nft list table inet meshd").status.success());
@@ -214,7 +214,7 @@ fn an_uninstall_that_fails_keeps_guard_and_files_and_the_next_one_finishes() {
         assert!(pair.a.state_dir().join(file).exists(), "{file}");
     }
     pair.a.told("ip link del meshd0");
-    assert!(pair.a.uninstall(&["--yes"]).status.success());
+    assert!(pair.a.uninstall(&[]).status.success());
     assert!(!pair.a.sh("nft list table inet meshd").status.success());
     assert!(!pair.a.state_dir().exists());
 }
@@ -268,7 +268,7 @@ fn uninstall_removes_what_earlier_starts_made_under_other_names() {
     let mut pair = Pair::meshed();
     pair.a.end(Signal::KILL);
     pair.a.leave_killed_start_under_other_names();
-    let flags = ["--yes", "--tun-name", "meshd9", "--table", "5199", "--rule-priority", "5199"];
+    let flags = ["--tun-name", "meshd9", "--table", "5199", "--rule-priority", "5199"];
     assert!(pair.a.uninstall(&flags).status.success());
     assert_eq!(left_of_defaults(&pair.a), "");
     assert!(!pair.a.state_dir().exists());
