@@ -10,12 +10,6 @@
 //! short list leave the last good state standing and are told as [`ClusterEvent::Trouble`].
 
 use mesh_core::cluster::RawNode;
-use mesh_types::node::NodeName;
-use tokio::sync::mpsc;
-
-use crate::config;
-use crate::kube::{KubeSource, Publisher};
-use crate::roster::RosterSource;
 
 /// News about the cluster. An object that cannot be read comes as a [`RawNode`] that says so.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,43 +45,4 @@ pub enum Published {
     Done,
     /// Refused or unreachable, in an operator's words; tried again.
     Failed(String),
-}
-
-/// Where records come from, ready to run.
-pub enum Source {
-    Kubernetes(KubeSource),
-    Roster(RosterSource),
-}
-
-impl Source {
-    /// Opens what configuration names. Does not wait for a server to answer.
-    pub async fn open(source: &config::Source) -> anyhow::Result<Self> {
-        Ok(match source {
-            config::Source::Roster(path) => Self::Roster(RosterSource::new(path.clone())),
-            config::Source::Kubernetes(kubeconfig) => {
-                Self::Kubernetes(KubeSource::open(kubeconfig.as_deref()).await?)
-            }
-        })
-    }
-
-    /// Yields events until nobody listens. `known` are the nodes the listener starts from (the cache): a
-    /// list that lacks too many of them must be confirmed first.
-    pub async fn run(
-        self,
-        known: Vec<RawNode>,
-        events: mpsc::Sender<ClusterEvent>,
-    ) -> anyhow::Result<()> {
-        match self {
-            Self::Kubernetes(source) => source.watch(known, events).await,
-            Self::Roster(source) => source.run(events).await,
-        }
-    }
-
-    /// Keeps our own Node's annotations in step, where there is one. To be asked for before [`Self::run`].
-    pub fn publisher(&mut self, node: &NodeName, known: &[RawNode]) -> Option<Publisher> {
-        match self {
-            Self::Kubernetes(source) => Some(source.publisher(node, known)),
-            Self::Roster(_) => None,
-        }
-    }
 }

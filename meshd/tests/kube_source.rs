@@ -18,8 +18,8 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, patch};
 use mesh_types::key::PublicKey;
-use meshd::config;
-use meshd::source::{ClusterEvent, OwnRecord, Published, Source};
+use meshd::kube::KubeSource;
+use meshd::source::{ClusterEvent, OwnRecord, Published};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
@@ -44,7 +44,7 @@ struct Write {
 }
 
 struct Bench {
-    source: Source,
+    source: KubeSource,
     events: mpsc::UnboundedSender<Value>,
     writes: mpsc::UnboundedReceiver<Write>,
     server: Arc<Server>,
@@ -76,7 +76,7 @@ async fn bench(nodes: Vec<Value>) -> Bench {
         "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
     });
     std::fs::write(&path, kubeconfig.to_string()).unwrap();
-    let source = Source::open(&config::Source::Kubernetes(Some(path))).await.unwrap();
+    let source = KubeSource::open(Some(&path)).await.unwrap();
     Bench { source, events, writes, server, _folder: folder }
 }
 
@@ -151,7 +151,7 @@ fn shown(node: &mesh_core::cluster::RawNode) -> (&str, bool) {
 async fn malformed_nodes_stop_neither_the_list_nor_the_watch() {
     let bench = bench(vec![node("a", "1"), malformed("bad", "2"), node("c", "3")]).await;
     let (sender, mut events) = mpsc::channel(16);
-    tokio::spawn(bench.source.run(vec![], sender));
+    tokio::spawn(bench.source.watch(vec![], sender));
     let ClusterEvent::Reset(nodes) = next(&mut events).await else { panic!("a reset comes first") };
     assert_eq!(
         nodes.iter().map(shown).collect::<Vec<_>>(),
@@ -182,7 +182,7 @@ async fn a_list_that_lost_the_known_nodes_deletes_none_of_them() {
     let known = ["a", "b", "c"]
         .map(|name| mesh_core::cluster::RawNode { name: name.into(), ..Default::default() });
     let (sender, mut events) = mpsc::channel(16);
-    tokio::spawn(bench.source.run(known.into(), sender));
+    tokio::spawn(bench.source.watch(known.into(), sender));
     assert!(matches!(next(&mut events).await, ClusterEvent::Apply(a) if a.name == "a"));
     let ClusterEvent::Trouble(why) = next(&mut events).await else { panic!("trouble") };
     assert!(why.contains("2 of 3 known nodes"), "{why}");
@@ -201,12 +201,12 @@ async fn the_own_record_is_applied_once_without_force_and_a_conflict_is_explaine
         endpoints: vec![endpoint.parse().unwrap()],
         version: "0.1.0".into(),
     };
-    let publisher = bench.source.publisher(&"a".parse().unwrap(), &[]).expect("Kubernetes has one");
+    let publisher = bench.source.publisher(&"a".parse().unwrap(), &[]);
     let (wanted, receiver) = watch::channel(record("192.0.2.1:1"));
     let (state, mut published) = watch::channel(Published::Waiting);
     tokio::spawn(publisher.run(receiver, state));
     let (sender, mut events) = mpsc::channel(16);
-    tokio::spawn(bench.source.run(vec![], sender));
+    tokio::spawn(bench.source.watch(vec![], sender));
     assert!(matches!(next(&mut events).await, ClusterEvent::Reset(_)));
     wanted.send(record("203.0.113.7:15190")).unwrap();
 
@@ -262,7 +262,7 @@ async fn a_restart_without_the_api_server_still_says_what_was_published_and_writ
         (&record, vec![], Published::Waiting),
     ] {
         let mut bench = bench(vec![]).await;
-        let publisher = bench.source.publisher(&"a".parse().unwrap(), &known).unwrap();
+        let publisher = bench.source.publisher(&"a".parse().unwrap(), &known);
         let (wanted, receiver) = watch::channel(record.clone());
         let (state, mut published) = watch::channel(Published::Failed("nothing said".into()));
         tokio::spawn(publisher.run(receiver, state));

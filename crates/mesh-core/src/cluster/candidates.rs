@@ -17,7 +17,7 @@ use mesh_types::limits::CANDIDATES_PER_NODE_MAX;
 use mesh_types::net::{ClusterPrefixes, EndpointHint, Reach, reach};
 use mesh_types::node::Site;
 
-use super::desired::{LocalNode, Policy};
+use super::policy::{LocalNode, Policy};
 use super::record::{NodeRecord, Refusal, canonical};
 
 /// Why an endpoint is no candidate.

@@ -17,23 +17,19 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use mesh_types::defaults::{
-    FALLBACK_METRIC, KEEPALIVE_SECONDS, MARK, MARK_MASK, ROUTE_METRIC, RULE_PRIORITY, TABLE,
-    TUN_NAME,
-};
+use mesh_types::defaults::{FALLBACK_METRIC, KEEPALIVE_SECONDS, ROUTE_METRIC};
 use mesh_types::key::PublicKey;
 use mesh_types::limits::{
     POD_CIDR_LENGTH_MAX_V4, POD_CIDR_LENGTH_MAX_V6, POD_CIDR_LENGTH_MIN_V4, POD_CIDR_LENGTH_MIN_V6,
 };
-use mesh_types::net::{
-    ClusterPrefixes, EndpointHint, Reach, host_prefix, overlap, overlay_address, reach,
-};
+use mesh_types::net::{EndpointHint, Reach, host_prefix, overlap, overlay_address, reach};
 use mesh_types::netstate::{Family, NetState, Route, RouteTarget, Rule, TunLink};
 use mesh_types::node::{NodeName, Site};
 
 use super::candidates::{Candidates, EndpointRefusal, PathMtus, candidates};
 use super::claims::{Granted, Held, grant_keys, grant_prefixes};
 use super::index::ClusterIndex;
+use super::policy::{LocalNode, Policy};
 use super::record::{NodeRecord, Refusal, shown};
 use crate::tunnel::config::PeerConfig;
 
@@ -45,52 +41,6 @@ pub struct ClusterView<'a> {
     pub held: &'a Held,
     /// Addresses of the names in [`Desired::names`], as far as they resolved.
     pub resolved: &'a BTreeMap<String, Vec<IpAddr>>,
-}
-
-/// What this machine knows of itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LocalNode {
-    pub name: NodeName,
-    pub key: PublicKey,
-    /// What this node publishes, see [`super::own_endpoints`].
-    pub endpoints: Vec<SocketAddr>,
-    /// Addresses of this machine's interfaces.
-    pub addresses: Vec<IpAddr>,
-}
-
-/// What configuration says.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Policy {
-    pub cluster: ClusterPrefixes,
-    /// Service and node networks: no pod CIDR may touch them.
-    pub excluded: Vec<IpNet>,
-    /// Pairs of sites whose private addresses reach each other.
-    pub joined_sites: Vec<(Site, Site)>,
-    pub tun: String,
-    pub table: u32,
-    pub rule_priority: u32,
-    pub mark: u32,
-    pub mark_mask: u32,
-}
-
-impl Policy {
-    /// Defaults for a cluster.
-    pub fn new(cluster: ClusterPrefixes) -> Self {
-        Self {
-            cluster,
-            excluded: Vec::new(),
-            joined_sites: Vec::new(),
-            tun: TUN_NAME.to_owned(),
-            table: TABLE,
-            rule_priority: RULE_PRIORITY,
-            mark: MARK,
-            mark_mask: MARK_MASK,
-        }
-    }
-
-    pub(super) fn joins(&self, a: &Site, b: &Site) -> bool {
-        self.joined_sites.iter().any(|(x, y)| (x, y) == (a, b) || (y, x) == (a, b))
-    }
 }
 
 /// What should be.

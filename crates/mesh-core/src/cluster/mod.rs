@@ -18,12 +18,12 @@ pub mod candidates;
 pub mod claims;
 pub mod desired;
 pub mod index;
+pub mod policy;
 pub mod record;
 
 pub use candidates::{EndpointRefusal, PathMtus, own_endpoints};
 pub use claims::Held;
-pub use desired::{
-    ClusterView, Desired, DesiredPeer, LocalNode, NodeFileInput, OwnState, Policy, Refused, desired,
-};
+pub use desired::{ClusterView, Desired, DesiredPeer, NodeFileInput, OwnState, Refused, desired};
 pub use index::{Change, ClusterIndex};
+pub use policy::{LocalNode, Policy};
 pub use record::{NodeRecord, RawAddress, RawNode, Refusal};
