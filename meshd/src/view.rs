@@ -355,7 +355,7 @@ pub(crate) mod tests {
         let peer = |number: u8, endpoint: &str| PeerFacts {
             node: format!("node-{number}").parse().expect("name"),
             site: Site("cloud-a".into()),
-            left_out: (number == 3).then(|| "10.0.0.3:1 is private".into()).unwrap_or_default(),
+            left_out: if number == 3 { "10.0.0.3:1 is private".into() } else { String::new() },
             config: PeerConfig {
                 key: key(number),
                 preshared: None,
