@@ -414,6 +414,44 @@ fn what_the_node_sends_to_a_service_has_a_source_the_pods_node_accepts_and_a_pod
     }
 }
 
+/// A UDP datagram over IPv4 without a UDP checksum, with the tunnel's header before it.
+fn from_tunnel(source: [u8; 4], destination: [u8; 4], payload: &[u8]) -> Vec<u8> {
+    let total = u16::try_from(28 + payload.len()).unwrap().to_be_bytes();
+    let udp = u16::try_from(8 + payload.len()).unwrap().to_be_bytes();
+    let mut ip = vec![0x45, 0, total[0], total[1], 0, 0, 0, 0, 64, 17, 0, 0];
+    ip.extend(source.iter().chain(&destination));
+    let sum: u32 = ip.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let folded = u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+    ip[10..12].copy_from_slice(&(!folded).to_be_bytes());
+    ip.extend([0x27, 0x0f, 0x27, 0x0f, udp[0], udp[1], 0, 0]);
+    [&[0; VNET_HEADER_BYTES], ip.as_slice(), payload].concat()
+}
+
+#[test]
+fn what_comes_out_of_the_tunnel_reaches_pods_and_does_not_go_on_to_the_underlay() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    mesh_rules(&lab);
+    lab.node.run(|| guard::ensure(&GuardConfig::new(cluster())));
+    lab.node.sh("ip route add 10.244.2.0/24 dev meshd0 table 5190");
+    let pod = attach(&lab, "one", 5);
+    let (inside, outside) =
+        (listen(&pod.scratch, "10.244.1.5:9999"), listen(&lab.outside, "192.0.2.2:9999"));
+    let remote = [10, 244, 2, 9];
+    for (destination, payload) in
+        [([192, 0, 2, 2], b"to the world"), ([10, 244, 1, 5], b"to the pod..")]
+    {
+        let packet = from_tunnel(remote, destination, payload);
+        lab.tun.write(&[std::io::IoSlice::new(&packet)]).unwrap();
+    }
+    assert_eq!(receive(&inside), (b"to the pod..".to_vec(), IpAddr::from(remote)));
+    send(&lab.node, "0.0.0.0", "192.0.2.2:9999", b"fence");
+    assert_eq!(receive(&outside).0, b"fence");
+    assert_eq!(lab.node.run(|| guard::drops("meshd")).leaving_from_cluster, 1);
+}
+
 /// Sends a router advertisement (RFC 4861 section 4.2) to everybody on the pod's link.
 fn advertise_router(pod: &Scratch) {
     use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto};

@@ -5,10 +5,14 @@
 //!                   anything else, and router advertisements and redirects                -> drop
 //! postrouting 100   cluster source, foreign destination, leaving by an underlay link       -> masquerade
 //!                   foreign source, into the tunnel                                        -> masquerade
+//!                   out of the tunnel                                                      -> as it is: the guard drops it
 //! ```
 //!
 //! Of a foreign source is what this node itself sends to a Service address: it is chosen before the Service's pod is, and a
 //! peer takes nothing from us but our own pods' and overlay addresses.
+//!
+//! What came out of the tunnel is for pods here: a node that fell into wrong hands gets no way out with our address, to what
+//! trusts it (a cloud's metadata service). Answers to what we let in are not new connections and never come here.
 //!
 //! [`skeleton`] is idempotent and keeps the elements: whoever comes first makes the table, and a table flushed by
 //! somebody else is whole again after the next pod or the daemon's next look. `table` tells when it has to be loaded.
@@ -69,6 +73,7 @@ table inet {table} {{
 	chain to_world {{
 		oifname "lo" accept
 		oifname "{link_prefix}*" accept
+		iifname "{tun}" accept
 		oifname "{tun}" ip saddr != @cluster4 masquerade fully-random
 		oifname "{tun}" ip6 saddr != @cluster6 masquerade fully-random
 		oifname "{tun}" accept
