@@ -136,6 +136,13 @@ pub fn clashes(kernel: &Kernel) -> anyhow::Result<Vec<String>> {
             ));
         }
     }
+    for chain in netcfg::forwarding_closed()? {
+        told.push(format!(
+            "the nftables chain {chain} drops what it is not told to forward: pods reach nothing unless it accepts \
+             what comes from and goes to {tun} and {}*",
+            defaults::POD_LINK_PREFIX
+        ));
+    }
     if let Some(link) = netcfg::link::get(tun).with_context(|| format!("look at {tun}"))? {
         netcfg::tun::check_kind(&link)?;
     }

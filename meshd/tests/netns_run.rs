@@ -228,11 +228,16 @@ fn what_others_use_of_ours_is_reported_at_start() {
     pair.write_roster(&["", ""]);
     pair.a.told("ip route add 192.0.2.0/24 dev eth0 table 5190 proto 77");
     pair.a.told("ip rule add priority 300 fwmark 0xc/0xc lookup 7");
+    pair.a.told(
+        "nft add table ip filter; \
+         nft add chain ip filter FORWARD '{ type filter hook forward priority 0; policy drop; }'",
+    );
     pair.a.start();
     let _ = pair.a.key();
     let log = pair.a.log();
     assert!(log.contains("choose another --table"), "{log}");
     assert!(log.contains("choose another --mark"), "{log}");
+    assert!(log.contains("chain ip filter FORWARD drops"), "{log}");
 }
 
 /// What is left of the default names.

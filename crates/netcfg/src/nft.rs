@@ -60,6 +60,26 @@ pub(crate) fn drop_counts(text: &str) -> anyhow::Result<BTreeMap<String, u64>> {
     Ok(counts)
 }
 
+/// Chains that drop what is forwarded unless one of their rules accepts it, as "family table chain": a firewall of the
+/// system's, or Docker's. An accepting rule of ours cannot overrule one.
+pub fn forwarding_closed() -> anyhow::Result<Vec<String>> {
+    closed_chains(&query(&["-j", "list", "chains"]).context("list nftables chains")?)
+}
+
+fn closed_chains(text: &str) -> anyhow::Result<Vec<String>> {
+    let document: Value = serde_json::from_str(text).context("read nft's JSON")?;
+    let objects = document.get("nftables").and_then(Value::as_array);
+    let closed = objects.into_iter().flatten().filter_map(|object| {
+        let chain = object.get("chain")?;
+        let field = |name: &str| chain.get(name).and_then(Value::as_str);
+        let closed = field("hook")? == "forward"
+            && field("policy")? == "drop"
+            && matches!(field("family")?, "ip" | "ip6" | "inet");
+        closed.then_some(format!("{} {} {}", field("family")?, field("table")?, field("name")?))
+    });
+    Ok(closed.collect())
+}
+
 /// Whether an error of this module says that the table, chain or set does not exist.
 pub(crate) fn is_missing(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| cause.downcast_ref::<Missing>().is_some())
@@ -190,6 +210,19 @@ mod tests {
         let script = "add table inet x\n".repeat(1 << 18);
         let error = stand_in("exec 0<&-; echo 'Error: out of order' >&2; exit 1", &script);
         assert!(format!("{:#}", error.unwrap_err()).contains("Error: out of order"));
+    }
+
+    #[test]
+    fn chains_that_close_forwarding_are_named_whatever_else_is_listed() {
+        let text = r#"{"nftables":[{"metainfo":{}},
+            {"chain":{"family":"ip","table":"filter","name":"FORWARD","hook":"forward","policy":"drop"}},
+            {"chain":{"family":"ip6","table":"filter","name":"FORWARD","hook":"forward","policy":"accept"}},
+            {"chain":{"family":"inet","table":"fw","name":"in","hook":"input","policy":"drop"}},
+            {"chain":{"family":"bridge","table":"b","name":"f","hook":"forward","policy":"drop"}},
+            {"chain":{"family":"ip","table":"filter","name":"X"}},{"chain":7},"odd"]}"#;
+        assert_eq!(closed_chains(text).unwrap(), ["ip filter FORWARD"]);
+        assert_eq!(closed_chains("{}").unwrap(), [""; 0]);
+        assert!(closed_chains("nonsense").is_err());
     }
 
     #[test]
