@@ -225,6 +225,38 @@ fn a_pod_that_moves_is_reached_where_it_went_and_no_longer_where_it_was() {
     mesh.finish();
 }
 
+/// As after a crash of the container runtime: nobody calls DEL, nobody GC, and no new pod comes.
+#[test]
+fn a_pod_that_vanished_gives_its_addresses_back_though_no_pod_is_made_any_more() {
+    if !common::root() {
+        return;
+    }
+    let mesh = Mesh::start("vanish", &["a1", "b1"], 2);
+    let node = mesh.cluster.node("a1").expect("node");
+    let pod = mesh.cluster.pods.iter().find(|pod| pod.name == "a1-pod1").expect("pod");
+    let netns = pod.netns();
+    let name = netns.file_name().and_then(|name| name.to_str()).expect("name");
+    node.run(&["ip", "netns", "delete", name]).expect("the namespace goes");
+    let left = || -> std::io::Result<usize> {
+        let records = std::fs::read_dir(node.path("/var/lib/meshd/ipam"))?;
+        let records = records.flatten().map(|record| record.path());
+        Ok(records.filter(|path| path.extension().is_some_and(|e| e == "json")).count())
+    };
+    let freed = mesh.cluster.wait(TIMEOUT, || {
+        Ok(match left()? {
+            1 => Ok(()),
+            count => Err(format!("{count} records of pods, where one pod lives")),
+        })
+    });
+    freed.expect("the address comes back");
+    let sources = node.shell("nft list table inet meshd-cni").expect("the pods' table");
+    for address in &pod.addresses {
+        assert!(!sources.contains(&format!(". {address} ")), "{sources}");
+    }
+    assert_pair(&mesh, "b1-pod1", "a1-pod2");
+    mesh.finish();
+}
+
 /// Not watched by the oracle: the forged packets are what it looks for.
 #[test]
 fn plaintext_forged_on_the_underlay_never_reaches_a_pod() {
