@@ -508,6 +508,28 @@ fn a_full_or_read_only_disk_makes_no_pod_and_leaves_nothing() {
 }
 
 #[test]
+fn del_on_a_disk_that_became_read_only_takes_the_interface_and_says_what_stays() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    let mut config = node.config();
+    config["prevResult"] = node.add("a");
+    let ipam = node.ipam();
+    let ipam = ipam.display();
+    let read_only = format!("mount --bind {ipam} {ipam} && mount -o remount,ro,bind {ipam}");
+    let checked = node.cni_mounted_with(&read_only, "CHECK", "a", &config);
+    assert!(checked.ok, "{checked:?}");
+    let failed = node.cni_mounted(&read_only, "DEL", "a");
+    assert_eq!(failed.json["code"], 5, "{failed:?}");
+    assert!(failed.stderr.contains("Read-only"), "{failed:?}");
+    assert!(!node.run("ip -o link").contains("meshp"));
+    assert_eq!(node.records().len(), 1);
+    assert!(node.cni("DEL", "a").ok);
+    assert_eq!(node.leftovers(), Vec::<String>::new());
+}
+
+#[test]
 fn pods_of_an_earlier_range_stay_and_new_ones_come_from_the_new_range() {
     if !can_run() {
         return;

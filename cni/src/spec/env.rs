@@ -118,8 +118,11 @@ pub fn check_ifname(name: &str) -> Result<(), CniError> {
         "is not 1 to 15 bytes long"
     } else if matches!(name, "." | "..") {
         "is no interface name"
-    } else if name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control()) {
-        "holds a '/', ':', control character or white space"
+    } else if name.contains(|c: char| {
+        // The kernel takes a '%' for the beginning of a number of its own choice ("eth%d").
+        matches!(c, '/' | ':' | '%') || c.is_whitespace() || c.is_control()
+    }) {
+        "holds a '/', ':', '%', control character or white space"
     } else if name == "lo" {
         "is the loopback interface of every pod"
     } else if matches!(name, "all" | "default") {

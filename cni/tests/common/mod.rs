@@ -125,9 +125,19 @@ impl Node {
     /// As [`Node::cni`], where `prepare` was done in a mount namespace of its own; the names in the state directory follow
     /// what the plugin says on stderr.
     pub(crate) fn cni_mounted(&self, prepare: &str, verb: &str, id: &str) -> Answer {
+        self.cni_mounted_with(prepare, verb, id, &self.config())
+    }
+
+    pub(crate) fn cni_mounted_with(
+        &self,
+        prepare: &str,
+        verb: &str,
+        id: &str,
+        config: &Value,
+    ) -> Answer {
         let ipam = self.ipam();
         let script = format!("{prepare} && \"$0\"; rc=$?; ls -A {} >&2; exit $rc", ipam.display());
-        self.call(verb, id, &self.config(), &["unshare", "--mount", "sh", "-c", &script])
+        self.call(verb, id, config, &["unshare", "--mount", "sh", "-c", &script])
     }
 
     /// As [`Node::cni`], in a boot of its own.
