@@ -247,3 +247,21 @@ fn gc_without_a_list_frees_what_has_no_pod_and_nothing_else() {
     assert_eq!(bench.call("GC", &config), (0, String::new()));
     assert_eq!(bench.records().len(), 1);
 }
+
+#[test]
+fn the_program_alone_says_what_it_is_and_a_bare_call_is_an_error_in_json() {
+    let run = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_meshd-cni"));
+        let output = command.env_clear().args(arguments).output().unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap())
+    };
+    let (fine, said) = run(&["--version"]);
+    assert!(fine);
+    assert!(said.starts_with(concat!("meshd-cni ", env!("CARGO_PKG_VERSION"))), "{said}");
+    assert!(said.contains("0.3.1, 0.4.0, 1.0.0, 1.1.0"), "{said}");
+    let (fine, said) = run(&[]);
+    assert!(!fine);
+    let json: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(json["code"], 4, "{said}");
+    assert!(json["msg"].as_str().unwrap().contains("CNI_COMMAND"), "{said}");
+}
