@@ -89,12 +89,7 @@ impl NodePlane {
     }
 
     fn open_tun(&self) -> anyhow::Result<Tun> {
-        let name = self.kernel.tun.as_str();
-        let tun = Tun::open(&TunOptions::new(name))?;
-        // A link-local address would send router solicitations to every peer.
-        netcfg::link::set_no_address_generation(tun.index())
-            .with_context(|| format!("keep link-local addresses off {name}"))?;
-        Ok(tun)
+        Tun::open(&TunOptions::new(self.kernel.tun.as_str()))
     }
 }
 

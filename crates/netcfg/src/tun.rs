@@ -24,11 +24,14 @@ use crate::{link, sys};
 /// Bytes of the virtio network header in front of each packet.
 pub const VNET_HEADER_BYTES: usize = 10;
 
+/// Smallest MTU of an interface with IPv6 (RFC 8200 section 5).
+const IPV6_MTU_MIN: u32 = 1280;
+
 /// How to open the device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TunOptions {
     pub name: String,
-    /// Sets the MTU when given.
+    /// Sets the MTU when given; otherwise one too small for IPv6 is raised.
     pub mtu: Option<u32>,
     /// Whether to try the vnet header; without it no offload works.
     pub vnet_hdr: bool,
@@ -79,13 +82,15 @@ impl Tun {
             .with_context(|| format!("make TUN device {} persistent", options.name))?;
         let features = negotiate(fd.as_fd(), options, vnet_hdr)?;
         let link = link::require(&options.name)?;
-        if let Err(error) = link::set_no_address_generation(link.index) {
-            // The kernel's own link-local address on a TUN serves nobody; without IPv6 there is none.
-            tracing::debug!(%error, "cannot switch address generation off on the TUN device");
-        }
-        if let Some(mtu) = options.mtu.filter(|mtu| *mtu != link.mtu) {
+        // Below 1280 bytes the kernel takes IPv6 off the device, and with it the setting that follows.
+        let mtu = options.mtu.unwrap_or(link.mtu.max(IPV6_MTU_MIN));
+        if mtu != link.mtu {
             link::set_mtu(link.index, mtu)
                 .with_context(|| format!("set MTU {mtu} on TUN device {}", options.name))?;
+        }
+        // A link-local address of the kernel's own would send router solicitations to every peer.
+        if let Err(error) = link::set_no_address_generation(link.index) {
+            tracing::debug!(%error, "no IPv6 on the TUN device");
         }
         Ok(Self { fd, name: options.name.clone(), index: link.index, features })
     }

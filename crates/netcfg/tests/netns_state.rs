@@ -204,6 +204,20 @@ fn a_tun_device_outlives_its_owner_and_has_one_at_a_time() {
 }
 
 #[test]
+fn a_device_whose_mtu_took_ipv6_off_it_is_taken_over_without_link_local_address() {
+    if !privileged() {
+        return;
+    }
+    let scratch = Scratch::new();
+    scratch.sh("ip tuntap add dev meshd0 mode tun multi_queue; ip link set meshd0 mtu 1200");
+    let _tun = scratch.run(|| Tun::open(&TunOptions::new("meshd0")));
+    scratch.sh("ip link set meshd0 up");
+    let shown = scratch.sh("ip -d link show meshd0; ip -6 addr show dev meshd0");
+    assert!(shown.contains("addrgenmode none") && shown.contains("mtu 1280"), "{shown}");
+    assert!(!shown.contains("fe80:"), "{shown}");
+}
+
+#[test]
 fn a_device_of_another_kind_is_refused_with_what_to_do() {
     if !privileged() {
         return;
