@@ -23,7 +23,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use mesh_types::limits::{GSO_REFUSED_DESTINATIONS_MAX, GSO_SEGMENTS_MAX, UDP_RECV_MESSAGES_MAX};
+use mesh_types::limits::{
+    GSO_BYTES_MAX, GSO_REFUSED_DESTINATIONS_MAX, GSO_SEGMENTS_MAX, UDP_RECV_MESSAGES_MAX,
+};
 use mesh_types::time::MonoTime;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
@@ -274,7 +276,8 @@ impl UdpSocket {
         let Ok(segment_bytes) = u16::try_from(segment_len) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        for burst in bytes.chunks(segment_len.saturating_mul(GSO_SEGMENTS_MAX)) {
+        let segments = (GSO_BYTES_MAX / segment_len).clamp(1, GSO_SEGMENTS_MAX);
+        for burst in bytes.chunks(segment_len.saturating_mul(segments)) {
             let segment = (burst.len() > segment_len).then_some(segment_bytes);
             match self.send_one(destination, source, ecn, segment, burst) {
                 Ok(()) => {}
@@ -553,7 +556,8 @@ mod tests {
                 continue;
             }
             let to = SocketAddr::new(address.parse().unwrap(), receiver.local_port());
-            let sent = payload(40 * 1452 + 77);
+            // More than one send may carry.
+            let sent = payload(100 * 1452 + 77);
             sender.send(to, Some(to.ip()), 2, 1452, &sent).expect("send");
             let (seen, got) = receive(&mut receiver, sent.len());
             assert_eq!(got, sent);
