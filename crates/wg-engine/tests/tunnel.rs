@@ -9,6 +9,8 @@ use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
 use mesh_core::tunnel::{Event, PeerConfig, Tunnel, TunnelConfig, UdpMeta};
 use mesh_types::key::{PresharedKey, PrivateKey};
 use mesh_types::time::MonoTime;
+use proptest::prelude::*;
+use proptest::sample::Index;
 use wg_engine::{BoringFactory, generate_private_key, public_key};
 
 /// Turns of sending and receiving after which two tunnels must have nothing left to say.
@@ -271,4 +273,99 @@ fn packets_are_cut_sealed_opened_and_merged_without_an_allocation() {
         }
     });
     assert_eq!(measured.count_total, 0);
+}
+
+/// Everything two nodes say to each other from the first packet on, in order: who says it, and what.
+fn recorded(a: &mut Node, b: &mut Node, now: MonoTime) -> Vec<(bool, Vec<u8>)> {
+    let mut log = Vec::new();
+    let hello = packet(a, b, 300, 1);
+    send(a, now, hello);
+    for _ in 0..TURNS_MAX {
+        for from_a in [true, false] {
+            let (from, to) = if from_a { (&mut *a, &mut *b) } else { (&mut *b, &mut *a) };
+            from.tunnel.flush(now);
+            while let Some(transmit) = from.tunnel.poll_transmit() {
+                log.push((from_a, transmit.bytes.to_vec()));
+                let meta =
+                    UdpMeta { source: from.address, local: None, segment_len: 0, ecn: Ecn::NotEct };
+                to.tunnel.handle_udp_input(now, &meta, transmit.bytes);
+            }
+            received(to);
+        }
+    }
+    log
+}
+
+/// One way to spoil a datagram.
+#[derive(Debug, Clone)]
+enum Damage {
+    Flip(Index, u8),
+    Cut(Index),
+    Grow(usize, u8),
+    Type(u8),
+    Splice(Index, Index),
+}
+
+fn damage() -> impl Strategy<Value = Damage> {
+    prop_oneof![
+        (any::<Index>(), 1u8..).prop_map(|(at, with)| Damage::Flip(at, with)),
+        any::<Index>().prop_map(Damage::Cut),
+        (1usize..100, any::<u8>()).prop_map(|(by, with)| Damage::Grow(by, with)),
+        (0u8..6).prop_map(Damage::Type),
+        (any::<Index>(), any::<Index>()).prop_map(|(other, at)| Damage::Splice(other, at)),
+    ]
+}
+
+fn spoil(datagram: &mut Vec<u8>, damage: &Damage, log: &[(bool, Vec<u8>)]) {
+    if datagram.is_empty() {
+        return;
+    }
+    match damage {
+        Damage::Flip(at, with) => {
+            let at = at.index(datagram.len());
+            datagram[at] ^= with;
+        }
+        Damage::Cut(at) => datagram.truncate(at.index(datagram.len())),
+        Damage::Grow(by, with) => datagram.resize(datagram.len() + by, *with),
+        Damage::Type(kind) => datagram[0] = *kind,
+        Damage::Splice(other, at) => {
+            let other = &other.get(log).1;
+            let at = at.index(datagram.len().min(other.len()));
+            datagram.truncate(at);
+            datagram.extend_from_slice(&other[at..]);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn true_messages_damaged_replayed_and_spliced_deliver_nothing_and_end_no_session(
+        spoilt in proptest::collection::vec(
+            (any::<Index>(), any::<bool>(), proptest::collection::vec(damage(), 0..3), 0usize..3),
+            1..30),
+    ) {
+        let (mut a, mut b) = pair(at(0));
+        let log = recorded(&mut a, &mut b, at(1));
+        prop_assert!(log.len() >= 4, "initiation, response, keepalive, packet");
+        for (which, to_a, damages, bursts) in &spoilt {
+            let mut datagram = which.get(&log).1.clone();
+            let segment_len = datagram.len();
+            damages.iter().for_each(|damage| spoil(&mut datagram, damage, &log));
+            let burst = datagram.repeat(bursts + 1);
+            let to = if *to_a { &mut a } else { &mut b };
+            let source = SocketAddr::from(([203, 0, 113, 9], 9));
+            let meta = UdpMeta { source, local: None, segment_len, ecn: Ecn::Ce };
+            to.tunnel.handle_udp_input(at(2), &meta, &burst);
+            prop_assert_eq!(received(to), Vec::<Vec<u8>>::new());
+            to.tunnel.handle_timeout(at(2));
+            to.tunnel.flush(at(2));
+            while to.tunnel.poll_transmit().is_some() {}
+        }
+        let (there, back) = (packet(&a, &b, 100, 1), packet(&b, &a, 120, 2));
+        send(&mut a, at(3), there.clone());
+        send(&mut b, at(3), back.clone());
+        prop_assert_eq!(settle(&mut a, &mut b, at(3)), (vec![back], vec![there]));
+    }
 }

@@ -1,9 +1,15 @@
 //! Bytes from anywhere: nothing panics, nothing spins, nothing grows, and living sessions go on.
 
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use mesh_core::packet::{Ecn, VnetHeader};
+use mesh_core::packet::{Ecn, IpHeader, VnetHeader};
 use mesh_core::tunnel::UdpMeta;
+use mesh_core::tunnel::engine::{
+    Engine, EngineConfig, EngineFactory, INITIATION_BYTES, OwnKeyId, SealBatch, TAG_BYTES,
+    TRANSPORT_HEADER_BYTES,
+};
+use mesh_core::tunnel::model::{ModelEngine, ModelFactory};
 use mesh_core::tunnel::peers::SplitMix64;
 use proptest::prelude::*;
 
@@ -106,6 +112,112 @@ proptest! {
         net.run_ms(100);
         let texts = net.texts(1, 0);
         prop_assert_eq!(texts.last().map(String::as_str), Some("still here"));
+    }
+}
+
+/// A peer that keeps to the protocol outside and to nothing inside: host 1, with an engine in our hands.
+struct Insider {
+    engine: ModelEngine,
+    source: SocketAddr,
+}
+
+impl Insider {
+    fn new(net: &mut Network) -> Self {
+        let (own, now) = (OwnKeyId(0), net.now);
+        let mut factory = ModelFactory::new(&net.hosts[1].private);
+        let peer = net.hosts[0].key;
+        let config =
+            EngineConfig { own, peer, preshared: None, keepalive: None, index: 7, seed: 7 };
+        let source = net.hosts[1].addr;
+        let mut insider = Self { engine: factory.create(now, config), source };
+        let mut buffer = [0; INITIATION_BYTES];
+        let len = insider.engine.initiate(now, true, &mut buffer).expect("an initiation");
+        insider.give(net, &buffer[..len], 0);
+        let tunnel = &mut net.hosts[0].tunnel;
+        let response = tunnel.poll_transmit().expect("a response").bytes.to_vec();
+        let outcome = insider.engine.handle_handshake(now, source.ip(), &response, &mut buffer);
+        let len = outcome.expect("accepted").reply_len;
+        insider.give(net, &buffer[..len], 0);
+        insider
+    }
+
+    fn give(&self, net: &mut Network, bytes: &[u8], segment_len: usize) {
+        let meta = UdpMeta { source: self.source, local: None, segment_len, ecn: Ecn::Ect0 };
+        net.hosts[0].tunnel.handle_udp_input(net.now, &meta, bytes);
+    }
+
+    /// Seals any contents, equally long, as one GRO burst.
+    fn send(&mut self, net: &mut Network, contents: &[Vec<u8>]) {
+        let longest = contents.iter().map(Vec::len).max().unwrap_or(0);
+        let (mut buffer, mut slots) = (Vec::new(), Vec::new());
+        for content in contents {
+            let start = buffer.len();
+            buffer.resize(start + TRANSPORT_HEADER_BYTES, 0);
+            buffer.extend(content);
+            buffer.resize(start + TRANSPORT_HEADER_BYTES + longest + TAG_BYTES, 0);
+            slots.push(start..buffer.len());
+        }
+        let segment_len = slots[0].len();
+        let batch = SealBatch { buffer: &mut buffer, slots: &slots };
+        self.engine.seal(net.now, batch).expect("a session");
+        self.give(net, &buffer, segment_len);
+    }
+}
+
+/// A packet of host 1, right but for what `damage` says: where, what.
+fn packet_of_one(kind: u8, len: usize, sequence: u32, damage: &[(usize, u8)]) -> Vec<u8> {
+    let mut body = vec![0x1f, 0x90, 0x04, 0xd2];
+    body.extend(sequence.to_be_bytes());
+    body.extend([0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0]);
+    body.resize(20 + len, 1);
+    let (mut packet, protocol_at) = match kind % 2 {
+        0 => (crate::network::ipv4([10, 1, 0, 1], [10, 0, 0, 1], 0, &body), 9),
+        _ => (crate::network::ipv6("fd00:1::1", "fd00:0::1", &body), 6),
+    };
+    packet[protocol_at] = if kind & 2 == 0 { 6 } else { 17 };
+    for (at, value) in damage {
+        let at = at % packet.len().min(72);
+        packet[at] = *value;
+    }
+    packet
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_a_peer_seals_what_comes_out_is_an_ip_packet_of_its_own(
+        bursts in proptest::collection::vec(
+            proptest::collection::vec(
+                prop_oneof![
+                    proptest::collection::vec(any::<u8>(), 0..200),
+                    (any::<u8>(), 0usize..1_300, 0u32..8,
+                        proptest::collection::vec((any::<usize>(), any::<u8>()), 0..4))
+                        .prop_map(|(kind, len, at, damage)| {
+                            packet_of_one(kind, len, at * 1_300, &damage)
+                        }),
+                ],
+                1..20),
+            1..4),
+    ) {
+        let mut net = living();
+        let mut insider = Insider::new(&mut net);
+        for contents in &bursts {
+            insider.send(&mut net, contents);
+            while let Some(frame) = net.hosts[0].tunnel.poll_tun() {
+                let bytes: Vec<u8> = frame.pieces().flatten().copied().collect();
+                prop_assert_eq!(bytes.len(), frame.packet_len());
+                let ip = IpHeader::parse(&bytes);
+                let Ok(ip) = ip else { panic!("not IP: {bytes:x?}") };
+                let own = match ip.source {
+                    IpAddr::V4(v4) => v4.octets()[..2] == [10, 1],
+                    IpAddr::V6(v6) => v6.segments()[..2] == [0xfd00, 1],
+                };
+                prop_assert!(own, "{} came out", ip.source);
+            }
+        }
+        net.send(0, 1, "still here");
+        prop_assert!(net.hosts[0].tunnel.counters().tx_packets > 0);
     }
 }
 
