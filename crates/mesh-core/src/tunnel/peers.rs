@@ -12,6 +12,7 @@
 //! stay unused for 180 s after their engine is gone.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
 use mesh_types::key::PublicKey;
@@ -168,7 +169,8 @@ pub struct Peers<E> {
     by_index: Vec<(u32, u32)>,
     quarantine: VecDeque<(MonoTime, u32)>,
     schedule: BTreeSet<(MonoTime, u32)>,
-    random: SplitMix64,
+    seed: u64,
+    drawn: u64,
 }
 
 impl<E: Engine> Peers<E> {
@@ -180,7 +182,8 @@ impl<E: Engine> Peers<E> {
             by_index: Vec::new(),
             quarantine: VecDeque::new(),
             schedule: BTreeSet::new(),
-            random: SplitMix64(seed),
+            seed,
+            drawn: 0,
         }
     }
 
@@ -256,12 +259,21 @@ impl<E: Engine> Peers<E> {
         }
         loop {
             // The sets together are bounded to a fraction of 2^24: two draws at most, nearly always.
-            let index = u32::try_from(self.random.next() >> 40).unwrap_or(0) & INDEX_MASK;
+            let index = u32::try_from(self.draw() >> 40).unwrap_or(0) & INDEX_MASK;
             let held = self.by_index.binary_search_by_key(&index, |entry| entry.0).is_ok();
             if !held && self.quarantine.iter().all(|(_, resting)| *resting != index) {
-                return (index, self.random.next());
+                return (index, self.draw());
             }
         }
+    }
+
+    /// Indexes are seen on the wire: from some of them nobody may work out the next, so each is a hash of the seed
+    /// (`SipHash`) and not a step of a generator that can be run on.
+    fn draw(&mut self) -> u64 {
+        self.drawn += 1;
+        let mut hasher = DefaultHasher::new();
+        (self.seed, self.drawn).hash(&mut hasher);
+        hasher.finish()
     }
 
     /// Puts `member` beside the peer's other engines, as the newest; those with the same own key stop beginning
@@ -411,10 +423,22 @@ mod tests {
         peers.remove(at(10), slot);
         assert_eq!(peers.slot_of_index(index << 8 | 5), None);
         // The same draw again, by setting the sequence back.
-        peers.random = SplitMix64(7);
+        peers.drawn = 0;
         assert_ne!(peers.new_index(at(189)).0, index);
-        peers.random = SplitMix64(7);
+        peers.drawn = 0;
         assert_eq!(peers.new_index(at(190)).0, index);
+    }
+
+    #[test]
+    fn indexes_differ_between_seeds_and_spread_over_their_range() {
+        let mut octants = [0; 8];
+        let (mut one, mut two) = (Peers::<ModelEngine>::new(1), Peers::<ModelEngine>::new(2));
+        for _ in 0..8_000 {
+            let (index, _) = one.new_index(at(0));
+            assert_ne!(index, two.new_index(at(0)).0);
+            octants[(index >> 21) as usize] += 1;
+        }
+        assert!(octants.iter().all(|count| (900..1_100).contains(count)), "{octants:?}");
     }
 
     #[test]
