@@ -118,7 +118,10 @@ impl<F: EngineFactory> Tunnel<F> {
                 TimerOutcome::Idle => return,
                 // A replaced engine lives on to receive; its keys are not to be renewed.
                 TimerOutcome::Initiation(_) if !speaks => {}
-                TimerOutcome::GaveUp if !newest => {}
+                // Another engine carries what is sent; this one begins anew when that ends.
+                TimerOutcome::GaveUp if !newest || peer.sender(now).is_some() => {
+                    peer.path.gave_up();
+                }
                 TimerOutcome::Initiation(len) => {
                     // While the other side may know any of our keys, all knock together.
                     if peer.speakers(now) > 1 {
