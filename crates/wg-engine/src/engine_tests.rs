@@ -268,6 +268,7 @@ fn retries_of_a_side_with_another_preshared_key_do_not_end_the_session_in_use() 
 #[test]
 fn a_low_order_static_key_never_reaches_an_engine() {
     // EngineConfig holds a PublicKey, and these cannot become one: no initiation can leave for them.
+    // mesh-types has the whole list.
     for first in [0u8, 1] {
         let mut point = [0; 32];
         point[0] = first;
@@ -326,6 +327,22 @@ fn a_datagram_is_accepted_once() {
     let sealed = seal(&mut a, at(1), &padded(ipv4(100))).expect("sealed");
     assert!(open(&mut b, at(1), &sealed).is_ok());
     assert_eq!(open(&mut b, at(1), &sealed), Err(EngineError::Replayed));
+}
+
+#[test]
+fn datagrams_up_to_a_thousand_behind_the_newest_are_taken_in_any_order_and_once() {
+    let (mut a, mut b) = pair();
+    connect(&mut a, &mut b, at(1));
+    let sent: Vec<_> =
+        (0..1_000).map(|_| seal(&mut a, at(1), &padded(ipv4(20))).expect("sealed")).collect();
+    let newest = sent.len() - 1;
+    assert!(open(&mut b, at(1), &sent[newest]).is_ok());
+    // 7 and 999 have no common divisor: every other one, once.
+    for i in (0..newest).map(|i| i * 7 % newest) {
+        assert_eq!(open(&mut b, at(1), &sent[i]), Ok(ipv4(20)), "{i}");
+        assert_eq!(open(&mut b, at(1), &sent[i]), Err(EngineError::Replayed), "{i}");
+    }
+    assert_eq!(open(&mut b, at(1), &sent[newest]), Err(EngineError::Replayed));
 }
 
 #[test]

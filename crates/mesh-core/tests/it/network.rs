@@ -16,6 +16,7 @@ use mesh_core::tunnel::model::{ModelFactory, public_key};
 use mesh_core::tunnel::peers::SplitMix64;
 use mesh_core::tunnel::{DropReason, PeerConfig, PeerSnapshot, Tunnel, TunnelConfig, UdpMeta};
 use mesh_types::key::{PresharedKey, PrivateKey, PublicKey};
+use mesh_types::limits::PEER_TIMERS_PER_TURN;
 use mesh_types::time::MonoTime;
 
 pub(crate) const PORT: u16 = 15190;
@@ -30,6 +31,8 @@ pub(crate) struct Network {
     pub(crate) latency: Duration,
     pub(crate) jitter: Duration,
     pub(crate) loss_percent: u64,
+    /// Datagrams that arrive twice.
+    pub(crate) twice_percent: u64,
     /// Outer mark put on every datagram on the way.
     pub(crate) congestion: Option<Ecn>,
     /// Somebody on the way: datagrams of a host come from another address.
@@ -105,6 +108,7 @@ impl Network {
             latency: Duration::from_millis(10),
             jitter: Duration::ZERO,
             loss_percent: 0,
+            twice_percent: 0,
             congestion: None,
             redirect: None,
             log: Vec::new(),
@@ -316,6 +320,10 @@ impl Network {
             if due && self.hosts[host].up {
                 self.hosts[host].tunnel.handle_timeout(self.now);
                 self.collect(host);
+                // With a handful of peers one turn does all that is due: nobody is woken for nothing.
+                let next = self.hosts[host].tunnel.next_deadline().map(|(at, _)| at);
+                let few = self.hosts.len() > 1 && self.hosts.len() <= PEER_TIMERS_PER_TURN;
+                assert!(!few || next.is_none_or(|next| next > self.now), "due again at once");
             }
         }
     }
@@ -373,11 +381,14 @@ impl Network {
             if self.random.next() % 100 < self.loss_percent {
                 continue;
             }
-            let jitter_ns = u64::try_from(self.jitter.as_nanos()).expect("short") + 1;
-            let delay = self.latency + Duration::from_nanos(self.random.next() % jitter_ns);
-            let sequence = self.next_sequence();
-            let datagram = Datagram { from, to, ecn, segment_len, bytes };
-            self.queue.insert((self.now + delay, sequence), datagram);
+            let copies = 1 + u64::from(self.random.next() % 100 < self.twice_percent);
+            for _ in 0..copies {
+                let jitter_ns = u64::try_from(self.jitter.as_nanos()).expect("short") + 1;
+                let delay = self.latency + Duration::from_nanos(self.random.next() % jitter_ns);
+                let sequence = self.next_sequence();
+                let datagram = Datagram { from, to, ecn, segment_len, bytes: bytes.clone() };
+                self.queue.insert((self.now + delay, sequence), datagram);
+            }
         }
     }
 }

@@ -226,7 +226,7 @@ fn happen(net: &mut Network, random: &mut SplitMix64, number: u64) {
     let count = net.hosts.len() as u64;
     let mut draw = |below: u64| usize::try_from(random.next() % below).expect("small");
     let (a, b) = (draw(count), draw(count));
-    match draw(48) {
+    match draw(50) {
         0 => net.hosts[a].up = false,
         1..=3 => net.hosts[a].up = true,
         4 => {
@@ -269,6 +269,7 @@ fn happen(net: &mut Network, random: &mut SplitMix64, number: u64) {
         }
         14 => net.hosts[a].busy = true,
         15..=17 => net.hosts[a].busy = false,
+        18 => net.twice_percent = u64::try_from(draw(30)).expect("small"),
         _ if a != b => net.send(a, b, &format!("{a}>{b} {number}")),
         _ => {}
     }
@@ -319,7 +320,7 @@ fn whatever_happens_packets_arrive_once_from_who_sent_them_and_a_healed_mesh_rec
 }
 
 fn heal(net: &mut Network) {
-    net.loss_percent = 0;
+    (net.loss_percent, net.twice_percent) = (0, 0);
     net.jitter = Duration::ZERO;
     for host in 0..net.hosts.len() {
         net.hosts[host].up = true;
