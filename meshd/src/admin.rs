@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -21,7 +21,7 @@ use axum::routing::get;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
 use crate::config::Paths;
@@ -54,8 +54,8 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Binds the TCP address and the socket. A socket left by a dead daemon is replaced; the lock has shown
-    /// that none lives.
+    /// Binds the TCP address and the socket. A socket left by a dead daemon is replaced, one that somebody answers at
+    /// is not: the lock says nothing of a daemon with another state directory.
     pub async fn bind(address: SocketAddr, socket: &Path) -> anyhow::Result<Self> {
         let tcp = TcpListener::bind(address)
             .await
@@ -63,6 +63,11 @@ impl Admin {
         if let Some(directory) = socket.parent() {
             files::private_directory(directory, Paths::is_ours)?;
         }
+        ensure!(
+            UnixStream::connect(socket).await.is_err(),
+            "another meshd answers at {}: stop it first, or choose another --run-dir",
+            socket.display()
+        );
         match std::fs::remove_file(socket) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(error).with_context(|| format!("remove {}", socket.display()));
@@ -210,7 +215,7 @@ fn failed(error: &anyhow::Error) -> Response {
 mod tests {
     use std::io::{Read, Write};
     use std::net::TcpStream;
-    use std::os::unix::net::UnixStream;
+    use std::os::unix::net::UnixStream as Client;
 
     use super::*;
     use crate::view::condition;
@@ -293,9 +298,9 @@ mod tests {
         let running = running();
         let tcp = TcpStream::connect(running.tcp).expect("connect");
         assert!(ask(tcp, "/status").starts_with("HTTP/1.1 404"));
-        let answer = ask(UnixStream::connect(&running.socket).expect("connect"), "/status");
+        let answer = ask(Client::connect(&running.socket).expect("connect"), "/status");
         assert!(answer.starts_with("HTTP/1.1 200") && answer.contains(r#""node":"node-1""#));
-        let answer = ask(UnixStream::connect(&running.socket).expect("connect"), "/metrics");
+        let answer = ask(Client::connect(&running.socket).expect("connect"), "/metrics");
         assert!(answer.contains("meshd_build_info"), "{answer}");
     }
 
@@ -317,5 +322,23 @@ mod tests {
         let error =
             runtime.block_on(Admin::bind(running.tcp, &dir.path().join("s"))).err().expect("taken");
         assert!(format!("{error:#}").contains("--admin-address"), "{error:#}");
+    }
+
+    #[test]
+    fn the_socket_of_a_living_daemon_is_not_taken_and_that_of_a_dead_one_is() {
+        let running = running();
+        let socket = running.socket.clone();
+        let any = "127.0.0.1:0".parse().expect("address");
+        let bind = || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.expect("runtime").block_on(Admin::bind(any, &socket)).map(drop)
+        };
+        let error = bind().expect_err("taken");
+        assert!(format!("{error:#}").contains("--run-dir"), "{error:#}");
+        assert!(Client::connect(&socket).is_ok(), "it still answers");
+        let dir = running._dir;
+        drop(running._runtime);
+        bind().expect("free");
+        drop(dir);
     }
 }

@@ -54,8 +54,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     let _lock = lock::take(&config.paths.lock(), lock::WAIT)?;
     preflight::check_udp_port(config.listen_port)?;
     preflight::check_tun_is_free(&config.kernel.tun, lock::WAIT)?;
-    let addresses = reconcile::own_addresses()?;
-    preflight::check_own_addresses(&addresses, &Choice::of(&config), &config.prefixes)?;
+    check_own_addresses(&config)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), ?config, "meshd starts");
     for clash in preflight::clashes(&config.kernel)? {
         tracing::warn!("{clash}");
@@ -72,6 +71,15 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     // A request to a silent API server must not hold up the end.
     runtime.shutdown_background();
     result
+}
+
+fn check_own_addresses(config: &Config) -> anyhow::Result<()> {
+    let mut addresses = reconcile::own_addresses()?;
+    // A device of an earlier start under another name still has its overlay address. What cannot be read is told later.
+    if let Ok(Some(earlier)) = installed::read(&config.paths.installed()) {
+        addresses.retain(|found| earlier.devices().all(|device| device != found.interface));
+    }
+    preflight::check_own_addresses(&addresses, &Choice::of(config), &config.prefixes)
 }
 
 fn own_key(config: &Config) -> anyhow::Result<PrivateKey> {

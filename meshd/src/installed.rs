@@ -54,6 +54,12 @@ impl Installed {
         }
     }
 
+    /// Names of every device of ours that may be there.
+    pub fn devices(&self) -> impl Iterator<Item = &str> {
+        let previous = self.previous.iter().map(|kernel| kernel.tun.as_str());
+        std::iter::once(self.tun.as_str()).chain(previous)
+    }
+
     pub fn kernel(&self) -> Kernel {
         Kernel {
             tun: self.tun.clone(),

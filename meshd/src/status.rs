@@ -235,7 +235,7 @@ async fn get(socket: &std::path::Path, uri: &str) -> anyhow::Result<Vec<u8>> {
         let why = match error.kind() {
             ErrorKind::NotFound => "meshd has not run here, or with another --run-dir",
             ErrorKind::ConnectionRefused => {
-                "meshd is not running; traffic goes on only for pods of sessions it had, nothing leaves in clear"
+                "meshd is not running: no pod reaches another node until it is started, and nothing leaves in clear"
             }
             ErrorKind::PermissionDenied => "only root may ask",
             _ => "cannot be asked",

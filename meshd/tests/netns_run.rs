@@ -158,6 +158,37 @@ fn a_second_daemon_and_a_taken_port_are_told_in_one_line() {
     let elsewhere = pair.a.run_command_in(&scratch).args(["--log", "error"]).output();
     let elsewhere = elsewhere.expect("meshd");
     assert!(one_line(elsewhere).contains("--listen-port"));
+    let apart = ["--log", "error", "--listen-port", "15999", "--admin-address", "127.0.0.1:15998"];
+    let apart = pair.a.run_command_in(&scratch).args(apart).output().expect("meshd");
+    assert!(one_line(apart).contains("meshd0 is served by another process"));
+    let around = ["--log", "error", "--cluster-cidr", "198.51.0.0/16"];
+    let scratch = pair.dir.path().join("around");
+    let free = ["--listen-port", "15999", "--tun-name", "meshd5"];
+    let around = pair.a.run_command_in(&scratch).args(around).args(free).output().expect("meshd");
+    assert!(one_line(around).contains("198.51.100.1 of eth0"));
+    assert!(pair.a.status().is_some(), "the first daemon goes on");
+}
+
+#[test]
+fn a_node_that_leaves_the_roster_keeps_its_routes_to_others_and_repairs_nothing() {
+    if !root() {
+        return;
+    }
+    let pair = Pair::meshed();
+    let path = pair.dir.path().join("roster.yaml");
+    let text = std::fs::read_to_string(&path).expect("a roster");
+    let own = text.find("  - name: node-1").expect("an entry");
+    let other = text.find("  - name: node-2").expect("an entry");
+    let without = format!("{}{}", &text[..own], &text[other..]);
+    std::fs::write(pair.dir.path().join("new"), without).expect("write");
+    std::fs::rename(pair.dir.path().join("new"), &path).expect("rename");
+    let condition = |status: &mesh_types::status::Status| {
+        status.conditions.iter().any(|condition| condition.name == "own-node" && !condition.ok)
+    };
+    until("a is missing", || pair.a.status().as_ref().is_some_and(condition));
+    let routes = pair.a.told("ip route show table 5190");
+    assert!(routes.contains("10.244.2.0/24 dev meshd0"), "{routes}");
+    assert!(!pair.a.log().contains("was gone, put back"), "{}", pair.a.log());
 }
 
 #[test]

@@ -7,6 +7,9 @@ use ::kube::runtime::watcher;
 /// Longest message of a server shown.
 const MESSAGE_CHARS_MAX: usize = 300;
 
+/// The client's words for a token that fits into no header; it has no type of its own for it.
+const BAD_TOKEN: &str = "invalid bearer token";
+
 /// Why nodes cannot be listed or watched.
 pub(super) fn of_watch(error: &watcher::Error) -> String {
     match error {
@@ -60,6 +63,9 @@ fn explain(error: &Error, what: &str) -> String {
         Error::Auth(error) => format!(
             "cannot {what}: no credentials for the API server; check the kubeconfig or the service \
              account's token ({error})"
+        ),
+        other if chain(other).contains(BAD_TOKEN) => format!(
+            "cannot {what}: the token's file holds a line break or another character that no token has"
         ),
         other => format!(
             "cannot {what}: the API server cannot be reached; check its address, the way to it and its \
@@ -132,6 +138,9 @@ mod tests {
             text.contains("cannot be reached") && text.contains("connection refused"),
             "{text}"
         );
+        let token = Error::Service("invalid bearer token: failed to parse header value".into());
+        let text = of_watch(&watcher::Error::WatchStartFailed(token));
+        assert!(text.contains("line break"), "{text}");
         let gone = Status { code: 410, ..Status::default() }.boxed();
         assert!(of_watch(&watcher::Error::WatchError(gone)).contains("listing anew"));
     }

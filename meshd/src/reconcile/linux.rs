@@ -28,6 +28,27 @@ pub struct Linux {
 }
 
 impl Linux {
+    fn change_network(&self, wanted: &NetState) -> anyhow::Result<Vec<Change>> {
+        let have = state::observe(&self.marks)?;
+        let changes = state::diff(&have, wanted);
+        let report = state::apply(&self.marks, &changes)?;
+        if !report.failures.is_empty() {
+            let named: Vec<String> = report
+                .failures
+                .iter()
+                .take(NAMED_FAILURES_MAX)
+                .map(|failure| format!("{:?}: {}", failure.change, failure.error))
+                .collect();
+            bail!(
+                "{} of {} changes failed: {}",
+                report.failures.len(),
+                changes.len(),
+                named.join("; ")
+            );
+        }
+        Ok(changes)
+    }
+
     /// `earlier` cluster prefixes stay closed as well.
     pub fn new(config: &Config, earlier: Vec<IpNet>) -> Self {
         Self {
@@ -112,24 +133,12 @@ impl Kernel for Linux {
         if self.prefixes.has_v6() {
             allow_v6(&mut all, &self.marks.tun)?;
         }
-        let have = state::observe(&self.marks)?;
-        let changes = state::diff(&have, wanted);
-        let report = state::apply(&self.marks, &changes)?;
-        if !report.failures.is_empty() {
-            let named: Vec<String> = report
-                .failures
-                .iter()
-                .take(NAMED_FAILURES_MAX)
-                .map(|failure| format!("{:?}: {}", failure.change, failure.error))
-                .collect();
-            bail!(
-                "{} of {} changes failed: {}",
-                report.failures.len(),
-                changes.len(),
-                named.join("; ")
-            );
+        let mut done = self.change_network(wanted)?;
+        // With the last address of a family the kernel takes that family's routes off the device (`fib_disable_ip`).
+        if done.iter().any(|change| matches!(change, Change::RemoveAddress(_))) {
+            done.extend(self.change_network(wanted)?);
         }
-        all.extend(changes.iter().map(made));
+        all.extend(done.iter().map(made));
         Ok(all)
     }
 
