@@ -60,6 +60,19 @@ fn an_interrupted_demo_leaves_no_trace() {
 }
 
 #[test]
+fn a_running_demo_is_ended_by_down() {
+    if !common::root() {
+        return;
+    }
+    let lab = common::lab_name("down");
+    let mut child = demo(&lab, &[]);
+    let holders = holders(&lab);
+    assert!(demo(&lab, &["--down"]).wait().expect("status").success());
+    assert_eq!(child.wait().expect("status").code(), Some(143), "told to end");
+    assert_no_trace(&lab, &holders);
+}
+
+#[test]
 fn a_killed_demo_is_removed_by_down() {
     if !common::root() {
         return;

@@ -39,13 +39,61 @@ fn what_a_crashed_owner_left_is_removed_by_name_alone() {
     let mut lab = Lab::create(&common::lab_name("crash"), common::programs()).expect("lab");
     let name = lab.name().to_owned();
     let pid = lab.add_namespace("n1", Kind::Node).expect("node").pid();
-    lab.keep();
+    lab.keep().expect("kept");
     drop(lab); // as after SIGKILL of the owner: nobody took it down
     assert!(std::path::Path::new(&format!("/proc/{pid}/ns/net")).exists());
     testbed::lab::down(&name).expect("down by name");
     assert!(!State::dir(&name).exists());
     let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     assert!(state.is_empty() || state.contains(") Z"), "holder still runs: {state}");
+}
+
+#[test]
+fn a_kept_lab_is_not_replaced_until_it_is_taken_down() {
+    if !common::root() {
+        return;
+    }
+    let name = common::lab_name("kept");
+    let mut lab = Lab::create(&name, common::programs()).expect("lab");
+    lab.add_namespace("n1", Kind::Node).expect("node");
+    lab.keep().expect("kept");
+    drop(lab);
+    // Its maker has ended since.
+    let mut state = State::load(&name).expect("state").expect("a lab");
+    state.owner.start_ticks -= 1;
+    state.store().expect("stored");
+    let refused = Lab::create(&name, common::programs()).expect_err("a kept lab was replaced");
+    assert!(refused.to_string().contains("--down"), "{refused}");
+    assert!(state.namespaces[0].holder.is_alive());
+    testbed::lab::down(&name).expect("down");
+    assert!(!state.namespaces[0].holder.is_alive());
+    Lab::create(&name, common::programs()).expect("the name is free again");
+}
+
+#[test]
+fn of_labs_that_begin_at_once_under_one_name_one_gets_it() {
+    if !common::root() {
+        return;
+    }
+    let name = common::lab_name("once");
+    let made: Vec<_> = std::thread::scope(|scope| {
+        let makers: Vec<_> =
+            (0..8).map(|_| scope.spawn(|| Lab::create(&name, common::programs()))).collect();
+        makers.into_iter().map(|maker| maker.join().expect("no panic")).collect()
+    });
+    assert_eq!(made.iter().filter(|lab| lab.is_ok()).count(), 1);
+}
+
+#[test]
+fn a_lab_whose_record_is_lost_ends_with_its_owner() {
+    if !common::root() {
+        return;
+    }
+    let lab = Lab::create(&common::lab_name("lost"), common::programs()).expect("lab");
+    let holder = lab.add_namespace("n1", Kind::Node).expect("node").pid();
+    std::fs::remove_dir_all(lab.dir()).expect("somebody tidied up");
+    lab.down().expect("down");
+    assert!(!std::path::Path::new(&format!("/proc/{holder}/ns/net")).exists());
 }
 
 #[test]

@@ -7,6 +7,7 @@
 //!
 //! Progress goes to stderr; stdout carries the report, or one JSON document with `--json`.
 
+mod interrupt;
 mod picture;
 mod report;
 mod tables;
@@ -16,10 +17,10 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use crate::cluster::Cluster;
-use crate::lab::{self, Lab, Programs, Stopper, hybrid_plan};
+use crate::lab::{self, Lab, Programs, hybrid_plan};
 use crate::oracle::{self, Oracle};
 use crate::traffic::{self, Family, GapProbe, PairResult};
 
@@ -40,6 +41,9 @@ const PROBE_EVERY: Duration = Duration::from_millis(2);
 /// How long throughput is measured.
 const THROUGHPUT_TIME: Duration = Duration::from_secs(2);
 
+/// Name of the lab unless told otherwise.
+const DEFAULT_LAB: &str = "demo";
+
 #[derive(Debug, Clone, clap::Args)]
 pub struct DemoOptions {
     /// One JSON document on stdout instead of the report
@@ -52,10 +56,10 @@ pub struct DemoOptions {
     #[arg(long)]
     pub down: bool,
     /// Where the picture of the mesh goes
-    #[arg(long, default_value = "mesh.svg")]
+    #[arg(long, value_name = "FILE", default_value = "mesh.svg")]
     pub svg: PathBuf,
     /// Name of the lab, to run more than one
-    #[arg(long, hide = true, default_value = "demo")]
+    #[arg(long, hide = true, default_value = DEFAULT_LAB)]
     pub lab: String,
 }
 
@@ -67,21 +71,32 @@ pub fn run(options: &DemoOptions) -> Result<bool> {
         progress("the demo cluster is gone");
         return Ok(true);
     }
+    picture::check_place(&options.svg)?;
     let begin = Instant::now();
-    let lab = Lab::create(&options.lab, Programs::beside(&std::env::current_exe()?)?)?;
-    take_down_on_signal(lab.stopper())?;
-    let (cluster, mut report) = show(lab)?;
-    write_picture(&options.svg, &report.picture)?;
-    progress(&format!("picture of the mesh: {}", options.svg.display()));
-    if options.keep {
-        let enter = tables::how_to_enter(&cluster);
-        let mut lab = cluster.into_lab();
-        lab.keep();
-        report.enter = Some(enter);
-    } else {
-        progress("taking the cluster down");
-        cluster.into_lab().down()?;
+    let programs = Programs::beside(&std::env::current_exe()?)?;
+    let signals = interrupt::Signals::listen()?;
+    let lab = Lab::create(&options.lab, programs)?;
+    signals.take_down(lab.stopper())?;
+    let result = report_on(lab, options, begin);
+    // The lab was taken from under us: whoever does it ends the program.
+    interrupt::wait_if_interrupted();
+    result
+}
+
+/// Shows the mesh, takes the lab down or keeps it, and prints the report, also one of a demo that got stuck.
+fn report_on(lab: Lab, options: &DemoOptions, begin: Instant) -> Result<bool> {
+    let mut report = Report::default();
+    match show(lab, &mut report) {
+        Ok(cluster) => {
+            match picture::write(&options.svg, &report.picture) {
+                Ok(()) => progress(&format!("picture of the mesh: {}", options.svg.display())),
+                Err(error) => report.problems.push(format!("{error:#}")),
+            }
+            end(cluster, options.keep, &mut report)?;
+        }
+        Err(error) => report.problems.push(format!("{error:#}")),
     }
+    interrupt::wait_if_interrupted();
     report.duration_s = begin.elapsed().as_secs_f64();
     let mut out = std::io::stdout().lock();
     if options.json {
@@ -99,64 +114,76 @@ pub fn run(options: &DemoOptions) -> Result<bool> {
     Ok(report.problems.is_empty())
 }
 
-/// Everything between an empty lab and a finished report.
-fn show(lab: Lab) -> Result<(Cluster, Report)> {
+fn end(cluster: Cluster, keep: bool, report: &mut Report) -> Result<()> {
+    if keep {
+        report.enter = Some(tables::how_to_enter(&cluster));
+        return cluster.into_lab().keep();
+    }
+    progress("taking the cluster down");
+    cluster.into_lab().down()
+}
+
+/// Everything between an empty lab and a finished report. What was found before an error stands in the report.
+fn show(lab: Lab, report: &mut Report) -> Result<Cluster> {
     progress("building two clouds, a home behind NAT and the internet between them");
     let mut cluster = Cluster::build(lab, &hybrid_plan())?;
     let watch = cluster.watch()?;
     progress("oracle: leaking in clear from every node, on purpose");
     let caught = oracle::prove(cluster.lab(), &watch, &cluster.leaks()?)?;
+    report.canary_caught = caught.plaintext_packets > 0;
     progress(&format!(
         "oracle: caught {} leaked packets; from now on there must be none",
         caught.plaintext_packets
     ));
     let oracle = Oracle::start(cluster.lab(), &watch)?;
+    let shown = show_mesh(&mut cluster, report);
+    let seen = oracle.finish()?;
+    progress(&format!(
+        "oracle: {} packets captured, {} in clear",
+        seen.captured_packets, seen.plaintext_packets
+    ));
+    report.plaintext_packets = seen.plaintext_packets;
+    report.captured_packets = seen.captured_packets;
+    report.lost_packets = seen.lost_packets;
+    report.problems.extend(report::problems(&report.pairs, &seen));
+    report.problems.extend(cluster.logged_errors());
+    shown.map(|()| cluster)
+}
 
+/// What happens under the eyes of the oracle.
+fn show_mesh(cluster: &mut Cluster, report: &mut Report) -> Result<()> {
     progress("starting meshd on every node");
     cluster.start_every_meshd()?;
     cluster.wait_node_files(STEP_TIMEOUT)?;
     cluster.wait_all_meshed(STEP_TIMEOUT)?;
     progress("making pods with the CNI plugin");
     cluster.add_pods(2)?;
-    let nodes = cluster.facts()?;
-    progress(&tables::nodes(&nodes));
+    report.nodes = cluster.facts()?;
+    progress(&tables::nodes(&report.nodes));
 
-    let pairs = matrix(&cluster);
-    progress(&tables::matrix(&pairs));
+    report.pairs = matrix(cluster);
+    progress(&tables::matrix(&report.pairs));
+    match picture::of(cluster, &report.pairs) {
+        Ok(picture) => report.picture = picture,
+        Err(error) => report.problems.push(format!("picture of the mesh: {error:#}")),
+    }
+    match throughput(cluster) {
+        Ok(gbps) => report.throughput_gbps = gbps,
+        Err(error) => report.problems.push(format!("TCP throughput between clouds: {error:#}")),
+    }
+    match restart(cluster) {
+        Ok(gap) => report.restart_gap_ms = Some(gap.longest_ms),
+        Err(error) => report.problems.push(format!("restart of meshd on {KILLED}: {error:#}")),
+    }
+    Ok(())
+}
+
+fn throughput(cluster: &Cluster) -> Result<f64> {
     progress("TCP throughput between clouds");
     let (from, to) = (cluster.party("a1-pod1")?, cluster.party("b1-pod1")?);
-    let throughput_gbps =
-        traffic::throughput_gbps(&from, &to, Family::V4, &cluster.canary, THROUGHPUT_TIME)?;
-    progress(&format!("{throughput_gbps:.2} Gbit/s from {} to {}", from.name, to.name));
-    let picture = picture::of(&cluster, &pairs)?;
-    let gap = restart(&mut cluster)?;
-    progress(&format!(
-        "silent for {:.0} ms, {} of {} answered",
-        gap.longest_ms, gap.answered, gap.sent
-    ));
-
-    let seen = oracle.finish()?;
-    progress(&format!(
-        "oracle: {} packets captured, {} in clear",
-        seen.captured_packets, seen.plaintext_packets
-    ));
-    let mut problems = report::problems(&pairs, &seen);
-    problems.extend(cluster.logged_errors());
-    let report = Report {
-        nodes,
-        pairs,
-        throughput_gbps,
-        canary_caught: caught.plaintext_packets > 0,
-        plaintext_packets: seen.plaintext_packets,
-        captured_packets: seen.captured_packets,
-        lost_packets: seen.lost_packets,
-        restart_gap_ms: gap.longest_ms,
-        duration_s: 0.0,
-        problems,
-        picture,
-        enter: None,
-    };
-    Ok((cluster, report))
+    let gbps = traffic::throughput_gbps(&from, &to, Family::V4, &cluster.canary, THROUGHPUT_TIME)?;
+    progress(&format!("{gbps:.2} Gbit/s from {} to {}", from.name, to.name));
+    Ok(gbps)
 }
 
 /// Every pod to every other, with a line of progress now and then.
@@ -190,43 +217,12 @@ fn restart(cluster: &mut Cluster) -> Result<traffic::Gap> {
     cluster.start_meshd(KILLED)?;
     let before = probe.answered();
     probe.wait_for_answers(before + 100).context("traffic did not come back after the restart")?;
-    probe.finish(since)
-}
-
-/// Ctrl-C and SIGTERM end the lab before the program.
-fn take_down_on_signal(stopper: Stopper) -> Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (mut interrupt, mut terminate) = {
-        let _inside = runtime.enter();
-        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
-    };
-    std::thread::spawn(move || {
-        runtime.block_on(async {
-            tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
-            }
-        });
-        progress("interrupted: taking the cluster down");
-        if let Err(error) = stopper.down() {
-            progress(&format!("{error:#}"));
-        }
-        std::process::exit(130);
-    });
-    Ok(())
-}
-
-/// The picture belongs to whoever called sudo.
-fn write_picture(path: &std::path::Path, picture: &Picture) -> Result<()> {
-    std::fs::write(path, picture.to_svg())
-        .with_context(|| format!("cannot write {}", path.display()))?;
-    let id = |name: &str| std::env::var(name).ok()?.parse::<u32>().ok();
-    if let (Some(user), Some(group)) = (id("SUDO_UID"), id("SUDO_GID")) {
-        std::os::unix::fs::chown(path, Some(user), Some(group))?;
-    }
-    ensure!(path.exists(), "{} vanished", path.display());
-    Ok(())
+    let gap = probe.finish(since)?;
+    progress(&format!(
+        "silent for {:.0} ms, {} of {} answered",
+        gap.longest_ms, gap.answered, gap.sent
+    ));
+    Ok(gap)
 }
 
 fn progress(text: &str) {

@@ -3,8 +3,12 @@
 use std::collections::BTreeMap;
 use std::f64::consts::TAU;
 use std::fmt::Write;
+use std::fs::{self, Permissions};
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use mesh_types::status::PathKind;
 
 use crate::cluster::Cluster;
@@ -73,6 +77,43 @@ pub(super) fn of(cluster: &Cluster, pairs: &[PairResult]) -> Result<Picture> {
         }
     }
     Ok(picture)
+}
+
+/// Whether a picture can go to `path`: asked before a minute of work.
+pub(super) fn check_place(path: &Path) -> Result<()> {
+    ensure!(!path.is_dir(), "{} is a folder: name a file for the picture", path.display());
+    let folder = folder(path);
+    ensure!(folder.is_dir(), "there is no folder {} for the picture", folder.display());
+    Ok(())
+}
+
+/// Writes the picture, for whoever called sudo. It replaces a file in one step and never writes through a link that
+/// somebody laid where everybody may write; what is no file (a pipe, /dev/null) is written to.
+pub(super) fn write(path: &Path, picture: &Picture) -> Result<()> {
+    let describe = || format!("cannot write the picture {}", path.display());
+    if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+        return fs::write(path, picture.to_svg()).with_context(describe);
+    }
+    let mut file = tempfile::Builder::new()
+        .prefix(".mesh-")
+        .permissions(Permissions::from_mode(0o644))
+        .tempfile_in(folder(path))
+        .with_context(describe)?;
+    file.write_all(picture.to_svg().as_bytes()).with_context(describe)?;
+    let id = |name: &str| std::env::var(name).ok()?.parse::<u32>().ok();
+    if let (Some(user), Some(group)) = (id("SUDO_UID"), id("SUDO_GID")) {
+        std::os::unix::fs::fchown(file.as_file(), Some(user), Some(group))
+            .with_context(describe)?;
+    }
+    file.persist(path).with_context(describe)?;
+    Ok(())
+}
+
+fn folder(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
 }
 
 impl Picture {
@@ -340,6 +381,30 @@ mod tests {
                 assert!(distance > 3.0 * NODE_RADIUS, "{place:?} and {other:?}");
             }
         }
+    }
+
+    #[test]
+    fn the_picture_replaces_a_file_or_link_and_writes_into_what_is_neither() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (picture, other) = (folder.path().join("mesh.svg"), folder.path().join("other"));
+        fs::write(&other, "kept").expect("written");
+        std::os::unix::fs::symlink(&other, &picture).expect("a link");
+        write(&picture, &sample()).expect("written");
+        assert_eq!(fs::read_to_string(&other).expect("read"), "kept", "written through a link");
+        assert!(fs::read_to_string(&picture).expect("read").contains("cloud A"));
+        assert_eq!(fs::metadata(&picture).expect("there").permissions().mode() & 0o777, 0o644);
+        assert_eq!(fs::read_dir(folder.path()).expect("listed").count(), 2, "no scratch file");
+        write(Path::new("/dev/null"), &sample()).expect("swallowed");
+        assert!(!fs::metadata("/dev/null").expect("there").is_file());
+    }
+
+    #[test]
+    fn a_place_for_the_picture_is_asked_for_beforehand() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert!(check_place(folder.path()).is_err());
+        assert!(check_place(&folder.path().join("none/mesh.svg")).is_err());
+        assert!(check_place(&folder.path().join("mesh.svg")).is_ok());
+        assert!(check_place(Path::new("mesh.svg")).is_ok());
     }
 
     #[test]

@@ -7,11 +7,12 @@ use crate::cluster::NodeFacts;
 use crate::oracle;
 use crate::traffic::PairResult;
 
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Report {
     pub nodes: Vec<NodeFacts>,
     /// Every ordered pair of pods, family and protocol.
     pub pairs: Vec<PairResult>,
+    /// TCP between clouds; 0 when it could not be measured, which is a problem.
     pub throughput_gbps: f64,
     /// Whether the oracle caught the deliberate leak.
     pub canary_caught: bool,
@@ -19,8 +20,9 @@ pub struct Report {
     pub captured_packets: u64,
     /// Packets the oracle could not look at; more than none is a failure.
     pub lost_packets: u64,
-    /// Longest silence between two pods while one node's daemon was killed and started again.
-    pub restart_gap_ms: f64,
+    /// Longest silence between two pods while one node's daemon was killed and started again; none when they never
+    /// heard of each other again, which is a problem.
+    pub restart_gap_ms: Option<f64>,
     pub duration_s: f64,
     /// Why the exit status is not 0; empty when it is.
     pub problems: Vec<String>,

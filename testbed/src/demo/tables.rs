@@ -77,14 +77,14 @@ pub(super) fn report(report: &Report) -> String {
         text,
         "\n\nTCP between clouds   {:.2} Gbit/s\n\
          plaintext oracle     deliberate leak {}, then {} of {} packets in clear ({} not seen)\n\
-         meshd killed         pods silent for {:.0} ms\n\
+         meshd killed         pods silent for {}\n\
          took                 {:.1} s\n\n{verdict}\n",
         report.throughput_gbps,
         if report.canary_caught { "caught" } else { "NOT caught" },
         report.plaintext_packets,
         report.captured_packets,
         report.lost_packets,
-        report.restart_gap_ms,
+        report.restart_gap_ms.map_or("good".to_owned(), |gap| format!("{gap:.0} ms")),
         report.duration_s,
     );
     text
@@ -93,9 +93,11 @@ pub(super) fn report(report: &Report) -> String {
 /// Commands for a shell in each node and pod.
 pub(super) fn how_to_enter(cluster: &Cluster) -> String {
     let mut text = "the cluster stays up; enter it with\n".to_owned();
-    let meshd = cluster.lab().programs().meshd.display();
+    let meshd = quoted(&cluster.lab().programs().meshd.display().to_string());
+    // Who is root without sudo may not have it.
+    let sudo = if std::env::var_os("SUDO_UID").is_some() { "sudo " } else { "" };
     for (plan, node) in &cluster.net.nodes {
-        let enter = format!("sudo nsenter -t {} -m -u -i -n -p", node.pid());
+        let enter = format!("{sudo}nsenter -t {} -m -u -i -n -p", node.pid());
         let _ = writeln!(text, "  node {:<8} {enter} bash", plan.name);
         let _ = writeln!(text, "       status  {enter} {meshd} status");
         for pod in cluster.pods.iter().filter(|pod| pod.node.name() == plan.name) {
@@ -104,8 +106,21 @@ pub(super) fn how_to_enter(cluster: &Cluster) -> String {
             let _ = writeln!(text, "  pod  {:<8} {enter} ip netns exec {name} bash", pod.name);
         }
     }
-    text.push_str("and remove every trace of it with\n  ./testbed/demo --down");
+    let script = std::env::var("TESTBED_DEMO").unwrap_or_else(|_| "./testbed/demo".to_owned());
+    let _ = write!(text, "and remove every trace of it with\n  {} --down", quoted(&script));
+    if cluster.lab().name() != super::DEFAULT_LAB {
+        let _ = write!(text, " --lab {}", cluster.lab().name());
+    }
     text
+}
+
+/// As a shell reads it back.
+fn quoted(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+".contains(c);
+    if text.chars().all(plain) {
+        return text.to_owned();
+    }
+    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 pub(super) fn protocol(protocol: Protocol) -> &'static str {
@@ -141,4 +156,15 @@ fn rows_to_text(rows: &[Vec<String>]) -> String {
         text.push('\n');
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_with_blanks_or_quotes_can_be_pasted_into_a_shell() {
+        assert_eq!(quoted("/home/a-b/meshd"), "/home/a-b/meshd");
+        assert_eq!(quoted("/home/it's me/x"), r"'/home/it'\''s me/x'");
+    }
 }

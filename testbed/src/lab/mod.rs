@@ -12,7 +12,8 @@
 //! Nothing outside the holder's namespaces is touched: links, addresses, mounts, nftables and pods (bound below
 //! `/run/netns` in the node's own mount namespace) end with it. So `down` is: kill the holders named in the state
 //! file, remove the directory. A holder waits for a word from its maker until it stands in the state file and ends
-//! without it, so that no crash leaves a process that nothing names.
+//! without it, so that no crash leaves a process that nothing names. Labs are made and removed one at a time: the
+//! common folder is locked meanwhile.
 
 mod holder;
 mod namespace;
@@ -26,14 +27,17 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
 
 pub use holder::{HolderOptions, hold};
 pub(crate) use namespace::last_lines;
 pub use namespace::{Daemon, Namespace, run_in_netns};
 pub use pod::{CNI_CONFIG, Pod, PodRequest};
 pub use process::ProcessRef;
+use state::Turn;
 pub use state::{Kind, LinkState, NamespaceState, State};
 pub use topology::{
     API_ADDRESS_V4, API_ADDRESS_V6, CLUSTER_CIDRS, Hybrid, NodePlan, Wiring, hybrid_plan,
@@ -41,6 +45,9 @@ pub use topology::{
 
 /// Where labs keep their state; a tmpfs on every distribution, so a reboot forgets it with the namespaces.
 pub const LABS_DIR: &str = "/run/meshd-testbed";
+
+/// Who is told to end takes its lab down, which may wait 10 s for a process.
+const OWNER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The programs a lab runs.
 #[derive(Debug, Clone)]
@@ -106,16 +113,25 @@ impl Stopper {
 }
 
 impl Lab {
-    /// An empty lab. What a dead owner of the same name left behind is removed first; a living one is an error.
+    /// An empty lab. What a dead owner of the same name left behind is removed first; a living one and a kept lab
+    /// are errors.
     pub fn create(name: &str, programs: Programs) -> Result<Self> {
         require_root()?;
         check_name(name)?;
-        if let Some(old) = State::load(name)?
-            && old.owner.is_alive()
-        {
-            bail!("lab {name} is in use by process {}; end that one first", old.owner.pid);
+        let _turn = Turn::wait(true)?;
+        if let Some(old) = State::load(name)? {
+            let up = old.namespaces.iter().any(|entry| entry.holder.is_alive());
+            ensure!(
+                !old.owner.is_alive(),
+                "lab {name} is in use by process {}: wait for it, or remove it first (--down)",
+                old.owner.pid
+            );
+            ensure!(
+                !(old.kept && up),
+                "lab {name} was kept and is still up: remove it first (--down)"
+            );
         }
-        down(name)?;
+        remove(name)?;
         let state = State::new(name)?;
         state.store()?;
         let inner = Inner { state, wrappers: Vec::new(), closed: false };
@@ -139,9 +155,13 @@ impl Lab {
         Stopper(Arc::clone(&self.shared))
     }
 
-    /// Leaves everything running when this value goes.
-    pub fn keep(&mut self) {
+    /// Leaves everything running when this value goes, until [`down`].
+    pub fn keep(&mut self) -> Result<()> {
+        let mut inner = self.shared.open()?;
+        inner.state.kept = true;
+        inner.state.store()?;
         self.keep = true;
+        Ok(())
     }
 
     /// Removes every trace of the lab.
@@ -279,17 +299,37 @@ impl Shared {
         if std::mem::replace(&mut inner.closed, true) {
             return Ok(());
         }
-        let result = down(&self.name);
+        // Ours, even if somebody removed the state file under us.
+        let ended: Result<()> =
+            inner.state.namespaces.iter().try_for_each(|entry| entry.holder.kill_and_wait());
+        let result = down(&self.name).and(ended);
         for wrapper in &mut inner.wrappers {
+            // It ends with its holder; one that does not must not hold us up.
+            let _ = wrapper.kill();
             let _ = wrapper.wait();
         }
         result
     }
 }
 
-/// Removes every trace of a lab, whoever made it. No lab of that name is fine.
+/// Removes every trace of a lab, whoever made it; who still runs it is ended first. No lab of that name is fine.
 pub fn down(name: &str) -> Result<()> {
     check_name(name)?;
+    if let Some(owner) = State::load(name)?.map(|state| state.owner)
+        && owner.pid != std::process::id()
+        && !owner.signal_and_wait(Signal::TERM, OWNER_TIMEOUT)?
+    {
+        owner.kill_and_wait()?;
+    }
+    let Some(_turn) = Turn::wait(false)? else { return Ok(()) };
+    remove(name)?;
+    // The last lab takes the common folder along; another lab in it is no error.
+    let _ = fs::remove_dir(LABS_DIR);
+    Ok(())
+}
+
+/// As [`down`], for who holds the turn.
+fn remove(name: &str) -> Result<()> {
     if let Some(state) = State::load(name)? {
         for entry in &state.namespaces {
             entry.holder.kill()?;
@@ -302,13 +342,10 @@ pub fn down(name: &str) -> Result<()> {
     let dir = State::dir(name);
     match fs::remove_dir_all(&dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("cannot remove {}", dir.display()));
+            Err(error).with_context(|| format!("cannot remove {}", dir.display()))
         }
-        _ => {}
+        _ => Ok(()),
     }
-    // The last lab takes the common folder along; another lab in it is no error.
-    let _ = fs::remove_dir(LABS_DIR);
-    Ok(())
 }
 
 /// One clear line for everybody who is not root.

@@ -1,9 +1,9 @@
 //! A process named so that it cannot be confused with a later one of the same pid.
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -54,17 +54,30 @@ impl ProcessRef {
 
     /// SIGKILL and wait until it has ended.
     pub fn kill_and_wait(&self) -> Result<()> {
-        let Some(fd) = self.open()? else { return Ok(()) };
-        match pidfd_send_signal(&fd, Signal::KILL) {
+        ensure!(
+            self.signal_and_wait(Signal::KILL, END_TIMEOUT)?,
+            "process {} did not end within {END_TIMEOUT:?} of SIGKILL",
+            self.pid
+        );
+        Ok(())
+    }
+
+    /// Sends `signal` and waits; whether the process is gone. One that was gone before counts, too.
+    pub fn signal_and_wait(&self, signal: Signal, timeout: Duration) -> Result<bool> {
+        let Some(fd) = self.open()? else { return Ok(true) };
+        match pidfd_send_signal(&fd, signal) {
             Ok(()) | Err(Errno::SRCH) => {}
-            Err(error) => bail!("cannot kill process {}: {error}", self.pid),
+            Err(error) => bail!("cannot signal process {}: {error}", self.pid),
         }
-        let timeout = Timespec::try_from(END_TIMEOUT).context("timeout")?;
-        let mut fds = [PollFd::new(&fd, PollFlags::IN)];
-        match poll(&mut fds, Some(&timeout)) {
-            Ok(0) => bail!("process {} did not end within {END_TIMEOUT:?} of SIGKILL", self.pid),
-            Ok(_) => Ok(()),
-            Err(error) => bail!("cannot wait for process {}: {error}", self.pid),
+        let end = Instant::now() + timeout;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).context("timeout")?;
+            match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&left)) {
+                Ok(ready) => return Ok(ready > 0),
+                Err(Errno::INTR) => {}
+                Err(error) => bail!("cannot wait for process {}: {error}", self.pid),
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -18,6 +19,9 @@ pub struct State {
     pub lab: String,
     /// The testbed process that made the lab; gone when the lab was kept.
     pub owner: ProcessRef,
+    /// Left up on purpose: another lab of the same name must not replace it.
+    #[serde(default)]
+    pub kept: bool,
     pub namespaces: Vec<NamespaceState>,
     pub links: Vec<LinkState>,
 }
@@ -68,6 +72,7 @@ impl State {
             version: STATE_VERSION,
             lab: lab.to_owned(),
             owner: ProcessRef::this()?,
+            kept: false,
             namespaces: Vec::new(),
             links: Vec::new(),
         })
@@ -111,6 +116,36 @@ impl State {
         file.write_all(&serde_json::to_vec_pretty(self)?)?;
         fs::rename(&temporary, dir.join("state.json"))?;
         Ok(())
+    }
+}
+
+/// Held while a lab of this machine is made or removed: two that begin at once must not share a name.
+#[derive(Debug)]
+pub(super) struct Turn(#[expect(dead_code, reason = "closing it gives the turn away")] fs::File);
+
+impl Turn {
+    /// Waits for our turn; `None` when there is no lab at all and none is to be made.
+    pub(super) fn wait(make: bool) -> Result<Option<Self>> {
+        loop {
+            if make {
+                make_dir(Path::new(LABS_DIR)).with_context(|| format!("cannot make {LABS_DIR}"))?;
+            }
+            let dir = match fs::File::open(LABS_DIR) {
+                Ok(dir) => dir,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound && !make => {
+                    return Ok(None);
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error).with_context(|| format!("cannot open {LABS_DIR}")),
+            };
+            rustix::fs::flock(&dir, rustix::fs::FlockOperation::LockExclusive)
+                .with_context(|| format!("cannot lock {LABS_DIR}"))?;
+            // The last lab takes the folder along; then the next turn is at the new one.
+            let now = fs::metadata(LABS_DIR).ok().map(|now| now.ino());
+            if now == Some(dir.metadata()?.ino()) {
+                return Ok(Some(Self(dir)));
+            }
+        }
     }
 }
 
