@@ -6,6 +6,7 @@ mod common;
 
 use std::net::{IpAddr, UdpSocket};
 
+use netcfg::capture::Capture;
 use testbed::canary::Canary;
 use testbed::lab::{CLUSTER_CIDRS, Hybrid, Lab, hybrid_plan};
 use testbed::oracle::{self, Leak, Oracle, Watch};
@@ -75,4 +76,33 @@ fn an_oracle_that_saw_nothing_is_not_believed() {
     }
     let lab = Lab::create(&common::lab_name("nothing"), common::programs()).expect("lab");
     assert!(Oracle::start(&lab, &watch()).is_err(), "no wire");
+}
+
+#[test]
+fn frames_nobody_read_in_time_are_told() {
+    if !common::root() {
+        return;
+    }
+    let lab = Lab::create(&common::lab_name("blind"), common::programs()).expect("lab");
+    let cluster = Hybrid::build(&lab, &hybrid_plan()[..2]).expect("topology");
+    let mut capture =
+        cluster.internet.run_in(|| Capture::open("to-a1")).expect("a capture of the wire to a1");
+    assert_eq!(capture.lost().expect("asked"), 0);
+    // Each is 41 fragments of some 2 KiB of kernel memory: over 300 MiB where 128 MiB may wait.
+    cluster
+        .node("a1")
+        .expect("node")
+        .run_in(|| {
+            let socket = UdpSocket::bind("0.0.0.0:0")?;
+            for _ in 0..4_000 {
+                socket.send_to(&[0; 60_000], "198.51.100.12:9")?;
+            }
+            Ok(())
+        })
+        .expect("traffic");
+    let mut seen = 0u64;
+    while capture.receive(&mut [0; 64]).is_ok() {
+        seen += 1;
+    }
+    assert!(seen > 0 && capture.lost().expect("asked") > 0, "{seen} frames seen, none lost");
 }
