@@ -10,11 +10,16 @@ die() { say "error: $*"; exit 1; }
 export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 # become_root SCRIPT ARGS...: namespaces need root; run the script again through sudo where we are not. sudo would
-# replace PATH by its own, and with it lose the caller's cargo and go.
+# replace PATH by its own, and with it lose the caller's cargo and go; and a network behind a proxy needs its name.
 become_root() {
     [ "$(id -u)" -eq 0 ] && return
     command -v sudo >/dev/null || die "this needs root and there is no sudo: run it as root"
-    exec sudo --preserve-env=CI,CARGO_HOME,RUSTUP_HOME,CARGO_TARGET_DIR -- env "PATH=$PATH" bash "$@"
+    local name kept=("PATH=$PATH")
+    for name in CI CARGO_HOME RUSTUP_HOME CARGO_TARGET_DIR GOPROXY GOSUMDB SSL_CERT_FILE \
+        http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY; do
+        [ -z "${!name:-}" ] || kept+=("$name=${!name}")
+    done
+    exec sudo -- env "${kept[@]}" bash "$@"
 }
 
 # choose_builder: who builds, after use_target_dir. What root builds in somebody's checkout, they could neither rebuild

@@ -4,6 +4,7 @@
 //!   client ── TLS ── http.rs ── auth.rs (who, may they) ── store.rs (objects, versions, event log)
 //!                      │                                     │ apply.rs  server-side apply, field ownership
 //!                      └── watch.rs  list, watch, bookmarks  │ fields.rs which list is a map, set or atom
+//!                          selector.rs  which objects       │
 //!                                                            └ merge patch (RFC 7396)
 //!   test ───────── ApiHandle: compact, drop watches, stall, refuse, delay
 //! ```
