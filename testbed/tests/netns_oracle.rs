@@ -79,6 +79,19 @@ fn an_oracle_that_saw_nothing_is_not_believed() {
 }
 
 #[test]
+fn an_oracle_that_misses_a_deliberate_leak_is_not_believed() {
+    if !common::root() {
+        return;
+    }
+    let lab = Lab::create(&common::lab_name("miss"), common::programs()).expect("lab");
+    let cluster = Hybrid::build(&lab, &hybrid_plan()[..2]).expect("topology");
+    // To itself: it crosses no wire, so the oracle cannot see it.
+    let leak = Leak::new(cluster.node("a1").expect("node"), &addresses(&["198.51.100.11"]));
+    let refused = oracle::prove(&lab, &watch(), &[leak]).expect_err("a missed leak");
+    assert!(refused.to_string().contains("cannot be believed"), "{refused}");
+}
+
+#[test]
 fn frames_nobody_read_in_time_are_told() {
     if !common::root() {
         return;
