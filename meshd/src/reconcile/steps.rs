@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipam::disk::RealDisk;
 use ipam::owner::{Owner, OwnerHash};
 use ipam::store::{Pods, Store};
-use mesh_core::cluster::{Desired, DesiredPeer};
+use mesh_core::cluster::{Desired, DesiredPeer, Refusal};
 use mesh_types::attachment::Attachment;
 use mesh_types::netstate::NetState;
 use mesh_types::node_file::{NODE_FILE_VERSION, NodeFile};
@@ -222,11 +222,18 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
 
     /// Facts for people, the own record for publishing, names for the resolver.
     pub(super) fn tell(&mut self, wanted: &Desired) {
-        let own = match wanted.own.problems.first() {
-            None => Ok(()),
-            Some(problem) => Err(format!("node {}: {problem}", self.local.name)),
-        };
-        self.out.view.set_condition(condition::OWN_NODE, own);
+        let (minor, grave): (Vec<_>, Vec<_>) =
+            wanted.own.problems.iter().partition(|problem| problem.is_minor());
+        let text = |problem: &&Refusal| format!("node {}: {problem}", self.local.name);
+        match (grave.first(), minor.first()) {
+            (Some(problem), _) => {
+                self.out.view.set_condition(condition::OWN_NODE, Err(text(problem)));
+            }
+            (None, Some(problem)) => {
+                self.out.view.set_condition_ok(condition::OWN_NODE, text(problem));
+            }
+            (None, None) => self.out.view.set_condition(condition::OWN_NODE, Ok(())),
+        }
         if self.roster {
             self.out.view.set_condition(condition::PUBLISHED, self.own_key_in_roster());
         }

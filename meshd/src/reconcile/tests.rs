@@ -420,3 +420,22 @@ fn addresses_of_an_earlier_boot_are_freed_without_the_plugin() {
     bench.reconciler.turn(Scope::Records);
     assert_eq!(records(&bench), 0);
 }
+
+#[test]
+fn a_misspelt_annotation_of_the_own_node_is_told_and_a_pod_cidr_that_is_refused_is_not_ready() {
+    let mut bench = bench();
+    let misspelt = RawNode { endpoint_override: Some("no port".into()), ..node(1) };
+    let _ = bench.reconciler.hear(ClusterEvent::Reset(vec![misspelt, node(2)]));
+    bench.reconciler.turn(Scope::All);
+    let (ok, message) = condition_of(&bench.view, condition::OWN_NODE);
+    assert!(ok && message.contains("no port"), "{message}");
+    let outside = RawNode {
+        pod_cidrs: vec!["10.244.1.0/24".into(), "10.9.0.0/24".into()],
+        endpoint_override: Some("no port".into()),
+        ..node(1)
+    };
+    let _ = bench.reconciler.hear(ClusterEvent::Apply(outside));
+    bench.reconciler.turn(Scope::Records);
+    let (ok, message) = condition_of(&bench.view, condition::OWN_NODE);
+    assert!(!ok && message.contains("10.9.0.0/24"), "{message}");
+}

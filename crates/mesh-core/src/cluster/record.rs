@@ -139,6 +139,12 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// Whether it costs a node candidates or what it publishes anew, and none of its addresses.
+    pub fn is_minor(&self) -> bool {
+        use Refusal::{Address, Endpoints, Key, Override, OverrideUnresolved};
+        matches!(self, Key(_) | Endpoints(_) | Override(_) | OverrideUnresolved(_) | Address(_))
+    }
+
     /// Label for metrics.
     pub fn label(&self) -> &'static str {
         match self {
