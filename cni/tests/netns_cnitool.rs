@@ -53,8 +53,15 @@ impl<'a> Tool<'a> {
 
     fn call(&self, verb: &str, id: &str, capabilities: &Value) -> Answer {
         let plugins = Path::new(PLUGIN).parent().unwrap();
+        // cnitool remembers attachments machine-wide, and its gc takes away those of other tests: each node has a memory
+        // of its own.
+        let memory = self.node.dir.path().join("cnitool");
+        std::fs::create_dir_all(&memory).unwrap();
         let output = Command::new("nsenter")
             .arg(format!("--net={}", self.node.netns().display()))
+            .args(["unshare", "--mount", "sh", "-ec"])
+            .arg("mkdir -p /var/lib/cni; mount --bind \"$0\" /var/lib/cni; exec \"$@\"")
+            .arg(&memory)
             .arg(self.tools.join("cnitool"))
             .args([verb, "mesh"])
             .arg(self.node.pod_path(id))
