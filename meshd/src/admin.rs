@@ -3,6 +3,7 @@
 //! ```text
 //! TCP  127.0.0.1:15191    /healthz /readyz /metrics            nothing secret, anybody on the host
 //! unix RUN_DIR/meshd.sock /healthz /readyz /metrics /status    0600 in a 0700 directory, root only
+//! unix --probe-socket     /healthz /readyz                     for probes of this very pod: no other daemon has it
 //! ```
 
 use std::io;
@@ -51,12 +52,17 @@ const SILENCE_MAX: Duration = Duration::from_secs(20);
 pub struct Admin {
     tcp: TcpListener,
     unix: UnixListener,
+    probe: Option<UnixListener>,
 }
 
 impl Admin {
     /// Binds the TCP address and the socket. A socket left by a dead daemon is replaced, one that somebody answers at
     /// is not: the lock says nothing of a daemon with another state directory.
-    pub async fn bind(address: SocketAddr, socket: &Path) -> anyhow::Result<Self> {
+    pub async fn bind(
+        address: SocketAddr,
+        socket: &Path,
+        probe: Option<&Path>,
+    ) -> anyhow::Result<Self> {
         let tcp = TcpListener::bind(address)
             .await
             .with_context(|| format!("listen on TCP {address}: choose another --admin-address"))?;
@@ -68,32 +74,45 @@ impl Admin {
             "another meshd answers at {}: stop it first, or choose another --run-dir",
             socket.display()
         );
-        match std::fs::remove_file(socket) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("remove {}", socket.display()));
-            }
-            _ => {}
-        }
-        let unix = UnixListener::bind(socket)
-            .with_context(|| format!("listen on {}", socket.display()))?;
-        std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))
-            .with_context(|| format!("set {} to mode 0600", socket.display()))?;
-        Ok(Self { tcp, unix })
+        let probe = probe.map(listen).transpose()?;
+        Ok(Self { tcp, unix: listen(socket)?, probe })
     }
 
     /// Serves until dropped or aborted.
     pub async fn serve(self, view: Arc<View>) {
         let public = routes().with_state(Arc::clone(&view));
+        let probed = probes().with_state(Arc::clone(&view));
         let private = routes().route("/status", get(status_document)).with_state(view);
-        tokio::join!(serve_tcp(self.tcp, public), serve_unix(self.unix, private));
+        let probe = async {
+            if let Some(listener) = self.probe {
+                serve_unix(listener, probed).await;
+            }
+        };
+        tokio::join!(serve_tcp(self.tcp, public), serve_unix(self.unix, private), probe);
     }
 }
 
+/// A socket of ours; what a dead daemon left in its place is replaced.
+fn listen(socket: &Path) -> anyhow::Result<UnixListener> {
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("remove {}", socket.display()));
+        }
+        _ => {}
+    }
+    let listener =
+        UnixListener::bind(socket).with_context(|| format!("listen on {}", socket.display()))?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("set {} to mode 0600", socket.display()))?;
+    Ok(listener)
+}
+
+fn probes() -> Router<Arc<View>> {
+    Router::new().route("/healthz", get(healthz)).route("/readyz", get(readyz))
+}
+
 fn routes() -> Router<Arc<View>> {
-    Router::new()
-        .route("/healthz", get(healthz))
-        .route("/readyz", get(readyz))
-        .route("/metrics", get(scrape))
+    probes().route("/metrics", get(scrape))
 }
 
 async fn serve_tcp(listener: TcpListener, router: Router) {
@@ -239,7 +258,11 @@ mod tests {
             .expect("runtime");
         let view = Arc::new(sample());
         let admin = runtime
-            .block_on(Admin::bind("127.0.0.1:0".parse().expect("address"), &socket))
+            .block_on(Admin::bind(
+                "127.0.0.1:0".parse().expect("address"),
+                &socket,
+                Some(&dir.path().join("probe.sock")),
+            ))
             .expect("bound");
         let tcp = admin.tcp.local_addr().expect("address");
         runtime.spawn(admin.serve(Arc::clone(&view)));
@@ -305,6 +328,27 @@ mod tests {
     }
 
     #[test]
+    fn the_probe_socket_answers_probes_and_nothing_else() {
+        use crate::args::{ProbeArgs, Question};
+        let running = running();
+        let socket = running._dir.path().join("probe.sock");
+        let probe = |question| crate::probe::run(&ProbeArgs { question, socket: socket.clone() });
+        probe(Question::Live).expect("live");
+        let told = format!("{:#}", probe(Question::Ready).expect_err("not ready"));
+        assert!(told.contains("guard: not reached yet") && !told.contains('\n'), "{told}");
+        for name in condition::ALL {
+            running.view.set_condition(name, Ok(()));
+        }
+        probe(Question::Ready).expect("ready");
+        for path in ["/status", "/metrics"] {
+            let answer = ask(UnixStream::connect(&socket).expect("connect"), path);
+            assert!(answer.starts_with("HTTP/1.1 404"), "{path}: {answer}");
+        }
+        let gone = ProbeArgs { question: Question::Live, socket: "/nonexistent/probe".into() };
+        assert!(format!("{:#}", crate::probe::run(&gone).expect_err("gone")).contains("started"));
+    }
+
+    #[test]
     fn socket_and_directory_are_the_owners_alone() {
         let running = running();
         let mode =
@@ -319,8 +363,10 @@ mod tests {
         let dir = tempfile::tempdir().expect("scratch");
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
-        let error =
-            runtime.block_on(Admin::bind(running.tcp, &dir.path().join("s"))).err().expect("taken");
+        let error = runtime
+            .block_on(Admin::bind(running.tcp, &dir.path().join("s"), None))
+            .err()
+            .expect("taken");
         assert!(format!("{error:#}").contains("--admin-address"), "{error:#}");
     }
 
@@ -331,7 +377,7 @@ mod tests {
         let any = "127.0.0.1:0".parse().expect("address");
         let bind = || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            runtime.expect("runtime").block_on(Admin::bind(any, &socket)).map(drop)
+            runtime.expect("runtime").block_on(Admin::bind(any, &socket, None)).map(drop)
         };
         let error = bind().expect_err("taken");
         assert!(format!("{error:#}").contains("--run-dir"), "{error:#}");

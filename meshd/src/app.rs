@@ -32,8 +32,8 @@ use crate::roster::RosterSource;
 use crate::source::{ClusterEvent, OwnRecord, Published};
 use crate::view::{Identity, View, condition};
 use crate::{
-    attachments, files, installed, kernel_watch, keystore, last_heard, lock, node_file, preflight,
-    resolver, uninstall,
+    attachments, cni_install, files, installed, kernel_watch, keystore, last_heard, lock,
+    node_file, preflight, resolver, uninstall,
 };
 
 /// Events on their way from the source: a burst waits in the source, not in memory.
@@ -101,7 +101,9 @@ fn own_key(config: &Config) -> anyhow::Result<PrivateKey> {
 
 async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
     let signals = Signals::catch()?;
-    let admin = Admin::bind(config.admin_address, &config.paths.socket()).await?;
+    let admin =
+        Admin::bind(config.admin_address, &config.paths.socket(), config.probe_socket.as_deref())
+            .await?;
     let boot_id = node_file::boot_id()?;
     let earlier = install_guard(config, &boot_id)?;
     let view = Arc::new(View::new(Identity {
@@ -111,6 +113,10 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
         prefixes: config.prefixes.clone(),
     }));
     let admin = tokio::spawn(admin.serve(Arc::clone(&view)));
+    match &config.cni {
+        Some(wanted) => drop(tokio::spawn(cni_install::keep(wanted.clone(), Arc::clone(&view)))),
+        None => view.set_condition(condition::CNI, Ok(())),
+    }
     let (events_in, events) = mpsc::channel(EVENTS_MAX);
     let (stop, stopped) = watch::channel(false);
     let (news_in, kernel_news) = mpsc::channel(1);
@@ -226,6 +232,9 @@ async fn start_source(
             let (state_in, state) = watch::channel(Published::Waiting);
             tokio::spawn(source.publisher(&config.node, &known).run(own, state_in));
             tokio::spawn(tell_published(state, Arc::clone(view)));
+            let asked = Arc::clone(view);
+            let announcer = source.announcer(&config.node);
+            tokio::spawn(announcer.run(move || asked.conditions(), view.changes()));
             tokio::spawn(async move {
                 if let Err(error) = source.watch(known, events).await {
                     tracing::error!(error = format!("{error:#}"), "Nodes are no longer watched");

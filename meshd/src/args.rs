@@ -8,6 +8,8 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use mesh_types::defaults;
 
+use crate::cni_install::Capability;
+
 /// WireGuard mesh overlay for Kubernetes: the daemon of one node.
 #[derive(Debug, Parser)]
 #[command(name = "meshd", version, propagate_version = true, arg_required_else_help = false)]
@@ -42,6 +44,10 @@ pub enum Command {
     Status(StatusArgs),
     /// Remove everything of ours from this node: TUN, routes, rules, guard, keys.
     Uninstall(UninstallArgs),
+    /// Put the CNI plugin and its configuration in place, the configuration last.
+    CniInstall(CniInstallArgs),
+    /// Ask the daemon of this very pod whether it is live or ready: exit status 0 if so.
+    Probe(ProbeArgs),
 }
 
 #[derive(Debug, Clone, ClapArgs)]
@@ -61,6 +67,11 @@ pub struct RunArgs {
     /// How to reach the API server [default: the service account of the pod].
     #[arg(long, env = "MESHD_KUBECONFIG")]
     pub kubeconfig: Option<PathBuf>,
+    /// Also answer /healthz and /readyz on this socket, for probes of this very pod.
+    #[arg(long, env = "MESHD_PROBE_SOCKET")]
+    pub probe_socket: Option<PathBuf>,
+    #[command(flatten)]
+    pub cni: CniArgs,
     #[command(flatten)]
     pub places: Places,
     #[command(flatten)]
@@ -107,6 +118,70 @@ impl Switch {
         }
     }
 }
+
+/// The CNI plugin as the daemon keeps it.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct CniArgs {
+    /// Directory container runtimes read; with it, not ready unless our file is the one they take.
+    #[arg(long, env = "MESHD_CNI_CONF_DIR")]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// Name of our file there.
+    #[arg(long, env = "MESHD_CNI_CONF_NAME", default_value = DEFAULT_CONF_NAME)]
+    pub cni_conf_name: String,
+    /// Standard plugin chained behind ours, by its capability, as `cni-install` was told.
+    #[arg(long = "cni-capability", env = "MESHD_CNI_CAPABILITY", value_delimiter = ',')]
+    pub cni_capabilities: Vec<Capability>,
+}
+
+#[derive(Debug, Clone, ClapArgs)]
+pub struct CniInstallArgs {
+    /// The program to install [default: meshd-cni beside this program].
+    #[arg(long, env = "MESHD_CNI_PROGRAM")]
+    pub program: Option<PathBuf>,
+    /// Directory container runtimes start plugins from.
+    #[arg(long, env = "MESHD_CNI_BIN_DIR", default_value = "/opt/cni/bin")]
+    pub bin_dir: PathBuf,
+    /// Directory container runtimes read configurations from.
+    #[arg(long, env = "MESHD_CNI_CONF_DIR", default_value = "/etc/cni/net.d")]
+    pub conf_dir: PathBuf,
+    /// Name of our file there; the first name in alphabetical order wins.
+    #[arg(long, env = "MESHD_CNI_CONF_NAME", default_value = DEFAULT_CONF_NAME)]
+    pub conf_name: String,
+    /// Standard plugin to chain by its capability, portMappings or bandwidth; repeat or separate by commas.
+    #[arg(long = "capability", env = "MESHD_CNI_CAPABILITY", value_delimiter = ',')]
+    pub capabilities: Vec<Capability>,
+    /// Directory of the daemon's state as the host sees it.
+    #[arg(long, env = "MESHD_STATE_DIR", default_value = defaults::STATE_DIR)]
+    pub state_dir: PathBuf,
+    /// Install nothing while another CNI is active, and name it.
+    #[arg(long, env = "MESHD_CNI_STRICT", conflicts_with = "remove_others")]
+    pub strict: bool,
+    /// Rename configurations of others so that no runtime reads them.
+    #[arg(long, env = "MESHD_CNI_REMOVE_OTHERS")]
+    pub remove_others: bool,
+    /// Take program and configuration away again, and bring back what was renamed.
+    #[arg(long, conflicts_with_all = ["strict", "remove_others"])]
+    pub remove: bool,
+}
+
+#[derive(Debug, Clone, ClapArgs)]
+pub struct ProbeArgs {
+    /// What to ask.
+    #[arg(value_enum)]
+    pub question: Question,
+    /// The socket `meshd run --probe-socket` listens on.
+    #[arg(long, env = "MESHD_PROBE_SOCKET")]
+    pub socket: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Question {
+    Live,
+    Ready,
+}
+
+/// Late enough in the alphabet for others to be put before it on purpose.
+const DEFAULT_CONF_NAME: &str = "10-meshd.conflist";
 
 /// Where our files are.
 #[derive(Debug, Clone, ClapArgs)]

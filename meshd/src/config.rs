@@ -11,6 +11,7 @@ use mesh_types::node::{NodeName, Site};
 use serde::{Deserialize, Serialize};
 
 use crate::args::{KernelArgs, Places, RunArgs};
+use crate::cni_install;
 
 /// What `meshd run` was told. Holds no secret: it is printed at start.
 #[derive(Debug, Clone)]
@@ -29,6 +30,9 @@ pub struct Config {
     pub skip_interfaces: Vec<String>,
     pub use_interfaces: Vec<String>,
     pub joined_sites: Vec<(Site, Site)>,
+    pub probe_socket: Option<PathBuf>,
+    /// Our CNI configuration, where we are to look after it.
+    pub cni: Option<cni_install::Wanted>,
 }
 
 /// Where node records come from.
@@ -161,7 +165,24 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
         skip_interfaces: args.skip_interfaces.clone(),
         use_interfaces: args.use_interfaces.clone(),
         joined_sites: joined_sites(&args.joined_sites)?,
+        probe_socket: args.probe_socket.clone(),
+        cni: cni(args)?,
     })
+}
+
+/// The program is the init container's to install.
+fn cni(args: &RunArgs) -> anyhow::Result<Option<cni_install::Wanted>> {
+    let Some(conf_dir) = &args.cni.cni_conf_dir else { return Ok(None) };
+    let wanted = cni_install::Wanted {
+        program: None,
+        conf_dir: conf_dir.clone(),
+        conf_name: args.cni.cni_conf_name.clone(),
+        capabilities: args.cni.cni_capabilities.clone(),
+        state_dir: args.places.state_dir.clone(),
+        others: cni_install::Others::Leave,
+    };
+    cni_install::check(&wanted).context("--cni-conf-dir, --cni-conf-name")?;
+    Ok(Some(wanted))
 }
 
 pub fn paths(places: &Places) -> anyhow::Result<Paths> {

@@ -35,6 +35,11 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> anyhow::Result<()> 
 
 /// The whole file, or `None` if there is none. Files beyond [`FILE_BYTES_MAX`] are refused.
 pub fn read_bounded(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
+    read_up_to(path, FILE_BYTES_MAX)
+}
+
+/// The whole file, or `None` if there is none. Files beyond `bytes_max` are refused.
+pub fn read_up_to(path: &Path, bytes_max: u64) -> anyhow::Result<Option<Vec<u8>>> {
     // A FIFO in the place of a file would hold up whoever opens it for ever.
     let nonblock = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).context("O_NONBLOCK")?;
     let file = match OpenOptions::new().read(true).custom_flags(nonblock).open(path) {
@@ -45,11 +50,11 @@ pub fn read_bounded(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
     let metadata = file.metadata().with_context(|| format!("look at {}", path.display()))?;
     ensure!(metadata.is_file(), "{} is no regular file", path.display());
     let mut bytes = Vec::new();
-    file.take(FILE_BYTES_MAX + 1)
+    file.take(bytes_max + 1)
         .read_to_end(&mut bytes)
         .with_context(|| format!("read {}", path.display()))?;
-    if bytes.len() as u64 > FILE_BYTES_MAX {
-        bail!("{} is larger than {FILE_BYTES_MAX} bytes", path.display());
+    if bytes.len() as u64 > bytes_max {
+        bail!("{} is larger than {bytes_max} bytes", path.display());
     }
     Ok(Some(bytes))
 }

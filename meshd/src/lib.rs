@@ -12,13 +12,15 @@
 //! | [`args`], [`config`] | command line, the only place that names clap; the same, checked |
 //! | [`app`] | `meshd run`: the order of the start, and the end |
 //! | [`preflight`], [`lock`], [`installed`] | what a node must have; one daemon per node; what uninstall has to know |
-//! | [`files`] | atomic writes and bounded reads |
+//! | [`files`], [`folder`] | atomic writes and bounded reads; waiting for changes |
 //! | [`keystore`] | the private key, bound to this node |
 //! | [`source`]: [`roster`], [`kube`], [`cache`] | where node records come from |
 //! | [`reconcile`] | makes the node be as the cluster says; [`kernel_watch`], [`resolver`] wake it |
+//! | [`cni_install`] | the CNI plugin's program and configuration on this node |
 //! | [`endpoints`], [`attachments`], [`node_file`] | own endpoints; records of pods; the file for the CNI plugin |
 //! | [`io`], [`plane`] | the data plane: TUN and UDP; the same in the reconciler's hands |
 //! | [`view`], [`admin`], [`metrics`], [`status`] | what the daemon knows of itself, and who may ask |
+//! | [`probe`] | asks a running daemon, for a kubelet |
 //! | [`uninstall`] | takes everything of ours away |
 
 pub mod admin;
@@ -26,9 +28,11 @@ pub mod app;
 pub mod args;
 pub mod attachments;
 pub mod cache;
+pub mod cni_install;
 pub mod config;
 pub mod endpoints;
 pub mod files;
+pub mod folder;
 pub mod installed;
 pub mod io;
 pub mod kernel_watch;
@@ -40,6 +44,7 @@ pub mod metrics;
 pub mod node_file;
 pub mod plane;
 pub mod preflight;
+pub mod probe;
 pub mod reconcile;
 pub mod resolver;
 pub mod roster;

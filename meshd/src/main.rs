@@ -16,6 +16,8 @@ fn main() -> ExitCode {
         Command::Run(run) => meshd::app::run(run),
         Command::Status(status) => meshd::status::print(status),
         Command::Uninstall(uninstall) => meshd::uninstall::run(uninstall),
+        Command::CniInstall(install) => meshd::cni_install::run(install),
+        Command::Probe(probe) => meshd::probe::run(probe),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -10,28 +10,21 @@
 //! ConfigMap swaps a symbolic link beside it. A file that vanished or cannot be read leaves the last good
 //! nodes standing.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use futures::{FutureExt, StreamExt};
-use inotify::{EventMask, EventStream, Inotify, WatchMask};
 use mesh_core::cluster::RawNode;
 use mesh_types::roster::{ROSTER_VERSION, RosterNode};
 use serde::Deserialize;
 use tokio::sync::mpsc;
 
 use crate::files;
+use crate::folder::Changes;
 use crate::source::ClusterEvent;
-
-/// The file is looked at this often even if nobody says that it changed.
-const RESCAN: Duration = Duration::from_secs(10);
 
 /// A writer that is not atomic gets this long to finish.
 const SETTLE: Duration = Duration::from_millis(50);
-
-/// Room for events; one with the longest name takes 272 bytes (inotify(7)).
-const EVENT_BYTES: usize = 4096;
 
 /// Mappings, sequences and scalars in a roster: a file of `FILE_BYTES_MAX` with one for every eight bytes.
 const YAML_NODES_MAX: usize = 2 * 1024 * 1024;
@@ -55,7 +48,7 @@ impl RosterSource {
 
     /// Reads the file now and at every change, until nobody listens.
     pub async fn run(mut self, events: mpsc::Sender<ClusterEvent>) -> anyhow::Result<()> {
-        let mut changes = Changes::new(&self.path);
+        let mut changes = Changes::beside(&self.path);
         loop {
             if let Some(event) = self.look()
                 && events.send(event).await.is_err()
@@ -138,75 +131,10 @@ fn raw(position: usize, entry: serde_json::Value) -> RawNode {
     }
 }
 
-/// Wakes when something in the folder of the file changed, or after [`RESCAN`].
-struct Changes {
-    folder: PathBuf,
-    watch: Option<EventStream<[u8; EVENT_BYTES]>>,
-}
-
-impl Changes {
-    fn new(path: &Path) -> Self {
-        let folder = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
-            _ => PathBuf::from("."),
-        };
-        let mut changes = Self { folder, watch: None };
-        changes.arm();
-        changes
-    }
-
-    async fn next(&mut self) {
-        if self.watch.is_none() {
-            self.arm();
-        }
-        let Some(watch) = &mut self.watch else { return tokio::time::sleep(RESCAN).await };
-        let alive = tokio::select! {
-            alive = drain(watch) => alive,
-            () = tokio::time::sleep(RESCAN) => true,
-        };
-        if !alive {
-            self.watch = None;
-        }
-    }
-
-    fn arm(&mut self) {
-        let mask = WatchMask::CLOSE_WRITE
-            | WatchMask::CREATE
-            | WatchMask::MOVED_TO
-            | WatchMask::MOVED_FROM
-            | WatchMask::DELETE
-            | WatchMask::DELETE_SELF
-            | WatchMask::MOVE_SELF;
-        let watch = Inotify::init().and_then(|inotify| {
-            inotify.watches().add(&self.folder, mask)?;
-            inotify.into_event_stream([0; EVENT_BYTES])
-        });
-        self.watch = watch
-            .inspect_err(|error| {
-                tracing::debug!(folder = %self.folder.display(), %error, "not watched, looked at from time to time");
-            })
-            .ok();
-    }
-}
-
-/// Waits for an event and reads what else is there. False if the watch is worth nothing any more.
-async fn drain(watch: &mut EventStream<[u8; EVENT_BYTES]>) -> bool {
-    let gone = EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED;
-    let mut next = watch.next().await;
-    loop {
-        match next {
-            Some(Ok(event)) if !event.mask.intersects(gone) => {}
-            _ => return false,
-        }
-        match watch.next().now_or_never() {
-            Some(more) => next = more,
-            None => return true,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     const ROSTER: &str = "\

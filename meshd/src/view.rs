@@ -18,6 +18,7 @@ use mesh_types::net::ClusterPrefixes;
 use mesh_types::node::{NodeName, Site};
 use mesh_types::status::{Condition, Counter};
 use mesh_types::time::MonoTime;
+use tokio::sync::watch;
 
 /// The conditions of readiness, in the order they come to hold at start.
 pub mod condition {
@@ -37,14 +38,17 @@ pub mod condition {
     pub const PODS: &str = "pods";
     /// The CNI plugin can make pods.
     pub const NODE_FILE: &str = "node-file";
+    /// Container runtimes take our CNI configuration.
+    pub const CNI: &str = "cni-configuration";
     /// Others can learn our key and endpoints.
     pub const PUBLISHED: &str = "published";
 
     /// Those that wait for somebody else at every start.
     pub(super) const LATER: [&str; 4] = [CLUSTER, OWN_NODE, NODE_FILE, PUBLISHED];
 
-    pub const ALL: [&str; 9] =
-        [GUARD, FORWARDING, DATA_PLANE, CLUSTER, OWN_NODE, NETWORK, PODS, NODE_FILE, PUBLISHED];
+    pub const ALL: [&str; 10] = [
+        GUARD, FORWARDING, DATA_PLANE, CLUSTER, OWN_NODE, NETWORK, PODS, NODE_FILE, CNI, PUBLISHED,
+    ];
 }
 
 /// What never changes while the daemon runs.
@@ -119,6 +123,8 @@ pub struct View {
     pub identity: Identity,
     began: Instant,
     inner: Mutex<Inner>,
+    /// Told of every change of a condition.
+    changes: watch::Sender<()>,
 }
 
 #[derive(Default)]
@@ -151,7 +157,12 @@ pub struct Snapshot {
 
 impl View {
     pub fn new(identity: Identity) -> Self {
-        Self { identity, began: Instant::now(), inner: Mutex::default() }
+        Self {
+            identity,
+            began: Instant::now(),
+            inner: Mutex::default(),
+            changes: watch::Sender::new(()),
+        }
     }
 
     /// Sets a condition; a change of its outcome is logged.
@@ -232,6 +243,11 @@ impl View {
         }
     }
 
+    /// Wakes after every change of a condition.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
+    }
+
     /// Every condition of readiness; one nobody has spoken about does not hold.
     pub fn conditions(&self) -> Vec<Condition> {
         conditions(&self.lock())
@@ -257,6 +273,9 @@ impl View {
     fn set(&self, name: &'static str, ok: bool, message: String) {
         let reason = message.clone();
         let before = self.lock().conditions.insert(name, (ok, message));
+        if before.as_ref().is_none_or(|(was, said)| (*was, said) != (ok, &reason)) {
+            self.changes.send_replace(());
+        }
         match (before, ok) {
             (Some((true, _)), true) => {}
             (_, true) => tracing::info!(condition = name, "holds"),

@@ -2,9 +2,11 @@
 //!
 //! ```text
 //! API server ── list, watch ──> watch ──> node: RawNode ──> feed (gate) ──> ClusterEvent
-//!            <── apply ──────── publish <── OwnRecord wanted, own RawNode as the watch shows it
+//!            <── apply ──────── publish  <── OwnRecord wanted, own RawNode as the watch shows it
+//!            <── apply, events ─ announce <── conditions of readiness
 //! ```
 
+mod announce;
 mod feed;
 mod gate;
 mod node;
@@ -27,6 +29,7 @@ use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::{mpsc, watch};
 
 use crate::source::ClusterEvent;
+pub use announce::Announcer;
 use feed::{Feed, Next};
 use node::SeenNode;
 pub use publish::Publisher;
@@ -57,7 +60,7 @@ const RETRY_MAX: Duration = Duration::from_secs(10);
 /// Nodes of a Kubernetes cluster.
 pub struct KubeSource {
     client: Client,
-    /// Publishers that want to see a Node.
+    /// Who wants to see a Node.
     shown: Vec<(String, watch::Sender<Option<RawNode>>)>,
 }
 
@@ -81,10 +84,21 @@ impl KubeSource {
 
     /// Writes to `node`, which it sees through this source while it is watched. `known` is what an earlier run saw.
     pub fn publisher(&mut self, node: &NodeName, known: &[RawNode]) -> Publisher {
-        let (sender, shown) = watch::channel(None);
-        self.shown.push((node.as_str().to_owned(), sender));
+        let shown = self.shown(node);
         let remembered = known.iter().find(|known| known.name == node.as_str()).cloned();
         Publisher::new(self.client.clone(), node, shown, remembered)
+    }
+
+    /// Tells `node` how its network stands; sees it as the publisher does.
+    pub fn announcer(&mut self, node: &NodeName) -> Announcer {
+        let shown = self.shown(node);
+        Announcer::new(self.client.clone(), node, shown)
+    }
+
+    fn shown(&mut self, node: &NodeName) -> watch::Receiver<Option<RawNode>> {
+        let (sender, shown) = watch::channel(None);
+        self.shown.push((node.as_str().to_owned(), sender));
+        shown
     }
 
     /// Lists and watches until nobody listens.

@@ -46,6 +46,18 @@ pub(super) fn of_publish(error: &Error, node: &str) -> String {
     }
 }
 
+/// Why the condition or an Event of our Node could not be written.
+pub(super) fn of_announce(error: &Error, node: &str) -> String {
+    match error {
+        Error::Api(status) if status.code == 403 => format!(
+            "the API server does not let us write the status of node {node} or its events: check the role of our \
+             service account and the admission policies ({})",
+            message(status)
+        ),
+        other => explain(other, &format!("write the status of node {node}")),
+    }
+}
+
 /// The server took our write and kept something else.
 pub(super) fn not_kept(node: &str) -> String {
     format!(

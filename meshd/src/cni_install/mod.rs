@@ -1,0 +1,206 @@
+//! The CNI plugin's program and configuration on this node.
+//!
+//! ```text
+//! image: meshd-cni ── compare, temp file, fsync, rename ──> BIN_DIR/meshd-cni              first
+//! flags ── render ─── compare, temp file, fsync, rename ──> CONF_DIR/10-meshd.conflist     last
+//! CONF_DIR: the first name among *.conf, *.conflist, *.json is what a runtime takes: is it ours?
+//! ```
+//!
+//! The same call installs, repairs what is truncated, and is free when all is right: an init container makes it once, the
+//! daemon again and again. A file of somebody else is never touched unless told, and then renamed, not deleted.
+
+mod conf_dir;
+mod conflist;
+mod keep;
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail, ensure};
+
+pub use conf_dir::{Choice, Conf, DISABLED_SUFFIX, choice};
+pub use conflist::{Capability, render};
+pub use keep::keep;
+
+use crate::args::CniInstallArgs;
+use crate::files;
+
+/// Name of the plugin's program: what `type` in a configuration says.
+pub const PLUGIN: &str = "meshd-cni";
+
+/// Largest program installed: ours has a few MiB, and something a hundred times that is a wrong path.
+const PROGRAM_BYTES_MAX: u64 = 256 << 20;
+
+/// `meshd cni-install`.
+pub fn run(args: &CniInstallArgs) -> anyhow::Result<()> {
+    let wanted = wanted(args)?;
+    let done = if args.remove { uninstall(&wanted)? } else { install(&wanted)? };
+    let mut out = std::io::stdout().lock();
+    for line in &done.made {
+        writeln!(out, "{line}").context("print")?;
+    }
+    if args.remove {
+        return Ok(());
+    }
+    match choice(&wanted.conf_dir, &wanted.conf_name)? {
+        Choice::Other(other) => writeln!(
+            out,
+            "note: container runtimes take {} before ours ({})",
+            other.file,
+            other.describe()
+        ),
+        Choice::Ours | Choice::Nothing => writeln!(out, "container runtimes take our file"),
+    }
+    .context("print")
+}
+
+fn wanted(args: &CniInstallArgs) -> anyhow::Result<Wanted> {
+    let program = match &args.program {
+        Some(program) => program.clone(),
+        None => std::env::current_exe().context("where is this program?")?.with_file_name(PLUGIN),
+    };
+    Ok(Wanted {
+        program: Some((program, args.bin_dir.clone())),
+        conf_dir: args.conf_dir.clone(),
+        conf_name: args.conf_name.clone(),
+        capabilities: args.capabilities.clone(),
+        state_dir: args.state_dir.clone(),
+        others: match (args.strict, args.remove_others) {
+            (true, _) => Others::Refuse,
+            (_, true) => Others::Disable,
+            _ => Others::Leave,
+        },
+    })
+}
+
+/// What is to be where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// The program to copy and the directory it goes to; `None` where that is somebody else's.
+    pub program: Option<(PathBuf, PathBuf)>,
+    pub conf_dir: PathBuf,
+    pub conf_name: String,
+    /// Standard plugins chained behind ours.
+    pub capabilities: Vec<Capability>,
+    /// Where the plugin finds what the daemon leaves.
+    pub state_dir: PathBuf,
+    pub others: Others,
+}
+
+/// What to do about configurations that are not ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Others {
+    /// Leave them, and be told which one the runtime takes.
+    Leave,
+    /// Install nothing while there is one.
+    Refuse,
+    /// Rename them so that no runtime reads them.
+    Disable,
+}
+
+/// What had to be done.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Done {
+    pub made: Vec<String>,
+}
+
+/// Installs. Program before configuration, so that a runtime never starts one that is not there.
+pub fn install(wanted: &Wanted) -> anyhow::Result<Done> {
+    check(wanted)?;
+    let found = conf_dir::read(&wanted.conf_dir)?;
+    let others: Vec<&Conf> = found.iter().filter(|conf| !conf.is_ours(&wanted.conf_name)).collect();
+    if wanted.others == Others::Refuse
+        && let Some(other) = others.first()
+    {
+        bail!(
+            "another CNI is active on this node: {} ({}); remove it, or install without --strict or with --remove-others",
+            wanted.conf_dir.join(&other.file).display(),
+            other.describe()
+        );
+    }
+    let mut done = Done::default();
+    if let Some((program, bin_dir)) = &wanted.program {
+        keep_program(program, bin_dir, &mut done)?;
+    }
+    let text = render(&wanted.capabilities, &wanted.state_dir);
+    make_directory(&wanted.conf_dir)?;
+    let path = wanted.conf_dir.join(&wanted.conf_name);
+    if read(&path)?.as_deref() != Some(text.as_bytes()) {
+        files::write_atomic(&path, text.as_bytes(), 0o644)?;
+        done.made.push(format!("wrote {}", path.display()));
+    }
+    if wanted.others == Others::Disable {
+        for other in others {
+            done.made.push(conf_dir::disable(&wanted.conf_dir, other)?);
+        }
+    }
+    for stale in found.iter().filter(|conf| conf.is_stale(&wanted.conf_name)) {
+        let path = wanted.conf_dir.join(&stale.file);
+        std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
+        done.made.push(format!("removed {}, ours under an earlier name", path.display()));
+    }
+    Ok(done)
+}
+
+/// Takes configuration and program away, the configuration first, and brings back what was disabled.
+pub fn uninstall(wanted: &Wanted) -> anyhow::Result<Done> {
+    let mut done = Done::default();
+    for conf in conf_dir::read(&wanted.conf_dir)?.iter().filter(|conf| conf.plugin_is_ours()) {
+        remove(&wanted.conf_dir.join(&conf.file), &mut done)?;
+    }
+    remove(&wanted.conf_dir.join(&wanted.conf_name), &mut done)?;
+    done.made.extend(conf_dir::enable_all(&wanted.conf_dir)?);
+    if let Some((_, bin_dir)) = &wanted.program {
+        remove(&bin_dir.join(PLUGIN), &mut done)?;
+    }
+    Ok(done)
+}
+
+/// Refuses what cannot work, in words that name it.
+pub fn check(wanted: &Wanted) -> anyhow::Result<()> {
+    let bin_dir = wanted.program.as_ref().map(|(_, bin_dir)| bin_dir);
+    for dir in bin_dir.into_iter().chain([&wanted.conf_dir, &wanted.state_dir]) {
+        ensure!(dir.is_absolute(), "{} must be an absolute path", dir.display());
+    }
+    let name = &wanted.conf_name;
+    ensure!(
+        name.ends_with(".conflist") && !name.starts_with('.') && !name.contains('/'),
+        "{name:?} is no name for our configuration: write one that ends in .conflist, like 10-meshd.conflist"
+    );
+    Ok(())
+}
+
+/// The program is compared by content: a size alone would not show a torn write of the same length.
+fn keep_program(program: &Path, bin_dir: &Path, done: &mut Done) -> anyhow::Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let wanted = read(program)?
+        .with_context(|| format!("the plugin {} is not in this image", program.display()))?;
+    make_directory(bin_dir)?;
+    let path = bin_dir.join(PLUGIN);
+    let runs = std::fs::metadata(&path).is_ok_and(|it| it.permissions().mode() & 0o111 == 0o111);
+    if !runs || read(&path)?.as_ref() != Some(&wanted) {
+        files::write_atomic(&path, &wanted, 0o755)?;
+        done.made.push(format!("wrote {}", path.display()));
+    }
+    Ok(())
+}
+
+fn make_directory(dir: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))
+}
+
+fn read(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
+    files::read_up_to(path, PROGRAM_BYTES_MAX)
+}
+
+fn remove(path: &Path, done: &mut Done) -> anyhow::Result<()> {
+    match std::fs::remove_file(path) {
+        Ok(()) => done.made.push(format!("removed {}", path.display())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| format!("remove {}", path.display())),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
