@@ -1,7 +1,7 @@
 //! The directory runtimes read: who is in it, and whose file they take.
 //!
-//! libcni's `ConfFiles` lists names that end in `.conf`, `.conflist` or `.json`; containerd and CRI-O sort them and take the
-//! first. containerd fails on a first file it cannot read, so such a file counts as the choice.
+//! libcni's `ConfFiles` lists files, no directories, whose names end in `.conf`, `.conflist` or `.json`; containerd and CRI-O
+//! sort them and take the first. containerd fails on a first file it cannot read, so such a file counts as the choice.
 
 use std::path::Path;
 
@@ -43,9 +43,13 @@ impl Conf {
         self.file == conf_name || self.plugin_is_ours()
     }
 
-    /// Ours, under a name we no longer use.
-    pub(super) fn is_stale(&self, conf_name: &str) -> bool {
-        self.file != conf_name && self.plugin_is_ours()
+    /// Written by us, to the letter, under a name we no longer use. What an operator wrote around our plugin is not ours to
+    /// remove.
+    pub(super) fn is_stale(&self, dir: &Path, wanted: &super::Wanted) -> bool {
+        let text = || files::read_bounded(&dir.join(&self.file)).ok().flatten();
+        self.file != wanted.conf_name
+            && self.plugin_is_ours()
+            && text().is_some_and(|text| super::conflist::is_rendered(&text, &wanted.state_dir))
     }
 }
 
@@ -125,6 +129,9 @@ fn names(dir: &Path) -> anyhow::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in entries.take(FILES_MAX) {
         let entry = entry.with_context(|| format!("read {}", dir.display()))?;
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
         // A name that is not UTF-8 is not ours, and a runtime sorts it by bytes all the same.
         names.push(entry.file_name().to_string_lossy().into_owned());
     }

@@ -62,3 +62,11 @@ pub fn render(capabilities: &[Capability], state_dir: &Path) -> String {
     let list = json!({"cniVersion": "1.1.0", "name": "meshd", "plugins": plugins});
     format!("{list:#}\n")
 }
+
+/// Whether it is what [`render`] makes, of whatever capabilities.
+pub(super) fn is_rendered(text: &[u8], state_dir: &Path) -> bool {
+    use Capability::{Bandwidth, PortMappings};
+    let chains: [&[Capability]; 4] =
+        [&[], &[PortMappings], &[Bandwidth], &[PortMappings, Bandwidth]];
+    chains.iter().any(|chain| render(chain, state_dir).as_bytes() == text)
+}

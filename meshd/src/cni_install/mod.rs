@@ -134,7 +134,7 @@ pub fn install(wanted: &Wanted) -> anyhow::Result<Done> {
             done.made.push(conf_dir::disable(&wanted.conf_dir, other)?);
         }
     }
-    for stale in found.iter().filter(|conf| conf.is_stale(&wanted.conf_name)) {
+    for stale in found.iter().filter(|conf| conf.is_stale(&wanted.conf_dir, wanted)) {
         let path = wanted.conf_dir.join(&stale.file);
         std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
         done.made.push(format!("removed {}, ours under an earlier name", path.display()));

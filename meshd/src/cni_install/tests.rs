@@ -86,7 +86,7 @@ fn without_the_program_no_configuration_appears() {
     fs::remove_file(node.path("image-plugin")).expect("removed");
     let error = install(&node.wanted(Others::Leave)).expect_err("no program");
     assert!(format!("{error:#}").contains("image-plugin"), "{error:#}");
-    assert!(node.confs().is_empty());
+    assert!(!node.path("net.d").exists());
 }
 
 #[test]
@@ -133,10 +133,34 @@ fn others_are_renamed_only_when_told_and_come_back_at_the_end() {
 #[test]
 fn our_file_under_an_earlier_name_goes() {
     let node = Node::new();
-    install(&Wanted { conf_name: "05-meshd.conflist".into(), ..node.wanted(Others::Leave) })
-        .expect("installed");
+    let earlier = Wanted {
+        conf_name: "05-meshd.conflist".into(),
+        capabilities: vec![Capability::Bandwidth],
+        ..node.wanted(Others::Leave)
+    };
+    install(&earlier).expect("installed");
     install(&node.wanted(Others::Refuse)).expect("ours is no other");
     assert_eq!(node.confs(), ["10-meshd.conflist"]);
+}
+
+#[test]
+fn what_an_operator_wrote_around_our_plugin_stays() {
+    let node = Node::new();
+    let own = r#"{"name":"meshd","cniVersion":"1.0.0","plugins":[{"type":"meshd-cni"},{"type":"tuning"}]}"#;
+    node.other("05-own.conflist", own);
+    for others in [Others::Leave, Others::Refuse, Others::Disable] {
+        install(&node.wanted(others)).expect("installed");
+        assert_eq!(node.confs(), ["05-own.conflist", "10-meshd.conflist"]);
+    }
+    assert_eq!(node.choice(), Choice::Ours);
+}
+
+#[test]
+fn a_directory_is_no_configuration_whatever_its_name() {
+    let node = Node::new();
+    fs::create_dir_all(node.path("net.d/00-multus.conf")).expect("directory");
+    install(&node.wanted(Others::Refuse)).expect("nobody else is there");
+    assert_eq!(node.choice(), Choice::Ours);
 }
 
 #[test]
