@@ -230,17 +230,21 @@ impl View {
     /// Remembers what came of a question that was asked at `began`.
     fn heard<T>(&self, began: Instant, outcome: anyhow::Result<T>) -> Option<T> {
         let mut inner = self.lock();
-        match outcome {
-            Ok(answer) => {
-                inner.silent = None;
-                Some(answer)
-            }
+        let before = inner.silent.take();
+        let answer = match outcome {
+            Ok(answer) => Some(answer),
             Err(error) => {
-                let since = inner.silent.take().map_or(began, |(since, _)| since);
+                let since = before.as_ref().map_or(began, |(since, _)| *since);
                 inner.silent = Some((since, format!("{error:#}")));
                 None
             }
+        };
+        let changed = inner.silent != before;
+        drop(inner);
+        if changed {
+            self.changes.send_replace(());
         }
+        answer
     }
 
     /// Wakes after every change of a condition.
@@ -425,12 +429,18 @@ pub(crate) mod tests {
         };
         view.take_pulse();
         assert!(served() && view.silent_for().is_none());
+        let mut changes = view.changes();
         view.set_data_source(Hanging);
         view.take_pulse();
         assert!(!served() && view.silent_for().is_some());
+        assert!(changes.has_changed().expect("the view lives"));
+        changes.mark_unchanged();
+        view.take_pulse();
+        assert!(!changes.has_changed().expect("the view lives"), "it says the same");
         assert!(!view.snapshot().answered);
         view.set_data_source(Answering);
         assert!(view.snapshot().answered);
         assert!(served() && view.silent_for().is_none());
+        assert!(changes.has_changed().expect("the view lives"));
     }
 }
