@@ -341,11 +341,13 @@ mod tests {
         }
         probe(Question::Ready).expect("ready");
         for path in ["/status", "/metrics"] {
-            let answer = ask(UnixStream::connect(&socket).expect("connect"), path);
+            let answer = ask(Client::connect(&socket).expect("connect"), path);
             assert!(answer.starts_with("HTTP/1.1 404"), "{path}: {answer}");
         }
         let gone = ProbeArgs { question: Question::Live, socket: "/nonexistent/probe".into() };
-        assert!(format!("{:#}", crate::probe::run(&gone).expect_err("gone")).contains("started"));
+        assert!(
+            format!("{:#}", crate::probe::run(&gone).expect_err("gone")).contains("has not run")
+        );
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The command line, checked: everything the daemon needs to know, or one line about what is wrong.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
 use ipnet::IpNet;
@@ -151,12 +151,21 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
         Some(path) => Source::Roster(path.clone()),
         None => Source::Kubernetes(args.kubeconfig.clone()),
     };
+    let paths = paths(&args.places)?;
+    if let Some(socket) = &args.probe_socket {
+        check_socket("--probe-socket", socket)?;
+        ensure!(
+            *socket != paths.socket(),
+            "--probe-socket {} is the status socket: choose another",
+            socket.display()
+        );
+    }
     Ok(Config {
         node,
         prefixes,
         service_cidrs: args.service_cidrs.clone(),
         source,
-        paths: paths(&args.places)?,
+        paths,
         kernel: kernel(&args.kernel)?,
         listen_port: args.listen_port,
         udp_gso: args.udp_gso.told(),
@@ -190,13 +199,18 @@ pub fn paths(places: &Places) -> anyhow::Result<Paths> {
     for (flag, path) in [("--state-dir", &paths.state_dir), ("--run-dir", &paths.run_dir)] {
         ensure!(path.is_absolute(), "{flag} {} must be an absolute path", path.display());
     }
-    let socket = paths.socket();
+    check_socket("--run-dir", &paths.socket())?;
+    Ok(paths)
+}
+
+fn check_socket(flag: &str, socket: &Path) -> anyhow::Result<()> {
+    ensure!(socket.is_absolute(), "{flag} {} must be an absolute path", socket.display());
     ensure!(
         socket.as_os_str().len() <= SOCKET_PATH_BYTES_MAX,
-        "--run-dir: {} is longer than {SOCKET_PATH_BYTES_MAX} bytes, which a socket cannot be; choose a shorter one",
+        "{flag}: {} is longer than {SOCKET_PATH_BYTES_MAX} bytes, which a socket cannot be; choose a shorter one",
         socket.display()
     );
-    Ok(paths)
+    Ok(())
 }
 
 pub fn kernel(args: &KernelArgs) -> anyhow::Result<Kernel> {
@@ -282,6 +296,10 @@ mod tests {
             ("--cluster-cidr 10.244.0.0/16 --rule-priority 0", "--rule-priority"),
             ("--cluster-cidr 10.244.0.0/16 --state-dir here", "--state-dir"),
             ("--cluster-cidr 10.244.0.0/16 --join-sites a", "--join-sites"),
+            ("--cluster-cidr 10.244.0.0/16 --probe-socket here", "--probe-socket"),
+            ("--cluster-cidr 10.244.0.0/16 --probe-socket /run/meshd/meshd.sock", "status socket"),
+            ("--cluster-cidr 10.244.0.0/16 --cni-conf-dir here", "--cni-conf-dir"),
+            ("--cluster-cidr 10.244.0.0/16 --cni-conf-dir /c --cni-conf-name meshd", ".conflist"),
         ];
         for (flags, culprit) in table {
             let line = config(flags).expect_err(flags);

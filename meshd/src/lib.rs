@@ -20,12 +20,13 @@
 //! | [`endpoints`], [`attachments`], [`node_file`] | own endpoints; records of pods; the file for the CNI plugin |
 //! | [`io`], [`plane`] | the data plane: TUN and UDP; the same in the reconciler's hands |
 //! | [`view`], [`admin`], [`metrics`], [`status`] | what the daemon knows of itself, and who may ask |
-//! | [`probe`] | asks a running daemon, for a kubelet |
+//! | [`ask`], [`probe`] | asks a running daemon; the same for a kubelet |
 //! | [`uninstall`] | takes everything of ours away |
 
 pub mod admin;
 pub mod app;
 pub mod args;
+pub mod ask;
 pub mod attachments;
 pub mod cache;
 pub mod cni_install;

@@ -3,15 +3,16 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, ensure};
 use mesh_core::tunnel::config::PeerSnapshot;
 use mesh_types::key::PublicKey;
-use mesh_types::limits::FILE_BYTES_MAX;
 use mesh_types::status::{PathKind, PeerStatus, RefusedNode, STATUS_VERSION, Status};
 
 use crate::args::StatusArgs;
+use crate::ask::{Answer, ask};
 use crate::config;
 use crate::view::{PeerFacts, Snapshot};
 
@@ -47,7 +48,7 @@ pub fn build(snapshot: &Snapshot) -> Status {
 
 /// `meshd status`.
 pub fn print(args: &StatusArgs) -> anyhow::Result<()> {
-    let body = ask(args)?;
+    let body = fetch(&args.run_dir)?;
     let mut out = std::io::stdout().lock();
     if args.json {
         out.write_all(&body).and_then(|()| out.write_all(b"\n")).context("print")?;
@@ -212,60 +213,12 @@ fn columns(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Asks the daemon over its socket.
-fn ask(args: &StatusArgs) -> anyhow::Result<Vec<u8>> {
-    let path = config::Paths { state_dir: "/".into(), run_dir: args.run_dir.clone() }.socket();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        match tokio::time::timeout(ANSWER_TIMEOUT, get(&path, "/status")).await {
-            Ok(answer) => answer,
-            Err(_) => bail!(
-                "the daemon behind {} took more than {} s to answer: look at its log",
-                path.display(),
-                ANSWER_TIMEOUT.as_secs()
-            ),
-        }
-    })
-}
-
-async fn get(socket: &std::path::Path, uri: &str) -> anyhow::Result<Vec<u8>> {
-    use http_body_util::{BodyExt, Empty, Limited};
-    use std::io::ErrorKind;
-    let stream = tokio::net::UnixStream::connect(socket).await.map_err(|error| {
-        let why = match error.kind() {
-            ErrorKind::NotFound => "meshd has not run here, or with another --run-dir",
-            ErrorKind::ConnectionRefused => {
-                "meshd is not running: no pod reaches another node until it is started, and nothing leaves in clear"
-            }
-            ErrorKind::PermissionDenied => "only root may ask",
-            _ => "cannot be asked",
-        };
-        anyhow::anyhow!("{}: {why}", socket.display())
-    })?;
-    let io = hyper_util::rt::TokioIo::new(stream);
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(io).await.context("speak to the daemon")?;
-    let driver = tokio::spawn(connection);
-    let request = hyper::Request::get(uri)
-        .header("host", "meshd")
-        .body(Empty::<hyper::body::Bytes>::new())
-        .context("form the request")?;
-    let response = sender
-        .send_request(request)
-        .await
-        .context("the daemon closed the connection: only root may ask")?;
-    let status = response.status();
-    let limit = usize::try_from(FILE_BYTES_MAX).unwrap_or(usize::MAX);
-    let body = Limited::new(response.into_body(), limit)
-        .collect()
-        .await
-        .map_err(|error| anyhow::anyhow!("read the answer: {error}"))?
-        .to_bytes();
-    driver.abort();
-    if !status.is_success() {
-        bail!("the daemon answered {status}: {}", String::from_utf8_lossy(&body).trim());
-    }
-    Ok(body.to_vec())
+/// Asks the daemon over its socket for its status.
+pub fn fetch(run_dir: &Path) -> anyhow::Result<Vec<u8>> {
+    let socket = config::Paths { state_dir: "/".into(), run_dir: run_dir.to_owned() }.socket();
+    let Answer { ok, body } = ask(&socket, "/status", ANSWER_TIMEOUT)?;
+    ensure!(ok, "the daemon answered: {}", String::from_utf8_lossy(&body).trim());
+    Ok(body)
 }
 
 #[cfg(test)]
