@@ -11,12 +11,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use ipnet::IpNet;
 use mesh_types::key::PrivateKey;
+use mesh_types::node::NodeName;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
@@ -25,7 +27,7 @@ use crate::args::RunArgs;
 use crate::config::{self, Config, Kernel, Source};
 use crate::endpoints::Choice;
 use crate::installed::Installed;
-use crate::kube::KubeSource;
+use crate::kube::{self, KubeSource};
 use crate::plane::NodePlane;
 use crate::reconcile::{self, Inputs, Linux, Outputs, Reconciler};
 use crate::roster::RosterSource;
@@ -49,25 +51,45 @@ const REACTOR_THREADS: usize = 2;
 pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     let host_name = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let config = config::check(args, &host_name)?;
+    let result = run_checked(&config);
+    if let (Err(error), Source::Kubernetes(kubeconfig)) = (&result, &config.source) {
+        last_words(kubeconfig.as_deref(), &config.node, &crate::one_line(error));
+    }
+    result
+}
+
+/// Who looks at the Node must find why it is not meshed also where the daemon does not live to say so.
+fn last_words(kubeconfig: Option<&Path>, node: &NodeName, why: &str) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let told = match runtime {
+        Ok(runtime) => runtime.block_on(kube::last_words(kubeconfig, node, why)),
+        Err(error) => Err(error.to_string()),
+    };
+    if let Err(error) = told {
+        tracing::warn!(%node, "no Event says why meshd ends: {error}");
+    }
+}
+
+fn run_checked(config: &Config) -> anyhow::Result<()> {
     preflight::check_machine()?;
     files::private_directory(&config.paths.state_dir, config::Paths::is_ours)?;
     let _lock = lock::take(&config.paths.lock(), lock::WAIT)?;
     preflight::check_udp_port(config.listen_port)?;
     preflight::check_tun_is_free(&config.kernel.tun, lock::WAIT)?;
-    check_own_addresses(&config)?;
+    check_own_addresses(config)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), ?config, "meshd starts");
     for clash in preflight::clashes(&config.kernel)? {
         tracing::warn!("{clash}");
     }
     keystore::forbid_core_dumps()?;
-    let key = own_key(&config)?;
+    let key = own_key(config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(REACTOR_THREADS)
         .thread_name("reactor")
         .enable_all()
         .build()
         .context("start the reactor")?;
-    let result = runtime.block_on(serve(&config, key));
+    let result = runtime.block_on(serve(config, key));
     // A request to a silent API server must not hold up the end.
     runtime.shutdown_background();
     result

@@ -13,9 +13,10 @@
 use std::time::Duration;
 
 use ::kube::Client;
-use ::kube::api::{Api, Patch, PatchParams};
-use ::kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use ::kube::api::{Api, ObjectMeta, Patch, PatchParams, PostParams};
 use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::api::events::v1::Event;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
 use mesh_core::cluster::RawNode;
 use mesh_types::annotations::FIELD_MANAGER;
@@ -25,81 +26,44 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::node::SeenNode;
-use super::words;
-use crate::view::condition;
+use super::node::{NetworkCondition, SeenNode};
+use super::verdict::{Due, NOTE_BYTES_MAX, Telling, clip, verdict};
+use super::{jittered, words};
 
-/// A trouble is told once it has lasted so long: a start takes less, and a flap would taint the node.
-const SETTLE: Duration = Duration::from_secs(10);
+/// Between two writes of the condition that only change its words, and between two Events: these are kept for an hour, and a
+/// few say it all.
+const INTERVAL: Duration = Duration::from_secs(30);
 
-/// Between two Events at least: they are kept for an hour, and a few say it all.
-const EVENT_INTERVAL: Duration = Duration::from_secs(30);
-
-/// Pause after a failed write, shortest and longest.
+/// Pause after a failed write, shortest and longest; half of it is random.
 const RETRY_MIN: Duration = Duration::from_secs(2);
 const RETRY_MAX: Duration = Duration::from_secs(60);
 
 /// A write that takes longer has failed.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Longest text of an Event (`noteLengthLimit` in pkg/apis/core/validation/events.go); longer ones are refused.
-const NOTE_BYTES_MAX: usize = 1_024;
+/// How long the end of a failed start waits for its Event to be taken.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What pods of this node cannot do without. Others lack only freshness: records, publishing, pods made before.
-const PODS_NEED: [&str; 7] = [
-    condition::GUARD,
-    condition::FORWARDING,
-    condition::DATA_PLANE,
-    condition::OWN_NODE,
-    condition::NETWORK,
-    condition::NODE_FILE,
-    condition::CNI,
-];
+/// Where Events about objects without a namespace live.
+const EVENTS_NAMESPACE: &str = "default";
 
-/// What there is to say.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Verdict {
-    /// Pods can be made and reach others.
-    network: bool,
-    /// Every condition holds.
-    ready: bool,
-    /// What does not hold, by name; a fixed text when all does.
-    message: String,
-}
+/// Longest `reportingInstance` (`ReportingInstanceLengthLimit` in pkg/apis/core/validation/events.go).
+const INSTANCE_BYTES_MAX: usize = 128;
 
-fn verdict(conditions: &[Condition]) -> Verdict {
-    let missing: Vec<&Condition> = conditions.iter().filter(|condition| !condition.ok).collect();
-    let network = missing.iter().all(|condition| !PODS_NEED.contains(&condition.name.as_str()));
-    let told: Vec<String> = missing
-        .iter()
-        .map(|condition| format!("{}: {}", condition.name, condition.message))
-        .collect();
-    let message = match told.is_empty() {
-        true => "meshd is ready: pod traffic to other nodes is encrypted".to_owned(),
-        false => clip(&told.join("; ")),
-    };
-    Verdict { network, ready: missing.is_empty(), message }
-}
-
-/// At most [`NOTE_BYTES_MAX`] bytes, whole characters.
-fn clip(text: &str) -> String {
-    let mut end = text.len().min(NOTE_BYTES_MAX);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text.get(..end).unwrap_or_default().to_owned()
-}
+/// What is left for the node in the name of an Event: a name has 253 bytes, and a dot and 32 hex digits follow.
+const EVENT_NAME_BYTES_MAX: usize = 253 - 33;
 
 /// Tells one Node how its network stands.
 pub struct Announcer {
-    nodes: Api<SeenNode>,
-    recorder: Recorder,
-    node: String,
+    desk: Desk,
     shown: watch::Receiver<Option<RawNode>>,
-    /// Told last: to which Node, and what.
-    condition: Option<(String, Verdict)>,
-    event: Option<(String, Verdict)>,
-    next_event: Instant,
+    /// The condition, and Events.
+    network: Telling,
+    mesh: Telling,
+    /// Nothing is written before.
+    retry: Option<Instant>,
+    pause: Duration,
+    complained: bool,
 }
 
 impl Announcer {
@@ -108,15 +72,16 @@ impl Announcer {
         node: &NodeName,
         shown: watch::Receiver<Option<RawNode>>,
     ) -> Self {
-        let reporter = Reporter { controller: "meshd".into(), instance: Some(node.to_string()) };
+        let now = Instant::now();
         Self {
-            nodes: Api::all(client.clone()),
-            recorder: Recorder::new(client, reporter),
-            node: node.as_str().to_owned(),
+            desk: Desk::new(client, node),
             shown,
-            condition: None,
-            event: None,
-            next_event: Instant::now(),
+            // Until the end of a trouble is told, no pod comes to this node.
+            network: Telling::new(INTERVAL, true, now),
+            mesh: Telling::new(INTERVAL, false, now),
+            retry: None,
+            pause: RETRY_MIN,
+            complained: false,
         }
     }
 
@@ -126,40 +91,12 @@ impl Announcer {
         conditions: impl Fn() -> Vec<Condition>,
         mut changes: watch::Receiver<()>,
     ) {
-        let mut pause = RETRY_MIN;
-        let mut since = Instant::now();
-        let mut current = verdict(&conditions());
-        let mut complained = false;
         loop {
-            let now = verdict(&conditions());
-            if now != current {
-                // A trouble that only changes its words has lasted all the while.
-                if now.ready != current.ready || now.network != current.network {
-                    since = Instant::now();
-                }
-                current = now;
-            }
-            let settled = current.ready || since.elapsed() >= SETTLE;
-            let wake = match settled {
-                false => Some(since + SETTLE),
-                true => match self.tell(&current).await {
-                    Ok(again) => {
-                        (pause, complained) = (RETRY_MIN, false);
-                        again
-                    }
-                    Err(why) => {
-                        if !std::mem::replace(&mut complained, true) {
-                            tracing::warn!(
-                                node = self.node,
-                                "state of the network not told: {why}"
-                            );
-                        }
-                        let wake = Instant::now() + pause;
-                        pause = pause.saturating_mul(2).min(RETRY_MAX);
-                        Some(wake)
-                    }
-                },
-            };
+            changes.mark_unchanged();
+            let (now, verdict) = (Instant::now(), verdict(&conditions()));
+            self.network.see(&verdict.pods_lack, now);
+            self.mesh.see(&verdict.missing, now);
+            let wake = self.turn(now).await;
             let alive = tokio::select! {
                 changed = changes.changed() => changed.is_ok(),
                 changed = self.shown.changed() => changed.is_ok(),
@@ -171,79 +108,141 @@ impl Announcer {
         }
     }
 
-    /// Writes what has not been said yet; when to come back for what is held back.
-    async fn tell(&mut self, verdict: &Verdict) -> Result<Option<Instant>, String> {
-        let Some(uid) = self.shown.borrow_and_update().as_ref().map(|node| node.uid.clone()) else {
-            return Ok(None);
-        };
-        let told = (uid.clone(), verdict.clone());
-        if self.condition.as_ref() != Some(&told) {
-            self.write_condition(&uid, verdict).await?;
-            self.condition = Some(told.clone());
+    /// Tells what is due; when to come back.
+    async fn turn(&mut self, now: Instant) -> Option<Instant> {
+        if self.retry.is_some_and(|retry| retry > now) {
+            return self.retry;
         }
-        if self.event.as_ref() == Some(&told) || (self.event.is_none() && verdict.ready) {
-            // Being ready after a start is no news.
-            self.event.get_or_insert(told);
-            return Ok(None);
+        match self.tell(now).await {
+            Ok(wake) => {
+                (self.retry, self.pause, self.complained) = (None, RETRY_MIN, false);
+                wake
+            }
+            Err(why) => {
+                // Once is enough for a log.
+                if !std::mem::replace(&mut self.complained, true) {
+                    tracing::warn!(node = self.desk.node, "state of the network not told: {why}");
+                }
+                self.retry = Some(Instant::now() + jittered(self.pause));
+                self.pause = self.pause.saturating_mul(2).min(RETRY_MAX);
+                self.retry
+            }
         }
-        if Instant::now() < self.next_event {
-            return Ok(Some(self.next_event));
-        }
-        self.write_event(&uid, verdict).await?;
-        self.event = Some(told);
-        self.next_event = Instant::now() + EVENT_INTERVAL;
-        Ok(None)
     }
 
-    async fn write_condition(&self, uid: &str, verdict: &Verdict) -> Result<(), String> {
-        let body = condition_body(&self.node, uid, verdict, Timestamp::now());
+    async fn tell(&mut self, now: Instant) -> Result<Option<Instant>, String> {
+        let uid = self.shown.borrow_and_update().as_ref().map(|node| node.uid.clone());
+        let Some(uid) = uid else { return Ok(None) };
+        let mut wakes = Vec::new();
+        match self.network.due(&uid, now) {
+            Due::Nothing => {}
+            Due::At(later) => wakes.push(later),
+            Due::Now => {
+                let lack = self.network.words().to_owned();
+                self.desk.write_condition(&uid, &lack).await?;
+                self.network.done(&uid, lack, Instant::now());
+            }
+        }
+        match self.mesh.due(&uid, now) {
+            Due::Nothing => {}
+            Due::At(later) => wakes.push(later),
+            Due::Now => {
+                let missing = self.mesh.words().to_owned();
+                // Being ready after a start is no news.
+                if self.mesh.knows(&uid) || !missing.is_empty() {
+                    self.desk.write_event(&uid, &missing).await?;
+                }
+                self.mesh.done(&uid, missing, Instant::now());
+            }
+        }
+        Ok(wakes.into_iter().min())
+    }
+}
+
+/// Says on the Node why meshd does not start there: once, if the server takes it in time. The condition stays as it is: a
+/// second daemon, started by mistake, must not take the network from pods of the first.
+pub(super) async fn last_words(client: Client, node: &NodeName, why: &str) -> Result<(), String> {
+    let desk = Desk::new(client, node);
+    let tell = async {
+        let seen = desk.see().await?;
+        desk.write_event(seen.uid(), &format!("meshd does not start: {why}")).await
+    };
+    tokio::time::timeout(LAST_WORDS_TIMEOUT, tell).await.unwrap_or_else(|_| Err(silence()))
+}
+
+fn silence() -> String {
+    "the API server did not answer in time".to_owned()
+}
+
+/// Reads and writes one Node and its Events.
+struct Desk {
+    nodes: Api<SeenNode>,
+    events: Api<Event>,
+    node: String,
+}
+
+impl Desk {
+    fn new(client: Client, node: &NodeName) -> Self {
+        Self {
+            nodes: Api::all(client.clone()),
+            events: Api::namespaced(client, EVENTS_NAMESPACE),
+            node: node.as_str().to_owned(),
+        }
+    }
+
+    async fn see(&self) -> Result<SeenNode, String> {
+        self.answer(self.nodes.get(&self.node)).await
+    }
+
+    /// Writes unless the Node says it already: a restart is no transition.
+    async fn write_condition(&self, uid: &str, lack: &str) -> Result<(), String> {
+        let seen = self.see().await?;
+        let before = seen.network.as_ref().filter(|_| seen.uid() == uid);
+        let Some(body) = condition_body(&self.node, uid, lack, before, Timestamp::now()) else {
+            return Ok(());
+        };
         // The network of this node is ours to speak of: what an earlier network plugin left there is taken over.
         let apply = PatchParams::apply(FIELD_MANAGER).force();
         let body = Patch::Apply(&body);
-        let write = self.nodes.patch_status(&self.node, &apply, &body);
-        match tokio::time::timeout(WRITE_TIMEOUT, write).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(words::of_announce(&error, &self.node)),
-            Err(_) => Err(format!("the API server did not answer within {WRITE_TIMEOUT:?}")),
-        }
+        self.answer(self.nodes.patch_status(&self.node, &apply, &body)).await.map(drop)
     }
 
-    async fn write_event(&self, uid: &str, verdict: &Verdict) -> Result<(), String> {
-        let (type_, reason) = match verdict.ready {
-            true => (EventType::Normal, "Meshed"),
-            false => (EventType::Warning, "NotMeshed"),
-        };
-        let event = Event {
-            type_,
-            reason: reason.into(),
-            note: Some(verdict.message.clone()),
-            action: "Mesh".into(),
-            secondary: None,
-        };
-        let node = ObjectReference {
-            api_version: Some("v1".into()),
-            kind: Some("Node".into()),
-            name: Some(self.node.clone()),
-            uid: Some(uid.to_owned()),
-            ..ObjectReference::default()
-        };
-        let write = self.recorder.publish(&event, &node);
-        match tokio::time::timeout(WRITE_TIMEOUT, write).await {
-            Ok(Ok(())) => Ok(()),
+    async fn write_event(&self, uid: &str, missing: &str) -> Result<(), String> {
+        let event = event(&self.node, uid, missing, Timestamp::now());
+        self.answer(self.events.create(&PostParams::default(), &event)).await.map(drop)
+    }
+
+    async fn answer<T>(
+        &self,
+        request: impl Future<Output = Result<T, ::kube::Error>>,
+    ) -> Result<T, String> {
+        match tokio::time::timeout(WRITE_TIMEOUT, request).await {
+            Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => Err(words::of_announce(&error, &self.node)),
-            Err(_) => Err(format!("the API server did not answer within {WRITE_TIMEOUT:?}")),
+            Err(_) => Err(silence()),
         }
     }
 }
 
-/// The body of an apply to the status: exactly one condition of exactly this Node.
-fn condition_body(node: &str, uid: &str, verdict: &Verdict, now: Timestamp) -> Value {
-    let now = now.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
-    let (status, reason) = match verdict.network {
-        true => ("False", "MeshReady"),
-        false => ("True", "MeshNotReady"),
+/// The body of an apply to the status: exactly one condition of exactly this Node. `None` if `before` says the same.
+fn condition_body(
+    node: &str,
+    uid: &str,
+    lack: &str,
+    before: Option<&NetworkCondition>,
+    now: Timestamp,
+) -> Option<Value> {
+    let (status, reason, message) = match lack {
+        "" => ("False", "MeshReady", "pod traffic to other nodes is encrypted"),
+        lack => ("True", "MeshNotReady", lack),
     };
-    json!({
+    let same = before.filter(|before| before.status == status);
+    if same.is_some_and(|before| before.reason == reason && before.message == message) {
+        return None;
+    }
+    let now = time_text(now);
+    let since = same.map(|before| before.since.clone()).filter(|since| !since.is_empty());
+    Some(json!({
         "apiVersion": "v1",
         "kind": "Node",
         "metadata": {"name": node, "uid": uid},
@@ -251,11 +250,47 @@ fn condition_body(node: &str, uid: &str, verdict: &Verdict, now: Timestamp) -> V
             "type": "NetworkUnavailable",
             "status": status,
             "reason": reason,
-            "message": verdict.message,
+            "message": message,
             "lastHeartbeatTime": now,
-            "lastTransitionTime": now,
+            "lastTransitionTime": since.unwrap_or_else(|| now.clone()),
         }]},
-    })
+    }))
+}
+
+fn time_text(time: Timestamp) -> String {
+    time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
+/// A new Event each time: what one says cannot be changed (`ValidateEventUpdate` in pkg/apis/core/validation/events.go).
+fn event(node: &str, uid: &str, missing: &str, now: Timestamp) -> Event {
+    let (type_, reason, note) = match missing {
+        "" => ("Normal", "Meshed", "pod traffic to other nodes is encrypted".to_owned()),
+        missing => ("Warning", "NotMeshed", clip(missing, NOTE_BYTES_MAX)),
+    };
+    let stem = clip(node, EVENT_NAME_BYTES_MAX);
+    let name = format!("{}.{:x}", stem.trim_end_matches(['.', '-']), now.as_nanosecond());
+    Event {
+        metadata: ObjectMeta {
+            name: Some(name),
+            namespace: Some(EVENTS_NAMESPACE.into()),
+            ..ObjectMeta::default()
+        },
+        action: Some("Mesh".into()),
+        event_time: Some(MicroTime(now)),
+        note: Some(note),
+        reason: Some(reason.into()),
+        regarding: Some(ObjectReference {
+            api_version: Some("v1".into()),
+            kind: Some("Node".into()),
+            name: Some(node.into()),
+            uid: Some(uid.into()),
+            ..ObjectReference::default()
+        }),
+        reporting_controller: Some("meshd".into()),
+        reporting_instance: Some(clip(node, INSTANCE_BYTES_MAX)),
+        type_: Some(type_.into()),
+        ..Event::default()
+    }
 }
 
 async fn until(instant: Option<Instant>) {
@@ -266,59 +301,4 @@ async fn until(instant: Option<Instant>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn conditions(failing: &[(&str, &str)]) -> Vec<Condition> {
-        condition::ALL
-            .iter()
-            .map(|name| {
-                let why = failing.iter().find(|(failing, _)| failing == name);
-                Condition {
-                    name: (*name).to_owned(),
-                    ok: why.is_none(),
-                    message: why.map_or_else(String::new, |(_, why)| (*why).to_owned()),
-                }
-            })
-            .collect()
-    }
-
-    #[test]
-    fn the_network_is_there_when_pods_have_what_they_need() {
-        assert!(verdict(&conditions(&[])).network);
-        for name in PODS_NEED {
-            let told = verdict(&conditions(&[(name, "broken")]));
-            assert!(!told.network && !told.ready, "{name}");
-            assert_eq!(told.message, format!("{name}: broken"));
-        }
-        for name in [condition::CLUSTER, condition::PUBLISHED, condition::PODS] {
-            let told = verdict(&conditions(&[(name, "the server is away")]));
-            assert!(told.network && !told.ready, "{name}");
-        }
-    }
-
-    #[test]
-    fn the_message_names_everything_and_never_exceeds_what_a_server_takes() {
-        let told = verdict(&conditions(&[("guard", "a"), ("node-file", "b")]));
-        assert_eq!(told.message, "guard: a; node-file: b");
-        let long = "ä".repeat(NOTE_BYTES_MAX);
-        let told = verdict(&conditions(&[("guard", &long)]));
-        assert!(told.message.len() <= NOTE_BYTES_MAX && told.message.ends_with('ä'));
-    }
-
-    #[test]
-    fn exactly_one_condition_of_exactly_this_node_is_written() {
-        let now: Timestamp = "2026-01-02T03:04:05Z".parse().expect("time");
-        let body = condition_body("node-1", "5f0c", &verdict(&conditions(&[("guard", "a")])), now);
-        let expected = json!({
-            "apiVersion": "v1", "kind": "Node",
-            "metadata": {"name": "node-1", "uid": "5f0c"},
-            "status": {"conditions": [{
-                "type": "NetworkUnavailable", "status": "True", "reason": "MeshNotReady",
-                "message": "guard: a",
-                "lastHeartbeatTime": "2026-01-02T03:04:05Z", "lastTransitionTime": "2026-01-02T03:04:05Z",
-            }]},
-        });
-        assert_eq!(body, expected);
-    }
-}
+mod tests;

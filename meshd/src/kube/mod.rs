@@ -11,6 +11,7 @@ mod feed;
 mod gate;
 mod node;
 mod publish;
+mod verdict;
 mod words;
 
 use std::collections::BTreeMap;
@@ -165,6 +166,22 @@ impl KubeSource {
     }
 }
 
+/// Tells the cluster why meshd does not start on `node`, as an Event, if that takes only seconds. `Err` says why not.
+pub async fn last_words(
+    kubeconfig: Option<&Path>,
+    node: &NodeName,
+    why: &str,
+) -> Result<(), String> {
+    let source = KubeSource::open(kubeconfig).await.map_err(|error| format!("{error:#}"))?;
+    announce::last_words(source.client, node, why).await
+}
+
+/// Half of it is random, so that a thousand nodes do not come back to a server at once.
+fn jittered(pause: Duration) -> Duration {
+    let half = pause / 2;
+    half + half.mul_f64(rand::random::<f64>())
+}
+
 async fn from_file(path: &Path) -> anyhow::Result<Config> {
     let shown = path.display();
     let file = match Kubeconfig::read_from(path) {
@@ -205,9 +222,9 @@ impl Iterator for Backoff {
     type Item = Duration;
 
     fn next(&mut self) -> Option<Duration> {
-        let half = self.next / 2;
+        let pause = jittered(self.next);
         self.next = self.next.saturating_mul(2).min(RETRY_MAX);
-        Some(half + half.mul_f64(rand::random::<f64>()))
+        Some(pause)
     }
 }
 

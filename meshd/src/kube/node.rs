@@ -23,6 +23,18 @@ pub(super) struct SeenNode {
     /// Name, uid and resource version, nothing else.
     meta: ObjectMeta,
     pub(super) raw: RawNode,
+    /// What it says of its network, if anything.
+    pub(super) network: Option<NetworkCondition>,
+}
+
+/// The condition `NetworkUnavailable`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct NetworkCondition {
+    pub(super) status: String,
+    pub(super) reason: String,
+    pub(super) message: String,
+    /// `lastTransitionTime` as written.
+    pub(super) since: String,
 }
 
 impl SeenNode {
@@ -42,7 +54,11 @@ impl SeenNode {
             resource_version: meta("resourceVersion"),
             ..ObjectMeta::default()
         };
-        Self { meta, raw }
+        Self { meta, raw, network: network(value) }
+    }
+
+    pub(super) fn uid(&self) -> &str {
+        &self.raw.uid
     }
 }
 
@@ -155,6 +171,20 @@ fn addresses(value: &Value) -> Vec<RawAddress> {
         Some(RawAddress { external, address: bounded(address, TEXT_BYTES_MAX) })
     };
     entries.iter().filter_map(read).take(CANDIDATES_PER_NODE_MAX).collect()
+}
+
+/// `None` where it is missing or no condition; what we write then replaces it.
+fn network(value: &Value) -> Option<NetworkCondition> {
+    let conditions = value.get("status")?.get("conditions")?.as_array()?;
+    let text =
+        |of: &Value, key: &str| of.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let ours = conditions.iter().find(|it| text(it, "type") == "NetworkUnavailable")?;
+    Some(NetworkCondition {
+        status: text(ours, "status"),
+        reason: text(ours, "reason"),
+        message: text(ours, "message"),
+        since: text(ours, "lastTransitionTime"),
+    })
 }
 
 fn bounded(text: &str, max: usize) -> String {

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::node::SeenNode;
-use super::words;
+use super::{jittered, words};
 use crate::source::{OwnRecord, Published};
 
 /// Pause after a failed write, shortest and longest.
@@ -168,11 +168,6 @@ fn set(state: &watch::Sender<Published>, now: Published) -> bool {
         *before = now;
         changed
     })
-}
-
-fn jittered(pause: Duration) -> Duration {
-    let half = pause / 2;
-    half + half.mul_f64(rand::random::<f64>())
 }
 
 async fn sleep(pause: Option<Duration>) {

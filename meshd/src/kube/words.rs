@@ -50,11 +50,14 @@ pub(super) fn of_publish(error: &Error, node: &str) -> String {
 pub(super) fn of_announce(error: &Error, node: &str) -> String {
     match error {
         Error::Api(status) if status.code == 403 => format!(
-            "the API server does not let us write the status of node {node} or its events: check the role of our \
+            "the API server does not let us read node {node}, or write its status or its events: check the role of our \
              service account and the admission policies ({})",
             message(status)
         ),
-        other => explain(other, &format!("write the status of node {node}")),
+        Error::Api(status) if status.code == 404 => {
+            format!("node {node} does not exist: is --node-name right? ({})", message(status))
+        }
+        other => explain(other, &format!("tell how the network of node {node} stands")),
     }
 }
 
