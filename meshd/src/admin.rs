@@ -2,12 +2,14 @@
 //!
 //! ```text
 //! TCP  127.0.0.1:15191    /healthz /readyz /metrics            nothing secret, anybody on the host
+//! TCP  OVERLAY:--metrics-port                                  the same, for scrapers inside the mesh
 //! unix RUN_DIR/meshd.sock /healthz /readyz /metrics /status    0600 in a 0700 directory, root only
 //! unix --probe-socket     /healthz /readyz                     for probes of this very pod: no other daemon has it
 //! ```
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -37,6 +39,9 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// No connection lives longer: clients that read nothing must not keep a kubelet out. A scraper connects again.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How often the overlay addresses are looked at: they change with a node's pod CIDRs.
+const OVERLAY_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Pause after a failed accept (no file descriptors left), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
@@ -89,6 +94,42 @@ impl Admin {
             }
         };
         tokio::join!(serve_tcp(self.tcp, public), serve_unix(self.unix, private), probe);
+    }
+}
+
+/// Serves at the overlay addresses, which come and go with the pod CIDRs, for as long as the daemon runs.
+pub async fn serve_overlay(port: u16, view: Arc<View>) {
+    let mut serving: BTreeMap<IpAddr, tokio::task::JoinHandle<()>> = BTreeMap::new();
+    let mut complained = BTreeSet::new();
+    loop {
+        let wanted = view.overlay_addresses();
+        serving.retain(|address, task| {
+            let keep = wanted.contains(address);
+            if !keep {
+                task.abort();
+            }
+            keep
+        });
+        for address in wanted {
+            if serving.contains_key(&address) {
+                continue;
+            }
+            match TcpListener::bind((address, port)).await {
+                Ok(listener) => {
+                    let router = routes().with_state(Arc::clone(&view));
+                    serving.insert(address, tokio::spawn(serve_tcp(listener, router)));
+                    tracing::info!(%address, port, "metrics are served inside the mesh");
+                }
+                // The address may not be on the device yet; only what lasts is told.
+                Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {}
+                Err(error) => {
+                    if complained.insert(address) {
+                        tracing::warn!(%address, port, %error, "metrics are not served: choose another --metrics-port");
+                    }
+                }
+            }
+        }
+        tokio::time::sleep(OVERLAY_INTERVAL).await;
     }
 }
 

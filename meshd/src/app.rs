@@ -22,7 +22,7 @@ use mesh_types::node::NodeName;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
-use crate::admin::Admin;
+use crate::admin::{self, Admin};
 use crate::args::RunArgs;
 use crate::config::{self, Config, Kernel, Source};
 use crate::endpoints::Choice;
@@ -34,8 +34,8 @@ use crate::roster::RosterSource;
 use crate::source::{ClusterEvent, OwnRecord, Published};
 use crate::view::{Identity, View, condition};
 use crate::{
-    attachments, cni_install, files, installed, kernel_watch, keystore, last_heard, lock,
-    node_file, preflight, resolver, uninstall,
+    attachments, cni_install, files, host_copy, installed, kernel_watch, keystore, last_heard,
+    lock, node_file, preflight, resolver, uninstall,
 };
 
 /// Events on their way from the source: a burst waits in the source, not in memory.
@@ -49,6 +49,9 @@ const REACTOR_THREADS: usize = 2;
 
 /// `meshd run`.
 pub fn run(args: &RunArgs) -> anyhow::Result<()> {
+    if let Some(dir) = &args.host.sysctl_dir {
+        netcfg::sysctl::set_root(dir.clone());
+    }
     let host_name = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let config = config::check(args, &host_name)?;
     let result = run_checked(&config);
@@ -81,6 +84,9 @@ fn run_checked(config: &Config) -> anyhow::Result<()> {
     for clash in preflight::clashes(&config.kernel)? {
         tracing::warn!("{clash}");
     }
+    if let Some(dir) = &config.host_copy_dir {
+        host_copy::keep(dir);
+    }
     keystore::forbid_core_dumps()?;
     let key = own_key(config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -102,6 +108,18 @@ fn check_own_addresses(config: &Config) -> anyhow::Result<()> {
         addresses.retain(|found| earlier.devices().all(|device| device != found.interface));
     }
     preflight::check_own_addresses(&addresses, &Choice::of(config), &config.prefixes)
+}
+
+/// `meshd hold`: waits for a signal.
+pub fn hold() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the reactor")?;
+    runtime.block_on(async {
+        Signals::catch()?.wait().await;
+        Ok(())
+    })
 }
 
 fn own_key(config: &Config) -> anyhow::Result<PrivateKey> {
@@ -126,7 +144,7 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
     let admin =
         Admin::bind(config.admin_address, &config.paths.socket(), config.probe_socket.as_deref())
             .await?;
-    let boot_id = node_file::boot_id()?;
+    let boot_id = node_file::boot_id(&config.boot_id_file)?;
     let earlier = install_guard(config, &boot_id)?;
     let view = Arc::new(View::new(Identity {
         node: config.node.clone(),
@@ -139,6 +157,9 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
         Some(wanted) => drop(tokio::spawn(cni_install::keep(wanted.clone(), Arc::clone(&view)))),
         None => view.set_condition(condition::CNI, Ok(())),
     }
+    if let Some(port) = config.metrics_port {
+        tokio::spawn(admin::serve_overlay(port, Arc::clone(&view)));
+    }
     let (events_in, events) = mpsc::channel(EVENTS_MAX);
     let (stop, stopped) = watch::channel(false);
     let (news_in, kernel_news) = mpsc::channel(1);
@@ -146,6 +167,7 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
         public_key: view.identity.public_key,
         endpoints: Vec::new(),
         version: String::new(),
+        overlay: Vec::new(),
     });
     let (names, wanted_names) = watch::channel(BTreeSet::new());
     let (resolved_in, resolved) = watch::channel(BTreeMap::new());
@@ -318,6 +340,6 @@ impl Signals {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
         };
-        tracing::info!(signal = name, "stopping; TUN, routes, guard and key stay");
+        tracing::info!(signal = name, "stopping");
     }
 }

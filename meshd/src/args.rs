@@ -48,6 +48,8 @@ pub enum Command {
     CniInstall(CniInstallArgs),
     /// Ask the daemon of this very pod whether it is live or ready: exit status 0 if so.
     Probe(ProbeArgs),
+    /// Do nothing until told to stop: the container that shows that a node is clean.
+    Hold,
 }
 
 #[derive(Debug, Clone, ClapArgs)]
@@ -70,8 +72,13 @@ pub struct RunArgs {
     /// Also answer /healthz and /readyz on this socket, for probes of this very pod.
     #[arg(long, env = "MESHD_PROBE_SOCKET")]
     pub probe_socket: Option<PathBuf>,
+    /// Also serve /metrics, /healthz and /readyz at this TCP port of the overlay addresses, for scrapers inside the mesh.
+    #[arg(long, env = "MESHD_METRICS_PORT")]
+    pub metrics_port: Option<u16>,
     #[command(flatten)]
     pub cni: CniArgs,
+    #[command(flatten)]
+    pub host: HostArgs,
     #[command(flatten)]
     pub places: Places,
     #[command(flatten)]
@@ -119,6 +126,20 @@ impl Switch {
     }
 }
 
+/// The host as a container sees it.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct HostArgs {
+    /// Where kernel settings are written, if not /proc/sys: container runtimes mount theirs read-only.
+    #[arg(long, env = "MESHD_SYSCTL_DIR")]
+    pub sysctl_dir: Option<PathBuf>,
+    /// The boot id the CNI plugin reads on the host.
+    #[arg(long, env = "MESHD_BOOT_ID_FILE", default_value = "/proc/sys/kernel/random/boot_id")]
+    pub boot_id_file: PathBuf,
+    /// Keep a copy of this program and of nft here, for uninstalling without an image.
+    #[arg(long, env = "MESHD_HOST_COPY_DIR")]
+    pub host_copy_dir: Option<PathBuf>,
+}
+
 /// The CNI plugin as the daemon keeps it.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct CniArgs {
@@ -138,6 +159,9 @@ pub struct CniInstallArgs {
     /// The program to install [default: meshd-cni beside this program].
     #[arg(long, env = "MESHD_CNI_PROGRAM")]
     pub program: Option<PathBuf>,
+    /// An nft program to install beside it, for hosts without one.
+    #[arg(long, env = "MESHD_CNI_NFT")]
+    pub nft: Option<PathBuf>,
     /// Directory container runtimes start plugins from.
     #[arg(long, env = "MESHD_CNI_BIN_DIR", default_value = "/opt/cni/bin")]
     pub bin_dir: PathBuf,

@@ -31,6 +31,10 @@ pub struct Config {
     pub use_interfaces: Vec<String>,
     pub joined_sites: Vec<(Site, Site)>,
     pub probe_socket: Option<PathBuf>,
+    pub metrics_port: Option<u16>,
+    pub sysctl_dir: Option<PathBuf>,
+    pub boot_id_file: PathBuf,
+    pub host_copy_dir: Option<PathBuf>,
     /// Our CNI configuration, where we are to look after it.
     pub cni: Option<cni_install::Wanted>,
 }
@@ -146,6 +150,10 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
             "--endpoint {endpoint} lies inside the cluster prefixes: no way to reach this node"
         );
     }
+    ensure!(
+        args.metrics_port != Some(0),
+        "--metrics-port must be above 0: scrapers have to know it"
+    );
     ensure!(args.listen_port != 0, "--listen-port must be above 0: peers and the guard know it");
     let source = match &args.roster {
         Some(path) => Source::Roster(path.clone()),
@@ -175,6 +183,10 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
         use_interfaces: args.use_interfaces.clone(),
         joined_sites: joined_sites(&args.joined_sites)?,
         probe_socket: args.probe_socket.clone(),
+        metrics_port: args.metrics_port,
+        sysctl_dir: args.host.sysctl_dir.clone(),
+        boot_id_file: args.host.boot_id_file.clone(),
+        host_copy_dir: args.host.host_copy_dir.clone(),
         cni: cni(args)?,
     })
 }
@@ -183,7 +195,8 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
 fn cni(args: &RunArgs) -> anyhow::Result<Option<cni_install::Wanted>> {
     let Some(conf_dir) = &args.cni.cni_conf_dir else { return Ok(None) };
     let wanted = cni_install::Wanted {
-        program: None,
+        programs: Vec::new(),
+        bin_dir: "/opt/cni/bin".into(),
         conf_dir: conf_dir.clone(),
         conf_name: args.cni.cni_conf_name.clone(),
         capabilities: args.cni.cni_capabilities.clone(),

@@ -16,7 +16,7 @@
 //! | [`keystore`] | the private key, bound to this node |
 //! | [`source`]: [`roster`], [`kube`], [`cache`] | where node records come from |
 //! | [`reconcile`] | makes the node be as the cluster says; [`kernel_watch`], [`resolver`] wake it |
-//! | [`cni_install`] | the CNI plugin's program and configuration on this node |
+//! | [`cni_install`], [`host_copy`] | the CNI plugin's program and configuration on this node; our own for uninstalling |
 //! | [`endpoints`], [`attachments`], [`node_file`] | own endpoints; records of pods; the file for the CNI plugin |
 //! | [`io`], [`plane`] | the data plane: TUN and UDP; the same in the reconciler's hands |
 //! | [`view`], [`admin`], [`metrics`], [`status`] | what the daemon knows of itself, and who may ask |
@@ -34,6 +34,7 @@ pub mod config;
 pub mod endpoints;
 pub mod files;
 pub mod folder;
+pub mod host_copy;
 pub mod installed;
 pub mod io;
 pub mod kernel_watch;

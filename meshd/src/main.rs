@@ -18,6 +18,7 @@ fn main() -> ExitCode {
         Command::Uninstall(uninstall) => meshd::uninstall::run(uninstall),
         Command::CniInstall(install) => meshd::cni_install::run(install),
         Command::Probe(probe) => meshd::probe::run(probe),
+        Command::Hold => meshd::app::hold(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use mesh_types::node_file::NodeFile;
 
 use crate::files;
@@ -55,11 +55,12 @@ fn read(path: &Path) -> Option<NodeFile> {
     serde_json::from_slice(&bytes).ok()
 }
 
-/// The boot id of the kernel.
-pub fn boot_id() -> anyhow::Result<String> {
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .context("read /proc/sys/kernel/random/boot_id")?;
-    Ok(text.trim().to_owned())
+/// The boot id in `file`, which is the kernel's or another view of it.
+pub fn boot_id(file: &Path) -> anyhow::Result<String> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
+    let id = text.trim();
+    ensure!(!id.is_empty(), "{} holds no boot id", file.display());
+    Ok(id.to_owned())
 }
 
 #[cfg(test)]
@@ -74,7 +75,7 @@ mod tests {
         NodeFile {
             version: NODE_FILE_VERSION,
             node: "node-1".parse().expect("name"),
-            boot_id: boot_id().expect("boot id"),
+            boot_id: boot_id(Path::new("/proc/sys/kernel/random/boot_id")).expect("boot id"),
             cluster_prefixes: vec!["10.244.0.0/16".parse().expect("prefix")]
                 .try_into()
                 .expect("prefixes"),

@@ -12,6 +12,10 @@
 use mesh_core::cluster::RawNode;
 
 /// News about the cluster. An object that cannot be read comes as a [`RawNode`] that says so.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "the large one is the common one, in a bounded channel"
+)]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ClusterEvent {
     /// These nodes exist, and no others.
@@ -33,6 +37,8 @@ pub struct OwnRecord {
     pub public_key: mesh_types::key::PublicKey,
     pub endpoints: Vec<std::net::SocketAddr>,
     pub version: String,
+    /// Where metrics are served inside the mesh; empty where they are not.
+    pub overlay: Vec<std::net::IpAddr>,
 }
 
 /// How publishing stands.

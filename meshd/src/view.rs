@@ -7,14 +7,14 @@
 //! One lock, held for a copy and never across I/O; packets do not come here.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use mesh_core::tunnel::config::{PeerConfig, PeerSnapshot};
 use mesh_types::key::PublicKey;
-use mesh_types::net::ClusterPrefixes;
+use mesh_types::net::{ClusterPrefixes, overlay_address};
 use mesh_types::node::{NodeName, Site};
 use mesh_types::status::{Condition, Counter};
 use mesh_types::time::MonoTime;
@@ -179,6 +179,11 @@ impl View {
         self.set(name, true, message);
     }
 
+    /// This node's addresses inside the mesh.
+    pub fn overlay_addresses(&self) -> Vec<IpAddr> {
+        overlay_addresses(&self.lock().facts.pod_cidrs)
+    }
+
     pub fn set_facts(&self, facts: Facts) {
         self.lock().facts = facts;
     }
@@ -296,6 +301,11 @@ impl View {
         // The data behind the lock is whole at every instruction: plain assignments.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The node's own address in each of its pod CIDRs.
+pub fn overlay_addresses(pod_cidrs: &[IpNet]) -> Vec<IpAddr> {
+    pod_cidrs.iter().filter_map(|cidr| overlay_address(*cidr)).collect()
 }
 
 fn conditions(inner: &Inner) -> Vec<Condition> {

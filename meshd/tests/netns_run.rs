@@ -206,7 +206,8 @@ fn uninstall_does_not_open_the_guard_under_living_pods_unless_forced() {
         ifname: "eth0".into(),
         netns: "/run/netns/none".into(),
         netns_inode: 1,
-        boot_id: meshd::node_file::boot_id().expect("boot id"),
+        boot_id: meshd::node_file::boot_id("/proc/sys/kernel/random/boot_id".as_ref())
+            .expect("boot id"),
         host_ifname: "meshp0000000001".into(),
         pod_mac: "02:00:00:00:00:01".into(),
         addresses: vec!["10.244.1.2".parse().expect("address")],

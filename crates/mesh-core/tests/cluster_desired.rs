@@ -370,6 +370,7 @@ fn a_node_publishes_its_believable_addresses_public_ones_first() {
     assert_eq!(found, expected.map(endpoint));
 }
 
+#[allow(clippy::large_enum_variant, reason = "as meshd's own events")]
 #[derive(Debug, Clone)]
 enum Event {
     Apply(RawNode),

@@ -14,6 +14,8 @@ pub const PUBLIC_KEY: &str = "meshd.dev/public-key";
 pub const ENDPOINTS: &str = "meshd.dev/endpoints";
 /// Version of the daemon that wrote the others. Written by the daemon.
 pub const VERSION: &str = "meshd.dev/version";
+/// Comma-separated overlay addresses, where metrics are served. Written by the daemon, believed by nobody's routing.
+pub const OVERLAY: &str = "meshd.dev/overlay";
 /// Operator's override: the only candidate used, DNS name allowed.
 pub const ENDPOINT_OVERRIDE: &str = "meshd.dev/endpoint";
 

@@ -17,9 +17,14 @@ use serde_json::Value;
 /// Where `nft` may be besides `$PATH`: container runtimes call plugins with a short one.
 const PLACES: [&str; 3] = ["/usr/sbin", "/sbin", "/usr/local/sbin"];
 
-/// The `nft` program, in the directories of `path` (the text of `$PATH`) or where systems keep it.
+/// The program as it is called beside ours on a host: hosts need none of their own, and all of ours use the same.
+pub const OWN_NFT: &str = "meshd-nft";
+
+/// The `nft` program: ours, beside this program; in the directories of `path` (the text of `$PATH`); where systems keep it.
 pub fn find_program(path: &OsStr) -> Option<PathBuf> {
-    find_in(std::env::split_paths(path).chain(PLACES.map(PathBuf::from)))
+    let own = std::env::current_exe().ok().map(|program| program.with_file_name(OWN_NFT));
+    own.filter(|own| own.is_file())
+        .or_else(|| find_in(std::env::split_paths(path).chain(PLACES.map(PathBuf::from))))
 }
 
 /// Carries out a script, all of it or nothing.

@@ -5,6 +5,18 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::OnceLock;
+
+/// Where settings are read and written, unless [`set_root`] said otherwise.
+const ROOT: &str = "/proc/sys";
+
+static OTHER_ROOT: OnceLock<PathBuf> = OnceLock::new();
+
+/// Another place of `/proc/sys`, for the life of the process: container runtimes mount theirs read-only. Once, before
+/// anything is read; a second call changes nothing.
+pub fn set_root(root: PathBuf) {
+    OTHER_ROOT.get_or_init(|| root);
+}
 
 /// Reads `net/ipv4/ip_forward` and the like, without the trailing newline.
 pub fn get(key: &str) -> io::Result<String> {
@@ -35,7 +47,7 @@ fn path(key: &str) -> io::Result<PathBuf> {
         let text = format!("{key:?} is no kernel setting (write net/ipv4/ip_forward)");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
-    Ok(PathBuf::from(format!("/proc/sys/{key}")))
+    Ok(OTHER_ROOT.get().map_or_else(|| ROOT.into(), PathBuf::clone).join(key))
 }
 
 fn named(key: &str, error: &io::Error) -> io::Error {

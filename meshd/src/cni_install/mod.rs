@@ -59,8 +59,11 @@ fn wanted(args: &CniInstallArgs) -> anyhow::Result<Wanted> {
         Some(program) => program.clone(),
         None => std::env::current_exe().context("where is this program?")?.with_file_name(PLUGIN),
     };
+    let nft = args.nft.iter().map(|nft| (nft.clone(), netcfg::OWN_NFT));
+    let programs = nft.chain([(program, PLUGIN)]).collect();
     Ok(Wanted {
-        program: Some((program, args.bin_dir.clone())),
+        programs,
+        bin_dir: args.bin_dir.clone(),
         conf_dir: args.conf_dir.clone(),
         conf_name: args.conf_name.clone(),
         capabilities: args.capabilities.clone(),
@@ -76,8 +79,9 @@ fn wanted(args: &CniInstallArgs) -> anyhow::Result<Wanted> {
 /// What is to be where.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
-    /// The program to copy and the directory it goes to; `None` where that is somebody else's.
-    pub program: Option<(PathBuf, PathBuf)>,
+    /// Programs to copy into [`Self::bin_dir`] under a name; none where that is somebody else's.
+    pub programs: Vec<(PathBuf, &'static str)>,
+    pub bin_dir: PathBuf,
     pub conf_dir: PathBuf,
     pub conf_name: String,
     /// Standard plugins chained behind ours.
@@ -119,8 +123,10 @@ pub fn install(wanted: &Wanted) -> anyhow::Result<Done> {
         );
     }
     let mut done = Done::default();
-    if let Some((program, bin_dir)) = &wanted.program {
-        keep_program(program, bin_dir, &mut done)?;
+    for (program, name) in &wanted.programs {
+        if keep_program(program, &wanted.bin_dir, name)? {
+            done.made.push(format!("wrote {}", wanted.bin_dir.join(name).display()));
+        }
     }
     let text = render(&wanted.capabilities, &wanted.state_dir);
     make_directory(&wanted.conf_dir)?;
@@ -150,16 +156,15 @@ pub fn uninstall(wanted: &Wanted) -> anyhow::Result<Done> {
     }
     remove(&wanted.conf_dir.join(&wanted.conf_name), &mut done)?;
     done.made.extend(conf_dir::enable_all(&wanted.conf_dir)?);
-    if let Some((_, bin_dir)) = &wanted.program {
-        remove(&bin_dir.join(PLUGIN), &mut done)?;
+    for name in [PLUGIN, netcfg::OWN_NFT] {
+        remove(&wanted.bin_dir.join(name), &mut done)?;
     }
     Ok(done)
 }
 
 /// Refuses what cannot work, in words that name it.
 pub fn check(wanted: &Wanted) -> anyhow::Result<()> {
-    let bin_dir = wanted.program.as_ref().map(|(_, bin_dir)| bin_dir);
-    for dir in bin_dir.into_iter().chain([&wanted.conf_dir, &wanted.state_dir]) {
+    for dir in [&wanted.bin_dir, &wanted.conf_dir, &wanted.state_dir] {
         ensure!(dir.is_absolute(), "{} must be an absolute path", dir.display());
     }
     let name = &wanted.conf_name;
@@ -170,19 +175,20 @@ pub fn check(wanted: &Wanted) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The program is compared by content: a size alone would not show a torn write of the same length.
-fn keep_program(program: &Path, bin_dir: &Path, done: &mut Done) -> anyhow::Result<()> {
+/// Makes `program` be in `dir` as `name`; true when it was not. Compared by content: a size alone would not show a torn
+/// write of the same length.
+pub fn keep_program(program: &Path, dir: &Path, name: &str) -> anyhow::Result<bool> {
     use std::os::unix::fs::PermissionsExt as _;
-    let wanted = read(program)?
-        .with_context(|| format!("the plugin {} is not in this image", program.display()))?;
-    make_directory(bin_dir)?;
-    let path = bin_dir.join(PLUGIN);
+    let wanted =
+        read(program)?.with_context(|| format!("{} is not in this image", program.display()))?;
+    make_directory(dir)?;
+    let path = dir.join(name);
     let runs = std::fs::metadata(&path).is_ok_and(|it| it.permissions().mode() & 0o111 == 0o111);
-    if !runs || read(&path)?.as_ref() != Some(&wanted) {
-        files::write_atomic(&path, &wanted, 0o755)?;
-        done.made.push(format!("wrote {}", path.display()));
+    if runs && read(&path)?.as_ref() == Some(&wanted) {
+        return Ok(false);
     }
-    Ok(())
+    files::write_atomic(&path, &wanted, 0o755)?;
+    Ok(true)
 }
 
 fn make_directory(dir: &Path) -> anyhow::Result<()> {

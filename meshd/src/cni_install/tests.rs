@@ -19,7 +19,8 @@ impl Node {
 
     fn wanted(&self, others: Others) -> Wanted {
         Wanted {
-            program: Some((self.path("image-plugin"), self.path("bin"))),
+            programs: vec![(self.path("image-plugin"), PLUGIN)],
+            bin_dir: self.path("bin"),
             conf_dir: self.path("net.d"),
             conf_name: "10-meshd.conflist".into(),
             capabilities: vec![Capability::PortMappings],

@@ -10,7 +10,7 @@ use ::kube::api::ObjectMeta;
 use k8s_openapi::ClusterResourceScope;
 use k8s_openapi::api::core::v1::Node;
 use mesh_core::cluster::{RawAddress, RawNode};
-use mesh_types::annotations::{ENDPOINT_OVERRIDE, ENDPOINTS, PUBLIC_KEY, VERSION};
+use mesh_types::annotations::{ENDPOINT_OVERRIDE, ENDPOINTS, OVERLAY, PUBLIC_KEY, VERSION};
 use mesh_types::limits::{
     CANDIDATES_PER_NODE_MAX, ENDPOINTS_ANNOTATION_BYTES_MAX, POD_CIDRS_PER_NODE_MAX,
 };
@@ -123,6 +123,7 @@ fn read(value: &Value, name: &str, uid: &str) -> Result<RawNode, String> {
         site: RawNode::site_from_labels(|key| labels.get(key)),
         addresses: addresses(value),
         version: annotation(VERSION, TEXT_BYTES_MAX)?,
+        overlay: annotation(OVERLAY, TEXT_BYTES_MAX)?,
         unreadable: None,
     })
 }

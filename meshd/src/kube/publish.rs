@@ -1,4 +1,4 @@
-//! Our own record on our own Node: exactly the three annotations, by server-side apply, only when the Node says
+//! Our own record on our own Node: exactly our annotations, by server-side apply, only when the Node says
 //! something else.
 //!
 //! ```text
@@ -15,7 +15,9 @@ use std::time::Duration;
 use ::kube::Client;
 use ::kube::api::{Api, Patch, PatchParams};
 use mesh_core::cluster::RawNode;
-use mesh_types::annotations::{ENDPOINTS, FIELD_MANAGER, PUBLIC_KEY, VERSION, format_endpoints};
+use mesh_types::annotations::{
+    ENDPOINTS, FIELD_MANAGER, OVERLAY, PUBLIC_KEY, VERSION, format_endpoints,
+};
 use mesh_types::node::NodeName;
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -146,18 +148,23 @@ enum Due {
 fn due(want: &OwnRecord, shown: Option<&RawNode>) -> Due {
     let Some(shown) = shown else { return Due::Wait };
     let (key, endpoints) = (want.public_key.to_string(), format_endpoints(&want.endpoints));
-    let said = (&shown.public_key, &shown.endpoints, &shown.version);
-    if said == (&Some(key.clone()), &Some(endpoints.clone()), &Some(want.version.clone())) {
+    let addresses: Vec<String> = want.overlay.iter().map(ToString::to_string).collect();
+    let overlay = (!addresses.is_empty()).then(|| addresses.join(","));
+    let said = (&shown.public_key, &shown.endpoints, &shown.version, &shown.overlay);
+    let wanted =
+        (&Some(key.clone()), &Some(endpoints.clone()), &Some(want.version.clone()), &overlay);
+    if said == wanted {
         return Due::Nothing;
+    }
+    let mut annotations = json!({PUBLIC_KEY: key, ENDPOINTS: endpoints, VERSION: want.version});
+    // Left out, an apply takes it away.
+    if let Some(overlay) = overlay {
+        annotations[OVERLAY] = overlay.into();
     }
     Due::Write(json!({
         "apiVersion": "v1",
         "kind": "Node",
-        "metadata": {
-            "name": shown.name,
-            "uid": shown.uid,
-            "annotations": {PUBLIC_KEY: key, ENDPOINTS: endpoints, VERSION: want.version},
-        },
+        "metadata": {"name": shown.name, "uid": shown.uid, "annotations": annotations},
     }))
 }
 
@@ -187,6 +194,7 @@ mod tests {
             public_key: PublicKey::from_bytes([9; 32]).unwrap(),
             endpoints: vec!["203.0.113.7:15190".parse().unwrap()],
             version: "0.1.0".into(),
+            overlay: vec![],
         }
     }
 
@@ -204,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn exactly_three_annotations_of_exactly_this_node_are_written() {
+    fn exactly_our_annotations_of_exactly_this_node_are_written() {
         let Due::Write(body) = due(&want(), Some(&shown())) else { panic!("a write is due") };
         let expected = json!({
             "apiVersion": "v1", "kind": "Node",
@@ -227,8 +235,9 @@ mod tests {
     fn each_difference_is_a_reason_to_write() {
         let moved = OwnRecord { endpoints: vec![], ..want() };
         let newer = OwnRecord { version: "0.2.0".into(), ..want() };
+        let scraped = OwnRecord { overlay: vec!["10.244.1.1".parse().unwrap()], ..want() };
         let rekeyed = OwnRecord { public_key: PublicKey::from_bytes([8; 32]).unwrap(), ..want() };
-        for changed in [moved, newer, rekeyed] {
+        for changed in [moved, newer, scraped, rekeyed] {
             assert!(matches!(due(&changed, Some(&saying(&want()))), Due::Write(_)));
         }
     }

@@ -75,6 +75,8 @@ pub struct Reconciler<K, P> {
     node_file: NodeFileKeeper,
     cache: CacheKeeper,
     roster: bool,
+    /// Metrics are served at the overlay addresses.
+    metrics_inside: bool,
     knowledge: Knowledge,
     guarded: bool,
     /// What the last turn made the kernel and the data plane be.
@@ -143,6 +145,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             ipam: config.paths.ipam(),
             node_file: NodeFileKeeper::new(config.paths.node_file()),
             cache,
+            metrics_inside: config.metrics_port.is_some(),
             roster: matches!(config.source, crate::config::Source::Roster(_)),
             knowledge: Knowledge::None("the source has not answered yet".into()),
             guarded: false,

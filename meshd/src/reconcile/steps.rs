@@ -13,7 +13,7 @@ use mesh_types::node_file::{NODE_FILE_VERSION, NodeFile};
 
 use super::{Kernel, Knowledge, Made, Plane, Reconciler, Scope};
 use crate::source::OwnRecord;
-use crate::view::{Facts, PeerFacts, RefusedFacts, condition};
+use crate::view::{Facts, PeerFacts, RefusedFacts, condition, overlay_addresses};
 use crate::{attachments, endpoints};
 
 /// Paths whose MTU is looked up in one turn: every candidate of a full mesh of one address each; beyond it the
@@ -244,6 +244,10 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             public_key: self.local.key,
             endpoints: self.local.endpoints.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            overlay: match self.metrics_inside {
+                true => overlay_addresses(&wanted.own.pod_cidrs),
+                false => Vec::new(),
+            },
         };
         self.out.own_record.send_if_modified(|published| replace(published, record));
         if self.names != wanted.names {

@@ -141,8 +141,12 @@ fn bench_in(dir: tempfile::TempDir) -> Bench {
         listen_port: config.listen_port,
         prefixes: config.prefixes.clone(),
     }));
-    let (own_record, own) =
-        watch::channel(OwnRecord { public_key: key(1), endpoints: vec![], version: String::new() });
+    let (own_record, own) = watch::channel(OwnRecord {
+        public_key: key(1),
+        endpoints: vec![],
+        version: String::new(),
+        overlay: vec![],
+    });
     let out =
         Outputs { view: Arc::clone(&view), own_record, names: watch::channel(BTreeSet::new()).0 };
     let reconciler = Reconciler::new(&config, "boot".into(), model.clone(), model.clone(), out);

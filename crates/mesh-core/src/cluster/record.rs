@@ -38,6 +38,8 @@ pub struct RawNode {
     pub addresses: Vec<RawAddress>,
     /// Version of the daemon that published the record.
     pub version: Option<String>,
+    /// Overlay addresses as the node says them; only its own daemon looks, to write them when they change.
+    pub overlay: Option<String>,
     /// Why the object behind the name cannot be read; the other fields then mean nothing.
     pub unreadable: Option<String>,
 }
@@ -197,6 +199,7 @@ impl From<RosterNode> for RawNode {
             site: node.site,
             addresses: Vec::new(),
             version: None,
+            overlay: None,
             unreadable: None,
         }
     }
@@ -338,6 +341,7 @@ mod tests {
                 RawAddress { external: true, address: "198.51.100.7".into() },
             ],
             version: Some("0.1.0".into()),
+            overlay: None,
             unreadable: None,
         }
     }
