@@ -1,0 +1,58 @@
+//! One suite of API behaviours against the small API server and against the real one.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test says what went wrong by failing"
+)]
+
+mod common;
+
+use kube::config::Kubeconfig;
+use serde_json::json;
+use testbed::api::{ApiOptions, ApiServer, Identity};
+use testbed::behaviour::{self, Clients};
+
+/// Fails with every check that did not hold.
+async fn all_hold(clients: &Clients) {
+    let outcomes = behaviour::check(clients).await;
+    let failed: Vec<String> = outcomes
+        .iter()
+        .filter_map(|outcome| Some(format!("{}: {}", outcome.name, outcome.error.as_ref()?)))
+        .collect();
+    assert!(
+        failed.is_empty(),
+        "{} of {} failed:\n{}",
+        failed.len(),
+        outcomes.len(),
+        failed.join("\n")
+    );
+}
+
+#[tokio::test]
+async fn the_small_api_server_behaves() {
+    let options = ApiOptions { listen: vec!["127.0.0.1:0".parse().unwrap()] };
+    let server = ApiServer::start(&options).await.unwrap();
+    let handle = server.handle();
+    for name in ["n1", "n2"] {
+        handle.create_node(&json!({"metadata": {"name": name}})).unwrap();
+    }
+    let expired = "1".to_owned();
+    handle.compact();
+    let file = |identity| -> Kubeconfig {
+        serde_json::from_value(handle.kubeconfig(identity, None)).unwrap()
+    };
+    let mut stranger = handle.kubeconfig(Identity::Reader, None);
+    *stranger.pointer_mut("/users/0/user/token").unwrap() = json!("nobody's");
+    let clients = Clients {
+        admin: behaviour::client(file(Identity::Admin)).await.unwrap(),
+        reader: behaviour::client(file(Identity::Reader)).await.unwrap(),
+        daemon: behaviour::client(file(Identity::Node("n1".into()))).await.unwrap(),
+        stranger: behaviour::client(serde_json::from_value(stranger).unwrap()).await.unwrap(),
+        own: "n1".into(),
+        other: "n2".into(),
+        expired,
+    };
+    all_hold(&clients).await;
+}
