@@ -10,7 +10,7 @@ die() { say "error: $*"; exit 1; }
 become_root() {
     [ "$(id -u)" -eq 0 ] && return
     command -v sudo >/dev/null || die "this needs root and there is no sudo: run it as root"
-    exec sudo --preserve-env=CI,PATH,HOME,CARGO_HOME,RUSTUP_HOME,CARGO_TARGET_DIR "$@"
+    exec sudo --preserve-env=CI,MESHD_KUBE_LOGS,PATH,HOME,CARGO_HOME,RUSTUP_HOME,CARGO_TARGET_DIR "$@"
 }
 
 # need_packages NAME...: installs the Debian packages that are not there yet.

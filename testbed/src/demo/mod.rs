@@ -194,7 +194,7 @@ fn restart(cluster: &mut Cluster) -> Result<traffic::Gap> {
 }
 
 /// Ctrl-C and SIGTERM end the lab before the program.
-fn take_down_on_signal(stopper: Stopper) -> Result<()> {
+pub(crate) fn take_down_on_signal(stopper: Stopper) -> Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (mut interrupt, mut terminate) = {

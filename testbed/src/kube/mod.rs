@@ -1,0 +1,266 @@
+//! A real Kubernetes cluster on this machine: every component as its project publishes it, every node a set of
+//! namespaces with its own containerd, kubelet and kube-proxy, in different clouds, one behind NAT.
+//!
+//! ```text
+//! host   kubectl, helm ── 127.0.0.1:port ── forwarder ─┐
+//! lab    api: etcd, kube-apiserver, controller-manager, scheduler (192.0.2.20)
+//!        a1, b1, c1 …: containerd, kubelet, kube-proxy; c1 behind NAT
+//! ```
+//!
+//! Without a network plugin nodes are NotReady: the chart brings one, or `--meshd` starts ours by hand.
+
+mod cluster;
+mod files;
+mod forward;
+mod image;
+mod pki;
+mod record;
+mod report;
+mod settings;
+
+use std::io::Write;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+
+pub use cluster::{Kube, Plan};
+pub use forward::{ForwardOptions, serve as forward};
+pub use image::ImagePlan;
+pub use report::{ComponentSummary, NodeSummary, Summary};
+pub use settings::{DNS_IMAGE, PAUSE_IMAGE, ProxyMode, TOOL_IMAGE};
+
+use crate::demo::take_down_on_signal;
+use crate::lab::{self, Programs, State};
+use cluster::progress;
+
+#[derive(Debug, Clone, clap::Args)]
+pub struct KubeOptions {
+    #[command(subcommand)]
+    pub command: KubeCommand,
+    /// Name of the cluster, to run more than one
+    #[arg(long, global = true, default_value = "kube")]
+    pub name: String,
+    /// Folder of the Kubernetes programs, as testbed/scripts/kubernetes.sh prints it
+    #[arg(long, global = true, env = "MESHD_KUBERNETES_DIR", hide = true)]
+    pub tools: Option<PathBuf>,
+    /// Where clusters keep their files, on a file system that can hold overlays: not /etc, /opt, /run or /var/lib
+    #[arg(long, global = true, default_value = "/var/cache/meshd-testbed")]
+    pub dir: PathBuf,
+}
+
+#[derive(Debug, Clone, clap::Subcommand)]
+pub enum KubeCommand {
+    /// Bring the cluster up; one that is up is only put right
+    Up(UpOptions),
+    /// Remove every trace of it
+    Down,
+    /// Say what runs
+    Status {
+        /// One JSON document
+        #[arg(long)]
+        json: bool,
+    },
+    /// A shell with kubectl and helm for the cluster, or on one of its nodes
+    Shell {
+        /// A node, or api for the control plane's namespace [default: this machine]
+        place: Option<String>,
+        /// A command instead of a shell
+        #[arg(last = true)]
+        command: Vec<String>,
+    },
+    /// Import image files on every node
+    Load {
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
+    /// Pull the plug of a node
+    PowerOff { node: String },
+    /// Start a node that is off: same disks, another boot id
+    PowerOn { node: String },
+    /// Copy every log into a folder
+    Logs { to: PathBuf },
+}
+
+#[derive(Debug, Clone, clap::Args)]
+pub struct UpOptions {
+    /// Nodes: a1 and a2 in one cloud, b1 and b2 in another, c1 behind NAT
+    #[arg(long, value_delimiter = ',', default_value = "a1,b1,c1")]
+    pub nodes: Vec<String>,
+    /// How kube-proxy programs Services
+    #[arg(long, value_enum, default_value = "nftables")]
+    pub proxy_mode: ProxyMode,
+    /// Start meshd and its plugin by hand on every node, without the chart
+    #[arg(long)]
+    pub meshd: bool,
+    /// Image file to load on every node besides our own; repeat for more
+    #[arg(long = "image")]
+    pub images: Vec<PathBuf>,
+    /// One JSON document on stdout instead of the table
+    #[arg(long)]
+    pub json: bool,
+    /// Folder the logs go to when it fails
+    #[arg(long, env = "MESHD_KUBE_LOGS", default_value = "kube-logs")]
+    pub logs: PathBuf,
+}
+
+/// Runs a command about a cluster.
+pub fn run(options: &KubeOptions) -> Result<bool> {
+    lab::require_root()?;
+    let name = &options.name;
+    let open = || -> Result<Kube> {
+        let kube = Kube::open(name, programs()?)?;
+        kube.with_context(|| format!("cluster {name} is not up: bring it up with `kube up`"))
+    };
+    match &options.command {
+        KubeCommand::Up(up) => {
+            let _lock = lock(name)?;
+            bring_up(options, up)?;
+        }
+        KubeCommand::Down => {
+            let _lock = lock(name)?;
+            take_down(name, &options.dir.join(name))?;
+            progress(&format!("cluster {name} is gone"));
+        }
+        KubeCommand::Status { json } => print(&open()?, *json)?,
+        KubeCommand::Shell { place, command } => {
+            shell(&open()?, place.as_deref(), command)?;
+        }
+        KubeCommand::Load { files } => open()?.load(files)?,
+        KubeCommand::PowerOff { node } => {
+            let _lock = lock(name)?;
+            open()?.power_off(node)?;
+        }
+        KubeCommand::PowerOn { node } => {
+            let _lock = lock(name)?;
+            open()?.power_on(node)?;
+        }
+        KubeCommand::Logs { to } => collect_logs(options, to)?,
+    }
+    Ok(true)
+}
+
+/// Removes every trace of a cluster, whatever state it is in. `dir` is its folder.
+pub fn take_down(name: &str, dir: &Path) -> Result<()> {
+    lab::down(name)?;
+    // Of a cluster whose state a reboot has taken.
+    record::remove_dir(dir)
+}
+
+fn bring_up(options: &KubeOptions, up: &UpOptions) -> Result<()> {
+    let begin = Instant::now();
+    if let Some(mut kube) = Kube::open(&options.name, programs()?)? {
+        kube.check_same(&up.nodes, up.proxy_mode, up.meshd)?;
+        kube.repair()?;
+        kube.load(&up.images)?;
+        return print(&kube, up.json);
+    }
+    let tools = options.tools.clone().context(
+        "--tools is missing: the folder testbed/scripts/kubernetes.sh prints; ./testbed/kube gives it",
+    )?;
+    check_tools(&tools)?;
+    let plan = Plan {
+        lab: options.name.clone(),
+        tools,
+        dir: options.dir.join(&options.name),
+        nodes: up.nodes.clone(),
+        proxy_mode: up.proxy_mode,
+        images: up.images.clone(),
+        meshd: up.meshd,
+    };
+    let lab = Kube::lab(&plan, programs()?)?;
+    take_down_on_signal(lab.stopper())?;
+    let mut kube = Kube::build(lab, &plan, &up.logs)?;
+    kube.keep();
+    progress(&format!("up after {:.1} s", begin.elapsed().as_secs_f64()));
+    print(&kube, up.json)
+}
+
+fn programs() -> Result<Programs> {
+    Programs::beside(&std::env::current_exe()?)
+}
+
+fn check_tools(tools: &Path) -> Result<()> {
+    let missing: Vec<&str> = [
+        "etcd",
+        "kube-apiserver",
+        "kube-controller-manager",
+        "kube-scheduler",
+        "kube-proxy",
+        "kubelet",
+        "kubectl",
+        "containerd",
+        "containerd-shim-runc-v2",
+        "ctr",
+        "runc",
+        "coredns",
+        "pause",
+    ]
+    .into_iter()
+    .filter(|name| !tools.join(name).is_file())
+    .collect();
+    ensure!(
+        missing.is_empty(),
+        "{} lacks {}: build them with testbed/scripts/kubernetes.sh",
+        tools.display(),
+        missing.join(", ")
+    );
+    Ok(())
+}
+
+/// One command at a time changes a cluster. A name that vanishes with its process, so that nothing is left of it.
+fn lock(name: &str) -> Result<UnixListener> {
+    let address = SocketAddr::from_abstract_name(format!("meshd-testbed-kube-{name}"))?;
+    match UnixListener::bind_addr(&address) {
+        Ok(lock) => Ok(lock),
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+            bail!("another command changes cluster {name}: wait until it ends")
+        }
+        Err(error) => Err(error).context("cannot take the cluster's lock"),
+    }
+}
+
+fn print(kube: &Kube, json: bool) -> Result<()> {
+    let summary = kube.summary()?;
+    let mut out = std::io::stdout().lock();
+    if json {
+        serde_json::to_writer_pretty(&mut out, &summary)?;
+        writeln!(out)?;
+    } else {
+        out.write_all(report::table(&summary).as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Becomes the shell.
+fn shell(kube: &Kube, place: Option<&str>, words: &[String]) -> Result<()> {
+    let shell = vec!["bash".to_owned()];
+    let words = if words.is_empty() { &shell } else { words };
+    let (program, arguments) = words.split_first().context("an empty command")?;
+    let mut command = match place {
+        None => Command::new(program),
+        Some(place) => kube.place(place)?.command(program),
+    };
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.args(arguments);
+    command.env("PATH", format!("{}:{path}", kube.tool("").display()));
+    command.env("CONTAINERD_NAMESPACE", "k8s.io");
+    if place.is_none() {
+        command.env("KUBECONFIG", kube.kubeconfig());
+    }
+    Err(command.exec()).with_context(|| format!("cannot run {program}"))
+}
+
+fn collect_logs(options: &KubeOptions, to: &Path) -> Result<()> {
+    let state = State::load(&options.name)?
+        .with_context(|| format!("there is no cluster {}", options.name))?;
+    let dir = state.disks.unwrap_or_else(|| options.dir.join(&options.name));
+    let tools = record::Record::load(&dir)?.map(|record| record.tools);
+    report::collect(&State::dir(&options.name), &dir, tools.as_deref(), to)?;
+    progress(&format!("logs are in {}", to.display()));
+    Ok(())
+}
