@@ -9,14 +9,17 @@
 
 mod common;
 
+use std::path::PathBuf;
+use std::process::Command;
+
 use kube::config::Kubeconfig;
 use serde_json::json;
 use testbed::api::{ApiOptions, ApiServer, Identity};
-use testbed::behaviour::{self, Clients};
+use testbed::behaviour::{self, Clients, Outcome};
+use testbed::kube::ControlPlane;
 
 /// Fails with every check that did not hold.
-async fn all_hold(clients: &Clients) {
-    let outcomes = behaviour::check(clients).await;
+fn all_hold(outcomes: &[Outcome]) {
     let failed: Vec<String> = outcomes
         .iter()
         .filter_map(|outcome| Some(format!("{}: {}", outcome.name, outcome.error.as_ref()?)))
@@ -28,6 +31,27 @@ async fn all_hold(clients: &Clients) {
         outcomes.len(),
         failed.join("\n")
     );
+}
+
+/// Folder of the Kubernetes programs, built on first use.
+fn tools() -> PathBuf {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/kubernetes.sh");
+    let output = Command::new(script).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{script}: {said}");
+    PathBuf::from(String::from_utf8(output.stdout).unwrap().trim())
+}
+
+#[test]
+fn the_real_api_server_behaves() {
+    if !common::root() {
+        return;
+    }
+    let dir = tempfile::Builder::new().prefix("meshd-api").tempdir_in("/var/cache").unwrap();
+    let name = common::lab_name("api");
+    let server =
+        ControlPlane::start(&name, common::programs(), &tools(), &dir.path().join("kube")).unwrap();
+    all_hold(&server.check().unwrap());
 }
 
 #[tokio::test]
@@ -54,5 +78,5 @@ async fn the_small_api_server_behaves() {
         other: "n2".into(),
         expired,
     };
-    all_hold(&clients).await;
+    all_hold(&behaviour::check(&clients).await);
 }

@@ -10,7 +10,7 @@ use std::fs;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -472,16 +472,7 @@ impl Kube {
     fn kubectl_with(&self, kubeconfig: &Path, words: &[&str], input: &str) -> Result<String> {
         let mut command = Command::new(self.tool("kubectl"));
         command.arg("--kubeconfig").arg(kubeconfig).args(words);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().context("cannot run kubectl")?;
-        if let Some(mut stdin) = child.stdin.take() {
-            // A kubectl that ends without reading says why on stderr.
-            let _ = stdin.write_all(input.as_bytes());
-        }
-        let output = child.wait_with_output()?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "kubectl {}: {}", words.join(" "), said.trim());
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        super::finish(command, input).with_context(|| format!("kubectl {}", words.join(" ")))
     }
 }
 

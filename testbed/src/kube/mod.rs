@@ -10,6 +10,7 @@
 //! Without a network plugin nodes are NotReady: the chart brings one, or `--meshd` starts ours by hand.
 
 mod cluster;
+mod control;
 mod files;
 mod forward;
 mod image;
@@ -23,12 +24,13 @@ use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
 pub use cluster::{Kube, Plan};
+pub use control::ControlPlane;
 pub use forward::{ForwardOptions, serve as forward};
 pub use image::ImagePlan;
 pub use report::{ComponentSummary, NodeSummary, Summary};
@@ -210,6 +212,19 @@ fn check_tools(tools: &Path) -> Result<()> {
         missing.join(", ")
     );
     Ok(())
+}
+
+/// Runs a command to its end with this input; what it wrote to stdout.
+fn finish(mut command: Command, input: &str) -> Result<String> {
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().context("cannot run it")?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // One that ends without reading says why on stderr.
+        let _ = stdin.write_all(input.as_bytes());
+    }
+    let output = child.wait_with_output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// One command at a time changes a cluster. A name that vanishes with its process, so that nothing is left of it.
