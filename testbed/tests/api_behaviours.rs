@@ -49,7 +49,7 @@ fn the_real_api_server_behaves() {
     }
     let dir = tempfile::Builder::new().prefix("meshd-api").tempdir_in("/var/cache").unwrap();
     let name = common::lab_name("api");
-    let server =
+    let mut server =
         ControlPlane::start(&name, common::programs(), &tools(), &dir.path().join("kube")).unwrap();
     all_hold(&server.check().unwrap());
 }

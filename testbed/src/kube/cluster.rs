@@ -271,10 +271,11 @@ impl Kube {
         })
     }
 
-    /// Waits until `what` is fine; its last complaint is the error.
+    /// Waits until `what` is fine; its last complaint is the error, or at once that a program of the cluster ended.
     pub fn wait(&self, what: &str, mut check: impl FnMut() -> Result<()>) -> Result<()> {
         let end = Instant::now() + STEP_TIMEOUT;
         loop {
+            self.check_alive()?;
             match check() {
                 Ok(()) => return Ok(()),
                 Err(error) if Instant::now() > end => {
@@ -287,10 +288,14 @@ impl Kube {
 
     /// Waits until every node is Ready and CoreDNS answers: the cluster has a network.
     pub fn wait_ready(&self) -> Result<()> {
-        let seconds = format!("--timeout={}s", STEP_TIMEOUT.as_secs());
-        self.kubectl(&["wait", "--for=condition=Ready", "nodes", "--all", &seconds])?;
-        let dns = "deployment/coredns";
-        self.kubectl(&["-n", "kube-system", "rollout", "status", dns, &seconds]).map(|_| ())
+        let now = "--timeout=0s";
+        self.wait("every node is Ready", || {
+            self.kubectl(&["wait", "--for=condition=Ready", "nodes", "--all", now]).map(|_| ())
+        })?;
+        self.wait("CoreDNS answers", || {
+            let words = ["-n", "kube-system", "wait", "--for=condition=Available", now];
+            self.kubectl(&[&words[..], &["deployment/coredns"]].concat()).map(|_| ())
+        })
     }
 
     /// Everything about the cluster, for people and programs.
@@ -376,7 +381,6 @@ impl Kube {
         }
         for plan in &self.plan {
             self.wait(&format!("node {} registers", plan.name), || {
-                self.check_alive()?;
                 let path = "jsonpath={.spec.podCIDRs}";
                 let cidrs = self.kubectl(&["get", "node", &plan.name, "-o", path])?;
                 ensure!(!cidrs.is_empty(), "node {} has no pod prefixes", plan.name);
@@ -409,7 +413,6 @@ impl Kube {
     fn wait_api(&self) -> Result<()> {
         let kubeconfig = self.pki_dir().join("super-admin.kubeconfig");
         self.wait("the API server is ready", || {
-            self.check_alive()?;
             self.kubectl_with(&kubeconfig, &["get", "--raw", "/readyz"], "").map(|_| ())
         })
     }
@@ -420,8 +423,12 @@ impl Kube {
             if component.process.is_some_and(|process| !process.is_alive()) {
                 let log = self.log_of(component);
                 let text = fs::read_to_string(&log).unwrap_or_default();
-                progress(&format!("{} of {} ended", component.name, component.place));
-                bail!("{} ended: {}", log.display(), lab::last_lines(&text));
+                bail!(
+                    "{} of {} ended: {}",
+                    component.name,
+                    component.place,
+                    lab::last_lines(&text)
+                );
             }
         }
         Ok(())
@@ -458,7 +465,6 @@ impl Kube {
     fn load_one(&self, node: &Namespace, file: &Path) -> Result<()> {
         let ctr = self.tool("ctr").display().to_string();
         self.wait(&format!("containerd of {} answers", node.name()), || {
-            self.check_alive()?;
             node.run(&[&ctr, "version"]).map(|_| ())
         })?;
         let path = fs::canonicalize(file)

@@ -25,7 +25,7 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -39,6 +39,9 @@ pub use settings::{DNS_IMAGE, PAUSE_IMAGE, ProxyMode, TOOL_IMAGE};
 use crate::demo::take_down_on_signal;
 use crate::lab::{self, Programs, State};
 use cluster::progress;
+
+/// How long a command waits for one that was just killed.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Clone, clap::Args)]
 pub struct KubeOptions {
@@ -230,12 +233,18 @@ fn finish(mut command: Command, input: &str) -> Result<String> {
 /// One command at a time changes a cluster. A name that vanishes with its process, so that nothing is left of it.
 fn lock(name: &str) -> Result<UnixListener> {
     let address = SocketAddr::from_abstract_name(format!("meshd-testbed-kube-{name}"))?;
-    match UnixListener::bind_addr(&address) {
-        Ok(lock) => Ok(lock),
-        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-            bail!("another command changes cluster {name}: wait until it ends")
+    let end = Instant::now() + LOCK_TIMEOUT;
+    loop {
+        match UnixListener::bind_addr(&address) {
+            Ok(lock) => return Ok(lock),
+            Err(error) if error.kind() != std::io::ErrorKind::AddrInUse => {
+                return Err(error).context("cannot take the cluster's lock");
+            }
+            Err(_) if Instant::now() > end => {
+                bail!("another command changes cluster {name}: wait until it ends")
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(50)),
         }
-        Err(error) => Err(error).context("cannot take the cluster's lock"),
     }
 }
 

@@ -15,6 +15,9 @@ const VERSION: u32 = 1;
 /// Tells a folder of ours from one that only has the name.
 const MARKER: &str = ".meshd-testbed";
 
+/// Name of the folder all clusters share, unless another was chosen: that one stays.
+const SHARED: &str = "meshd-testbed";
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Record {
     version: u32,
@@ -111,19 +114,46 @@ pub(super) fn make_dir(dir: &Path) -> Result<()> {
         .with_context(|| format!("cannot make {}", dir.display()))
 }
 
-/// Removes the cluster's folder, e.g. one from before a reboot, and the folder around it when that is empty.
+/// Removes the cluster's folder, e.g. one from before a reboot, and the folder all clusters share when that is empty.
 pub(super) fn remove_dir(dir: &Path) -> Result<()> {
-    if dir.join(MARKER).exists() {
-        fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))?;
-        if let Some(parent) = dir.parent() {
-            let _ = fs::remove_dir(parent); // others may be in it
+    let removed =
+        if dir.join(MARKER).exists() { fs::remove_dir_all(dir) } else { fs::remove_dir(dir) };
+    match removed {
+        Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
+            bail!("{} is not empty and no cluster's folder: move it away", dir.display())
         }
-        return Ok(());
-    }
-    match fs::remove_dir(dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            bail!("{} is no cluster's folder and not empty ({error}): move it away", dir.display())
+            return Err(error).with_context(|| format!("cannot remove {}", dir.display()));
         }
-        _ => Ok(()),
+        _ => {}
+    }
+    if let Some(parent) = dir.parent().filter(|parent| parent.ends_with(SHARED)) {
+        let _ = fs::remove_dir(parent); // others may be in it
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_folder_of_ours_is_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join(SHARED).join("kube");
+        make_dir(&dir).unwrap();
+        fs::write(dir.join("cluster.json"), "{}").unwrap();
+        make_dir(&dir).unwrap();
+        assert!(!dir.join("cluster.json").exists(), "an old cluster's files are gone");
+        remove_dir(&dir).unwrap();
+        assert!(!root.path().join(SHARED).exists(), "nothing is left");
+        remove_dir(&dir).unwrap();
+
+        let foreign = root.path().join("precious");
+        fs::create_dir(&foreign).unwrap();
+        fs::write(foreign.join("file"), "").unwrap();
+        assert!(make_dir(&foreign).is_err() && remove_dir(&foreign).is_err());
+        assert!(foreign.join("file").exists());
     }
 }

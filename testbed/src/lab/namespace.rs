@@ -34,9 +34,9 @@ impl Namespace {
         &self.name
     }
 
-    /// Whether it still stands.
+    /// Whether it still stands. A killed holder leaves its namespaces before it is gone itself.
     pub fn is_alive(&self) -> bool {
-        self.holder.is_alive()
+        self.holder.is_alive() && self.netns().exists()
     }
 
     /// Pid of the holder, on the host.
