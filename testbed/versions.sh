@@ -1,5 +1,5 @@
 # Versions of the programs of others that the testbed builds and runs: one place for all of them. Sourced, never run.
-# After changing kubernetes_version or etcd_version: testbed/scripts/kubernetes.sh --update
+# After changing those of Kubernetes, etcd or CoreDNS: testbed/scripts/kubernetes.sh --update
 
 kubernetes_version=1.37.2
 etcd_version=3.7.3

@@ -22,6 +22,7 @@ update() {
         sed -i "s|\(k8s.io/kubernetes\) v.*|\1 v$kubernetes_version|; s|\(=> k8s.io/[^ ]*\) v.*|\1 v$library_version|" go.mod &&
         go mod tidy)
     (cd "$scripts/kubernetes/etcd" && sed -i "s|\(etcd/server/v3\) v.*|\1 v$etcd_version|" go.mod && go mod tidy)
+    (cd "$scripts/kubernetes/coredns" && sed -i "s|\(coredns/coredns\) v.*|\1 v$coredns_version|" go.mod && go mod tidy)
 }
 case ${1:-} in
     '') ;;
@@ -29,7 +30,8 @@ case ${1:-} in
     *) die "unknown argument $1" ;;
 esac
 grep -q "k8s.io/kubernetes v$kubernetes_version\$" "$scripts/kubernetes/components/go.mod" &&
-    grep -q "etcd/server/v3 v$etcd_version\$" "$scripts/kubernetes/etcd/go.mod" ||
+    grep -q "etcd/server/v3 v$etcd_version\$" "$scripts/kubernetes/etcd/go.mod" &&
+    grep -q "coredns/coredns v$coredns_version\$" "$scripts/kubernetes/coredns/go.mod" ||
     die "go.mod and versions.sh name different versions: run $0 --update"
 
 use_target_dir
@@ -107,7 +109,8 @@ if [ ! -x "$folder/pause" ]; then
     gcc -Os -s -static -o "$folder/.pause" "$scripts/kubernetes/pause.c" || die "pause.c does not compile"
     mv "$folder/.pause" "$folder/pause"
 fi
-install_one coredns "$coredns_version" github.com/coredns/coredns ""
+build "$scripts/kubernetes/coredns" "$tools/coredns-$coredns_version" "" meshd.dev/testbed/coredns
+ln -sfn "../coredns-$coredns_version/coredns" "$folder/coredns"
 install_one helm "$helm_version" helm.sh/helm/v4/cmd/helm "-X helm.sh/helm/v4/internal/version.version=v$helm_version"
 link_all "$("$scripts/containerd.sh")"
 link_all "$("$scripts/cni-tools.sh")"

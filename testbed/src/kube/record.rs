@@ -7,16 +7,13 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::settings::ProxyMode;
-use crate::lab::ProcessRef;
+use crate::lab::{self, ProcessRef};
 
 /// Version of the format below.
 const VERSION: u32 = 1;
 
 /// Tells a folder of ours from one that only has the name.
 const MARKER: &str = ".meshd-testbed";
-
-/// Name of the folder all clusters share, unless another was chosen: that one stays.
-const SHARED: &str = "meshd-testbed";
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Record {
@@ -127,9 +124,7 @@ pub(super) fn remove_dir(dir: &Path) -> Result<()> {
         }
         _ => {}
     }
-    if let Some(parent) = dir.parent().filter(|parent| parent.ends_with(SHARED)) {
-        let _ = fs::remove_dir(parent); // others may be in it
-    }
+    lab::remove_shared(dir);
     Ok(())
 }
 
@@ -141,13 +136,13 @@ mod tests {
     #[test]
     fn only_a_folder_of_ours_is_removed() {
         let root = tempfile::tempdir().unwrap();
-        let dir = root.path().join(SHARED).join("kube");
+        let dir = root.path().join("meshd-testbed/kube");
         make_dir(&dir).unwrap();
         fs::write(dir.join("cluster.json"), "{}").unwrap();
         make_dir(&dir).unwrap();
         assert!(!dir.join("cluster.json").exists(), "an old cluster's files are gone");
         remove_dir(&dir).unwrap();
-        assert!(!root.path().join(SHARED).exists(), "nothing is left");
+        assert!(!root.path().join("meshd-testbed").exists(), "nothing is left");
         remove_dir(&dir).unwrap();
 
         let foreign = root.path().join("precious");

@@ -377,6 +377,7 @@ pub fn down(name: &str) -> Result<()> {
         }
         if let Some(disks) = &state.disks {
             remove_folder(disks)?;
+            remove_shared(disks);
         }
     }
     remove_folder(&State::dir(name))?;
@@ -391,6 +392,16 @@ fn remove_folder(dir: &Path) -> Result<()> {
             Err(error).with_context(|| format!("cannot remove {}", dir.display()))
         }
         _ => Ok(()),
+    }
+}
+
+/// Removes the folder around a cluster's when it is the common one and empty; a folder somebody chose stays.
+pub(crate) fn remove_shared(dir: &Path) {
+    let common = Path::new(LABS_DIR).file_name().map(Path::new);
+    if let (Some(parent), Some(common)) = (dir.parent(), common)
+        && parent.ends_with(common)
+    {
+        let _ = fs::remove_dir(parent); // others may be in it
     }
 }
 
