@@ -92,8 +92,11 @@ impl Kube {
     pub fn build(lab: Lab, plan: &Plan, logs: &Path) -> Result<Self> {
         let mut this = Self::lay_wires(lab, plan)?;
         let Err(error) = this.fill(plan) else { return Ok(this) };
-        report::collect(&this.lab.dir(), &this.dir, Some(&this.record.tools), logs)?;
-        Err(error.context(format!("logs are in {}", logs.display())))
+        let kept = report::collect(&this.lab.dir(), &this.dir, Some(&this.record.tools), logs);
+        Err(error.context(match kept {
+            Ok(()) => format!("the cluster did not come up; logs are in {}", logs.display()),
+            Err(kept) => format!("the cluster did not come up, and its logs are lost: {kept:#}"),
+        }))
     }
 
     /// Namespaces and the underlay between them.
@@ -153,6 +156,19 @@ impl Kube {
                 self.power_on(&name)?;
             }
         }
+        // Some end a moment after they were looked at: those that were told to, or that miss one of the others.
+        let end = Instant::now() + STEP_TIMEOUT;
+        loop {
+            self.start_dead()?;
+            match self.api_answers() {
+                Ok(()) => return Ok(()),
+                Err(error) if Instant::now() > end => return Err(error),
+                Err(_) => std::thread::sleep(POLL),
+            }
+        }
+    }
+
+    fn start_dead(&mut self) -> Result<()> {
         let dead: Vec<(String, String)> = self
             .record
             .components
@@ -164,7 +180,7 @@ impl Kube {
             progress(&format!("{name} of {place} does not run: starting it"));
             self.start(&place, &name)?;
         }
-        self.wait_api()
+        Ok(())
     }
 
     pub fn kubeconfig(&self) -> PathBuf {
@@ -411,10 +427,12 @@ impl Kube {
     }
 
     fn wait_api(&self) -> Result<()> {
+        self.wait("the API server is ready", || self.api_answers())
+    }
+
+    fn api_answers(&self) -> Result<()> {
         let kubeconfig = self.pki_dir().join("super-admin.kubeconfig");
-        self.wait("the API server is ready", || {
-            self.kubectl_with(&kubeconfig, &["get", "--raw", "/readyz"], "").map(|_| ())
-        })
+        self.kubectl_with(&kubeconfig, &["get", "--raw", "/readyz"], "").map(|_| ())
     }
 
     /// A program that ended is an error at once, with the end of its log.

@@ -103,7 +103,7 @@ impl Record {
     }
 }
 
-/// Makes the cluster's folder. One that is there and not ours is left alone.
+/// Makes a folder of ours, of a cluster or its logs, anew. One that is there and not ours is left alone.
 pub(super) fn make_dir(dir: &Path) -> Result<()> {
     remove_dir(dir)?;
     fs::create_dir_all(dir)
@@ -117,7 +117,10 @@ pub(super) fn remove_dir(dir: &Path) -> Result<()> {
         if dir.join(MARKER).exists() { fs::remove_dir_all(dir) } else { fs::remove_dir(dir) };
     match removed {
         Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
-            bail!("{} is not empty and no cluster's folder: move it away", dir.display())
+            bail!(
+                "{} holds files that are not ours: choose another folder or move it away",
+                dir.display()
+            )
         }
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             return Err(error).with_context(|| format!("cannot remove {}", dir.display()));

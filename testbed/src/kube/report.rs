@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::cluster::Kube;
+use super::record;
 use super::settings::{ProxyMode, SERVICE_CIDRS};
 use crate::lab::CLUSTER_CIDRS;
 
@@ -17,7 +18,7 @@ const LOG_BYTES: u64 = 16 << 20;
 #[derive(Debug, Clone, Serialize)]
 pub struct Summary {
     pub cluster: String,
-    /// Version the API server answers with.
+    /// Version the API server answers with, or `unknown`.
     pub kubernetes: String,
     pub kubeconfig: String,
     pub server: String,
@@ -29,6 +30,8 @@ pub struct Summary {
     pub nodes: Vec<NodeSummary>,
     pub components: Vec<ComponentSummary>,
     pub memory_mib: u64,
+    /// Why nodes and version are not known: the API server does not answer.
+    pub problem: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -55,10 +58,13 @@ pub struct ComponentSummary {
 }
 
 pub(super) fn summary(kube: &Kube) -> Result<Summary> {
-    let version: Value = serde_json::from_str(&kube.kubectl(&["version", "-o", "json"])?)
-        .context("kubectl version answered no JSON")?;
-    let nodes: Value = serde_json::from_str(&kube.kubectl(&["get", "nodes", "-o", "json"])?)
-        .context("kubectl get nodes answered no JSON")?;
+    let ask = |words: &[&str]| -> Result<Value> {
+        let answer = kube.kubectl(&[words, &["--request-timeout=10s", "-o", "json"]].concat())?;
+        serde_json::from_str(&answer).context("kubectl answered no JSON")
+    };
+    let answers = ask(&["version"]).and_then(|version| Ok((version, ask(&["get", "nodes"])?)));
+    let problem = answers.as_ref().err().map(|error| format!("{error:#}"));
+    let (version, nodes) = answers.unwrap_or_default();
     let objects = nodes.get("items").and_then(Value::as_array).cloned().unwrap_or_default();
     let nodes = kube.plan.iter().map(|plan| {
         let object = objects.iter().find(|object| {
@@ -100,7 +106,7 @@ pub(super) fn summary(kube: &Kube) -> Result<Summary> {
         kubernetes: version
             .pointer("/serverVersion/gitVersion")
             .and_then(Value::as_str)
-            .unwrap_or_default()
+            .unwrap_or("unknown")
             .to_owned(),
         kubeconfig: kube.kubeconfig().display().to_string(),
         server: format!("https://127.0.0.1:{}", kube.record.port),
@@ -112,6 +118,7 @@ pub(super) fn summary(kube: &Kube) -> Result<Summary> {
         nodes: nodes.collect(),
         memory_mib: components.iter().map(|component| component.memory_mib).sum(),
         components,
+        problem,
     })
 }
 
@@ -133,17 +140,21 @@ fn memory_mib(pid: u32) -> u64 {
 /// The summary as a table.
 pub(super) fn table(summary: &Summary) -> String {
     let mut text = format!(
-        "cluster {} runs Kubernetes {}, kube-proxy in {} mode, {} MiB\n\n",
+        "cluster {}: Kubernetes {}, kube-proxy in {} mode, {} MiB\n\n",
         summary.cluster,
         summary.kubernetes,
         summary.proxy_mode.as_str(),
         summary.memory_mib
     );
+    if let Some(problem) = &summary.problem {
+        text.push_str(&format!("the API server does not answer: {problem}\n\n"));
+    }
     text.push_str("NODE  SITE      STATE     ADDRESSES                         POD PREFIXES\n");
     for node in &summary.nodes {
         let state = match (node.powered, node.ready) {
             (false, _) => "off",
             (true, true) => "Ready",
+            (true, false) if summary.problem.is_some() => "unknown",
             (true, false) => "NotReady",
         };
         text.push_str(&format!(
@@ -178,13 +189,8 @@ pub(super) fn collect(
     tools: Option<&Path>,
     to: &Path,
 ) -> Result<()> {
-    match fs::remove_dir_all(to) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("cannot empty {}", to.display()));
-        }
-        _ => {}
-    }
-    fs::create_dir_all(to).with_context(|| format!("cannot make {}", to.display()))?;
+    // Replaces logs of an earlier time, and nothing that is not ours.
+    record::make_dir(to)?;
     for entry in fs::read_dir(lab_dir).into_iter().flatten().flatten() {
         let place = to.join(entry.file_name());
         for log in fs::read_dir(entry.path()).into_iter().flatten().flatten() {
