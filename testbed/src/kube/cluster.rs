@@ -82,6 +82,7 @@ impl Kube {
 
     /// An empty lab for a new cluster; what was left of one with the same name is removed first.
     pub fn lab(plan: &Plan, programs: Programs) -> Result<Lab> {
+        node_plan(&plan.nodes)?;
         super::take_down(&plan.lab, &plan.dir)?;
         // First: from here on the folder is ours to remove.
         record::make_dir(&plan.dir)?;
@@ -503,6 +504,10 @@ impl Kube {
 /// The nodes of the hybrid plan with these names.
 fn node_plan(names: &[String]) -> Result<Vec<NodePlan>> {
     let all = hybrid_plan();
+    ensure!(!names.is_empty(), "a cluster needs a node");
+    for (at, name) in names.iter().enumerate() {
+        ensure!(!names.iter().take(at).any(|other| other == name), "node {name} is named twice");
+    }
     names
         .iter()
         .map(|name| {

@@ -168,6 +168,7 @@ fn bring_up(options: &KubeOptions, up: &UpOptions) -> Result<()> {
         "--tools is missing: the folder testbed/scripts/kubernetes.sh prints; ./testbed/kube gives it",
     )?;
     check_tools(&tools)?;
+    check_dir(&options.dir)?;
     let plan = Plan {
         lab: options.name.clone(),
         tools,
@@ -187,6 +188,20 @@ fn bring_up(options: &KubeOptions, up: &UpOptions) -> Result<()> {
 
 fn programs() -> Result<Programs> {
     Programs::beside(&std::env::current_exe()?)
+}
+
+/// Nodes have overlays over these folders or hide them: a disk cannot lie below one of them.
+fn check_dir(dir: &Path) -> Result<()> {
+    ensure!(dir.is_absolute(), "--dir needs a path from the root, not {}", dir.display());
+    let taken = ["/etc", "/opt", "/run", "/var/run", "/var/lib", "/var/log", "/proc", "/sys"];
+    let above = taken.iter().find(|taken| dir.starts_with(taken));
+    ensure!(
+        above.is_none(),
+        "--dir {} lies below {}, which every node has its own of: choose another folder",
+        dir.display(),
+        above.copied().unwrap_or_default()
+    );
+    Ok(())
 }
 
 fn check_tools(tools: &Path) -> Result<()> {
@@ -287,4 +302,18 @@ fn collect_logs(options: &KubeOptions, to: &Path) -> Result<()> {
     report::collect(&State::dir(&options.name), &dir, tools.as_deref(), to)?;
     progress(&format!("logs are in {}", to.display()));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_that_nodes_hide_is_refused() {
+        for dir in ["/var/lib/x", "/run", "/opt/../opt/y", "relative"] {
+            assert!(check_dir(Path::new(dir)).is_err(), "{dir}");
+        }
+        assert!(check_dir(Path::new("/var/cache/meshd-testbed")).is_ok());
+        assert!(check_dir(Path::new("/optional")).is_ok());
+    }
 }
