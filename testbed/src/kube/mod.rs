@@ -83,6 +83,10 @@ pub enum KubeCommand {
         #[arg(required = true)]
         files: Vec<PathBuf>,
     },
+    /// Stop a program, e.g. `stop a1 kubelet` or `stop api kube-apiserver`
+    Stop { place: String, program: String },
+    /// Start a program that was stopped
+    Start { place: String, program: String },
     /// Pull the plug of a node
     PowerOff { node: String },
     /// Start a node that is off: same disks, another boot id
@@ -136,6 +140,14 @@ pub fn run(options: &KubeOptions) -> Result<bool> {
             shell(&open()?, place.as_deref(), command)?;
         }
         KubeCommand::Load { files } => open()?.load(files)?,
+        KubeCommand::Stop { place, program } => {
+            let _lock = lock(name)?;
+            open()?.stop(place, program)?;
+        }
+        KubeCommand::Start { place, program } => {
+            let _lock = lock(name)?;
+            open()?.start(place, program)?;
+        }
         KubeCommand::PowerOff { node } => {
             let _lock = lock(name)?;
             open()?.power_off(node)?;
