@@ -234,10 +234,13 @@ impl Kube {
     /// Starts a program that is known and does not run.
     pub fn start(&mut self, place: &str, name: &str) -> Result<()> {
         let namespace = self.lab.namespace(place)?;
-        let component = self.record.component(place, name)?;
-        if component.is_alive() {
+        if self.record.component(place, name)?.is_alive() {
             return Ok(());
         }
+        if name == "kubelet" {
+            wait_runtime(&namespace)?;
+        }
+        let component = self.record.component(place, name)?;
         component.process = Some(spawn(&namespace, &component.command, name)?);
         self.store()
     }
@@ -526,6 +529,17 @@ fn prepare_node(node: &Namespace) -> Result<()> {
         "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding",
     )
     .map(|_| ())
+}
+
+/// A kubelet ends where containerd does not listen yet.
+fn wait_runtime(node: &Namespace) -> Result<()> {
+    let socket = node.path("/run/containerd/containerd.sock");
+    let end = Instant::now() + STEP_TIMEOUT;
+    while let Err(error) = std::os::unix::net::UnixStream::connect(&socket) {
+        ensure!(Instant::now() < end, "containerd of {} does not listen: {error}", node.name());
+        std::thread::sleep(POLL);
+    }
+    Ok(())
 }
 
 fn spawn(namespace: &Namespace, command: &[String], log: &str) -> Result<ProcessRef> {
