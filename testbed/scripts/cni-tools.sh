@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# Builds the CNI project's own command line runtime and the standard plugins that chain behind ours, and prints the
-# folder they are in. Versions are pinned; the Go checksum database vouches for them.
+# Builds the CNI project's own command line runtime, the standard plugins that chain behind ours and those we are
+# measured against, and prints the folder they are in. Their versions stand in ../versions.sh; the Go checksum database
+# vouches for them.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
-
-cnitool_version=v1.3.1
-plugins_version=v1.9.1
+. "$(dirname "${BASH_SOURCE[0]}")/../versions.sh"
 
 command -v go >/dev/null || die "Go is needed to build the CNI tools: apt-get install golang-go"
 use_target_dir
 # Fetches the Go version a module asks for where the installed one is older.
 export GOTOOLCHAIN=auto
-folder=$CARGO_TARGET_DIR/tools/cni-$cnitool_version-$plugins_version
+folder=$CARGO_TARGET_DIR/tools/cni-$cnitool_version-$cni_plugins_version
 
 # Renamed when whole: another test may be looking.
 install_one() {
@@ -25,8 +24,8 @@ install_one() {
 }
 
 mkdir -p "$folder"
-install_one cnitool "github.com/containernetworking/cni/cnitool@$cnitool_version"
-for plugin in portmap bandwidth; do
-    install_one "$plugin" "github.com/containernetworking/plugins/plugins/meta/$plugin@$plugins_version"
+install_one cnitool "github.com/containernetworking/cni/cnitool@v$cnitool_version"
+for plugin in meta/portmap meta/bandwidth main/loopback main/bridge ipam/host-local; do
+    install_one "$(basename "$plugin")" "github.com/containernetworking/plugins/plugins/$plugin@v$cni_plugins_version"
 done
 printf '%s\n' "$folder"

@@ -1,17 +1,15 @@
 #!/usr/bin/env bash
-# Builds containerd, its shim and client, and runc, and prints the folder they are in. Versions are pinned; the Go
-# checksum database vouches for them.
+# Builds containerd, its shim and client, and runc, and prints the folder they are in. Their versions stand in
+# ../versions.sh; the Go checksum database vouches for them.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
-
-containerd_version=v2.4.2
-runc_version=v1.5.2
+. "$(dirname "${BASH_SOURCE[0]}")/../versions.sh"
 
 command -v go >/dev/null || die "Go is needed to build containerd: apt-get install golang-go"
 use_target_dir
 # Fetches the Go version a module asks for where the installed one is older.
 export GOTOOLCHAIN=auto
-folder=$CARGO_TARGET_DIR/tools/containerd-$containerd_version-runc-$runc_version
+folder=$CARGO_TARGET_DIR/tools/containerd-$containerd_version-runc-$runc_version-seccomp
 
 # install_one NAME PACKAGE ARGS...: renamed when whole, as another test may be looking.
 install_one() {
@@ -27,10 +25,11 @@ install_one() {
 
 mkdir -p "$folder"
 for program in containerd containerd-shim-runc-v2 ctr; do
-    CGO_ENABLED=0 install_one "$program" "github.com/containerd/containerd/v2/cmd/$program@$containerd_version" \
-        -ldflags "-X github.com/containerd/containerd/v2/version.Version=$containerd_version"
+    CGO_ENABLED=0 install_one "$program" "github.com/containerd/containerd/v2/cmd/$program@v$containerd_version" \
+        -ldflags "-X github.com/containerd/containerd/v2/version.Version=v$containerd_version"
 done
-# Without seccomp: the test's container asks for none, and the program then needs no C library.
-CGO_ENABLED=1 install_one runc "github.com/opencontainers/runc@$runc_version" -tags "netgo osusergo" \
+# With seccomp, which every pod of a kubelet asks for; static, so that it runs wherever its folder is mounted.
+[ -x "$folder/runc" ] || need_packages gcc libc6-dev pkg-config libseccomp-dev
+CGO_ENABLED=1 install_one runc "github.com/opencontainers/runc@v$runc_version" -tags "seccomp netgo osusergo" \
     -ldflags "-linkmode external -extldflags -static"
 printf '%s\n' "$folder"

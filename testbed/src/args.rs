@@ -3,7 +3,9 @@
 use clap::{Parser, Subcommand};
 use testbed::api::process::ServeOptions;
 use testbed::demo::DemoOptions;
+use testbed::kube::{ForwardOptions, KubeOptions};
 use testbed::lab::HolderOptions;
+use testbed::tool::ToolOptions;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -20,10 +22,18 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Show a hybrid cluster and prove that it works
     Demo(DemoOptions),
+    /// A real Kubernetes cluster on this machine
+    Kube(Box<KubeOptions>),
     /// PID 1 of a node's namespaces
     #[command(hide = true)]
     Holder(HolderOptions),
     /// The small Kubernetes API server as a process of its own
     #[command(hide = true)]
     Apiserver(ServeOptions),
+    /// A port of the host that leads into a lab
+    #[command(hide = true)]
+    Forward(ForwardOptions),
+    /// What test pods run
+    #[command(hide = true)]
+    Tool(ToolOptions),
 }

@@ -15,6 +15,9 @@ fn main() -> ExitCode {
         Command::Demo(options) => testbed::demo::run(options),
         Command::Holder(options) => testbed::lab::hold(options).map(|()| true),
         Command::Apiserver(options) => testbed::api::process::serve(options).map(|()| true),
+        Command::Kube(options) => testbed::kube::run(options),
+        Command::Forward(options) => testbed::kube::forward(options).map(|()| true),
+        Command::Tool(options) => testbed::tool::run(options).map(|()| true),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

@@ -7,7 +7,6 @@
 //!
 //! Progress goes to stderr; stdout carries the report, or one JSON document with `--json`.
 
-mod interrupt;
 mod picture;
 mod report;
 mod tables;
@@ -23,6 +22,7 @@ use crate::cluster::Cluster;
 use crate::lab::{self, Lab, Programs, hybrid_plan};
 use crate::oracle::{self, Oracle};
 use crate::traffic::{self, Family, GapProbe, PairResult};
+use crate::{interrupt, progress};
 
 pub use picture::{Picture, PictureLink, PictureNode};
 pub use report::Report;
@@ -223,9 +223,4 @@ fn restart(cluster: &mut Cluster) -> Result<traffic::Gap> {
         gap.longest_ms, gap.answered, gap.sent
     ));
     Ok(gap)
-}
-
-fn progress(text: &str) {
-    // Nothing to be done where even stderr is gone.
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
 }

@@ -11,11 +11,13 @@
 //!
 //! Nothing outside the holder's namespaces is touched: links, addresses, mounts, nftables and pods (bound below
 //! `/run/netns` in the node's own mount namespace) end with it. So `down` is: kill the holders named in the state
-//! file, remove the directory. A holder waits for a word from its maker until it stands in the state file and ends
-//! without it, so that no crash leaves a process that nothing names. Labs are made and removed one at a time: the
-//! common folder is locked meanwhile.
+//! file, remove the cgroups and disks named there and the directory. A holder waits for a word from its maker until it
+//! stands in the state file and ends without it, so that no crash leaves a process that nothing names. Labs are made and
+//! removed one at a time: the common folder is locked meanwhile.
 
+mod cgroup;
 mod holder;
+mod machine;
 mod namespace;
 mod pod;
 mod process;
@@ -116,6 +118,26 @@ impl Lab {
     /// An empty lab. What a dead owner of the same name left behind is removed first; a living one and a kept lab
     /// are errors.
     pub fn create(name: &str, programs: Programs) -> Result<Self> {
+        Self::create_with(name, programs, None)
+    }
+
+    /// As [`Lab::create`], of whole machines: with a disk each in `disks/<node>` that outlives a power cycle, and with
+    /// cgroups of their own. `disks` is the lab's: `down` removes it. It may not lie below /etc, /opt, /run or /var/lib.
+    pub fn create_machines(name: &str, programs: Programs, disks: &Path) -> Result<Self> {
+        Self::create_with(name, programs, Some(disks))
+    }
+
+    /// A lab that was kept. Several may hold it at once: it is theirs to take care.
+    pub fn attach(name: &str, programs: Programs) -> Result<Option<Self>> {
+        require_root()?;
+        check_name(name)?;
+        let Some(state) = State::load(name)? else { return Ok(None) };
+        let inner = Inner { state, wrappers: Vec::new(), closed: false };
+        let shared = Arc::new(Shared { name: name.to_owned(), inner: Mutex::new(inner) });
+        Ok(Some(Self { shared, programs, keep: true }))
+    }
+
+    fn create_with(name: &str, programs: Programs, disks: Option<&Path>) -> Result<Self> {
         require_root()?;
         check_name(name)?;
         let _turn = Turn::wait(true)?;
@@ -132,7 +154,7 @@ impl Lab {
             );
         }
         remove(name)?;
-        let state = State::new(name)?;
+        let state = State { disks: disks.map(Path::to_owned), ..State::new(name)? };
         state.store()?;
         let inner = Inner { state, wrappers: Vec::new(), closed: false };
         let shared = Arc::new(Shared { name: name.to_owned(), inner: Mutex::new(inner) });
@@ -177,8 +199,22 @@ impl Lab {
         let dir = self.dir().join(name);
         fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let log = fs::File::create(dir.join("holder.log"))?;
+        let machine = match (&inner.state.disks, kind) {
+            (Some(disks), Kind::Node) => {
+                Some((disks.join(name), cgroup::Groups::plan(self.name(), name)?))
+            }
+            _ => None,
+        };
+        if let Some((disk, groups)) = &machine {
+            fs::create_dir_all(disk).with_context(|| format!("cannot make {}", disk.display()))?;
+            let new = groups.roots.iter().filter(|group| !inner.state.cgroups.contains(group));
+            let new: Vec<PathBuf> = new.cloned().collect();
+            inner.state.cgroups.extend(new);
+            inner.state.store()?;
+            groups.create()?;
+        }
         let mut wrapper = self
-            .holder_command(name, kind)
+            .holder_command(name, kind, machine.as_ref())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(log)
@@ -198,10 +234,14 @@ impl Lab {
             kind,
             wrapper: ProcessRef::of(wrapper.id())?,
             holder: ProcessRef::of(holder)?,
+            groups: machine.map(|(_, groups)| groups).unwrap_or_default(),
         };
         let namespace = Namespace::new(&entry, dir);
         inner.state.namespaces.push(entry);
         inner.state.store()?;
+        if let Some(entry) = inner.state.namespaces.last() {
+            entry.groups.settle(wrapper.id())?;
+        }
         let mut input = wrapper.stdin.take().context("holder has no stdin")?;
         input.write_all(b"go\n").context("the holder ended before it was recorded")?;
         inner.wrappers.push(wrapper);
@@ -236,6 +276,11 @@ impl Lab {
         inner.state.store()
     }
 
+    /// Where its machines have their disks; none where they have none.
+    pub fn disks(&self) -> Result<Option<PathBuf>> {
+        Ok(self.shared.open()?.state.disks.clone())
+    }
+
     /// Every wire the oracle has to watch.
     pub fn underlay_links(&self) -> Result<Vec<LinkState>> {
         let inner = self.shared.open()?;
@@ -256,17 +301,46 @@ impl Lab {
         let entry =
             inner.state.namespace(name).with_context(|| format!("the lab has no {name}"))?.clone();
         entry.holder.kill_and_wait()?;
+        // The kernel takes its wires down some time later: until then their names are in use.
+        for link in &inner.state.links {
+            let near = (&link.namespace, &link.interface);
+            let far = (&link.far_namespace, &link.far_interface);
+            let (other, interface) = if *near.0 == name {
+                far
+            } else if *far.0 == name {
+                near
+            } else {
+                continue;
+            };
+            if let Some(other) = inner.state.namespace(other) {
+                // Gone already is what we want.
+                let other = Namespace::new(other, self.dir().join(&other.name));
+                let _ = other.ip(&[format!("link delete {interface}")]);
+            }
+        }
         inner.state.namespaces.retain(|other| other.name != name);
         inner.state.links.retain(|link| link.namespace != name && link.far_namespace != name);
         inner.state.store()
     }
 
-    fn holder_command(&self, name: &str, kind: Kind) -> Command {
-        let mut command = Command::new("unshare");
+    fn holder_command(
+        &self,
+        name: &str,
+        kind: Kind,
+        machine: Option<&(PathBuf, cgroup::Groups)>,
+    ) -> Command {
+        let roots = machine.map(|(_, groups)| groups.roots.as_slice()).unwrap_or_default();
+        let mut command = cgroup::Groups::run_in(roots, "unshare");
+        if machine.is_some() {
+            command.arg("--cgroup");
+        }
         command.args(["--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]);
         command.args(["--mount-proc", "--propagation", "private", "--"]);
         command.arg(&self.programs.testbed).arg("holder");
         command.args(["--lab", self.name(), "--name", name, "--kind", kind.as_str()]);
+        if let Some((disk, _)) = machine {
+            command.arg("--disk").arg(disk);
+        }
         // Its own process group: Ctrl-C on the terminal is for the testbed, which then takes the lab down.
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
         command
@@ -338,13 +412,33 @@ fn remove(name: &str) -> Result<()> {
             entry.holder.kill_and_wait()?;
             entry.wrapper.kill_and_wait()?;
         }
+        for group in &state.cgroups {
+            cgroup::remove(group)?;
+        }
+        if let Some(disks) = &state.disks {
+            remove_folder(disks)?;
+            remove_shared(disks);
+        }
     }
-    let dir = State::dir(name);
-    match fs::remove_dir_all(&dir) {
+    remove_folder(&State::dir(name))
+}
+
+fn remove_folder(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", dir.display()))
         }
         _ => Ok(()),
+    }
+}
+
+/// Removes the folder around a cluster's when it is the common one and empty; a folder somebody chose stays.
+pub(crate) fn remove_shared(dir: &Path) {
+    let common = Path::new(LABS_DIR).file_name().map(Path::new);
+    if let (Some(parent), Some(common)) = (dir.parent(), common)
+        && parent.ends_with(common)
+    {
+        let _ = fs::remove_dir(parent); // others may be in it
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 
+use super::cgroup::Groups;
 use super::{NamespaceState, ProcessRef, process};
 
 /// How long nsenter(1) may take to start the program it was given.
@@ -26,15 +27,22 @@ pub struct Namespace {
     name: String,
     holder: ProcessRef,
     dir: PathBuf,
+    cgroups: Vec<PathBuf>,
 }
 
 impl Namespace {
     pub(super) fn new(entry: &NamespaceState, dir: PathBuf) -> Self {
-        Self { name: entry.name.clone(), holder: entry.holder, dir }
+        let cgroups = entry.groups.leaves.clone();
+        Self { name: entry.name.clone(), holder: entry.holder, dir, cgroups }
     }
 
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether it still stands. A killed holder leaves its namespaces before it is gone itself.
+    pub fn is_alive(&self) -> bool {
+        self.holder.is_alive() && self.netns().exists()
     }
 
     /// Pid of the holder, on the host.
@@ -59,9 +67,13 @@ impl Namespace {
 
     /// A command inside all namespaces; it dies with the holder.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        let mut command = Command::new("nsenter");
+        let mut command = Groups::run_in(&self.cgroups, "nsenter");
         command.arg(format!("--target={}", self.pid()));
-        command.args(["--net", "--mount", "--uts", "--ipc", "--pid", "--"]).arg(program);
+        command.args(["--net", "--mount", "--uts", "--ipc", "--pid"]);
+        if !self.cgroups.is_empty() {
+            command.arg("--cgroup");
+        }
+        command.arg("--").arg(program);
         command
     }
 

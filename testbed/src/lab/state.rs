@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::cgroup::Groups;
 use super::{LABS_DIR, ProcessRef};
 
 /// Version of the format below.
@@ -24,6 +25,12 @@ pub struct State {
     pub kept: bool,
     pub namespaces: Vec<NamespaceState>,
     pub links: Vec<LinkState>,
+    /// Where nodes have their disks; without, nodes forget everything when they are powered off.
+    #[serde(default)]
+    pub disks: Option<PathBuf>,
+    /// Every cgroup made for a node, written before it is made.
+    #[serde(default)]
+    pub cgroups: Vec<PathBuf>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -34,6 +41,9 @@ pub struct NamespaceState {
     pub wrapper: ProcessRef,
     /// PID 1 of the namespaces, by its pid on the host.
     pub holder: ProcessRef,
+    /// The node's cgroups; none for who lives in ours.
+    #[serde(default)]
+    pub groups: Groups,
 }
 
 /// What a namespace plays.
@@ -75,6 +85,8 @@ impl State {
             kept: false,
             namespaces: Vec::new(),
             links: Vec::new(),
+            disks: None,
+            cgroups: Vec::new(),
         })
     }
 

@@ -139,18 +139,39 @@ impl Hybrid {
             gateways: vec!["192.0.2.1".to_owned(), "2001:db8:f::1".to_owned()],
         };
         wire(lab, &internet, &api, &wiring)?;
-        let mut nodes = Vec::new();
+        let mut cluster = Self { nodes: Vec::new(), api, internet, home };
         for node in plan {
-            let namespace = lab.add_namespace(&node.name, Kind::Node)?;
-            let router = if node.wiring.router == "home-c" { &home } else { &internet };
-            wire(lab, router, &namespace, &node.wiring)?;
-            nodes.push((node.clone(), namespace));
+            cluster.add_node(lab, node)?;
         }
-        let routers = [&internet, &home, &api];
-        for namespace in routers.into_iter().chain(nodes.iter().map(|(_, node)| node)) {
+        for namespace in [&cluster.internet, &cluster.home, &cluster.api] {
             namespace.wait_for_addresses()?;
         }
-        Ok(Self { nodes, api, internet, home })
+        Ok(cluster)
+    }
+
+    /// The cluster of a kept lab; nodes that are powered off are left out.
+    pub fn find(lab: &Lab, plan: &[NodePlan]) -> Result<Self> {
+        let nodes = plan
+            .iter()
+            .filter_map(|node| Some((node.clone(), lab.namespace(&node.name).ok()?)))
+            .collect();
+        Ok(Self {
+            nodes,
+            api: lab.namespace("api")?,
+            internet: lab.namespace("internet")?,
+            home: lab.namespace("home-c")?,
+        })
+    }
+
+    /// Powers a node on and plugs its wire in.
+    pub fn add_node(&mut self, lab: &Lab, node: &NodePlan) -> Result<()> {
+        let namespace = lab.add_namespace(&node.name, Kind::Node)?;
+        let router = if node.wiring.router == "home-c" { &self.home } else { &self.internet };
+        wire(lab, router, &namespace, &node.wiring)?;
+        namespace.wait_for_addresses()?;
+        self.nodes.retain(|(other, _)| other.name != node.name);
+        self.nodes.push((node.clone(), namespace));
+        Ok(())
     }
 
     pub fn node(&self, name: &str) -> Result<&Namespace> {

@@ -64,7 +64,7 @@ async fn write_event(State(server): State<Arc<Server>>, body: String) -> Respons
     (StatusCode::CREATED, Json(event)).into_response()
 }
 
-fn node_object(uid: &str, conditions: Value) -> Value {
+fn node_object(uid: &str, conditions: &Value) -> Value {
     json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-1", "uid": uid},
         "status": {"conditions": conditions}})
 }
@@ -164,7 +164,7 @@ impl Bench {
 
 #[tokio::test(start_paused = true)]
 async fn a_good_start_writes_the_condition_once_and_no_event() {
-    let mut bench = bench(node_object("u1", json!([])));
+    let mut bench = bench(node_object("u1", &json!([])));
     bench.announce("u1");
     let (at, condition) = bench.condition().await;
     assert_eq!(at, Duration::ZERO);
@@ -177,7 +177,7 @@ async fn a_good_start_writes_the_condition_once_and_no_event() {
 
 #[tokio::test(start_paused = true)]
 async fn a_restart_that_changes_nothing_writes_nothing() {
-    let mut first = bench(node_object("u1", json!([])));
+    let mut first = bench(node_object("u1", &json!([])));
     first.announce("u1");
     first.condition().await;
     let node = first.server.node.lock().expect("lock").clone();
@@ -188,7 +188,7 @@ async fn a_restart_that_changes_nothing_writes_nothing() {
 
 #[tokio::test(start_paused = true)]
 async fn a_trouble_is_told_when_it_has_settled_and_its_end_at_once() {
-    let mut bench = bench(node_object("u1", json!([])));
+    let mut bench = bench(node_object("u1", &json!([])));
     bench.fail(&[(condition::GUARD, "nft is missing")]);
     bench.announce("u1");
     let (at, condition) = bench.condition().await;
@@ -209,7 +209,7 @@ async fn a_trouble_is_told_when_it_has_settled_and_its_end_at_once() {
 
 #[tokio::test(start_paused = true)]
 async fn each_event_has_words_of_its_own_and_keeps_its_distance() {
-    let mut bench = bench(node_object("u1", json!([])));
+    let mut bench = bench(node_object("u1", &json!([])));
     bench.fail(&[(condition::PUBLISHED, "first")]);
     bench.announce("u1");
     assert_eq!(bench.condition().await.1["status"], "False", "pods lack nothing");
@@ -224,10 +224,10 @@ async fn each_event_has_words_of_its_own_and_keeps_its_distance() {
 
 #[tokio::test(start_paused = true)]
 async fn a_node_made_anew_is_told_again() {
-    let mut bench = bench(node_object("u1", json!([])));
+    let mut bench = bench(node_object("u1", &json!([])));
     bench.announce("u1");
     bench.condition().await;
-    *bench.server.node.lock().expect("lock") = node_object("u2", json!([]));
+    *bench.server.node.lock().expect("lock") = node_object("u2", &json!([]));
     bench.show("u2");
     assert_eq!(bench.condition().await.1["status"], "False");
     bench.silent().await;
@@ -238,7 +238,7 @@ async fn what_others_said_is_taken_over_and_a_transition_keeps_its_time() {
     let long_ago = "2026-01-02T03:04:05Z";
     let mut bench = bench(node_object(
         "u1",
-        json!([{"type": "Ready", "status": "True"}, {"type": "NetworkUnavailable", "status": "False",
+        &json!([{"type": "Ready", "status": "True"}, {"type": "NetworkUnavailable", "status": "False",
             "reason": "FlannelIsUp", "message": "x", "lastTransitionTime": long_ago}]),
     ));
     bench.announce("u1");
@@ -251,7 +251,7 @@ async fn what_others_said_is_taken_over_and_a_transition_keeps_its_time() {
 
 #[tokio::test(start_paused = true)]
 async fn a_refused_write_is_tried_again_later_and_later_whatever_changes_meanwhile() {
-    let mut bench = bench(node_object("u1", json!([])));
+    let mut bench = bench(node_object("u1", &json!([])));
     bench.server.refuse.lock().expect("lock").extend([StatusCode::FORBIDDEN; 3]);
     bench.announce("u1");
     for second in 0..5 {
@@ -269,7 +269,7 @@ async fn a_refused_write_is_tried_again_later_and_later_whatever_changes_meanwhi
 
 #[tokio::test(start_paused = true)]
 async fn why_a_start_failed_is_told_as_an_event_and_the_condition_stays() {
-    let mut bench = bench(node_object("u1", json!([])));
+    let mut bench = bench(node_object("u1", &json!([])));
     let name = "node-1".parse().expect("name");
     last_words(bench.client.clone(), &name, "no /dev/net/tun").await.expect("told");
     let (_, event) = bench.event().await;

@@ -6,15 +6,15 @@ use anyhow::Result;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::progress;
 use crate::lab::Stopper;
+use crate::progress;
 
 /// Set once a signal has come: from then on its thread ends the program.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// Signals noted since [`Signals::listen`], acted upon from [`Signals::take_down`] on.
 #[derive(Debug)]
-pub(super) struct Signals {
+pub(crate) struct Signals {
     runtime: Runtime,
     hangup: Signal,
     interrupt: Signal,
@@ -24,7 +24,7 @@ pub(super) struct Signals {
 
 impl Signals {
     /// Called before there is anything to take down, so that nothing can slip between.
-    pub(super) fn listen() -> Result<Self> {
+    pub(crate) fn listen() -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let inside = runtime.enter();
         let (hangup, interrupt) = (signal(SignalKind::hangup())?, signal(SignalKind::interrupt())?);
@@ -34,7 +34,7 @@ impl Signals {
     }
 
     /// From now on a signal ends the lab and the program, with 128 and its number as the exit status.
-    pub(super) fn take_down(mut self, stopper: Stopper) -> Result<()> {
+    pub(crate) fn take_down(mut self, stopper: Stopper) -> Result<()> {
         std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
             let kind = self.runtime.block_on(async {
                 tokio::select! {
@@ -56,7 +56,7 @@ impl Signals {
 }
 
 /// Does not return once a signal has come: what the caller sees since then is a lab falling apart.
-pub(super) fn wait_if_interrupted() {
+pub(crate) fn wait_if_interrupted() {
     while INTERRUPTED.load(Ordering::SeqCst) {
         std::thread::park();
     }
