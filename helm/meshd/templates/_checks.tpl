@@ -67,6 +67,14 @@ What the schema cannot say. Each refusal is one line that names the value and sa
 {{- if and $v.keyrelay.enabled (eq (int $v.keyrelay.port) (int $v.listenPort)) -}}
 {{- fail (printf "keyrelay.port and listenPort are both %d: both are UDP ports of the same node" (int $v.listenPort)) -}}
 {{- end -}}
+{{- if not (regexMatch `^$|^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$|^[0-9A-Fa-f:]*:[0-9A-Fa-f:.]+$` $v.k8sServiceHost) -}}
+{{- fail (printf "k8sServiceHost: %s: write a name or an address alone, without scheme, brackets and port; the port is k8sServicePort" $v.k8sServiceHost) -}}
+{{- end -}}
+{{- range $v.keyrelay.keys -}}
+  {{- if not (regexMatch `^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$` .) -}}
+    {{- fail (printf "keyrelay.keys: %s is no public key: 44 characters, as wg pubkey prints them" .) -}}
+  {{- end -}}
+{{- end -}}
 {{- if and $v.cni.strict $v.cni.removeOthers -}}
 {{- fail "cni.strict refuses to install beside another network plugin and cni.removeOthers removes it: choose one" -}}
 {{- end -}}

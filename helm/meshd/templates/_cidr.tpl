@@ -5,9 +5,14 @@ eight for IPv6, and a length in bits.
   meshd.cidr.parse TEXT              -> JSON {"family": 4|6, "bits": 32|128, "length": n, "groups": [n, …], "text": TEXT}
   meshd.cidr.overlap {a, b}          -> "yes" or nothing
   meshd.cidr.covers {outer, inner}   -> "yes" or nothing
-The text has the form the schema asks for.
+Text that is no prefix is refused.
 */}}
 {{- define "meshd.cidr.parse" -}}
+{{- $v4 := `^((25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])\.){3}(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])/(3[0-2]|[12]?[0-9])$` -}}
+{{- $v6 := `^(([0-9A-Fa-f]{1,4}:){7}[0-9A-Fa-f]{1,4}|([0-9A-Fa-f]{1,4}(:[0-9A-Fa-f]{1,4}){0,6})?::([0-9A-Fa-f]{1,4}(:[0-9A-Fa-f]{1,4}){0,6})?)/(12[0-8]|1[01][0-9]|[1-9]?[0-9])$` -}}
+{{- if not (or (regexMatch $v4 .) (regexMatch $v6 .)) -}}
+  {{- fail (printf "%s is no prefix: write ADDRESS/LENGTH, like 10.244.0.0/16 or fd00:10:244::/48" .) -}}
+{{- end -}}
 {{- $parts := splitList "/" . -}}
 {{- $address := first $parts -}}
 {{- $groups := list -}}
@@ -22,7 +27,7 @@ The text has the form the schema asks for.
     {{- range (splitList ":" (last $halves)) }}{{ if . }}{{ $tail = append $tail . }}{{ end }}{{ end -}}
   {{- end -}}
   {{- $zeros := sub 8 (add (len $head) (len $tail)) | int -}}
-  {{- if lt $zeros 0 }}{{ fail (printf "%s is no prefix: it has more than eight groups" .) }}{{ end -}}
+  {{- if lt $zeros (sub (len $halves) 1 | int) }}{{ fail (printf "%s is no prefix: :: stands for one group at least, and there are eight in all" .) }}{{ end -}}
   {{- range $head }}{{ $groups = append $groups (int64 (printf "0x%s" .)) }}{{ end -}}
   {{- range until $zeros }}{{ $groups = append $groups (int64 0) }}{{ end -}}
   {{- range $tail }}{{ $groups = append $groups (int64 (printf "0x%s" .)) }}{{ end -}}
