@@ -118,14 +118,24 @@ func plugin(t *testing.T, golden string) *validating.Plugin {
 	t.Helper()
 	var objects []runtime.Object
 	for _, object := range decode(t, golden) {
-		switch object.(type) {
-		case *admissionv1.ValidatingAdmissionPolicy, *admissionv1.ValidatingAdmissionPolicyBinding:
+		switch object := object.(type) {
+		case *admissionv1.ValidatingAdmissionPolicy:
+			// The API server's defaults.
+			match := object.Spec.MatchConstraints
+			match.NamespaceSelector, match.ObjectSelector = &metav1.LabelSelector{}, &metav1.LabelSelector{}
+			for i := range match.ResourceRules {
+				scope := admissionv1.AllScopes
+				match.ResourceRules[i].Scope = &scope
+			}
+			objects = append(objects, object)
+		case *admissionv1.ValidatingAdmissionPolicyBinding:
 			objects = append(objects, object)
 		}
 	}
 	if len(objects) != 8 {
 		t.Fatalf("%d policies and bindings, expected 8", len(objects))
 	}
+	objects = append(objects, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "default"}})
 	client := fake.NewClientset(objects...)
 	factory := informers.NewSharedInformerFactory(client, 0)
 	plugin, err := validating.NewPlugin(nil)
