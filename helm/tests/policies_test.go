@@ -242,8 +242,8 @@ func TestWritesOfNodes(t *testing.T) {
 			n.Annotations[key], n.ResourceVersion, n.Generation = "new", "78", 2
 			n.ManagedFields = append(n.ManagedFields, metav1.ManagedFieldsEntry{Manager: "meshd"})
 		}, ""},
-		{"the daemon writes the operator's annotation", daemonA, main, annotate(endpoint, "x:1"), onlyOperators},
-		{"the daemon writes an unknown annotation of ours", daemonA, main, annotate("meshd.dev/other", "x"), onlyDaemon},
+		{"the daemon writes the operator's annotation", daemonA, main, annotate(endpoint, "x:1"), ownOnly},
+		{"the daemon writes an unknown annotation of ours", daemonA, main, annotate("meshd.dev/other", "x"), ownOnly},
 		{"the daemon writes a foreign annotation", daemonA, main, annotate("node.alpha.kubernetes.io/ttl", "9"), ownOnly},
 		{"the daemon adds a foreign annotation", daemonA, main, annotate("example.org/a", "b"), ownOnly},
 		{"the daemon removes a foreign annotation", daemonA, main, remove("node.alpha.kubernetes.io/ttl"), ownOnly},
@@ -279,12 +279,12 @@ func TestWritesOfNodes(t *testing.T) {
 		{"the daemon writes a label with the status", daemonA, status, func(n *corev1.Node) { n.Labels["a"] = "b" }, metadata},
 		{"the daemon writes the condition and Ready", daemonA, status, both(condition("NetworkUnavailable", "False"), condition("Ready", "False")), oneCondition},
 		// Daemons of other nodes, tokens of no node.
-		{"another node's daemon writes the key", daemonB, main, annotate(key, "new"), onlyDaemon},
-		{"another node's daemon removes the key", daemonB, main, remove(key), onlyDaemon},
+		{"another node's daemon writes the key", daemonB, main, annotate(key, "new"), otherNode},
+		{"another node's daemon removes the key", daemonB, main, remove(key), otherNode},
 		{"another node's daemon changes nothing", daemonB, main, nothing, otherNode},
 		{"another node's daemon writes the condition", daemonB, status, condition("NetworkUnavailable", "False"), otherNode},
-		{"another node's daemon writes the key with the status", daemonB, status, annotate(key, "new"), onlyDaemon},
-		{"an unbound token writes the key", daemonUnbound, main, annotate(key, "new"), onlyDaemon},
+		{"another node's daemon writes the key with the status", daemonB, status, annotate(key, "new"), otherNode},
+		{"an unbound token writes the key", daemonUnbound, main, annotate(key, "new"), unbound},
 		{"an unbound token writes the condition", daemonUnbound, status, condition("NetworkUnavailable", "False"), unbound},
 		{"a token without extra writes the condition", daemonNoExtra, status, condition("NetworkUnavailable", "False"), unbound},
 		{"a token with an empty node name writes the condition", daemonEmpty, status, condition("NetworkUnavailable", "False"), unbound},
