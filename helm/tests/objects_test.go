@@ -4,6 +4,7 @@ package tests
 
 import (
 	"bytes"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -104,6 +105,15 @@ func TestTheDaemonsPrivileges(t *testing.T) {
 	got := strings.Join(paths, " ")
 	if want := "/var/lib/meshd /run/meshd /dev/net /proc/sys/net /proc/sys/kernel/random/boot_id /etc/machine-id /opt/cni/bin /etc/cni/net.d"; got != want {
 		t.Errorf("paths of the host: %s, expected %s", got, want)
+	}
+}
+
+func TestPortsBelow1024AreAllowedWhereThereAreSome(t *testing.T) {
+	for path, want := range map[string]string{"golden/keyrelay.yaml": "[]", "golden/everything.yaml": "[NET_BIND_SERVICE]"} {
+		container := daemonSet(t, path, "meshd-keyrelay").Spec.Template.Spec.Containers[0]
+		if got := fmt.Sprint(container.SecurityContext.Capabilities.Add); got != want {
+			t.Errorf("%s: %s, expected %s", path, got, want)
+		}
 	}
 }
 

@@ -61,6 +61,14 @@ capabilities:
 {{- end }}
 {{- end }}
 
+{{/* Capabilities of a container on the host's network that listens on ports, as a JSON list: ports below 1024 need one of their
+own. Call with (dict "add" (list "NET_ADMIN") "ports" (list 15190)). */}}
+{{- define "meshd.capabilities" -}}
+{{- $add := .add -}}
+{{- range .ports }}{{ if lt (int .) 1024 }}{{ $add = append $add "NET_BIND_SERVICE" | uniq }}{{ end }}{{ end -}}
+{{- toJson $add -}}
+{{- end }}
+
 {{/* Names of our objects in the kernel and places of our files, as environment. */}}
 {{- define "meshd.places" -}}
 - name: MESHD_STATE_DIR
