@@ -1,0 +1,103 @@
+{{/*
+What the schema cannot say. Each refusal is one line that names the value and says what to write.
+*/}}
+{{- define "meshd.check" -}}
+{{- include "meshd.check.prefixes" . -}}
+{{- include "meshd.check.namespace" . -}}
+{{- include "meshd.check.values" . -}}
+{{- end }}
+
+{{- define "meshd.check.prefixes" -}}
+{{- $cluster := list -}}
+{{- range .Values.clusterCIDRs -}}
+  {{- $prefix := include "meshd.cidr.parse" . | fromJson -}}
+  {{- include "meshd.check.hostBits" (dict "prefix" $prefix "value" "clusterCIDRs") -}}
+  {{- if lt (sub $prefix.bits $prefix.length) 2 -}}
+    {{- fail (printf "clusterCIDRs: %s is too small: a node needs an address of its own and at least one for a pod" .) -}}
+  {{- end -}}
+  {{- if eq (int $prefix.length) 0 }}{{ fail (printf "clusterCIDRs: %s is everything, not a prefix pods can live in" .) }}{{ end -}}
+  {{- range $other := $cluster -}}
+    {{- if include "meshd.cidr.overlap" (dict "a" $prefix "b" $other) -}}
+      {{- fail (printf "clusterCIDRs: %s and %s overlap" $other.text $prefix.text) -}}
+    {{- end -}}
+  {{- end -}}
+  {{- range $what, $reserved := dict "loopback" (list "127.0.0.0/8" "::1/128") "link-local" (list "169.254.0.0/16" "fe80::/10") "multicast or reserved" (list "224.0.0.0/3" "ff00::/8") "unspecified" (list "0.0.0.0/8" "::/128") "IPv4 mapped into IPv6" (list "::ffff:0:0/96") -}}
+    {{- range $reserved -}}
+      {{- if include "meshd.cidr.overlap" (dict "a" $prefix "b" (include "meshd.cidr.parse" . | fromJson)) -}}
+        {{- fail (printf "clusterCIDRs: %s is %s, not a prefix pods can live in" $prefix.text $what) -}}
+      {{- end -}}
+    {{- end -}}
+  {{- end -}}
+  {{- $cluster = append $cluster $prefix -}}
+{{- end -}}
+{{- range .Values.serviceCIDRs -}}
+  {{- $prefix := include "meshd.cidr.parse" . | fromJson -}}
+  {{- include "meshd.check.hostBits" (dict "prefix" $prefix "value" "serviceCIDRs") -}}
+  {{- range $other := $cluster -}}
+    {{- if include "meshd.cidr.overlap" (dict "a" $prefix "b" $other) -}}
+      {{- fail (printf "serviceCIDRs: %s overlaps %s of clusterCIDRs: pods and Services need prefixes of their own" $prefix.text $other.text) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- end }}
+
+{{- define "meshd.check.hostBits" -}}
+{{- $cut := include "meshd.cidr.cut" .prefix -}}
+{{- if ne $cut (toJson .prefix.groups) -}}
+{{- fail (printf "%s: %s has bits set behind its length; write %s" .value .prefix.text (include "meshd.cidr.network" .prefix)) -}}
+{{- end -}}
+{{- end }}
+
+{{- define "meshd.check.namespace" -}}
+{{- $name := .Release.Namespace -}}
+{{- if has $name (list "default" "kube-system" "kube-public" "kube-node-lease") -}}
+{{- fail (printf "the namespace %s is no place for meshd: who may create pods beside it can become any node; install with --namespace meshd-system --create-namespace" $name) -}}
+{{- end -}}
+{{- $namespace := lookup "v1" "Namespace" "" $name -}}
+{{- if $namespace -}}
+  {{- $level := dig "metadata" "labels" "pod-security.kubernetes.io/enforce" "privileged" $namespace -}}
+  {{- if ne $level "privileged" -}}
+    {{- fail (printf "the namespace %s admits only %s pods, meshd needs the host's network: kubectl label namespace %s --overwrite pod-security.kubernetes.io/enforce=privileged" $name $level $name) -}}
+  {{- end -}}
+{{- end -}}
+{{- end }}
+
+{{- define "meshd.check.values" -}}
+{{- $v := .Values -}}
+{{- if and $v.keyrelay.enabled (eq (int $v.keyrelay.port) (int $v.listenPort)) -}}
+{{- fail (printf "keyrelay.port and listenPort are both %d: both are UDP ports of the same node" (int $v.listenPort)) -}}
+{{- end -}}
+{{- if not (regexMatch `^$|^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$|^[0-9A-Fa-f:]*:[0-9A-Fa-f:.]+$` $v.k8sServiceHost) -}}
+{{- fail (printf "k8sServiceHost: %s: write a name or an address alone, without scheme, brackets and port; the port is k8sServicePort" $v.k8sServiceHost) -}}
+{{- end -}}
+{{- range $v.keyrelay.keys -}}
+  {{- if not (regexMatch `^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$` .) -}}
+    {{- fail (printf "keyrelay.keys: %s is no public key: 44 characters, as wg pubkey prints them" .) -}}
+  {{- end -}}
+{{- end -}}
+{{- if and $v.cni.strict $v.cni.removeOthers -}}
+{{- fail "cni.strict refuses to install beside another network plugin and cni.removeOthers removes it: choose one" -}}
+{{- end -}}
+{{- if and $v.keyrelay.enabled (not $v.keyrelay.nodeSelector) -}}
+{{- fail "keyrelay.nodeSelector: say which nodes with a public address run the keyrelay, like {meshd.dev/keyrelay: \"true\"} after kubectl label node NODE meshd.dev/keyrelay=true" -}}
+{{- end -}}
+{{- if and $v.keyrelay.enabled (not $v.keyrelay.keys) -}}
+{{- fail "keyrelay.keys: list the public keys of the nodes it answers; without one it refuses to start (values.yaml says how to print them)" -}}
+{{- end -}}
+{{- range $a := list (list "stateDir" $v.stateDir) (list "runDir" $v.runDir) (list "keyrelay.stateDir" $v.keyrelay.stateDir) -}}
+  {{- if has (last $a) (list "/etc" "/var" "/var/lib" "/run" "/var/run" "/usr" "/opt" "/home" "/root" "/tmp" "/bin" "/sbin" "/lib" "/dev" "/proc" "/sys" "/boot") -}}
+    {{- fail (printf "%s: %s belongs to the system: it is made accessible to root alone, choose a directory of its own" (first $a) (last $a)) -}}
+  {{- end -}}
+{{- end -}}
+{{- if eq (clean $v.stateDir) (clean $v.runDir) -}}
+{{- fail (printf "stateDir and runDir are both %s: one survives a reboot, the other must not" $v.stateDir) -}}
+{{- end -}}
+{{- range $name := list $v.kernel.tunName -}}
+  {{- if or (hasPrefix "meshp" $name) (has $name (list "." ".." "lo" "all" "default")) -}}
+    {{- fail (printf "kernel.tunName: %s is taken: choose another" $name) -}}
+  {{- end -}}
+{{- end -}}
+{{- if and (not $v.metrics.enabled) (or $v.metrics.podMonitor.enabled $v.metrics.scrapeConfig.enabled) -}}
+{{- fail "metrics.enabled is false: there is nothing metrics.podMonitor and metrics.scrapeConfig could scrape" -}}
+{{- end -}}
+{{- end }}

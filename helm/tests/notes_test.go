@@ -1,0 +1,142 @@
+package tests
+
+// What an operator reads after helm install and upgrade, with a cluster to look at.
+
+import (
+	"strings"
+	"testing"
+
+	"helm.sh/helm/v4/pkg/chart/common"
+	"helm.sh/helm/v4/pkg/chart/common/util"
+	loader "helm.sh/helm/v4/pkg/chart/v2/loader"
+	"helm.sh/helm/v4/pkg/engine"
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/dynamic"
+	dynamicfake "k8s.io/client-go/dynamic/fake"
+	"k8s.io/client-go/kubernetes/scheme"
+)
+
+type cluster struct{ client dynamic.Interface }
+
+func (c cluster) GetClientFor(apiVersion, kind string) (dynamic.NamespaceableResourceInterface, bool, error) {
+	resources := map[string]string{"Node": "nodes", "Pod": "pods", "Namespace": "namespaces", "NetworkPolicy": "networkpolicies"}
+	version, err := schema.ParseGroupVersion(apiVersion)
+	namespaced := kind == "Pod" || kind == "NetworkPolicy"
+	return c.client.Resource(version.WithResource(resources[kind])), namespaced, err
+}
+
+// render gives NOTES, or the refusal.
+func render(t *testing.T, values map[string]any, objects ...runtime.Object) (string, error) {
+	t.Helper()
+	chart, err := loader.Load("../meshd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	values["clusterCIDRs"] = []any{"10.244.0.0/16", "fd00:10:244::/48"}
+	options := common.ReleaseOptions{Name: "meshd", Namespace: "meshd-system", Revision: 1, IsInstall: true}
+	rendered, err := util.ToRenderValues(chart, values, options, common.DefaultCapabilities)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := dynamicfake.NewSimpleDynamicClient(scheme.Scheme, objects...)
+	files, err := engine.RenderWithClientProvider(chart, rendered, cluster{client})
+	return files["meshd/templates/NOTES.txt"], err
+}
+
+func nodeWith(name string, podCIDRs ...string) *corev1.Node {
+	n := bare(name)
+	n.Spec.PodCIDRs = podCIDRs
+	n.Status.Conditions = []corev1.NodeCondition{{Type: "Ready", Status: "True"}}
+	return n
+}
+
+func namespace(level string) *corev1.Namespace {
+	n := &corev1.Namespace{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Namespace"}, ObjectMeta: metav1.ObjectMeta{Name: "meshd-system"}}
+	if level != "" {
+		n.Labels = map[string]string{"pod-security.kubernetes.io/enforce": level}
+	}
+	return n
+}
+
+func policy(namespace, name string) *networkingv1.NetworkPolicy {
+	return &networkingv1.NetworkPolicy{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "networking.k8s.io/v1", Kind: "NetworkPolicy"},
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
+	}
+}
+
+func has(t *testing.T, text string, parts ...string) {
+	t.Helper()
+	for _, part := range parts {
+		if !strings.Contains(text, part) {
+			t.Errorf("does not say %q:\n%s", part, text)
+		}
+	}
+}
+
+func TestNotesOfAGoodClusterWarnOfNothing(t *testing.T) {
+	notes, err := render(t, map[string]any{}, namespace("privileged"), nodeWith("a", "10.244.1.0/24", "fd00:10:244:1::/64"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(notes, "WARNING") || strings.Contains(notes, "pod-security") {
+		t.Errorf("warns:\n%s", notes)
+	}
+	has(t, notes, "rollout status", "nodes behind NAT", "pauses while its daemon is replaced", "Keep this namespace to meshd", "helm test meshd")
+}
+
+func TestNotesNameNetworkPoliciesNobodyEnforces(t *testing.T) {
+	notes, _ := render(t, map[string]any{}, policy("shop", "a"), policy("shop", "b"), policy("bank", "a"))
+	has(t, notes, "WARNING: 3 NetworkPolicies exist (namespaces bank, shop) and meshd does not enforce them")
+}
+
+func TestNotesNameNodesWithoutPodCIDRInOneLine(t *testing.T) {
+	notes, _ := render(t, map[string]any{}, nodeWith("a"), nodeWith("b", "10.244.1.0/24"), nodeWith("c"))
+	has(t, notes, "WARNING: 2 nodes have no pod CIDR (a, c): start kube-controller-manager with --allocate-node-cidrs and --cluster-cidr=10.244.0.0/16,fd00:10:244::/48")
+}
+
+func TestNotesNamePodCIDRsOutsideTheClusterPrefixes(t *testing.T) {
+	notes, _ := render(t, map[string]any{}, nodeWith("a", "10.42.0.0/24"), nodeWith("b", "10.244.1.0/24"), nodeWith("c", "10.0.0.0/8"))
+	has(t, notes, "WARNING: pod CIDRs outside clusterCIDRs are not meshed: a (10.42.0.0/24), c (10.0.0.0/8).")
+}
+
+func TestANamespaceThatRestrictsPodsIsRefusedWithTheCommand(t *testing.T) {
+	for _, level := range []string{"baseline", "restricted"} {
+		_, err := render(t, map[string]any{}, namespace(level))
+		if err == nil {
+			t.Fatalf("%s was taken", level)
+		}
+		has(t, err.Error(), "admits only "+level+" pods", "kubectl label namespace meshd-system --overwrite pod-security.kubernetes.io/enforce=privileged")
+	}
+	notes, err := render(t, map[string]any{}, namespace(""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	has(t, notes, "kubectl label namespace meshd-system pod-security.kubernetes.io/enforce=privileged")
+}
+
+func TestCleanupListsNodesThatAreNotClean(t *testing.T) {
+	pod := func(node, ready string) *corev1.Pod {
+		return &corev1.Pod{
+			TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
+			ObjectMeta: metav1.ObjectMeta{Name: "p-" + node, Namespace: "meshd-system", Labels: map[string]string{"app.kubernetes.io/component": "cleanup"}},
+			Spec:       corev1.PodSpec{NodeName: node},
+			Status:     corev1.PodStatus{Conditions: []corev1.PodCondition{{Type: "Ready", Status: corev1.ConditionStatus(ready)}}},
+		}
+	}
+	gone := nodeWith("c")
+	gone.Status.Conditions[0].Status = "Unknown"
+	notes, err := render(t, map[string]any{"cleanup": map[string]any{"enabled": true}},
+		nodeWith("a"), nodeWith("b"), gone, pod("a", "True"), pod("b", "False"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	has(t, notes, "NOT CLEAN YET: node b (ready)\n", "NOT CLEAN YET: node c (not ready, not reached)\n", "/var/lib/meshd/bin/meshd uninstall")
+	if strings.Contains(notes, "node a ") {
+		t.Errorf("a clean node is listed:\n%s", notes)
+	}
+}
