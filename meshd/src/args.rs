@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use mesh_types::defaults;
 
 use crate::cni_install::Capability;
+use crate::ping;
 
 /// WireGuard mesh overlay for Kubernetes: the daemon of one node.
 #[derive(Debug, Parser)]
@@ -42,6 +43,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Print what this node thinks of itself and of every other node.
     Status(StatusArgs),
+    /// Measure the way to another node, through the tunnel.
+    Ping(PingArgs),
     /// Remove everything of ours from this node: TUN, routes, rules, guard, keys.
     Uninstall(UninstallArgs),
     /// Put the CNI plugin and its configuration in place, the configuration last.
@@ -246,6 +249,21 @@ pub struct StatusArgs {
 }
 
 #[derive(Debug, Clone, ClapArgs)]
+pub struct PingArgs {
+    /// Name of the other node.
+    pub node: String,
+    /// How often to ask each of its overlay addresses.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=i64::from(ping::COUNT_MAX)))]
+    pub count: u8,
+    /// Print one JSON document; the exit status then says nothing of answers.
+    #[arg(long)]
+    pub json: bool,
+    /// Directory of the status socket.
+    #[arg(long, env = "MESHD_RUN_DIR", default_value = defaults::RUN_DIR)]
+    pub run_dir: PathBuf,
+}
+
+#[derive(Debug, Clone, ClapArgs)]
 pub struct UninstallArgs {
     /// Only say what would be removed.
     #[arg(long)]
@@ -328,6 +346,7 @@ mod tests {
             (&["run", "--endpoint", "1.2.3.4"], "1.2.3.4"),
             (&["run", "--roster", "a", "--kubeconfig", "b"], "--kubeconfig"),
             (&["status", "--xml"], "--xml"),
+            (&["ping", "b", "--count", "21"], "--count"),
         ];
         for (argv, culprit) in table {
             let line = run(argv).expect_err("refused");

@@ -21,6 +21,7 @@
 //! | [`io`], [`plane`] | the data plane: TUN and UDP; the same in the reconciler's hands |
 //! | [`view`], [`admin`], [`metrics`], [`status`] | what the daemon knows of itself, and who may ask |
 //! | [`ask`], [`probe`] | asks a running daemon; the same for a kubelet |
+//! | [`ping`] | measures the way to another node |
 //! | [`uninstall`] | takes everything of ours away |
 
 pub mod admin;
@@ -44,6 +45,7 @@ pub mod last_heard;
 pub mod lock;
 pub mod metrics;
 pub mod node_file;
+pub mod ping;
 pub mod plane;
 pub mod preflight;
 pub mod probe;

@@ -15,6 +15,7 @@ fn main() -> ExitCode {
     let result = match &args.command {
         Command::Run(run) => meshd::app::run(run),
         Command::Status(status) => meshd::status::print(status),
+        Command::Ping(ping) => meshd::ping::run(ping),
         Command::Uninstall(uninstall) => meshd::uninstall::run(uninstall),
         Command::CniInstall(install) => meshd::cni_install::run(install),
         Command::Probe(probe) => meshd::probe::run(probe),

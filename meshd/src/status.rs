@@ -157,18 +157,12 @@ fn peer_status(
 
 fn peer_row(peer: &PeerStatus) -> Vec<String> {
     let or_dash = |text: Option<String>| text.filter(|t| !t.is_empty()).unwrap_or("-".into());
-    let path = match peer.path {
-        PathKind::None => "none",
-        PathKind::Direct => "direct",
-        PathKind::Roamed => "roamed",
-        PathKind::Relayed => "relayed",
-    };
     vec![
         peer.node.to_string(),
         or_dash(Some(peer.site.clone())),
         peer.public_key.to_string(),
         or_dash(peer.endpoint.map(|endpoint| endpoint.to_string())),
-        path.to_owned(),
+        path_word(peer.path).to_owned(),
         or_dash(peer.last_handshake_s.map(|age| format!("{age} s ago"))),
         or_dash(peer.rtt_ms.map(|rtt| format!("{rtt:.1} ms"))),
         bytes(peer.rx_bytes),
@@ -176,6 +170,16 @@ fn peer_row(peer: &PeerStatus) -> Vec<String> {
         peer.mtu.to_string(),
         or_dash(Some(peer.problem.clone())),
     ]
+}
+
+/// A path as people read it.
+pub fn path_word(path: PathKind) -> &'static str {
+    match path {
+        PathKind::None => "none",
+        PathKind::Direct => "direct",
+        PathKind::Roamed => "roamed",
+        PathKind::Relayed => "relayed",
+    }
 }
 
 /// Bytes as `wg` shows them: binary units, two digits.
@@ -197,7 +201,7 @@ fn bytes(count: u64) -> String {
 }
 
 /// Left-aligned columns, two blanks apart, no blanks at line ends.
-fn columns(rows: &[Vec<String>]) -> String {
+pub(crate) fn columns(rows: &[Vec<String>]) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max()
