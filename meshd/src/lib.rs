@@ -22,6 +22,7 @@
 //! | [`view`], [`admin`], [`metrics`], [`status`] | what the daemon knows of itself, and who may ask |
 //! | [`ask`], [`probe`] | asks a running daemon; the same for a kubelet |
 //! | [`ping`] | measures the way to another node |
+//! | [`inspect`] | `kubectl mesh`, a program of its own that shares what the daemon knows of Nodes |
 //! | [`uninstall`] | takes everything of ours away |
 
 pub mod admin;
@@ -36,6 +37,7 @@ pub mod endpoints;
 pub mod files;
 pub mod folder;
 pub mod host_copy;
+pub mod inspect;
 pub mod installed;
 pub mod io;
 pub mod kernel_watch;

@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::node::{NetworkCondition, SeenNode};
+use super::node::{SeenCondition, SeenNode};
 use super::verdict::{Due, NOTE_BYTES_MAX, Telling, clip, verdict};
 use super::{jittered, words};
 
@@ -45,7 +45,7 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(15);
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Where Events about objects without a namespace live.
-const EVENTS_NAMESPACE: &str = "default";
+pub(super) const EVENTS_NAMESPACE: &str = "default";
 
 /// Longest `reportingInstance` (`ReportingInstanceLengthLimit` in pkg/apis/core/validation/events.go).
 const INSTANCE_BYTES_MAX: usize = 128;
@@ -229,7 +229,7 @@ fn condition_body(
     node: &str,
     uid: &str,
     lack: &str,
-    before: Option<&NetworkCondition>,
+    before: Option<&SeenCondition>,
     now: Timestamp,
 ) -> Option<Value> {
     let (status, reason, message) = match lack {

@@ -4,11 +4,13 @@
 //! API server ── list, watch ──> watch ──> node: RawNode ──> feed (gate) ──> ClusterEvent
 //!            <── apply ──────── publish  <── OwnRecord wanted, own RawNode as the watch shows it
 //!            <── apply, events ─ announce <── conditions of readiness
+//!            <── list, exec ──── look     <── kubectl mesh
 //! ```
 
 mod announce;
 mod feed;
 mod gate;
+pub mod look;
 mod node;
 mod publish;
 mod verdict;
@@ -32,6 +34,7 @@ use tokio::sync::{mpsc, watch};
 use crate::source::ClusterEvent;
 pub use announce::Announcer;
 use feed::{Feed, Next};
+pub use node::SeenCondition;
 use node::SeenNode;
 pub use publish::Publisher;
 
@@ -183,17 +186,28 @@ fn jittered(pause: Duration) -> Duration {
 }
 
 async fn from_file(path: &Path) -> anyhow::Result<Config> {
+    config_of(read_file(path)?, &path.display().to_string(), &KubeConfigOptions::default()).await
+}
+
+fn read_file(path: &Path) -> anyhow::Result<Kubeconfig> {
     let shown = path.display();
-    let file = match Kubeconfig::read_from(path) {
-        Ok(file) => file,
+    match Kubeconfig::read_from(path) {
+        Ok(file) => Ok(file),
         // The reader's own message shows the lines around the mistake, and a token may be in them.
         Err(KubeconfigError::Parse(error)) => match error.location() {
             Some(at) => bail!("kubeconfig {shown} is none: look at line {}", at.line()),
             None => bail!("kubeconfig {shown} is none"),
         },
-        Err(error) => return Err(error).with_context(|| format!("read kubeconfig {shown}")),
-    };
-    let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
+        Err(error) => Err(error).with_context(|| format!("read kubeconfig {shown}")),
+    }
+}
+
+async fn config_of(
+    file: Kubeconfig,
+    shown: &str,
+    options: &KubeConfigOptions,
+) -> anyhow::Result<Config> {
+    let config = Config::from_custom_kubeconfig(file, options)
         .await
         .with_context(|| format!("use kubeconfig {shown}"))?;
     // The client panics over it.

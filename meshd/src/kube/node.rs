@@ -23,18 +23,20 @@ pub(super) struct SeenNode {
     /// Name, uid and resource version, nothing else.
     meta: ObjectMeta,
     pub(super) raw: RawNode,
-    /// What it says of its network, if anything.
-    pub(super) network: Option<NetworkCondition>,
+    /// The condition `NetworkUnavailable`, if there is one.
+    pub(super) network: Option<SeenCondition>,
+    /// The condition `Ready`, which the kubelet keeps.
+    pub(super) ready: Option<SeenCondition>,
 }
 
-/// The condition `NetworkUnavailable`.
+/// A condition of a Node, as written.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct NetworkCondition {
-    pub(super) status: String,
-    pub(super) reason: String,
-    pub(super) message: String,
-    /// `lastTransitionTime` as written.
-    pub(super) since: String,
+pub struct SeenCondition {
+    pub status: String,
+    pub reason: String,
+    pub message: String,
+    /// `lastTransitionTime`.
+    pub since: String,
 }
 
 impl SeenNode {
@@ -54,7 +56,8 @@ impl SeenNode {
             resource_version: meta("resourceVersion"),
             ..ObjectMeta::default()
         };
-        Self { meta, raw, network: network(value) }
+        let network = condition(value, "NetworkUnavailable");
+        Self { meta, raw, network, ready: condition(value, "Ready") }
     }
 
     pub(super) fn uid(&self) -> &str {
@@ -96,6 +99,9 @@ impl Resource for SeenNode {
         &mut self.meta
     }
 }
+
+/// Longest text kept of a condition: longer than any we write.
+const CONDITION_BYTES_MAX: usize = 2_048;
 
 /// Longest text kept of a field that has no bound of its own: enough to be refused by name.
 const TEXT_BYTES_MAX: usize = 512;
@@ -175,16 +181,17 @@ fn addresses(value: &Value) -> Vec<RawAddress> {
 }
 
 /// `None` where it is missing or no condition; what we write then replaces it.
-fn network(value: &Value) -> Option<NetworkCondition> {
+fn condition(value: &Value, kind: &str) -> Option<SeenCondition> {
     let conditions = value.get("status")?.get("conditions")?.as_array()?;
-    let text =
-        |of: &Value, key: &str| of.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-    let ours = conditions.iter().find(|it| text(it, "type") == "NetworkUnavailable")?;
-    Some(NetworkCondition {
-        status: text(ours, "status"),
-        reason: text(ours, "reason"),
-        message: text(ours, "message"),
-        since: text(ours, "lastTransitionTime"),
+    let text = |of: &Value, key: &str| {
+        bounded(of.get(key).and_then(Value::as_str).unwrap_or_default(), CONDITION_BYTES_MAX)
+    };
+    let found = conditions.iter().find(|it| text(it, "type") == kind)?;
+    Some(SeenCondition {
+        status: text(found, "status"),
+        reason: text(found, "reason"),
+        message: text(found, "message"),
+        since: text(found, "lastTransitionTime"),
     })
 }
 

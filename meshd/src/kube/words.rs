@@ -54,9 +54,6 @@ pub(super) fn of_announce(error: &Error, node: &str) -> String {
              service account and the admission policies ({})",
             message(status)
         ),
-        Error::Api(status) if status.code == 404 => {
-            format!("node {node} does not exist: is --node-name right? ({})", message(status))
-        }
         other => explain(other, &format!("tell how the network of node {node} stands")),
     }
 }
@@ -67,6 +64,16 @@ pub(super) fn not_kept(node: &str) -> String {
         "the API server took our annotations of node {node} and did not keep them: look for an \
          admission webhook or policy that changes Nodes"
     )
+}
+
+/// Why something cannot be looked at by an operator.
+pub(super) fn of_look(error: &Error, what: &str) -> String {
+    match error {
+        Error::Api(status) if status.code == 403 => {
+            format!("cannot {what}: your role does not allow it ({})", message(status))
+        }
+        other => explain(other, what),
+    }
 }
 
 fn explain(error: &Error, what: &str) -> String {
