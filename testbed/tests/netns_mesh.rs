@@ -60,6 +60,34 @@ fn every_pod_talks_to_every_other_and_nothing_is_in_clear() {
 }
 
 #[test]
+fn an_operator_sees_who_is_meshed_and_measures_through_the_tunnel() {
+    if !common::root() {
+        return;
+    }
+    let mut mesh = Mesh::start("look", &["a1", "b1"], 0);
+    let beside = |name: &str| {
+        let program = std::path::Path::new(env!("CARGO_BIN_EXE_testbed")).with_file_name(name);
+        program.display().to_string()
+    };
+    let (meshd, plugin) = (beside("meshd"), beside("kubectl-mesh"));
+    let node = mesh.cluster.node("a1").expect("node").clone();
+    let status = || {
+        let asked = node.run(&[&plugin, "--kubeconfig", "/etc/meshd/kubeconfig", "status"]);
+        Ok(asked.map(drop).map_err(|error| format!("{error:#}")))
+    };
+    // Each daemon tells its Node that the network is there; the plugin has no more than that to go by.
+    mesh.cluster.wait(TIMEOUT, status).expect("both are meshed");
+    let ping = || node.run(&[&meshd, "ping", "b1", "--count", "2"]);
+    let text = ping().expect("an answer");
+    assert!(text.starts_with("a1 -> b1: direct to "), "{text}");
+    assert_eq!(text.matches("2 of 2 answered").count(), FAMILIES.len(), "{text}");
+    mesh.cluster.kill_meshd("b1").expect("kill");
+    let error = format!("{:#}", ping().expect_err("nobody answers"));
+    assert!(error.contains("node b1 does not answer"), "{error}");
+    mesh.finish();
+}
+
+#[test]
 fn an_underlay_without_ipv4_carries_both_families() {
     if !common::root() {
         return;
