@@ -269,6 +269,23 @@ async fn a_nodes_own_view_comes_from_its_daemon() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_was_taken_over_does_not_command_the_operators_terminal() {
+    let bench = bench().await;
+    let mut odd = peer(2, "none");
+    odd["problem"] = json!("\u{1b}]0;owned\u{7}\u{9b}2J");
+    bench.runs("meshd-1", status(1, &[odd]));
+    let (code, table, notes) = bench.run(&["status", "node-1"]).await;
+    assert_eq!(code, 0, "{notes}");
+    assert!(
+        table.contains("owned") && table.chars().all(|c| c == '\n' || !c.is_control()),
+        "{table:?}"
+    );
+    bench.runs("meshd-1", Run::Fails("\u{1b}[2Jno"));
+    let (_, _, stderr) = bench.run(&["status", "node-1"]).await;
+    assert!(stderr.chars().all(|c| c == '\n' || !c.is_control()), "{stderr:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_that_cannot_be_asked_says_why_and_what_to_do() {
     let bench = bench().await;
     for (run, hints) in [

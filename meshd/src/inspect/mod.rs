@@ -165,7 +165,7 @@ async fn status_of(looker: &Looker, node: &str, output: Output) -> Said {
     let outcome = if status.ready { Outcome::Good } else { Outcome::Bad };
     let text = match output {
         Output::Json => document(&serde_json::to_value(&status)?)?,
-        _ => status::table(&status),
+        _ => lines(&status::table(&status)),
     };
     Ok((text, outcome))
 }
@@ -178,7 +178,7 @@ async fn ping_between(looker: &Looker, args: &PingArgs) -> Said {
     let answered = ping.measures.iter().any(|measure| !measure.rtts_ms.is_empty());
     let text = match args.output {
         Output::Json => document(&serde_json::to_value(&ping)?)?,
-        _ => ping::text(&ping),
+        _ => lines(&ping::text(&ping)),
     };
     Ok((text, if answered { Outcome::Good } else { Outcome::Bad }))
 }
@@ -247,6 +247,11 @@ async fn pod_on(looker: &Looker, node: &str) -> anyhow::Result<DaemonPod> {
     bail!(
         "no pod of meshd on node {node} in namespace {namespace}: see kubectl -n {namespace} get pods -o wide, or pass --namespace"
     )
+}
+
+/// What a daemon says, for a terminal: a node that was taken over must not command it.
+fn lines(text: &str) -> String {
+    text.lines().map(|line| format!("{}\n", print::printable(line))).collect()
 }
 
 fn document(value: &serde_json::Value) -> anyhow::Result<String> {
