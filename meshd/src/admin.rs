@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -135,11 +135,18 @@ pub async fn serve_overlay(port: u16, view: Arc<View>) {
 
 /// A socket of ours; what a dead daemon left in its place is replaced.
 fn listen(socket: &Path) -> anyhow::Result<UnixListener> {
-    match std::fs::remove_file(socket) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("remove {}", socket.display()));
+    match std::fs::symlink_metadata(socket) {
+        Ok(found) => {
+            // A path is easily mistyped, and what is there may be anybody's.
+            ensure!(
+                found.file_type().is_socket(),
+                "{} is there and is no socket: choose another path",
+                socket.display()
+            );
+            std::fs::remove_file(socket).with_context(|| format!("remove {}", socket.display()))?;
         }
-        _ => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| format!("look at {}", socket.display())),
     }
     let listener =
         UnixListener::bind(socket).with_context(|| format!("listen on {}", socket.display()))?;
@@ -411,6 +418,20 @@ mod tests {
             .err()
             .expect("taken");
         assert!(format!("{error:#}").contains("--admin-address"), "{error:#}");
+    }
+
+    #[test]
+    fn a_file_that_is_no_socket_is_not_replaced_by_one() {
+        let dir = tempfile::tempdir().expect("scratch");
+        let (socket, precious) = (dir.path().join("run/s"), dir.path().join("precious"));
+        std::fs::write(&precious, "x").expect("write");
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+        let any = "127.0.0.1:0".parse().expect("address");
+        let bound = runtime.block_on(Admin::bind(any, &socket, Some(&precious)));
+        let error = format!("{:#}", bound.map(drop).expect_err("refused"));
+        assert!(error.contains("no socket") && error.contains("precious"), "{error}");
+        assert_eq!(std::fs::read_to_string(&precious).expect("still there"), "x");
     }
 
     #[test]
