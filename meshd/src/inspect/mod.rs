@@ -35,7 +35,7 @@ use crate::status;
 const ASKED_AT_ONCE: usize = 8;
 
 /// Names for a completion come within this time or not at all: somebody holds the TAB key.
-const COMPLETION_TIMEOUT: Duration = Duration::from_secs(2);
+const COMPLETION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What came of a command that could be carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
