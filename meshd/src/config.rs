@@ -10,7 +10,7 @@ use mesh_types::net::{ClusterPrefixes, overlap};
 use mesh_types::node::{NodeName, Site};
 use serde::{Deserialize, Serialize};
 
-use crate::args::{KernelArgs, Places, RunArgs};
+use crate::args::{CniInstallArgs, KernelArgs, Places, RunArgs};
 use crate::cni_install;
 
 /// What `meshd run` was told. Holds no secret: it is printed at start.
@@ -188,6 +188,30 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
         boot_id_file: args.host.boot_id_file.clone(),
         host_copy_dir: args.host.host_copy_dir.clone(),
         cni: cni(args)?,
+    })
+}
+
+/// What `cni-install` was told.
+pub fn cni_install(args: &CniInstallArgs) -> anyhow::Result<cni_install::Wanted> {
+    let program = match &args.program {
+        Some(program) => program.clone(),
+        None => std::env::current_exe()
+            .context("where is this program?")?
+            .with_file_name(cni_install::PLUGIN),
+    };
+    let nft = args.nft.iter().map(|nft| (nft.clone(), netcfg::OWN_NFT));
+    Ok(cni_install::Wanted {
+        programs: nft.chain([(program, cni_install::PLUGIN)]).collect(),
+        bin_dir: args.bin_dir.clone(),
+        conf_dir: args.conf_dir.clone(),
+        conf_name: args.conf_name.clone(),
+        capabilities: args.capabilities.clone(),
+        state_dir: args.state_dir.clone(),
+        others: match (args.strict, args.remove_others) {
+            (true, _) => cni_install::Others::Refuse,
+            (_, true) => cni_install::Others::Disable,
+            _ => cni_install::Others::Leave,
+        },
     })
 }
 

@@ -2,7 +2,8 @@
 
 use std::process::ExitCode;
 
-use meshd::args::{self, Command, LogFormat};
+use meshd::args::{self, CniInstallArgs, Command, LogFormat};
+use meshd::config;
 
 fn main() -> ExitCode {
     let args = match args::parse(std::env::args_os()) {
@@ -17,13 +18,21 @@ fn main() -> ExitCode {
         Command::Status(status) => meshd::status::print(status),
         Command::Ping(ping) => meshd::ping::run(ping),
         Command::Uninstall(uninstall) => meshd::uninstall::run(uninstall),
-        Command::CniInstall(install) => meshd::cni_install::run(install),
+        Command::CniInstall(install) => cni_install(install),
         Command::Probe(probe) => meshd::probe::run(probe),
         Command::Hold => meshd::app::hold(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
+    }
+}
+
+fn cni_install(args: &CniInstallArgs) -> anyhow::Result<()> {
+    let wanted = config::cni_install(args)?;
+    match args.remove {
+        true => meshd::cni_install::run_remove(&wanted),
+        false => meshd::cni_install::run(&wanted),
     }
 }
 

@@ -22,7 +22,6 @@ pub use conf_dir::{Choice, Conf, DISABLED_SUFFIX, choice};
 pub use conflist::{Capability, render};
 pub use keep::keep;
 
-use crate::args::CniInstallArgs;
 use crate::files;
 
 /// Name of the plugin's program: what `type` in a configuration says.
@@ -32,16 +31,9 @@ pub const PLUGIN: &str = "meshd-cni";
 const PROGRAM_BYTES_MAX: u64 = 256 << 20;
 
 /// `meshd cni-install`.
-pub fn run(args: &CniInstallArgs) -> anyhow::Result<()> {
-    let wanted = wanted(args)?;
-    let done = if args.remove { uninstall(&wanted)? } else { install(&wanted)? };
+pub fn run(wanted: &Wanted) -> anyhow::Result<()> {
+    report(&install(wanted)?)?;
     let mut out = std::io::stdout().lock();
-    for line in &done.made {
-        writeln!(out, "{line}").context("print")?;
-    }
-    if args.remove {
-        return Ok(());
-    }
     match choice(&wanted.conf_dir, &wanted.conf_name)? {
         Choice::Other(other) => writeln!(
             out,
@@ -54,26 +46,17 @@ pub fn run(args: &CniInstallArgs) -> anyhow::Result<()> {
     .context("print")
 }
 
-fn wanted(args: &CniInstallArgs) -> anyhow::Result<Wanted> {
-    let program = match &args.program {
-        Some(program) => program.clone(),
-        None => std::env::current_exe().context("where is this program?")?.with_file_name(PLUGIN),
-    };
-    let nft = args.nft.iter().map(|nft| (nft.clone(), netcfg::OWN_NFT));
-    let programs = nft.chain([(program, PLUGIN)]).collect();
-    Ok(Wanted {
-        programs,
-        bin_dir: args.bin_dir.clone(),
-        conf_dir: args.conf_dir.clone(),
-        conf_name: args.conf_name.clone(),
-        capabilities: args.capabilities.clone(),
-        state_dir: args.state_dir.clone(),
-        others: match (args.strict, args.remove_others) {
-            (true, _) => Others::Refuse,
-            (_, true) => Others::Disable,
-            _ => Others::Leave,
-        },
-    })
+/// `meshd cni-install --remove`.
+pub fn run_remove(wanted: &Wanted) -> anyhow::Result<()> {
+    report(&uninstall(wanted)?)
+}
+
+fn report(done: &Done) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    for line in &done.made {
+        writeln!(out, "{line}").context("print")?;
+    }
+    Ok(())
 }
 
 /// What is to be where.
