@@ -199,9 +199,9 @@ pub fn cni_install(args: &CniInstallArgs) -> anyhow::Result<cni_install::Wanted>
             .context("where is this program?")?
             .with_file_name(cni_install::PLUGIN),
     };
-    let nft = args.nft.iter().map(|nft| (nft.clone(), netcfg::OWN_NFT));
     Ok(cni_install::Wanted {
-        programs: nft.chain([(program, cni_install::PLUGIN)]).collect(),
+        program: Some(program),
+        nft: args.nft.clone(),
         bin_dir: args.bin_dir.clone(),
         conf_dir: args.conf_dir.clone(),
         conf_name: args.conf_name.clone(),
@@ -219,7 +219,8 @@ pub fn cni_install(args: &CniInstallArgs) -> anyhow::Result<cni_install::Wanted>
 fn cni(args: &RunArgs) -> anyhow::Result<Option<cni_install::Wanted>> {
     let Some(conf_dir) = &args.cni.cni_conf_dir else { return Ok(None) };
     let wanted = cni_install::Wanted {
-        programs: Vec::new(),
+        program: None,
+        nft: None,
         bin_dir: "/opt/cni/bin".into(),
         conf_dir: conf_dir.clone(),
         conf_name: args.cni.cni_conf_name.clone(),

@@ -1,11 +1,12 @@
 //! A copy of this program, and of the nft it uses, on the host: a node can be cleaned when its image is gone.
 
 use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Context;
 
 use crate::cni_install::keep_program;
+use crate::nft_bundle;
 
 /// Makes the copies be there and right. Not being able to costs a manual clean-up later, nothing now.
 pub fn keep(dir: &Path) {
@@ -21,12 +22,13 @@ fn copy(dir: &Path) -> anyhow::Result<()> {
     let own = std::env::current_exe().context("where is this program?")?;
     let path = std::env::var_os("PATH");
     let nft = netcfg::find_nft(path.as_deref().unwrap_or(OsStr::new("")));
-    let programs: [(Option<PathBuf>, &str); 2] = [(Some(own), "meshd"), (nft, netcfg::OWN_NFT)];
-    for (program, name) in programs {
-        let Some(program) = program else { continue };
-        if keep_program(&program, dir, name)? {
-            tracing::info!(copy = %dir.join(name).display(), "copied to the host");
-        }
+    let nft = nft.context("there is no nft to copy")?;
+    // Already running from the copy: nothing to copy onto itself.
+    if own.parent() == Some(dir) {
+        return Ok(());
+    }
+    if nft_bundle::keep(&nft, &dir.join(netcfg::OWN_NFT))? | keep_program(&own, dir, "meshd")? {
+        tracing::info!(folder = %dir.display(), "copied to the host");
     }
     Ok(())
 }

@@ -16,7 +16,7 @@
 //! | [`keystore`] | the private key, bound to this node |
 //! | [`source`]: [`roster`], [`kube`], [`cache`] | where node records come from |
 //! | [`reconcile`] | makes the node be as the cluster says; [`kernel_watch`], [`resolver`] wake it |
-//! | [`cni_install`], [`host_copy`] | the CNI plugin's program and configuration on this node; our own for uninstalling |
+//! | [`cni_install`], [`host_copy`], [`nft_bundle`] | the CNI plugin's program and configuration on this node; our own for uninstalling; nft for both |
 //! | [`endpoints`], [`attachments`], [`node_file`] | own endpoints; records of pods; the file for the CNI plugin |
 //! | [`io`], [`plane`] | the data plane: TUN and UDP; the same in the reconciler's hands |
 //! | [`view`], [`admin`], [`metrics`], [`status`] | what the daemon knows of itself, and who may ask |
@@ -46,6 +46,7 @@ pub mod kube;
 pub mod last_heard;
 pub mod lock;
 pub mod metrics;
+pub mod nft_bundle;
 pub mod node_file;
 pub mod ping;
 pub mod plane;

@@ -23,6 +23,9 @@ use crate::{installed, lock, preflight};
 /// Files of ours in the state directory besides those [`Paths`] names.
 const DAMAGED_MARK: &str = ".damaged-";
 
+/// Folder in the state directory where `--host-copy-dir` has its copies.
+const HOST_COPIES: &str = "bin";
+
 /// What there is to remove.
 struct Plan {
     paths: Paths,
@@ -167,6 +170,10 @@ fn remove_state(paths: &Paths) -> anyhow::Result<()> {
     let ipam = paths.ipam();
     ignore_missing(std::fs::remove_dir_all(&ipam))
         .with_context(|| format!("remove {}", ipam.display()))?;
+    // The guard is gone: nothing needs its nft any more.
+    let copies = paths.state_dir.join(HOST_COPIES);
+    ignore_missing(std::fs::remove_dir_all(&copies))
+        .with_context(|| format!("remove {}", copies.display()))?;
     remove(&paths.installed())?;
     remove(&files::temporary_name(&paths.installed())?)?;
     remove(&paths.lock())?;

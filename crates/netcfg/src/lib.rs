@@ -37,4 +37,4 @@ pub mod tun;
 pub mod udp;
 pub mod watch;
 
-pub use nft::{OWN_NFT, find_program as find_nft, forwarding_closed};
+pub use nft::{OWN_NFT, OWN_NFT_LOADER, find_program as find_nft, forwarding_closed};

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io::{self, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, anyhow, bail};
@@ -17,14 +17,31 @@ use serde_json::Value;
 /// Where `nft` may be besides `$PATH`: container runtimes call plugins with a short one.
 const PLACES: [&str; 3] = ["/usr/sbin", "/sbin", "/usr/local/sbin"];
 
-/// The program as it is called beside ours on a host: hosts need none of their own, and all of ours use the same.
+/// Folder beside a program of ours on a host with the nft it uses: hosts need none of their own, and all of ours use the
+/// same. A dynamic one has its loader and libraries there, too.
 pub const OWN_NFT: &str = "meshd-nft";
+
+/// Name of the loader in that folder.
+pub const OWN_NFT_LOADER: &str = "ld.so";
 
 /// The `nft` program: ours, beside this program; in the directories of `path` (the text of `$PATH`); where systems keep it.
 pub fn find_program(path: &OsStr) -> Option<PathBuf> {
-    let own = std::env::current_exe().ok().map(|program| program.with_file_name(OWN_NFT));
-    own.filter(|own| own.is_file())
-        .or_else(|| find_in(std::env::split_paths(path).chain(PLACES.map(PathBuf::from))))
+    let own = std::env::current_exe()
+        .ok()
+        .and_then(|program| find_in(std::iter::once(program.with_file_name(OWN_NFT))));
+    own.or_else(|| find_in(std::env::split_paths(path).chain(PLACES.map(PathBuf::from))))
+}
+
+/// How to start it: through the loader beside it, where there is one.
+fn command(program: &Path) -> Command {
+    let folder = program.parent().unwrap_or(Path::new("/"));
+    let loader = folder.join(OWN_NFT_LOADER);
+    if !folder.ends_with(OWN_NFT) || !loader.is_file() {
+        return Command::new(program);
+    }
+    let mut command = Command::new(loader);
+    command.arg("--library-path").arg(folder).arg(program);
+    command
 }
 
 /// Carries out a script, all of it or nothing.
@@ -112,7 +129,7 @@ struct Missing;
 fn run(arguments: &[&str], input: Option<&str>) -> anyhow::Result<String> {
     let program = find_program(&std::env::var_os("PATH").unwrap_or_default())
         .context("there is no nft program: install nftables (apt install nftables)")?;
-    let child = Command::new(&program)
+    let child = command(&program)
         .args(arguments)
         .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
         .stdout(Stdio::piped())

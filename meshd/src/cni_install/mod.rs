@@ -22,7 +22,7 @@ pub use conf_dir::{Choice, Conf, DISABLED_SUFFIX, choice};
 pub use conflist::{Capability, render};
 pub use keep::keep;
 
-use crate::files;
+use crate::{files, nft_bundle};
 
 /// Name of the plugin's program: what `type` in a configuration says.
 pub const PLUGIN: &str = "meshd-cni";
@@ -62,8 +62,10 @@ fn report(done: &Done) -> anyhow::Result<()> {
 /// What is to be where.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
-    /// Programs to copy into [`Self::bin_dir`] under a name; none where that is somebody else's.
-    pub programs: Vec<(PathBuf, &'static str)>,
+    /// The plugin to copy; `None` where that is somebody else's work.
+    pub program: Option<PathBuf>,
+    /// The nft to copy beside it.
+    pub nft: Option<PathBuf>,
     pub bin_dir: PathBuf,
     pub conf_dir: PathBuf,
     pub conf_name: String,
@@ -106,10 +108,16 @@ pub fn install(wanted: &Wanted) -> anyhow::Result<Done> {
         );
     }
     let mut done = Done::default();
-    for (program, name) in &wanted.programs {
-        if keep_program(program, &wanted.bin_dir, name)? {
-            done.made.push(format!("wrote {}", wanted.bin_dir.join(name).display()));
+    if let Some(nft) = &wanted.nft {
+        let bundle = wanted.bin_dir.join(netcfg::OWN_NFT);
+        if nft_bundle::keep(nft, &bundle)? {
+            done.made.push(format!("wrote {}", bundle.display()));
         }
+    }
+    if let Some(program) = &wanted.program
+        && keep_program(program, &wanted.bin_dir, PLUGIN)?
+    {
+        done.made.push(format!("wrote {}", wanted.bin_dir.join(PLUGIN).display()));
     }
     let text = render(&wanted.capabilities, &wanted.state_dir);
     make_directory(&wanted.conf_dir)?;
@@ -139,8 +147,11 @@ pub fn uninstall(wanted: &Wanted) -> anyhow::Result<Done> {
     }
     remove(&wanted.conf_dir.join(&wanted.conf_name), &mut done)?;
     done.made.extend(conf_dir::enable_all(&wanted.conf_dir)?);
-    for name in [PLUGIN, netcfg::OWN_NFT] {
-        remove(&wanted.bin_dir.join(name), &mut done)?;
+    remove(&wanted.bin_dir.join(PLUGIN), &mut done)?;
+    let bundle = wanted.bin_dir.join(netcfg::OWN_NFT);
+    if bundle.is_dir() {
+        std::fs::remove_dir_all(&bundle).with_context(|| format!("remove {}", bundle.display()))?;
+        done.made.push(format!("removed {}", bundle.display()));
     }
     Ok(done)
 }

@@ -19,7 +19,8 @@ impl Node {
 
     fn wanted(&self, others: Others) -> Wanted {
         Wanted {
-            programs: vec![(self.path("image-plugin"), PLUGIN)],
+            program: Some(self.path("image-plugin")),
+            nft: None,
             bin_dir: self.path("bin"),
             conf_dir: self.path("net.d"),
             conf_name: "10-meshd.conflist".into(),
