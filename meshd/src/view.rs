@@ -285,15 +285,12 @@ impl View {
         if before.as_ref().is_none_or(|(was, said)| (*was, said) != (ok, &reason)) {
             self.changes.send_replace(());
         }
-        match (before, ok) {
-            (Some((true, _)), true) => {}
-            (_, true) => tracing::info!(condition = name, "holds"),
-            (Some((false, said)), false) if said == reason => {}
-            // What comes with the first records is not missed before they came.
-            (None, false) if condition::LATER.contains(&name) => {
-                tracing::info!(condition = name, reason, "does not hold yet");
-            }
-            (_, false) => tracing::warn!(condition = name, reason, "does not hold"),
+        match worth_saying(name, before, ok, &reason) {
+            Said::Nothing => {}
+            Said::Holds => tracing::info!(condition = name, "holds"),
+            Said::HoldsBut => tracing::warn!(condition = name, reason, "holds, but"),
+            Said::NotYet => tracing::info!(condition = name, reason, "does not hold yet"),
+            Said::DoesNotHold => tracing::warn!(condition = name, reason, "does not hold"),
         }
     }
 
@@ -306,6 +303,29 @@ impl View {
 /// The node's own address in each of its pod CIDRs.
 pub fn overlay_addresses(pod_cidrs: &[IpNet]) -> Vec<IpAddr> {
     pod_cidrs.iter().filter_map(|cidr| overlay_address(*cidr)).collect()
+}
+
+/// What the log says of a condition.
+#[derive(Debug, PartialEq, Eq)]
+enum Said {
+    Nothing,
+    Holds,
+    /// It went on to hold, but somebody should look: the source of records is away, for one.
+    HoldsBut,
+    NotYet,
+    DoesNotHold,
+}
+
+/// What of a condition's outcome is news.
+fn worth_saying(name: &str, before: Option<(bool, String)>, ok: bool, reason: &str) -> Said {
+    match (before, ok) {
+        (Some((was, said)), _) if was == ok && said == reason => Said::Nothing,
+        (Some((true, _)), true) if !reason.is_empty() => Said::HoldsBut,
+        (_, true) => Said::Holds,
+        // What comes with the first records is not missed before they came.
+        (None, false) if condition::LATER.contains(&name) => Said::NotYet,
+        (_, false) => Said::DoesNotHold,
+    }
 }
 
 fn conditions(inner: &Inner) -> Vec<Condition> {
@@ -427,6 +447,25 @@ pub(crate) mod tests {
         let broken: Vec<_> = view.conditions().into_iter().filter(|c| !c.ok).collect();
         assert_eq!(broken.len(), 1);
         assert_eq!(broken[0].message, "nft is missing");
+    }
+
+    #[test]
+    fn a_source_that_goes_away_is_told_once_though_what_is_known_still_holds() {
+        let said = |before: Option<(bool, &str)>, ok, reason| {
+            let before = before.map(|(ok, reason)| (ok, reason.to_owned()));
+            worth_saying(condition::CLUSTER, before, ok, reason)
+        };
+        assert_eq!(said(None, false, "no answer yet"), Said::NotYet);
+        assert_eq!(said(Some((false, "no answer yet")), true, ""), Said::Holds);
+        assert_eq!(said(Some((true, "")), true, ""), Said::Nothing);
+        assert_eq!(said(Some((true, "")), true, "timed out"), Said::HoldsBut);
+        assert_eq!(said(Some((true, "timed out")), true, "timed out"), Said::Nothing);
+        assert_eq!(said(Some((true, "timed out")), true, "refused"), Said::HoldsBut);
+        assert_eq!(said(Some((true, "refused")), true, ""), Said::Holds);
+        // A start from the cache is no news of that kind.
+        assert_eq!(said(Some((false, "no answer yet")), true, "no answer yet"), Said::Holds);
+        assert_eq!(said(Some((true, "")), false, "gone"), Said::DoesNotHold);
+        assert_eq!(said(Some((false, "gone")), false, "gone"), Said::Nothing);
     }
 
     #[test]
