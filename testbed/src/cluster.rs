@@ -4,10 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::{IpAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use ipnet::IpNet;
+use mesh_types::net::overlay_address;
 use mesh_types::status::Status;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -33,6 +35,12 @@ const NOBODYS_PODS: [&str; 2] = ["10.244.77.7", "fd00:10:244:77::7"];
 
 /// How often something awaited is looked at.
 const POLL: Duration = Duration::from_millis(50);
+
+/// How long nodes have to find each other by themselves before a packet is sent.
+const WAKE: Duration = Duration::from_secs(3);
+
+/// Nobody listens there (RFC 863).
+const DISCARD_PORT: u16 = 9;
 
 #[derive(Debug)]
 pub struct Cluster {
@@ -187,12 +195,42 @@ impl Cluster {
         })
     }
 
+    /// Waits until every node has a session with every other. Two daemons that started together may each have
+    /// met its first peers before the other had published its key; such a pair is idle until a packet comes, so
+    /// one is sent.
     pub fn wait_all_meshed(&self, timeout: Duration) -> Result<()> {
         let end = Instant::now() + timeout;
-        for name in self.node_names() {
-            self.wait_meshed(&name, end.saturating_duration_since(Instant::now()))?;
+        let names = self.node_names();
+        for name in &names {
+            loop {
+                let step = WAKE.min(end.saturating_duration_since(Instant::now()));
+                match self.wait_meshed(name, step) {
+                    Ok(()) => break,
+                    Err(error) if Instant::now() >= end => {
+                        return Err(error.context(format!("no full mesh after {timeout:?}")));
+                    }
+                    Err(_) => names.iter().try_for_each(|name| self.wake_idle_peers(name))?,
+                }
+            }
         }
         Ok(())
+    }
+
+    /// A packet from `name` to every node it has had no session with.
+    fn wake_idle_peers(&self, name: &str) -> Result<()> {
+        self.check_alive(name)?;
+        let Ok(status) = self.status(name) else { return Ok(()) };
+        let silent = status.peers.iter().filter(|peer| peer.last_handshake_s.is_none());
+        let silent: Vec<IpAddr> =
+            silent.filter_map(|peer| overlay_address(*peer.allowed_ips.first()?)).collect();
+        self.node(name)?.run_in(|| {
+            for address in silent {
+                let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+                // The route may not stand yet: the next round sends again.
+                let _ = UdpSocket::bind(any)?.send_to(b"wake", (address, DISCARD_PORT));
+            }
+            Ok(())
+        })
     }
 
     /// Waits until every node's daemon has left what the CNI plugin needs.
