@@ -186,11 +186,14 @@ fn remove_state(paths: &Paths) -> anyhow::Result<()> {
 fn remove_if_empty(directory: &Path) -> anyhow::Result<()> {
     use std::io::ErrorKind;
     match std::fs::remove_dir(directory) {
-        // A mount point is the installer's.
+        // A mount point is the installer's; in a container the folder it is in is read-only besides.
         Err(error)
             if !matches!(
                 error.kind(),
-                ErrorKind::NotFound | ErrorKind::DirectoryNotEmpty | ErrorKind::ResourceBusy
+                ErrorKind::NotFound
+                    | ErrorKind::DirectoryNotEmpty
+                    | ErrorKind::ResourceBusy
+                    | ErrorKind::ReadOnlyFilesystem
             ) =>
         {
             Err(error).with_context(|| format!("remove {}", directory.display()))
