@@ -98,8 +98,9 @@ build_programs() {
     say "building for $*"
     (
         cd "$root_dir"
-        # Flags of the caller's own would make other programs.
-        unset RUSTFLAGS
+        # Flags of the caller's own would make other programs. The time is in none of them, and would have half of them
+        # built again for every commit.
+        unset RUSTFLAGS SOURCE_DATE_EPOCH
         export CARGO_TARGET_DIR=$build_dir CARGO_TERM_COLOR=never
         export CARGO_ENCODED_RUSTFLAGS="--remap-path-prefix=$root_dir=/meshd$separator--remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}/registry/src=/crates"
         nice cargo zigbuild --release --locked --quiet "${arguments[@]}" >&2
