@@ -155,6 +155,7 @@ debian_package() {
     file=$CARGO_TARGET_DIR/tools/debian/${name}_${architecture}_${digest:0:16}.deb
     if [ ! -e "$file" ]; then
         mkdir -p "${file%/*}"
+        rm -rf "${file%/*}"/.get.*
         scratch=$(mktemp -d "${file%/*}/.get.XXXXXX")
         if (cd "$scratch" && apt_apart apt-get download -qq "$name:$architecture=$version" >&2); then
             echo "$digest  $(echo "$scratch"/*.deb)" | sha256sum --check --quiet >&2 ||
