@@ -1,6 +1,6 @@
 //! The command line. clap stays in this file: the rest of the daemon sees the plain structs below.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -51,6 +51,8 @@ pub enum Command {
     CniInstall(CniInstallArgs),
     /// Ask the daemon of this very pod whether it is live or ready: exit status 0 if so.
     Probe(ProbeArgs),
+    /// Exchange with the same check in pods on other nodes, and fail where one sees us at another address: `helm test`.
+    PodCheck(PodCheckArgs),
     /// Do nothing until told to stop: the container that shows that a node is clean.
     Hold,
 }
@@ -199,6 +201,28 @@ pub struct ProbeArgs {
     /// The socket `meshd run --probe-socket` listens on.
     #[arg(long, env = "MESHD_PROBE_SOCKET")]
     pub socket: PathBuf,
+}
+
+#[derive(Debug, Clone, ClapArgs)]
+pub struct PodCheckArgs {
+    /// TCP and UDP port all pods of the check serve at.
+    #[arg(long)]
+    pub port: u16,
+    /// Name that leads to every pod of the check.
+    #[arg(long)]
+    pub peers: String,
+    /// How many pods there are, this one counted; each on a node of its own.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub count: u32,
+    /// Seconds until it fails.
+    #[arg(long, default_value_t = 60)]
+    pub timeout_s: u64,
+    /// Addresses of this pod, separated by commas.
+    #[arg(long = "pod-ip", env = "MESHD_POD_IPS", value_delimiter = ',', required = true)]
+    pub pod_ips: Vec<IpAddr>,
+    /// The node this pod is on.
+    #[arg(long, env = "MESHD_NODE_NAME")]
+    pub node_name: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

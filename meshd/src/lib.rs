@@ -23,6 +23,7 @@
 //! | [`ask`], [`probe`] | asks a running daemon; the same for a kubelet |
 //! | [`ping`] | measures the way to another node |
 //! | [`inspect`] | `kubectl mesh`, a program of its own that shares what the daemon knows of Nodes |
+//! | [`pod_check`] | what the pods of `helm test` run |
 //! | [`uninstall`] | takes everything of ours away |
 
 pub mod admin;
@@ -50,6 +51,7 @@ pub mod nft_bundle;
 pub mod node_file;
 pub mod ping;
 pub mod plane;
+pub mod pod_check;
 pub mod preflight;
 pub mod probe;
 pub mod reconcile;

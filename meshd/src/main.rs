@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         Command::Uninstall(uninstall) => meshd::uninstall::run(uninstall),
         Command::CniInstall(install) => cni_install(install),
         Command::Probe(probe) => meshd::probe::run(probe),
+        Command::PodCheck(check) => meshd::pod_check::run(check),
         Command::Hold => meshd::app::hold(),
     };
     match result {

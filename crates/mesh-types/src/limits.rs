@@ -160,3 +160,6 @@ pub const RECEIVE_ARENA_BYTES: usize = UDP_DRAIN_BUFFERS * 64 * 1024;
 
 /// Events control has not collected; one per peer.
 pub const EVENTS_MAX: usize = NODES_MAX;
+
+/// Addresses `meshd pod-check` asks: a check of a thousand nodes in both families, and pods of an earlier one.
+pub const POD_CHECK_ADDRESSES_MAX: usize = 4096;
