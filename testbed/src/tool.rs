@@ -128,7 +128,13 @@ fn answer(name: &str, client: SocketAddr) -> String {
     format!("{name} {}\n", client.ip().to_canonical())
 }
 
-fn ask(target: &str, udp: bool, timeout: Duration, patience: Duration) -> Result<String> {
+/// Asks until there is an answer or `patience` is over; `timeout` is for one attempt.
+pub(crate) fn ask(
+    target: &str,
+    udp: bool,
+    timeout: Duration,
+    patience: Duration,
+) -> Result<String> {
     let end = Instant::now() + patience;
     loop {
         match ask_once(target, udp, timeout) {

@@ -9,6 +9,7 @@
 use std::fs;
 
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -20,7 +21,7 @@ use serde_json::{Value, json};
 use super::files::{MESHD_GROUP, Pki};
 use super::image::ImagePlan;
 use super::record::{self, Component, Record};
-use super::settings::{self, NODE_DIR, ProxyMode};
+use super::settings::{self, NODE_DIR, Network, ProxyMode};
 use super::{forward, report};
 use crate::lab::{
     self, API_ADDRESS_V4, CLUSTER_CIDRS, Hybrid, Lab, Namespace, NodePlan, ProcessRef, Programs,
@@ -50,8 +51,9 @@ pub struct Plan {
     pub proxy_mode: ProxyMode,
     /// Image files to load besides our own.
     pub images: Vec<PathBuf>,
-    /// Whether meshd and its plugin are started by hand on every node.
-    pub meshd: bool,
+    pub network: Network,
+    /// Folder of our chart.
+    pub chart: PathBuf,
 }
 
 /// A running cluster.
@@ -107,7 +109,8 @@ impl Kube {
         progress("building clouds, a home behind NAT and the internet between them");
         let net = Hybrid::build(&lab, &nodes)?;
         let mut record = Record::new(&plan.lab, &plan.tools, plan.nodes.clone(), plan.proxy_mode);
-        record.meshd = plan.meshd;
+        record.network = plan.network;
+        record.chart.clone_from(&plan.chart);
         Ok(Self { lab, net, plan: nodes, dir: plan.dir.clone(), record })
     }
 
@@ -116,27 +119,30 @@ impl Kube {
         let pki = Pki::write(&self.pki_dir(), &self.kubeconfig(), self.record.port)?;
         for (plan, node) in &self.net.nodes {
             prepare_node(node)?;
+            self.install_plugins(node)?;
             pki.write_node(plan, node, self.record.proxy_mode)?;
         }
         self.start_control_plane(&plan.images)?;
         self.start_nodes()?;
-        if plan.meshd {
-            self.start_meshd()?;
+        match plan.network {
+            Network::Chart => self.install_chart()?,
+            Network::ByHand => self.start_meshd()?,
+            Network::None => {}
         }
         self.record.complete = true;
         self.store()
     }
 
     /// Whether a cluster that is up is the one that is asked for.
-    pub fn check_same(&self, nodes: &[String], mode: ProxyMode, meshd: bool) -> Result<()> {
+    pub fn check_same(&self, nodes: &[String], mode: ProxyMode, network: Network) -> Result<()> {
         let record = &self.record;
         ensure!(
-            record.nodes == nodes && record.proxy_mode == mode && record.meshd == meshd,
-            "cluster {} is up with nodes {}, kube-proxy in {} mode, meshd by hand: {}; take it down first",
+            record.nodes == nodes && record.proxy_mode == mode && record.network == network,
+            "cluster {} is up with nodes {}, kube-proxy in {} mode and network {:?}; take it down first",
             record.lab,
             record.nodes.join(","),
             record.proxy_mode.as_str(),
-            record.meshd
+            record.network
         );
         Ok(())
     }
@@ -379,7 +385,7 @@ impl Kube {
         let first = self.pki_dir().join("super-admin.kubeconfig");
         let words = ["apply", "--server-side", "--force-conflicts", "-f", "-"];
         let mut objects = settings::first_objects();
-        if self.record.meshd
+        if self.record.network == Network::ByHand
             && let Some(items) = objects.get_mut("items").and_then(Value::as_array_mut)
         {
             items.extend(meshd_rights());
@@ -407,11 +413,17 @@ impl Kube {
                 ensure!(!cidrs.is_empty(), "node {} has no pod prefixes", plan.name);
                 Ok(())
             })?;
-            // Not a kubelet's to say, so said by the administrator.
-            let label = format!("{}={}", mesh_types::annotations::SITE_LABEL, plan.site);
-            self.kubectl(&["label", "--overwrite", "node", &plan.name, &label])?;
+            self.label_site(&plan.name)?;
         }
         Ok(())
+    }
+
+    /// Says where a node is: not a kubelet's to say, so said by the administrator.
+    pub(super) fn label_site(&self, node: &str) -> Result<()> {
+        let plan = self.plan.iter().find(|plan| plan.name == node);
+        let plan = plan.with_context(|| format!("the cluster has no node {node}"))?;
+        let label = format!("{}={}", mesh_types::annotations::SITE_LABEL, plan.site);
+        self.kubectl(&["label", "--overwrite", "node", node, &label]).map(|_| ())
     }
 
     /// The daemon and the plugin without a chart.
@@ -464,25 +476,45 @@ impl Kube {
     fn make_images(&self) -> Result<Vec<PathBuf>> {
         let dir = self.dir.join("images");
         fs::create_dir_all(&dir)?;
-        let testbed = self.lab.programs().testbed.clone();
+        let programs = self.lab.programs();
+        let one = |path: &str, program: PathBuf| vec![(path.to_owned(), program)];
+        let meshd = [
+            ("/usr/bin/meshd", programs.meshd.clone()),
+            ("/usr/bin/meshd-cni", programs.cni.clone()),
+            ("/usr/bin/keyrelay", programs.meshd.with_file_name("keyrelay")),
+            ("/usr/sbin/nft", find_program("nft")?),
+        ];
+        let meshd = meshd.map(|(path, program)| (path.to_owned(), program)).to_vec();
+        let tool = one("/tool", programs.testbed.clone());
         let images = [
-            (settings::PAUSE_IMAGE, self.tool("pause"), "/pause", vec!["/pause"]),
-            (settings::DNS_IMAGE, self.tool("coredns"), "/coredns", vec!["/coredns"]),
-            (settings::TOOL_IMAGE, testbed, "/tool", vec!["/tool", "tool"]),
+            (settings::PAUSE_IMAGE, one("/pause", self.tool("pause")), vec!["/pause"]),
+            (settings::DNS_IMAGE, one("/coredns", self.tool("coredns")), vec!["/coredns"]),
+            (settings::TOOL_IMAGE, tool, vec!["/tool", "tool"]),
+            (settings::MESHD_IMAGE, meshd, vec!["/usr/bin/meshd"]),
         ];
         let mut files = Vec::new();
-        for (name, program, path, entrypoint) in images {
+        for (name, programs, entrypoint) in images {
             let plan = ImagePlan {
                 name: name.to_owned(),
-                programs: vec![(path.to_owned(), program)],
+                programs,
                 links: Vec::new(),
                 entrypoint: entrypoint.into_iter().map(str::to_owned).collect(),
             };
-            let file = dir.join(format!("{}.tar", path.trim_start_matches('/')));
+            let file = dir.join(format!("{}.tar", name.replace(['/', ':'], "-")));
             plan.write(&file)?;
             files.push(file);
         }
         Ok(files)
+    }
+
+    /// The standard plugins installers of Kubernetes bring: ours chains those for hostPort and bandwidth.
+    fn install_plugins(&self, node: &Namespace) -> Result<()> {
+        for name in ["portmap", "bandwidth"] {
+            let path = format!("/opt/cni/bin/{name}");
+            node.write(&path, fs::read(self.tool(name))?)?;
+            fs::set_permissions(node.path(&path), fs::Permissions::from_mode(0o755))?;
+        }
+        Ok(())
     }
 
     fn load_one(&self, node: &Namespace, file: &Path) -> Result<()> {
@@ -498,7 +530,12 @@ impl Kube {
             .map(|_| ())
     }
 
-    fn kubectl_with(&self, kubeconfig: &Path, words: &[&str], input: &str) -> Result<String> {
+    pub(super) fn kubectl_with(
+        &self,
+        kubeconfig: &Path,
+        words: &[&str],
+        input: &str,
+    ) -> Result<String> {
         let mut command = Command::new(self.tool("kubectl"));
         command.arg("--kubeconfig").arg(kubeconfig).args(words);
         super::finish(command, input).with_context(|| format!("kubectl {}", words.join(" ")))
@@ -530,6 +567,13 @@ fn prepare_node(node: &Namespace) -> Result<()> {
         "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding",
     )
     .map(|_| ())
+}
+
+/// A program of this machine, where root's PATH would find it.
+fn find_program(name: &str) -> Result<PathBuf> {
+    let places = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
+    let found = places.iter().map(|place| Path::new(place).join(name)).find(|path| path.is_file());
+    found.with_context(|| format!("this machine has no {name}: install it"))
 }
 
 /// A kubelet ends where containerd does not listen yet.

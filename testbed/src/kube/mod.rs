@@ -7,10 +7,12 @@
 //!        a1, b1, c1 …: containerd, kubelet, kube-proxy; c1 behind NAT
 //! ```
 //!
-//! Without a network plugin nodes are NotReady: the chart brings one, or `--meshd` starts ours by hand.
+//! Without a network plugin nodes are NotReady: our chart brings one, as an operator installs it.
 
+mod chart;
 mod cluster;
 mod control;
+mod e2e;
 mod files;
 mod forward;
 mod image;
@@ -31,10 +33,11 @@ use anyhow::{Context, Result, bail, ensure};
 
 pub use cluster::{Kube, Plan};
 pub use control::ControlPlane;
+pub use e2e::E2eOptions;
 pub use forward::{ForwardOptions, serve as forward};
 pub use image::ImagePlan;
 pub use report::{ComponentSummary, NodeSummary, Summary};
-pub use settings::{DNS_IMAGE, PAUSE_IMAGE, ProxyMode, TOOL_IMAGE};
+pub use settings::{DNS_IMAGE, MESHD_IMAGE, Network, PAUSE_IMAGE, ProxyMode, TOOL_IMAGE};
 
 use crate::interrupt::{self, Signals};
 use crate::lab::{self, Programs, State};
@@ -93,6 +96,8 @@ pub enum KubeCommand {
     PowerOn { node: String },
     /// Copy every log into a folder
     Logs { to: PathBuf },
+    /// Run the end-to-end suite on the cluster
+    E2e(E2eOptions),
 }
 
 #[derive(Debug, Clone, clap::Args)]
@@ -103,9 +108,12 @@ pub struct UpOptions {
     /// How kube-proxy programs Services
     #[arg(long, value_enum, default_value = "nftables")]
     pub proxy_mode: ProxyMode,
-    /// Start meshd and its plugin by hand on every node, without the chart
-    #[arg(long)]
-    pub meshd: bool,
+    /// What makes nodes Ready
+    #[arg(long, value_enum, default_value = "chart")]
+    pub network: Network,
+    /// Folder of our chart
+    #[arg(long, env = "MESHD_CHART", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../helm/meshd"))]
+    pub chart: PathBuf,
     /// Image file to load on every node besides our own; repeat for more
     #[arg(long = "image")]
     pub images: Vec<PathBuf>,
@@ -157,6 +165,11 @@ pub fn run(options: &KubeOptions) -> Result<bool> {
             open()?.power_on(node)?;
         }
         KubeCommand::Logs { to } => collect_logs(options, to)?,
+        KubeCommand::E2e(e2e) if e2e.list => e2e::list()?,
+        KubeCommand::E2e(e2e) => {
+            let _lock = lock(name)?;
+            return e2e::run(&mut open()?, e2e);
+        }
     }
     Ok(true)
 }
@@ -171,7 +184,7 @@ pub fn take_down(name: &str, dir: &Path) -> Result<()> {
 fn bring_up(options: &KubeOptions, up: &UpOptions) -> Result<()> {
     let begin = Instant::now();
     if let Some(mut kube) = Kube::open(&options.name, programs()?)? {
-        kube.check_same(&up.nodes, up.proxy_mode, up.meshd)?;
+        kube.check_same(&up.nodes, up.proxy_mode, up.network)?;
         kube.repair()?;
         kube.load(&up.images)?;
         return print(&kube, up.json);
@@ -181,6 +194,9 @@ fn bring_up(options: &KubeOptions, up: &UpOptions) -> Result<()> {
     )?;
     check_tools(&tools)?;
     check_dir(&options.dir)?;
+    if up.network == Network::Chart {
+        chart::check(&up.chart)?;
+    }
     let plan = Plan {
         lab: options.name.clone(),
         tools,
@@ -188,7 +204,8 @@ fn bring_up(options: &KubeOptions, up: &UpOptions) -> Result<()> {
         nodes: up.nodes.clone(),
         proxy_mode: up.proxy_mode,
         images: up.images.clone(),
-        meshd: up.meshd,
+        network: up.network,
+        chart: up.chart.clone(),
     };
     let signals = Signals::listen()?;
     let lab = Kube::lab(&plan, programs()?)?;
@@ -234,6 +251,9 @@ fn check_tools(tools: &Path) -> Result<()> {
         "runc",
         "coredns",
         "pause",
+        "helm",
+        "portmap",
+        "bandwidth",
     ]
     .into_iter()
     .filter(|name| !tools.join(name).is_file())

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::settings::ProxyMode;
+use super::settings::{Network, ProxyMode};
 use crate::lab::{self, ProcessRef};
 
 /// Version of the format below.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Tells a folder of ours from one that only has the name.
 const MARKER: &str = ".meshd-testbed";
@@ -24,8 +24,9 @@ pub(super) struct Record {
     /// Names of the nodes, in the order of the plan.
     pub(super) nodes: Vec<String>,
     pub(super) proxy_mode: ProxyMode,
-    /// Whether meshd runs by hand on the nodes.
-    pub(super) meshd: bool,
+    pub(super) network: Network,
+    /// Folder of our chart.
+    pub(super) chart: PathBuf,
     /// Port on the host's loopback and the process that forwards it.
     pub(super) port: u16,
     pub(super) forwarder: Option<ProcessRef>,
@@ -60,7 +61,8 @@ impl Record {
             tools: tools.to_owned(),
             nodes,
             proxy_mode,
-            meshd: false,
+            network: Network::None,
+            chart: PathBuf::new(),
             port: 0,
             forwarder: None,
             components: Vec::new(),

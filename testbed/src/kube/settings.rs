@@ -18,6 +18,9 @@ pub const PAUSE_IMAGE: &str = "meshd.dev/pause:1";
 pub const TOOL_IMAGE: &str = "meshd.dev/tool:1";
 pub const DNS_IMAGE: &str = "meshd.dev/coredns:1";
 
+/// The image the chart names: its version is the workspace's.
+pub const MESHD_IMAGE: &str = concat!("meshd.dev/meshd:", env!("CARGO_PKG_VERSION"));
+
 /// Folder of certificates and configuration, on nodes and, below the cluster's disks, for the control plane.
 pub(super) const NODE_DIR: &str = "/etc/kubernetes";
 
@@ -38,6 +41,20 @@ impl ProxyMode {
             Self::Iptables => "iptables",
         }
     }
+}
+
+/// What makes nodes Ready.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Network {
+    /// Our chart, by helm
+    Chart,
+    /// meshd and its plugin started by hand on every node
+    ByHand,
+    /// Nothing: nodes stay NotReady until something brings a network
+    None,
 }
 
 pub(super) fn etcd(pki: &str, data: &str) -> Vec<String> {

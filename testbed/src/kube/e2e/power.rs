@@ -1,0 +1,87 @@
+//! Nodes off and on, away and new.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+
+use super::faults::all_meshed;
+use super::suite::{Suite, is_ready, text};
+use super::trouble::others_meshed;
+use super::{Test, test};
+
+pub(super) const TESTS: &[Test] = &[
+    test(
+        "power",
+        "a node that loses power comes back with its key, another boot id and its pods meshed",
+        reboot,
+    ),
+    test(
+        "power",
+        "a node that is removed and made anew with other pod prefixes is meshed",
+        renewed,
+    ),
+];
+
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+fn reboot(suite: &mut Suite<'_>) -> Result<String> {
+    let node = suite.victim()?;
+    let boot = suite.kube.node(&node)?.run(&["cat", BOOT_ID])?;
+    let key = key_of(suite, &node)?;
+    let pods = suite.pods("app=tool")?;
+    suite.kube.power_off(&node)?;
+    others_meshed(suite, &pods, &node)?;
+    let begin = Instant::now();
+    suite.kube.power_on(&node)?;
+    ensure!(suite.kube.node(&node)?.run(&["cat", BOOT_ID])? != boot, "the boot id is the same");
+    come_back(suite, &node)?;
+    ensure!(key_of(suite, &node)? == key, "the node has another key");
+    Ok(format!("meshed {:.1} s after power", begin.elapsed().as_secs_f64()))
+}
+
+fn key_of(suite: &Suite<'_>, node: &str) -> Result<String> {
+    let object = suite.json(&["get", "node", node])?;
+    Ok(text(&object, "/metadata/annotations/meshd.dev~1public-key").to_owned())
+}
+
+/// Waits until the node is Ready and the pods of every node talk.
+fn come_back(suite: &Suite<'_>, node: &str) -> Result<()> {
+    suite.wait("the node is Ready", |suite| {
+        ensure!(is_ready(&suite.json(&["get", "node", node])?), "it is not");
+        Ok(())
+    })?;
+    suite.wait_daemon_ready(node, true)?;
+    suite.wait("every pair talks", all_meshed)
+}
+
+fn renewed(suite: &mut Suite<'_>) -> Result<String> {
+    let node = suite.victim()?;
+    let prefixes = |suite: &Suite<'_>| -> Result<String> {
+        Ok(suite
+            .json(&["get", "node", &node])?
+            .pointer("/spec/podCIDRs")
+            .map(ToString::to_string)
+            .unwrap_or_default())
+    };
+    let before = prefixes(suite)?;
+    let flags = ["--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=80s"];
+    suite.kube.kubectl(&[&["drain", &node], &flags[..]].concat())?;
+    suite.kube.stop(&node, "kubelet")?;
+    suite.kube.kubectl(&["delete", "node", &node, "--timeout=60s"])?;
+    // Those of DaemonSets, which a drain leaves: their addresses are of the node that is gone.
+    let of_node = format!("--field-selector=spec.nodeName={node}");
+    suite.kube.kubectl(&["delete", "pods", "-A", &of_node, "--force", "--grace-period=0"])?;
+    let begin = Instant::now();
+    suite.kube.start(&node, "kubelet")?;
+    suite.wait("the node is given pod prefixes", |suite| {
+        let now = prefixes(suite)?;
+        ensure!(now.contains('.'), "it has none");
+        Ok(())
+    })?;
+    suite.kube.label_site(&node)?;
+    // kube-proxy ends where its Node goes, and is somebody's to start again.
+    suite.kube.repair()?;
+    come_back(suite, &node)?;
+    let now = prefixes(suite)?;
+    Ok(format!("from {before} to {now}, meshed after {:.1} s", begin.elapsed().as_secs_f64()))
+}
