@@ -238,6 +238,13 @@ impl Kube {
         self.store()
     }
 
+    /// Ends a program as a crash does and leaves it stopped.
+    pub(super) fn kill(&mut self, place: &str, name: &str) -> Result<()> {
+        let process = self.record.component(place, name)?.process.take();
+        process.map_or(Ok(()), |process| process.kill_and_wait())?;
+        self.store()
+    }
+
     /// Starts a program that is known and does not run.
     pub fn start(&mut self, place: &str, name: &str) -> Result<()> {
         let namespace = self.lab.namespace(place)?;

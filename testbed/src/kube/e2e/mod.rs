@@ -120,7 +120,10 @@ pub(super) fn run(kube: &mut Kube, options: &E2eOptions) -> Result<bool> {
     let mut outcomes = vec![prove_capture(&suite, &watch)];
     let capture = Oracle::start(&suite.kube.lab, &watch)?;
     for test in chosen {
-        let outcome = time(test.topic, test.name, || (test.run)(&mut suite));
+        let outcome = time(test.topic, test.name, || {
+            suite.settle()?;
+            (test.run)(&mut suite)
+        });
         tell(&outcome);
         outcomes.push(outcome);
     }

@@ -85,12 +85,30 @@ impl<'a> Suite<'a> {
                 },
             },
         ]}))?;
-        let nodes = this.kube.record.nodes.len();
-        this.wait("a pod runs on every node", |suite| {
-            ensure!(suite.pods("app=tool")?.len() == nodes, "not all are there");
-            Ok(())
-        })?;
+        this.settle()?;
         Ok(this)
+    }
+
+    /// Waits until every node is Ready and has a serving pod: what a test may build on, whatever the one before did.
+    pub(super) fn settle(&self) -> Result<()> {
+        self.wait("every node is Ready and a pod serves on it", |suite| {
+            let nodes = suite.json(&["get", "nodes"])?;
+            let nodes = nodes.get("items").and_then(Value::as_array).cloned().unwrap_or_default();
+            let ready = nodes.iter().filter(|node| is_ready(node)).count();
+            let (pods, all) = (suite.pods("app=tool")?.len(), suite.nodes().len());
+            ensure!(
+                ready == all && pods == all,
+                "{ready} nodes and {pods} pods of {all} are ready"
+            );
+            Ok(())
+        })
+    }
+
+    /// When each kubelet last said that it lives.
+    pub(super) fn leases(&self) -> Result<Vec<String>> {
+        let list = self.json(&["-n", "kube-node-lease", "get", "leases"])?;
+        let items = list.get("items").and_then(Value::as_array).cloned().unwrap_or_default();
+        Ok(items.iter().map(|lease| text(lease, "/spec/renewTime").to_owned()).collect())
     }
 
     /// Removes the suite's objects, of an earlier run too.
