@@ -16,6 +16,7 @@ mod e2e;
 mod files;
 mod forward;
 mod image;
+mod images;
 mod pki;
 mod record;
 mod report;

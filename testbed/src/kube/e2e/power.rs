@@ -17,7 +17,7 @@ pub(super) const TESTS: &[Test] = &[
     ),
     test(
         "power",
-        "a node that is removed and made anew with other pod prefixes is meshed",
+        "a node that is drained, removed and made anew is meshed with its new pod prefixes",
         renewed,
     ),
 ];
