@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use testbed::api::process::ServeOptions;
+use testbed::bench::BenchOptions;
 use testbed::demo::DemoOptions;
 use testbed::kube::{ForwardOptions, KubeOptions};
 use testbed::lab::HolderOptions;
@@ -22,6 +23,8 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Show a hybrid cluster and prove that it works
     Demo(DemoOptions),
+    /// Figures beside those of others
+    Bench(BenchOptions),
     /// A real Kubernetes cluster on this machine
     Kube(Box<KubeOptions>),
     /// PID 1 of a node's namespaces

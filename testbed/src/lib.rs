@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! behaviour what meshd relies on in an API server, checked against the real one and ours
+//! bench    figures beside those of others who do the same
 //! api      a small Kubernetes API server that can fail on demand
 //! lab      namespaces as nodes, routers and pods; one state directory per lab; down removes all of it
 //! oracle   captures every underlay link and finds pod traffic that is not encrypted
@@ -14,6 +15,7 @@
 
 pub mod api;
 pub mod behaviour;
+pub mod bench;
 pub mod canary;
 pub mod cluster;
 pub mod demo;

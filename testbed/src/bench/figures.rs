@@ -1,0 +1,206 @@
+//! Figures, as a table for people and as JSON for programs.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use serde::Serialize;
+
+/// One figure beside the peer's.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Figure {
+    pub name: &'static str,
+    pub value: f64,
+    pub unit: &'static str,
+    /// Lowest and highest of the rounds.
+    pub spread: [f64; 2],
+    /// Who was measured beside us; `null` for what has no peer.
+    pub peer: Option<&'static str>,
+    pub peer_value: Option<f64>,
+    pub peer_spread: Option<[f64; 2]>,
+    /// Ours divided by theirs.
+    pub ratio: Option<f64>,
+    /// The ratio may be at most this.
+    pub must: Option<f64>,
+    /// What we would like it to be.
+    pub aim: Option<f64>,
+    /// Whether `must` holds; true where there is none.
+    pub ok: bool,
+}
+
+impl Figure {
+    /// Values of each round in milliseconds, ours and theirs; `statistic` makes one of all of a side's.
+    pub(super) fn compared(
+        name: &'static str,
+        peer: &'static str,
+        rounds: [&[Vec<Duration>]; 2],
+        statistic: fn(&[f64]) -> f64,
+        targets: (Option<f64>, Option<f64>),
+    ) -> Self {
+        let [(value, spread), (peer_value, peer_spread)] =
+            rounds.map(|rounds| summary(rounds, statistic));
+        let ratio = value / peer_value;
+        let (must, aim) = targets;
+        Self {
+            name,
+            value,
+            unit: "ms",
+            spread,
+            peer: Some(peer),
+            peer_value: Some(peer_value),
+            peer_spread: Some(peer_spread),
+            ratio: Some(ratio),
+            must,
+            aim,
+            ok: must.is_none_or(|must| ratio <= must),
+        }
+    }
+
+    /// A figure without a peer.
+    pub(super) fn alone(
+        name: &'static str,
+        unit: &'static str,
+        value: f64,
+        spread: [f64; 2],
+    ) -> Self {
+        Self {
+            name,
+            value,
+            unit,
+            spread,
+            peer: None,
+            peer_value: None,
+            peer_spread: None,
+            ratio: None,
+            must: None,
+            aim: None,
+            ok: true,
+        }
+    }
+}
+
+/// All figures of a run, and what they were measured on.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    pub processor: String,
+    pub processors: usize,
+    pub kernel: String,
+    pub rounds: usize,
+    pub figures: Vec<Figure>,
+}
+
+impl Report {
+    pub(super) fn new(rounds: usize, figures: Vec<Figure>) -> Self {
+        let information = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let processor = information
+            .lines()
+            .find_map(|line| line.strip_prefix("model name")?.split_once(':'))
+            .map_or_else(|| "unknown".to_owned(), |(_, model)| model.trim().to_owned());
+        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        Self {
+            processor,
+            processors: std::thread::available_parallelism().map_or(1, usize::from),
+            kernel: kernel.trim().to_owned(),
+            rounds,
+            figures,
+        }
+    }
+
+    /// For people.
+    pub(super) fn table(&self) -> String {
+        let Self { processor, processors, kernel, rounds, figures } = self;
+        let mut text =
+            format!("{processors} x {processor}, Linux {kernel}, {rounds} rounds in turn\n\n");
+        let mut line = |cells: [&str; 7]| {
+            let [name, ours, spread, theirs, their_spread, ratio, must] = cells;
+            let _ = writeln!(
+                text,
+                "{name:<22} {ours:>10} {spread:>15}  {theirs:>10} {their_spread:>15}  {ratio:>6}  {must}"
+            );
+        };
+        line(["", "ours", "of rounds", "theirs", "of rounds", "ratio", "at most"]);
+        for figure in figures {
+            let number = |value: f64| format!("{value:.1} {}", figure.unit);
+            let range = |[low, high]: [f64; 2]| format!("{low:.1} - {high:.1}");
+            line([
+                figure.name,
+                &number(figure.value),
+                &range(figure.spread),
+                &figure.peer_value.map_or_else(String::new, number),
+                &figure.peer_spread.map_or_else(String::new, range),
+                &figure.ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}")),
+                &figure.must.map_or_else(String::new, |must| {
+                    format!("{must:.2} {}", if figure.ok { "ok" } else { "MISSED" })
+                }),
+            ]);
+        }
+        text
+    }
+}
+
+/// The statistic over everything, and its lowest and highest in a round.
+pub(super) fn summary(rounds: &[Vec<Duration>], statistic: fn(&[f64]) -> f64) -> (f64, [f64; 2]) {
+    let of_round: Vec<Vec<f64>> = rounds.iter().map(|round| sorted(round)).collect();
+    let mut all: Vec<f64> = of_round.concat();
+    all.sort_by(f64::total_cmp);
+    let each = of_round.iter().map(|round| statistic(round));
+    let low = each.clone().fold(f64::INFINITY, f64::min);
+    (statistic(&all), [low, each.fold(0.0, f64::max)])
+}
+
+fn sorted(round: &[Duration]) -> Vec<f64> {
+    let mut values: Vec<f64> = round.iter().map(|took| took.as_secs_f64() * 1e3).collect();
+    values.sort_by(f64::total_cmp);
+    values
+}
+
+/// The middle one of sorted values.
+pub(super) fn median(sorted: &[f64]) -> f64 {
+    rank(sorted, 50)
+}
+
+/// The value that 99 of 100 do not exceed.
+pub(super) fn p99(sorted: &[f64]) -> f64 {
+    rank(sorted, 99)
+}
+
+/// Nearest rank; zero for nothing.
+fn rank(sorted: &[f64], percent: usize) -> f64 {
+    let place = (sorted.len() * percent).div_ceil(100);
+    sorted.get(place.saturating_sub(1)).copied().unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rounds(values: &[&[u64]]) -> Vec<Vec<Duration>> {
+        let round = |round: &&[u64]| round.iter().map(|ms| Duration::from_millis(*ms)).collect();
+        values.iter().map(round).collect()
+    }
+
+    #[test]
+    fn ranks_are_values_that_were_measured() {
+        let hundred: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!((median(&hundred), p99(&hundred)), (50.0, 99.0));
+        assert_eq!((median(&[7.0]), p99(&[7.0]), p99(&[])), (7.0, 7.0, 0.0));
+    }
+
+    #[test]
+    fn a_figure_compares_all_rounds_and_shows_how_they_differ() {
+        let (ours, theirs) = (rounds(&[&[3, 1, 2], &[5, 4, 6]]), rounds(&[&[10], &[20]]));
+        let figure = Figure::compared("x", "peer", [&ours, &theirs], median, (Some(0.5), None));
+        assert_eq!((figure.value, figure.spread), (3.0, [2.0, 5.0]));
+        assert_eq!((figure.peer_value, figure.ratio, figure.ok), (Some(10.0), Some(0.3), true));
+        let figure = Figure::compared("x", "peer", [&theirs, &ours], median, (Some(0.5), None));
+        assert!(!figure.ok);
+    }
+
+    #[test]
+    fn the_table_says_what_was_missed() {
+        let ours = rounds(&[&[9]]);
+        let missed = Figure::compared("x", "peer", [&ours, &ours], p99, (Some(0.5), None));
+        let report = Report::new(1, vec![missed, Figure::alone("y", "%", 42.0, [40.0, 44.0])]);
+        let table = report.table();
+        assert!(table.contains("MISSED") && table.contains("42.0 %"), "{table}");
+    }
+}

@@ -1,0 +1,39 @@
+//! Benchmarks against others that do the same, on one machine in one run.
+//!
+//! ```text
+//! cni       rounds of our CNI plugin and the peer's, in turn
+//! node      what a plugin finds on a node, and namespaces for pods
+//! plugin    one call of a plugin, timed
+//! figures   what comes of it: a table or JSON
+//! ```
+//!
+//! `testbed/bench` starts it in namespaces of its own that end with it, however it ends.
+
+mod cni;
+mod figures;
+mod node;
+mod plugin;
+
+use anyhow::Result;
+
+pub use cni::CniOptions;
+pub use figures::{Figure, Report};
+
+#[derive(Debug, Clone, clap::Args)]
+pub struct BenchOptions {
+    #[command(subcommand)]
+    command: BenchCommand,
+}
+
+#[derive(Debug, Clone, clap::Subcommand)]
+enum BenchCommand {
+    /// ADD and DEL of our CNI plugin beside `bridge` and `host-local`
+    Cni(CniOptions),
+}
+
+/// Runs a benchmark and prints its figures.
+pub fn run(options: &BenchOptions) -> Result<()> {
+    match &options.command {
+        BenchCommand::Cni(options) => cni::run(options),
+    }
+}
