@@ -27,12 +27,8 @@ pub trait Disk {
     fn list(&self) -> io::Result<Vec<String>>;
     /// `None` when there is no such file.
     fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>>;
-    /// Makes a new file with this content, not yet safe against power loss.
+    /// Makes a new file with this content, not safe against power loss.
     fn write_new(&self, name: &str, bytes: &[u8]) -> io::Result<Self::File>;
-    /// Makes content safe against power loss.
-    fn sync(&self, file: &Self::File) -> io::Result<()>;
-    /// Makes names safe against power loss.
-    fn sync_names(&self) -> io::Result<()>;
     /// Replaces `to` in one instant.
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
     /// A file that is gone already is fine.
@@ -130,14 +126,6 @@ impl Disk for RealDisk {
             OpenOptions::new().write(true).create_new(true).mode(0o600).open(self.path(name))?;
         file.write_all(bytes)?;
         Ok(file)
-    }
-
-    fn sync(&self, file: &File) -> io::Result<()> {
-        file.sync_data()
-    }
-
-    fn sync_names(&self) -> io::Result<()> {
-        File::open(&self.dir)?.sync_all()
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {

@@ -12,7 +12,6 @@ struct State {
     /// Name to inode.
     names: BTreeMap<String, u64>,
     content: BTreeMap<u64, Vec<u8>>,
-    synced: BTreeSet<u64>,
     claims: BTreeSet<u64>,
     next_inode: u64,
     locked: bool,
@@ -76,14 +75,10 @@ impl FakeDisk {
         self.0.borrow().steps
     }
 
-    /// What was not synced is torn.
+    /// Nothing is synced: every file may be torn.
     pub fn lose_power(&self) {
-        let mut state = self.0.borrow_mut();
-        let synced = state.synced.clone();
-        for (inode, bytes) in &mut state.content {
-            if !synced.contains(inode) {
-                bytes.truncate(bytes.len() / 2);
-            }
+        for bytes in self.0.borrow_mut().content.values_mut() {
+            bytes.truncate(bytes.len() / 2);
         }
     }
 
@@ -161,16 +156,6 @@ impl Disk for FakeDisk {
         state.names.insert(name.to_owned(), inode);
         state.content.insert(inode, bytes.to_vec());
         Ok(FakeFile { state: Rc::clone(&self.0), inode, claimed: RefCell::new(false) })
-    }
-
-    fn sync(&self, file: &FakeFile) -> io::Result<()> {
-        self.step()?;
-        self.0.borrow_mut().synced.insert(file.inode);
-        Ok(())
-    }
-
-    fn sync_names(&self) -> io::Result<()> {
-        self.step()
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {

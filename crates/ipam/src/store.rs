@@ -1,9 +1,12 @@
 //! Reservations: made before a pod's interface, removed after it.
 //!
 //! ```text
-//! reserve    lock ─ sweep (other boot) ─ probe for leftovers ─ choose ─ write, claim, sync, RENAME ─ unlock
+//! reserve    lock ─ sweep (other boot) ─ probe for leftovers ─ choose ─ write, claim, RENAME ─ unlock
 //! release    lock ─ UNLINK ─ unlock
 //! ```
+//!
+//! Nothing is synced: a killed process loses nothing that it wrote, and what a power loss tears is of another boot, whose
+//! reservations are all free whatever is left of them.
 //!
 //! The kernel's objects always go before the record: killed in between, the record is still there to lead the next
 //! one to them.
@@ -400,9 +403,7 @@ impl<D: Disk> Store<D> {
         if !self.disk.try_claim(&file).map_err(io_at("claim a record"))? {
             return Err(StoreError::Busy);
         }
-        self.disk.sync(&file).map_err(io_at("sync a record"))?;
         self.disk.rename(&temp, &name).map_err(io_at("name a record"))?;
-        self.disk.sync_names().map_err(io_at("sync the directory"))?;
         Ok(file)
     }
 
@@ -425,7 +426,6 @@ impl<D: Disk> Store<D> {
         self.replace(CURSOR_FILE, &json_line(cursor))
     }
 
-    /// Not synced: after a power loss there is another boot id, and both files begin anew.
     fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
         let temp = format!("{TEMP_PREFIX}{name}");
         let done = self.disk.write_new(&temp, bytes).and_then(|_| self.disk.rename(&temp, name));
