@@ -508,6 +508,28 @@ fn a_full_or_read_only_disk_makes_no_pod_and_leaves_nothing() {
 }
 
 #[test]
+fn a_pod_comes_and_goes_without_a_start_of_nft() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&DUAL);
+    // Whoever comes first makes the table.
+    node.add("a");
+    node.pod("b");
+    let broken = "for nft in /usr/sbin/nft /sbin/nft /usr/bin/nft /usr/local/sbin/nft; do
+        [ ! -e $nft ] || mount --bind /bin/false $nft; done; ! nft list tables";
+    for verb in ["ADD", "DEL"] {
+        let answer = node.cni_mounted(broken, verb, "b");
+        assert!(answer.ok, "{answer:?}");
+        let listed = node.run("nft list table inet meshd-cni").matches("\"meshp").count();
+        // Two of each pod, and the prefix of their names in two rules.
+        assert_eq!(listed, if verb == "ADD" { 6 } else { 4 }, "{verb}");
+    }
+    assert!(node.cni("DEL", "a").ok);
+    assert_eq!(node.leftovers(), Vec::<String>::new());
+}
+
+#[test]
 fn del_on_a_disk_that_became_read_only_takes_the_interface_and_says_what_stays() {
     if !can_run() {
         return;

@@ -187,6 +187,16 @@ fn the_pods_table_is_mended_when_touched_and_keeps_its_counters_otherwise() {
         "nft flush chain inet meshd-cni pod_source",
         "nft insert rule inet meshd-cni from_pods accept",
         "nft delete element inet meshd-cni cluster4 '{ 10.244.0.0/16 }'",
+        "nft chain inet meshd-cni from_pods '{ policy drop; }'",
+        "nft add chain inet meshd-cni more '{ type filter hook forward priority 0; policy drop; }'",
+        "nft add set inet meshd-cni more '{ type ipv4_addr; }'",
+        // Twice: the second one's nameless set may be numbered like the first rule's.
+        r"for _ in 1 2; do
+            h=$(nft -a list chain inet meshd-cni pod_source | sed -n '/ip6 daddr/s/.*# handle //p')
+            nft add rule inet meshd-cni pod_source position $h ip6 saddr '{ ::, fe80::/10 }' \
+                ip6 daddr '{ fe80::/10, 2000::/3 }' accept
+            nft delete rule inet meshd-cni pod_source handle $h
+        done",
     ] {
         lab.node.sh(edit);
         assert_eq!(table(&pod_config()), GuardState::Altered, "{edit}");

@@ -13,6 +13,7 @@
 //! idempotent, so that a second ADD, a repair by the daemon and the first run are the same code.
 
 mod check;
+mod elements;
 mod rules;
 mod table;
 
@@ -34,6 +35,7 @@ use crate::guard::GuardState;
 use crate::link::{Link, Mac, VethPair};
 use crate::neigh::Neighbour;
 use crate::netns::Netns;
+use crate::nfnetlink::Nfnetlink;
 use crate::route::{KernelRoute, TABLE_LOCAL, TABLE_MAIN};
 use crate::{addr, link, neigh, netns, nft, route, sysctl, watch};
 
@@ -237,7 +239,7 @@ pub fn prune(config: &PodConfig, state: &HostState) -> anyhow::Result<usize> {
     if gone.is_empty() {
         return Ok(0);
     }
-    nft::run_script(&rules::forbid_pairs(&config.nft_table, &gone))
+    table::forbid(&config.nft_table, &gone)
         .context("take vanished pods out of the source filter")?;
     Ok(gone.len())
 }
@@ -252,7 +254,7 @@ pub fn ensure_table(config: &PodConfig) -> anyhow::Result<()> {
 /// error for what is already gone.
 pub fn detach_host(config: &PodConfig, attachment: &Attachment) -> anyhow::Result<()> {
     check_words(config, std::slice::from_ref(attachment))?;
-    forbid(&config.nft_table, attachment)?;
+    let _filter = forbid(&config.nft_table, attachment)?;
     let Some(link) = link::get(&attachment.host_ifname)? else {
         // The kernel has taken its routes and neighbours along.
         return Ok(());
@@ -276,9 +278,11 @@ pub fn detach(attachment: &Attachment) -> anyhow::Result<()> {
     if !name.starts_with(defaults::POD_LINK_PREFIX) {
         bail!("{name} is no pod link of ours (they begin with {})", defaults::POD_LINK_PREFIX);
     }
+    // First, and closed last: while the link goes, which takes as long, the kernel frees what was in the filter.
+    let filter = forbid(defaults::NFT_TABLE_CNI, attachment);
     // Its routes, its neighbours and the pod's end go with it.
     link::delete_by_name(name).with_context(|| format!("delete {name}"))?;
-    forbid(defaults::NFT_TABLE_CNI, attachment)
+    filter.map(drop)
 }
 
 /// Whether nothing of a pod is left: neither its namespace nor the host's end of its link, and with that end its own. What
@@ -292,16 +296,9 @@ pub fn is_gone(attachment: &Attachment) -> bool {
 }
 
 /// Takes a pod's addresses out of the source filter; a table that is not there has none.
-fn forbid(table: &str, attachment: &Attachment) -> anyhow::Result<()> {
-    if attachment.addresses.is_empty() {
-        return Ok(());
-    }
-    match nft::run_script(&rules::forbid(table, attachment)) {
-        Err(error) if !nft::is_missing(&error) => {
-            Err(error.context(format!("take {} out of the source filter", attachment.host_ifname)))
-        }
-        _ => Ok(()),
-    }
+fn forbid(nft_table: &str, attachment: &Attachment) -> anyhow::Result<Nfnetlink> {
+    table::forbid(nft_table, &table::pairs(std::slice::from_ref(attachment)))
+        .with_context(|| format!("take {} out of the source filter", attachment.host_ifname))
 }
 
 /// What stands on the host, for repair, garbage collection and status.

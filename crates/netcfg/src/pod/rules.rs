@@ -85,35 +85,11 @@ table inet {table} {{
     )
 }
 
-/// Lets these pods' links carry their own source addresses.
+/// Lets these pods' links carry their own source addresses, in a table made whole.
 pub(super) fn allow(config: &PodConfig, attachments: &[Attachment]) -> String {
-    skeleton(config) + &elements_script(config, attachments)
-}
-
-/// As [`allow`], for a table that is whole.
-pub(super) fn elements_script(config: &PodConfig, attachments: &[Attachment]) -> String {
-    let mut script = String::new();
-    for attachment in attachments {
-        for element in elements(attachment) {
-            let _ = writeln!(script, "add element inet {} {element}", config.nft_table);
-        }
-    }
-    script
-}
-
-/// Takes a pod's addresses out of a table that is there. Adding first makes the removal work whether or not they stand.
-pub(super) fn forbid(table: &str, attachment: &Attachment) -> String {
-    let name = attachment.host_ifname.as_str();
-    let pairs: Vec<_> = attachment.addresses.iter().map(|address| (name, *address)).collect();
-    forbid_pairs(table, &pairs)
-}
-
-/// As [`forbid`], by interface and address.
-pub(super) fn forbid_pairs(table: &str, pairs: &[(&str, IpAddr)]) -> String {
-    let mut script = String::new();
-    for element in pairs.iter().map(|(name, address)| element(name, *address)) {
-        let _ = writeln!(script, "add element inet {table} {element}");
-        let _ = writeln!(script, "delete element inet {table} {element}");
+    let mut script = skeleton(config);
+    for element in attachments.iter().flat_map(elements) {
+        let _ = writeln!(script, "add element inet {} {element}", config.nft_table);
     }
     script
 }

@@ -1,23 +1,25 @@
 //! The nftables table of pods as the kernel shows it: whole or not, and who is in it.
 //!
 //! ```text
-//! nft -s -j list table  ->  sets pods4, pods6       who is let through: changes with every pod
-//!                           chain seal-<configuration>-<rest>   empty, says what the rest was when it was made
-//!                           the rest                everything else, without handles and counters
+//! elements    ->  sets pods4, pods6       who is let through: changes with every pod
+//! fingerprint ->  chain seal-<configuration>-<rest>   empty, says what the rest was when it was made
+//!                 the rest                everything else, without handles and counters
 //! ```
 //!
 //! As with the guard, a changed configuration, a flush and an edit by somebody else are noticed alike. A table that is
-//! whole is never loaded again: drop counters go on counting.
+//! whole is never loaded again: drop counters go on counting. Then a pod comes and goes without a start of `nft`.
 
 use std::fmt::Write as _;
+use std::io;
 use std::net::IpAddr;
 
 use anyhow::Context as _;
 use mesh_types::attachment::Attachment;
 use serde_json::Value;
 
-use super::{PodConfig, rules};
+use super::{PodConfig, elements, rules};
 use crate::guard::GuardState;
+use crate::nfnetlink::Nfnetlink;
 use crate::nft;
 
 /// Name of the empty chain that holds the hashes.
@@ -28,8 +30,6 @@ const SEAL: &str = "seal-";
 struct Listing {
     sources: Vec<(String, IpAddr)>,
     seals: Vec<String>,
-    /// Name of the seal that fits.
-    wanted_seal: String,
 }
 
 /// How the table stands, and the (interface, address) pairs it lets through.
@@ -39,32 +39,77 @@ pub(super) fn look(config: &PodConfig) -> anyhow::Result<(GuardState, Vec<(Strin
         Err(error) if nft::is_missing(&error) => return Ok((GuardState::Missing, Vec::new())),
         Err(error) => return Err(error.context("list the pods' source filter")),
     };
-    Ok((state(config, &listing), listing.sources))
+    let mut socket = Nfnetlink::open().context("open a netlink socket")?;
+    let Some(seal) = wanted_seal(&mut socket, config, listing.seals.len())? else {
+        return Ok((GuardState::Missing, Vec::new()));
+    };
+    Ok((state(config, &listing, &seal), listing.sources))
 }
 
 /// Lets these pods' links carry their own source addresses, and makes the table whole where it is not.
 pub(super) fn allow(config: &PodConfig, attachments: &[Attachment]) -> anyhow::Result<()> {
-    if look(config)?.0 == GuardState::Intact {
-        let script = rules::elements_script(config, attachments);
-        // `nft` has nothing to say about an empty script.
-        return if script.is_empty() { Ok(()) } else { nft::run_script(&script) };
+    let mut socket = Nfnetlink::open().context("open a netlink socket")?;
+    if is_whole(&mut socket, config)? {
+        return Ok(elements::add(&mut socket, &config.nft_table, &pairs(attachments))?);
     }
     nft::run_script(&rules::allow(config, attachments))?;
-    let listing = list(config)?;
+    let seals = list(config)?.seals;
+    let wanted =
+        wanted_seal(&mut socket, config, seals.len())?.context("the table has gone again")?;
     let mut script = String::new();
-    for old in listing.seals.iter().filter(|old| **old != listing.wanted_seal) {
+    for old in seals.iter().filter(|old| **old != wanted) {
         // Adding first: another process may have taken it away meanwhile.
         nft::check_word(old)?;
         let _ = writeln!(script, "add chain inet {} {old}", config.nft_table);
         let _ = writeln!(script, "delete chain inet {} {old}", config.nft_table);
     }
-    let _ = writeln!(script, "add chain inet {} {}", config.nft_table, listing.wanted_seal);
+    let _ = writeln!(script, "add chain inet {} {wanted}", config.nft_table);
     nft::run_script(&script).context("seal the nftables table of pods")
 }
 
-fn state(config: &PodConfig, listing: &Listing) -> GuardState {
+/// Takes pods out of the filter; a table that is not there has none. Closing the socket waits until no processor can see
+/// the elements any more (`nft_rcv_nl_event` in net/netfilter/nf_tables_api.c), 10 to 20 ms: a caller that has something
+/// else to wait for keeps it that long.
+pub(super) fn forbid(table: &str, pairs: &[(&str, IpAddr)]) -> io::Result<Nfnetlink> {
+    let mut socket = Nfnetlink::open()?;
+    match elements::remove(&mut socket, table, pairs) {
+        Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
+        _ => Ok(socket),
+    }
+}
+
+/// (interface, address) of every address of these pods.
+pub(super) fn pairs(attachments: &[Attachment]) -> Vec<(&str, IpAddr)> {
+    let mut pairs = Vec::new();
+    for attachment in attachments {
+        let name = attachment.host_ifname.as_str();
+        pairs.extend(attachment.addresses.iter().map(|address| (name, *address)));
+    }
+    pairs
+}
+
+/// Whether the table carries the one seal that fits.
+fn is_whole(socket: &mut Nfnetlink, config: &PodConfig) -> anyhow::Result<bool> {
+    let Some(seal) = wanted_seal(socket, config, 1)? else { return Ok(false) };
+    elements::chain_exists(socket, &config.nft_table, &seal)
+        .context("look for the seal of the pods' table")
+}
+
+/// Name of the seal that fits a table which has so many of them now; `None` without a table.
+fn wanted_seal(
+    socket: &mut Nfnetlink,
+    config: &PodConfig,
+    seals: usize,
+) -> anyhow::Result<Option<String>> {
+    let rest = elements::fingerprint(socket, &config.nft_table, seals)
+        .context("read the nftables table of pods")?;
+    let configured = nft::hash(&rules::skeleton(config));
+    Ok(rest.map(|rest| format!("{SEAL}{configured:016x}-{rest:016x}")))
+}
+
+fn state(config: &PodConfig, listing: &Listing, wanted_seal: &str) -> GuardState {
     let of_configuration = format!("{SEAL}{:016x}-", nft::hash(&rules::skeleton(config)));
-    if listing.seals.contains(&listing.wanted_seal) {
+    if listing.seals.iter().any(|seal| seal == wanted_seal) {
         GuardState::Intact
     } else if listing.seals.iter().any(|seal| seal.starts_with(&of_configuration)) {
         GuardState::Altered
@@ -74,31 +119,22 @@ fn state(config: &PodConfig, listing: &Listing) -> GuardState {
 }
 
 fn list(config: &PodConfig) -> anyhow::Result<Listing> {
-    parse(config, &nft::query(&["-s", "-j", "list", "table", "inet", &config.nft_table])?)
+    parse(&nft::query(&["-s", "-j", "list", "table", "inet", &config.nft_table])?)
 }
 
-fn parse(config: &PodConfig, text: &str) -> anyhow::Result<Listing> {
-    let mut document: Value = serde_json::from_str(text).context("read nft's JSON")?;
+fn parse(text: &str) -> anyhow::Result<Listing> {
+    let document: Value = serde_json::from_str(text).context("read nft's JSON")?;
     let mut listing = Listing::default();
-    let mut rest = String::new();
-    let objects = document.get_mut("nftables").and_then(Value::as_array_mut);
-    for object in objects.into_iter().flatten().filter(|object| object.get("metainfo").is_none()) {
+    let objects = document.get("nftables").and_then(Value::as_array);
+    for object in objects.into_iter().flatten() {
         let name = |kind: &str| object.get(kind)?.get("name")?.as_str();
         if let Some(seal) = name("chain").filter(|name| name.starts_with(SEAL)) {
             listing.seals.push(seal.to_owned());
-            continue;
+        } else if name("set").is_some_and(|name| rules::SETS.contains(&name)) {
+            let elements = object.pointer("/set/elem").and_then(Value::as_array);
+            listing.sources.extend(elements.into_iter().flatten().filter_map(source));
         }
-        if name("set").is_some_and(|name| rules::SETS.contains(&name))
-            && let Some(set) = object.get_mut("set").and_then(Value::as_object_mut)
-            && let Some(elements) = set.remove("elem")
-        {
-            listing.sources.extend(elements.as_array().into_iter().flatten().filter_map(source));
-        }
-        strip(object);
-        let _ = writeln!(rest, "{object}");
     }
-    let configured = nft::hash(&rules::skeleton(config));
-    listing.wanted_seal = format!("{SEAL}{configured:016x}-{:016x}", nft::hash(&rest));
     Ok(listing)
 }
 
@@ -106,22 +142,6 @@ fn parse(config: &PodConfig, text: &str) -> anyhow::Result<Listing> {
 fn source(element: &Value) -> Option<(String, IpAddr)> {
     let [name, address] = element.get("concat")?.as_array()?.as_slice() else { return None };
     Some((name.as_str()?.to_owned(), address.as_str()?.parse().ok()?))
-}
-
-/// Takes out what changes by itself.
-fn strip(object: &mut Value) {
-    let Some(fields) = object.as_object_mut().and_then(|kinds| kinds.values_mut().next()) else {
-        return;
-    };
-    if let Some(fields) = fields.as_object_mut() {
-        fields.remove("handle");
-    }
-    let expressions = fields.get_mut("expr").and_then(Value::as_array_mut);
-    for expression in expressions.into_iter().flatten() {
-        if let Some(counter) = expression.get_mut("counter") {
-            *counter = Value::Null;
-        }
-    }
 }
 
 #[cfg(test)]
@@ -135,8 +155,8 @@ mod tests {
         let config = PodConfig::new(cluster, 1380, "meshd0", 5190);
         let text = r#"{"nftables":[{"metainfo":{}},{"set":{"name":"pods4","elem":[
             {"concat":["meshp0","10.244.1.5"]},{"concat":["meshp1","nonsense"]},"odd"]}}]}"#;
-        let listing = parse(&config, text).unwrap();
+        let listing = parse(text).unwrap();
         assert_eq!(listing.sources, [("meshp0".to_owned(), "10.244.1.5".parse().unwrap())]);
-        assert_eq!(state(&config, &listing), GuardState::Outdated);
+        assert_eq!(state(&config, &listing, "seal-0-0"), GuardState::Outdated);
     }
 }
