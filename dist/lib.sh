@@ -4,7 +4,9 @@
 
 dist_dir=$root_dir/dist
 image_name=meshd.dev/meshd
+# In the image; and with them in the archives, for people.
 programs=(meshd meshd-cni keyrelay)
+released=("${programs[@]}" kubectl-mesh)
 
 # Architectures as container images and Debian name them, and the names others have for them.
 architectures=(amd64 arm64)
@@ -229,6 +231,7 @@ make_image() {
 }
 
 build_image_builder() {
-    (cd "$root_dir" && nice cargo build --quiet --locked -p image-builder >&2) ||
+    # Of the whole workspace, or its crates would be built with other features than for everything else.
+    (cd "$root_dir" && nice cargo build --quiet --locked --workspace --bin image-builder >&2) ||
         die "building image-builder failed"
 }
