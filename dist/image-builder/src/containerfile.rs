@@ -7,15 +7,15 @@ use anyhow::{Context as _, bail, ensure};
 
 /// One instruction, with the variables in it replaced.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Step {
+pub struct Step {
     /// As it stands in the file, for the image's history.
-    pub(crate) text: String,
-    pub(crate) action: Action,
+    pub text: String,
+    pub action: Action,
 }
 
 /// What an instruction does.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Action {
+pub enum Action {
     /// Says what is known when the image is made; leaves nothing in it.
     Nothing,
     Copy {
@@ -30,7 +30,7 @@ pub(crate) enum Action {
 }
 
 /// Reads a Containerfile. `arguments` are the values of its `ARG`s; one that no `ARG` names is refused.
-pub(crate) fn parse(text: &str, arguments: &BTreeMap<String, String>) -> anyhow::Result<Vec<Step>> {
+pub fn parse(text: &str, arguments: &BTreeMap<String, String>) -> anyhow::Result<Vec<Step>> {
     let mut reader = Reader { given: arguments, known: BTreeMap::new(), begun: false };
     let mut steps = Vec::new();
     for (number, line) in logical_lines(text)? {

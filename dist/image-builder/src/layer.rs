@@ -1,5 +1,5 @@
-//! One layer: what a COPY brings, as a compressed tar file. The same files give the same bytes: sorted by name, owned by
-//! root, with the modes and the time that were asked for.
+//! One layer: files as a tar file. The same files give the same bytes: sorted by name, owned by root, with the modes and
+//! the time that were asked for.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,16 +12,24 @@ use tar::{Builder, EntryType, Header};
 
 use crate::digest;
 
+const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
+const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+
 /// Mode of folders that are made on the way to a target.
 const FOLDER_MODE: u32 = 0o755;
 
 /// A layer as the image refers to it.
 #[derive(Debug)]
-pub(crate) struct Layer {
-    pub(crate) compressed: Vec<u8>,
-    /// Digest of the tar file inside, with its algorithm.
+pub struct Layer {
+    pub(crate) media_type: &'static str,
+    pub(crate) bytes: Vec<u8>,
+    /// Digest of the tar file, not compressed, with its algorithm.
     pub(crate) diff_id: String,
 }
+
+/// The files of a layer, by their path in the image without the first slash.
+#[derive(Debug, Default)]
+pub struct Files(BTreeMap<String, Entry>);
 
 #[derive(Debug)]
 enum Entry {
@@ -29,29 +37,28 @@ enum Entry {
     File(u32, PathBuf),
 }
 
-/// Makes the layer of one COPY. Sources lie in `context`; `epoch` is the time of every file, in seconds since 1970.
+/// The files that one COPY brings. Sources lie in `context`.
 pub(crate) fn copy(
     context: &Path,
     sources: &[String],
     target: &str,
     mode: u32,
-    epoch: u64,
-) -> anyhow::Result<Layer> {
-    let mut entries = BTreeMap::new();
+) -> anyhow::Result<Files> {
+    let mut files = Files::default();
     for source in sources {
         // A leading slash means the top of the context.
         let path = context.join(source.trim_matches('/'));
         let found = kind(&path)?;
         if found.is_dir() {
-            add_folder(&mut entries, &path, target.trim_matches('/'), mode)?;
+            files.add_folder(&path, target.trim_matches('/'), mode)?;
         } else {
             let name = path.file_name().and_then(|name| name.to_str()).context("no file name")?;
             let to =
                 if target.ends_with('/') { format!("{target}{name}") } else { target.to_owned() };
-            add(&mut entries, to.trim_matches('/'), Entry::File(mode, path.clone()))?;
+            files.add(&to, mode, &path)?;
         }
     }
-    pack(&entries, epoch)
+    Ok(files)
 }
 
 /// What a path is; only files and folders are known, as a link could lead out of the context.
@@ -63,65 +70,82 @@ fn kind(path: &Path) -> anyhow::Result<fs::Metadata> {
     Ok(found)
 }
 
-/// The contents of a folder, as COPY takes them.
-fn add_folder(
-    entries: &mut BTreeMap<String, Entry>,
-    folder: &Path,
-    to: &str,
-    mode: u32,
-) -> anyhow::Result<()> {
-    for item in fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))? {
-        let path = item.with_context(|| format!("list {}", folder.display()))?.path();
-        let name = path.file_name().and_then(|name| name.to_str());
-        let name = name.with_context(|| format!("{} is not UTF-8", path.display()))?;
-        let to = if to.is_empty() { name.to_owned() } else { format!("{to}/{name}") };
-        if kind(&path)?.is_dir() {
-            add(entries, &to, Entry::Folder(mode))?;
-            add_folder(entries, &path, &to, mode)?;
-        } else {
-            add(entries, &to, Entry::File(mode, path))?;
-        }
+impl Files {
+    /// Adds a file and the folders it is in. `to` is its path in the image, `mode` as chmod(2) takes it; `source` is read
+    /// when the layer is made. Fails where the path is taken.
+    pub fn add(&mut self, to: &str, mode: u32, source: &Path) -> anyhow::Result<()> {
+        self.insert(to.trim_matches('/'), Entry::File(mode, source.to_owned()))
     }
-    Ok(())
-}
 
-/// Adds an entry and the folders it is in.
-fn add(entries: &mut BTreeMap<String, Entry>, path: &str, entry: Entry) -> anyhow::Result<()> {
-    ensure!(!path.is_empty(), "a file cannot be copied to /");
-    for (at, _) in path.match_indices('/') {
-        let parent = path.get(..at).unwrap_or("");
-        let parent = entries.entry(parent.to_owned()).or_insert(Entry::Folder(FOLDER_MODE));
-        ensure!(
-            matches!(parent, Entry::Folder(_)),
-            "{path}: a file stands where a folder has to be"
-        );
-    }
-    if let Some(before) = entries.insert(path.to_owned(), entry) {
-        let folders =
-            matches!((&before, entries.get(path)), (Entry::Folder(_), Some(Entry::Folder(_))));
-        ensure!(folders, "{path} would be copied twice");
-    }
-    Ok(())
-}
-
-fn pack(entries: &BTreeMap<String, Entry>, epoch: u64) -> anyhow::Result<Layer> {
-    if entries.is_empty() {
-        bail!("there is nothing to copy");
-    }
-    let mut tar = Builder::new(Vec::new());
-    for (path, entry) in entries {
-        match entry {
-            Entry::Folder(mode) => append(&mut tar, path, EntryType::Directory, *mode, epoch, &[])?,
-            Entry::File(mode, file) => {
-                let bytes = fs::read(file).with_context(|| format!("read {}", file.display()))?;
-                append(&mut tar, path, EntryType::Regular, *mode, epoch, &bytes)?;
+    /// The contents of a folder, as COPY takes them.
+    fn add_folder(&mut self, folder: &Path, to: &str, mode: u32) -> anyhow::Result<()> {
+        for item in fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))? {
+            let path = item.with_context(|| format!("list {}", folder.display()))?.path();
+            let name = path.file_name().and_then(|name| name.to_str());
+            let name = name.with_context(|| format!("{} is not UTF-8", path.display()))?;
+            let to = if to.is_empty() { name.to_owned() } else { format!("{to}/{name}") };
+            if kind(&path)?.is_dir() {
+                self.insert(&to, Entry::Folder(mode))?;
+                self.add_folder(&path, &to, mode)?;
+            } else {
+                self.insert(&to, Entry::File(mode, path))?;
             }
         }
+        Ok(())
     }
-    let bytes = tar.into_inner()?;
-    let mut gzip = GzBuilder::new().write(Vec::new(), Compression::best());
-    gzip.write_all(&bytes)?;
-    Ok(Layer { compressed: gzip.finish()?, diff_id: digest(&bytes) })
+
+    /// Adds an entry and the folders it is in.
+    fn insert(&mut self, path: &str, entry: Entry) -> anyhow::Result<()> {
+        ensure!(!path.is_empty(), "a file cannot be copied to /");
+        for (at, _) in path.match_indices('/') {
+            let parent = path.get(..at).unwrap_or("");
+            let parent = self.0.entry(parent.to_owned()).or_insert(Entry::Folder(FOLDER_MODE));
+            ensure!(
+                matches!(parent, Entry::Folder(_)),
+                "{path}: a file stands where a folder has to be"
+            );
+        }
+        if let Some(before) = self.0.insert(path.to_owned(), entry) {
+            let folders =
+                matches!((&before, self.0.get(path)), (Entry::Folder(_), Some(Entry::Folder(_))));
+            ensure!(folders, "{path} would be copied twice");
+        }
+        Ok(())
+    }
+
+    /// The layer as it is: quickest to make and to unpack. `epoch` is the time of every file, in seconds since 1970.
+    pub fn plain(&self, epoch: u64) -> anyhow::Result<Layer> {
+        let bytes = self.tar(epoch)?;
+        Ok(Layer { media_type: PLAIN, diff_id: digest(&bytes), bytes })
+    }
+
+    /// The layer as small as it gets. `epoch` is the time of every file, in seconds since 1970.
+    pub fn compressed(&self, epoch: u64) -> anyhow::Result<Layer> {
+        let bytes = self.tar(epoch)?;
+        let mut gzip = GzBuilder::new().write(Vec::new(), Compression::best());
+        gzip.write_all(&bytes)?;
+        Ok(Layer { media_type: GZIP, diff_id: digest(&bytes), bytes: gzip.finish()? })
+    }
+
+    fn tar(&self, epoch: u64) -> anyhow::Result<Vec<u8>> {
+        if self.0.is_empty() {
+            bail!("there is nothing to copy");
+        }
+        let mut tar = Builder::new(Vec::new());
+        for (path, entry) in &self.0 {
+            match entry {
+                Entry::Folder(mode) => {
+                    append(&mut tar, path, EntryType::Directory, *mode, epoch, &[])?;
+                }
+                Entry::File(mode, file) => {
+                    let bytes =
+                        fs::read(file).with_context(|| format!("read {}", file.display()))?;
+                    append(&mut tar, path, EntryType::Regular, *mode, epoch, &bytes)?;
+                }
+            }
+        }
+        Ok(tar.into_inner()?)
+    }
 }
 
 /// One entry of a tar file, owned by root.
@@ -154,7 +178,7 @@ mod tests {
     use super::*;
 
     fn listing(layer: &Layer) -> Vec<String> {
-        let mut archive = tar::Archive::new(flate2::read::GzDecoder::new(&*layer.compressed));
+        let mut archive = tar::Archive::new(flate2::read::GzDecoder::new(&*layer.bytes));
         let describe = |entry: tar::Entry<'_, _>| {
             let header = entry.header();
             let path = entry.path().unwrap().display().to_string();
@@ -175,8 +199,9 @@ mod tests {
         fs::write(dir.path().join("tree/usr/lib/x.so"), b"x").unwrap();
         fs::write(dir.path().join("program"), b"p").unwrap();
         fs::set_permissions(dir.path().join("program"), fs::Permissions::from_mode(0o600)).unwrap();
-        let layer =
-            |sources: &[&str], target: &str| copy(dir.path(), &strings(sources), target, 0o555, 7);
+        let layer = |sources: &[&str], target: &str| {
+            copy(dir.path(), &strings(sources), target, 0o555)?.compressed(7)
+        };
         let tree = listing(&layer(&["tree/"], "/").unwrap());
         assert_eq!(tree, ["0555 7 usr/", "0555 7 usr/lib/", "0555 7 usr/lib/x.so"]);
         let file = listing(&layer(&["program"], "/bin/").unwrap());
@@ -197,12 +222,13 @@ mod tests {
     fn a_link_and_an_empty_folder_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         symlink("/etc/passwd", dir.path().join("link")).unwrap();
-        let error = copy(dir.path(), &strings(&["link"]), "/x", 0o755, 0).unwrap_err();
+        let error = copy(dir.path(), &strings(&["link"]), "/x", 0o755).unwrap_err();
         assert!(error.to_string().contains("neither a file nor a folder"), "{error}");
-        let error = copy(dir.path(), &strings(&["/"]), "/x/", 0o755, 0).unwrap_err();
+        let error = copy(dir.path(), &strings(&["/"]), "/x/", 0o755).unwrap_err();
         assert!(error.to_string().contains("neither a file nor a folder"), "{error}");
         fs::remove_file(dir.path().join("link")).unwrap();
-        let error = copy(dir.path(), &strings(&["/"]), "/x/", 0o755, 0).unwrap_err();
+        let empty = copy(dir.path(), &strings(&["/"]), "/x/", 0o755).unwrap();
+        let error = empty.compressed(0).unwrap_err();
         assert!(error.to_string().contains("nothing to copy"), "{error}");
     }
 
@@ -215,7 +241,7 @@ mod tests {
                 fs::write(&file, name).unwrap();
                 fs::set_permissions(&file, fs::Permissions::from_mode(umask_mode)).unwrap();
             }
-            copy(dir.path(), &strings(&["."]), "/x/", 0o755, 1).unwrap().compressed
+            copy(dir.path(), &strings(&["."]), "/x/", 0o755).unwrap().compressed(1).unwrap().bytes
         };
         assert_eq!(make(0o600, ["a", "b"]), make(0o755, ["b", "a"]));
     }

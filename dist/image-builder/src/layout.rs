@@ -1,73 +1,95 @@
 //! Images as the OCI image layout stores them (image-spec v1.1), in one tar file that container tools load and push.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use tar::{Builder, EntryType};
 
 use crate::containerfile::{Action, Step};
-use crate::{digest, layer};
+use crate::digest;
+use crate::layer::{self, Layer};
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+
+/// The image of one platform.
+#[derive(Debug, Default)]
+pub struct Image {
+    /// From the bottom up.
+    pub layers: Vec<Layer>,
+    /// Program and arguments a container starts with.
+    pub entrypoint: Vec<String>,
+    /// Its environment, as NAME=VALUE.
+    pub env: Vec<String>,
+    /// As numbers, `UID:GID`; root where there is none.
+    pub user: Option<String>,
+    pub labels: BTreeMap<String, String>,
+    /// Entries of the configuration's `history`; may be empty.
+    pub history: Vec<Value>,
+}
+
+impl Image {
+    /// Makes the image of a Containerfile. `context` holds what it copies; `epoch` is its time, in seconds since 1970.
+    pub fn of_steps(steps: &[Step], context: &Path, epoch: u64) -> anyhow::Result<Self> {
+        let mut image = Self::default();
+        for step in steps {
+            let mut line = json!({"created": rfc3339(epoch), "created_by": step.text});
+            if !matches!(step.action, Action::Copy { .. }) {
+                set(&mut line, "empty_layer", json!(true));
+            }
+            image.history.push(line);
+            match &step.action {
+                Action::Nothing => {}
+                Action::Copy { sources, target, mode } => {
+                    let files = layer::copy(context, sources, target, *mode)?;
+                    image.layers.push(files.compressed(epoch)?);
+                }
+                Action::Label(pairs) => image.labels.extend(pairs.iter().cloned()),
+                Action::Env(pairs) => {
+                    image.env.extend(pairs.iter().map(|(name, value)| format!("{name}={value}")));
+                }
+                Action::User(user) => image.user = Some(user.clone()),
+                Action::Entrypoint(words) => image.entrypoint.clone_from(words),
+            }
+        }
+        Ok(image)
+    }
+}
 
 /// Blobs by digest, and the manifests of the platforms.
 #[derive(Debug, Default)]
-pub(crate) struct Layout {
+pub struct Layout {
     blobs: BTreeMap<String, Vec<u8>>,
     manifests: Vec<Value>,
 }
 
 impl Layout {
-    /// Makes the image of one platform. `epoch` is its time of creation, in seconds since 1970.
-    pub(crate) fn add(
-        &mut self,
-        architecture: &str,
-        steps: &[Step],
-        context: &Path,
-        epoch: u64,
-    ) -> anyhow::Result<()> {
-        let created = rfc3339(epoch);
-        let (mut layers, mut diff_ids, mut history) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut config, mut labels, mut env) = (json!({}), BTreeMap::new(), Vec::new());
-        for step in steps {
-            let mut line = json!({"created": created, "created_by": step.text});
-            match &step.action {
-                Action::Copy { sources, target, mode } => {
-                    let layer = layer::copy(context, sources, target, *mode, epoch)?;
-                    diff_ids.push(layer.diff_id);
-                    layers.push(self.store(LAYER, layer.compressed));
-                }
-                other => {
-                    set(&mut line, "empty_layer", json!(true));
-                    match other {
-                        Action::Label(pairs) => labels.extend(pairs.iter().cloned()),
-                        Action::Env(pairs) => {
-                            env.extend(pairs.iter().map(|(name, value)| format!("{name}={value}")));
-                        }
-                        Action::User(user) => set(&mut config, "User", json!(user)),
-                        Action::Entrypoint(words) => set(&mut config, "Entrypoint", json!(words)),
-                        Action::Copy { .. } | Action::Nothing => {}
-                    }
-                }
-            }
-            history.push(line);
+    /// Adds the image of one platform. `architecture` as container images name it; `epoch` is the image's time of
+    /// creation, in seconds since 1970. Fails where it has no files.
+    pub fn add(&mut self, architecture: &str, image: Image, epoch: u64) -> anyhow::Result<()> {
+        ensure!(!image.layers.is_empty(), "an image without a file");
+        let (mut layers, mut diff_ids) = (Vec::new(), Vec::new());
+        for layer in image.layers {
+            diff_ids.push(layer.diff_id);
+            layers.push(self.store(layer.media_type, layer.bytes));
         }
-        ensure!(!layers.is_empty(), "an image without a file");
-        set(&mut config, "Env", json!(env));
-        set(&mut config, "Labels", json!(labels));
+        let mut config =
+            json!({"Entrypoint": image.entrypoint, "Env": image.env, "Labels": image.labels});
+        if let Some(user) = image.user {
+            set(&mut config, "User", json!(user));
+        }
         let document = json!({
-            "architecture": architecture, "os": "linux", "created": created, "config": config,
-            "rootfs": {"type": "layers", "diff_ids": diff_ids}, "history": history,
+            "architecture": architecture, "os": "linux", "created": rfc3339(epoch), "config": config,
+            "rootfs": {"type": "layers", "diff_ids": diff_ids}, "history": image.history,
         });
         let config = self.store(CONFIG, serde_json::to_vec(&document)?);
         let manifest = json!({
             "schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": layers,
-            "annotations": labels,
+            "annotations": image.labels,
         });
         let mut entry = self.store(MANIFEST, serde_json::to_vec(&manifest)?);
         set(&mut entry, "platform", json!({"architecture": architecture, "os": "linux"}));
@@ -75,9 +97,21 @@ impl Layout {
         Ok(())
     }
 
+    /// Writes the tar file, replaced in one step. `name` is the image's, with a host and a tag. Returns the digest an
+    /// image reference can be pinned to.
+    pub fn write(self, name: &str, file: &Path) -> anyhow::Result<String> {
+        let (bytes, digest) = self.finish(name)?;
+        // Renamed when whole: whoever looks meanwhile sees the old file or the new one.
+        let part = file.with_extension("part");
+        fs::write(&part, bytes)
+            .and_then(|()| fs::rename(&part, file))
+            .with_context(|| format!("write {}", file.display()))?;
+        Ok(digest)
+    }
+
     /// The tar file, and the digest an image reference can be pinned to: of the manifest, or of the index over them
     /// where there are several.
-    pub(crate) fn finish(mut self, name: &str) -> anyhow::Result<(Vec<u8>, String)> {
+    fn finish(mut self, name: &str) -> anyhow::Result<(Vec<u8>, String)> {
         let (host, _) = name.split_once('/').unwrap_or_default();
         let tag = name.rsplit_once(':').map(|(_, tag)| tag).filter(|tag| !tag.contains('/'));
         ensure!(
@@ -167,7 +201,8 @@ mod tests {
         let steps = containerfile::parse(text, &BTreeMap::new()).unwrap();
         let mut layout = Layout::default();
         for platform in platforms {
-            layout.add(platform, &steps, dir.path(), 1_764_057_600).unwrap();
+            let image = Image::of_steps(&steps, dir.path(), 1_764_057_600).unwrap();
+            layout.add(platform, image, 1_764_057_600).unwrap();
         }
         layout.finish("example.com/a:1").unwrap()
     }
@@ -223,6 +258,35 @@ mod tests {
         assert_eq!(manifest["mediaType"], MANIFEST);
         assert_eq!(files.len(), 5, "{:?}", files.keys());
         assert_eq!(image(&["arm64"]).0, bytes);
+    }
+
+    #[test]
+    fn a_plain_layer_is_the_tar_itself_and_a_failed_write_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("program");
+        std::fs::write(&program, b"hello").unwrap();
+        let image = || {
+            let mut files = layer::Files::default();
+            files.add("/bin/a", 0o755, &program).unwrap();
+            assert!(files.add("bin/a", 0o755, &program).is_err());
+            Image { layers: vec![files.plain(0).unwrap()], ..Image::default() }
+        };
+        let layout = || {
+            let mut layout = Layout::default();
+            layout.add("amd64", image(), 0).unwrap();
+            layout
+        };
+        let file = dir.path().join("image.tar");
+        let pinned = layout().write("example.com/a:1", &file).unwrap();
+        let files = unpack(&std::fs::read(&file).unwrap());
+        let manifest: Value =
+            serde_json::from_slice(&files[&format!("blobs/{}", pinned.replace(':', "/"))]).unwrap();
+        let layer = &manifest["layers"][0];
+        assert_eq!(layer["mediaType"], "application/vnd.oci.image.layer.v1.tar");
+        let digest = layer["digest"].as_str().unwrap().replace(':', "/");
+        assert_eq!(unpack(&files[&format!("blobs/{digest}")])["bin/a"], b"hello");
+        layout().write("no-host", &dir.path().join("other.tar")).unwrap_err();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
     #[test]

@@ -1,9 +1,4 @@
-//! Makes container images from a Containerfile and a folder of files: no daemon, no root, no network, and the same
-//! bytes every time. It knows the few instructions our file has and refuses all others.
-
-mod containerfile;
-mod layer;
-mod layout;
+//! Makes the image of a Containerfile and a folder of files.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,6 +8,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser;
+use image_builder::{Image, Layout, containerfile};
 
 /// Writes an OCI image as one tar file and prints the digest to pin it by.
 #[derive(Debug, Parser)]
@@ -58,30 +54,16 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> anyhow::Result<()> {
     let text =
         fs::read_to_string(&args.file).with_context(|| format!("read {}", args.file.display()))?;
-    let mut layout = layout::Layout::default();
+    let mut layout = Layout::default();
     for platform in &args.platforms {
         let mut arguments: BTreeMap<String, String> = args.arguments.iter().cloned().collect();
         arguments.insert("TARGETARCH".to_owned(), platform.clone());
         let steps = containerfile::parse(&text, &arguments)
             .with_context(|| format!("{}", args.file.display()))?;
-        layout
-            .add(platform, &steps, &args.context, args.epoch)
+        Image::of_steps(&steps, &args.context, args.epoch)
+            .and_then(|image| layout.add(platform, image, args.epoch))
             .with_context(|| format!("make the image for {platform}"))?;
     }
-    let (bytes, digest) = layout.finish(&args.name)?;
-    // Renamed when whole: whoever looks meanwhile sees the old file or the new one.
-    let part = args.output.with_extension("part");
-    fs::write(&part, bytes)
-        .and_then(|()| fs::rename(&part, &args.output))
-        .with_context(|| format!("write {}", args.output.display()))?;
+    let digest = layout.write(&args.name, &args.output)?;
     writeln!(std::io::stdout(), "{digest}").context("print the digest")
-}
-
-/// A digest as image descriptors write it: the algorithm, a colon, hexadecimal digits.
-fn digest(bytes: &[u8]) -> String {
-    let mut text = String::from("sha256:");
-    for byte in ring::digest::digest(&ring::digest::SHA256, bytes).as_ref() {
-        text.push_str(&format!("{byte:02x}"));
-    }
-    text
 }

@@ -48,7 +48,7 @@ pub struct Plan {
     /// Names of nodes of [`hybrid_plan`].
     pub nodes: Vec<String>,
     pub proxy_mode: ProxyMode,
-    /// Image files to load besides our own.
+    /// Image files to load; for the chart ours has to be among them.
     pub images: Vec<PathBuf>,
     pub network: Network,
     /// Folder of our chart.
@@ -370,6 +370,9 @@ impl Kube {
         files.extend(images.iter().cloned());
         progress("loading images");
         self.load(&files)?;
+        if self.record.network == Network::Chart {
+            self.check_own_image()?;
+        }
         self.wait_api()?;
         let first = self.pki_dir().join("super-admin.kubeconfig");
         let words = ["apply", "--server-side", "--force-conflicts", "-f", "-"];

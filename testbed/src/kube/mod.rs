@@ -15,7 +15,6 @@ mod control;
 mod e2e;
 mod files;
 mod forward;
-mod image;
 mod images;
 mod pki;
 mod record;
@@ -36,7 +35,6 @@ pub use cluster::{Kube, Plan};
 pub use control::ControlPlane;
 pub use e2e::E2eOptions;
 pub use forward::{ForwardOptions, serve as forward};
-pub use image::ImagePlan;
 pub use report::{ComponentSummary, NodeSummary, Summary};
 pub use settings::{DNS_IMAGE, MESHD_IMAGE, Network, PAUSE_IMAGE, ProxyMode, TOOL_IMAGE};
 
@@ -115,7 +113,7 @@ pub struct UpOptions {
     /// Folder of our chart
     #[arg(long, env = "MESHD_CHART", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../helm/meshd"))]
     pub chart: PathBuf,
-    /// Image file to load on every node besides our own; repeat for more
+    /// Image file to load on every node, ours among them for the chart: dist/image prints where it is. Repeat for more
     #[arg(long = "image")]
     pub images: Vec<PathBuf>,
     /// One JSON document on stdout instead of the table
@@ -197,6 +195,7 @@ fn bring_up(options: &KubeOptions, up: &UpOptions) -> Result<()> {
     check_dir(&options.dir)?;
     if up.network == Network::Chart {
         chart::check(&up.chart)?;
+        images::check(&up.images)?;
     }
     let plan = Plan {
         lab: options.name.clone(),
