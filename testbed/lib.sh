@@ -15,7 +15,8 @@ become_root() {
     [ "$(id -u)" -eq 0 ] && return
     command -v sudo >/dev/null || die "this needs root and there is no sudo: run it as root"
     local name kept=("PATH=$PATH")
-    for name in CI MESHD_KUBE_LOGS CARGO_HOME RUSTUP_HOME CARGO_TARGET_DIR GOPROXY GOSUMDB SSL_CERT_FILE \
+    for name in CI MESHD_KUBE_LOGS MESHD_DIST_REVISION SOURCE_DATE_EPOCH CARGO_HOME RUSTUP_HOME CARGO_TARGET_DIR \
+        GOPROXY GOSUMDB SSL_CERT_FILE \
         http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY; do
         [ -z "${!name:-}" ] || kept+=("$name=${!name}")
     done
