@@ -7,9 +7,9 @@ use std::process::ExitCode;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use mesh_types::defaults;
+use mesh_types::limits::PING_COUNT_MAX;
 
 use crate::cni_install::Capability;
-use crate::ping;
 
 /// WireGuard mesh overlay for Kubernetes: the daemon of one node.
 #[derive(Debug, Parser)]
@@ -277,7 +277,7 @@ pub struct PingArgs {
     /// Name of the other node.
     pub node: String,
     /// How often to ask each of its overlay addresses.
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=i64::from(ping::COUNT_MAX)))]
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=i64::from(PING_COUNT_MAX)))]
     pub count: u8,
     /// Print one JSON document; the exit status then says nothing of answers.
     #[arg(long)]

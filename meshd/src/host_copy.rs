@@ -5,8 +5,7 @@ use std::path::Path;
 
 use anyhow::Context;
 
-use crate::cni_install::keep_program;
-use crate::nft_bundle;
+use crate::{nft_bundle, program};
 
 /// Makes the copies be there and right. Not being able to costs a manual clean-up later, nothing now.
 pub fn keep(dir: &Path) {
@@ -27,7 +26,7 @@ fn copy(dir: &Path) -> anyhow::Result<()> {
     if own.parent() == Some(dir) {
         return Ok(());
     }
-    if nft_bundle::keep(&nft, &dir.join(netcfg::OWN_NFT))? | keep_program(&own, dir, "meshd")? {
+    if nft_bundle::keep(&nft, &dir.join(netcfg::OWN_NFT))? | program::keep(&own, dir, "meshd")? {
         tracing::info!(folder = %dir.display(), "copied to the host");
     }
     Ok(())

@@ -12,7 +12,7 @@
 //! | [`args`], [`config`] | command line, the only place that names clap; the same, checked |
 //! | [`app`] | `meshd run`: the order of the start, and the end |
 //! | [`preflight`], [`lock`], [`installed`] | what a node must have; one daemon per node; what uninstall has to know |
-//! | [`files`], [`folder`] | atomic writes and bounded reads; waiting for changes |
+//! | [`files`], [`program`], [`folder`] | atomic writes and bounded reads; the same for programs; waiting for changes |
 //! | [`keystore`] | the private key, bound to this node |
 //! | [`source`]: [`roster`], [`kube`], [`cache`] | where node records come from |
 //! | [`reconcile`] | makes the node be as the cluster says; [`kernel_watch`], [`resolver`] wake it |
@@ -54,6 +54,7 @@ pub mod plane;
 pub mod pod_check;
 pub mod preflight;
 pub mod probe;
+pub mod program;
 pub mod reconcile;
 pub mod resolver;
 pub mod roster;

@@ -11,11 +11,7 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 
-use crate::cni_install::keep_program;
-use crate::files;
-
-/// Largest program read.
-const PROGRAM_BYTES_MAX: u64 = 64 << 20;
+use crate::{files, program};
 
 /// Libraries copied: nft has a dozen.
 const LIBRARIES_MAX: usize = 64;
@@ -23,16 +19,16 @@ const LIBRARIES_MAX: usize = 64;
 /// Makes the bundle of `nft` be in `dir`; true when something had to be written. `nft` itself comes last: who finds it,
 /// finds all.
 pub fn keep(nft: &Path, dir: &Path) -> anyhow::Result<bool> {
-    let bytes = files::read_up_to(nft, PROGRAM_BYTES_MAX)?
+    let bytes = files::read_up_to(nft, program::BYTES_MAX)?
         .with_context(|| format!("there is no {}", nft.display()))?;
     let mut wrote = false;
     if let Some(loader) = interpreter(&bytes) {
         for (name, library) in libraries(&loader, nft)? {
-            wrote |= keep_program(&library, dir, &name)?;
+            wrote |= program::keep(&library, dir, &name)?;
         }
-        wrote |= keep_program(&loader, dir, netcfg::OWN_NFT_LOADER)?;
+        wrote |= program::keep(&loader, dir, netcfg::OWN_NFT_LOADER)?;
     }
-    Ok(wrote | keep_program(nft, dir, "nft")?)
+    Ok(wrote | program::keep(nft, dir, "nft")?)
 }
 
 /// What the loader would load for `program`: the name it is asked for by, and where it is.

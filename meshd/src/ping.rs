@@ -9,15 +9,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use mesh_types::defaults;
+use mesh_types::limits::PING_COUNT_MAX;
 use mesh_types::net::overlay_address;
 use mesh_types::status::{PathKind, PeerStatus, Status};
 use serde::{Deserialize, Serialize};
 
 use crate::args::PingArgs;
 use crate::status;
-
-/// Questions asked of each address at most: a measure, not a load.
-pub const COUNT_MAX: u8 = 20;
 
 /// No answer within this time is none.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -92,7 +90,7 @@ pub fn no_peer(status: &Status, node: &str) -> String {
 fn measure(address: SocketAddr, count: u8) -> Measure {
     let mut measure =
         Measure { address: address.ip(), sent: 0, rtts_ms: Vec::new(), problem: String::new() };
-    for _ in 0..count.min(COUNT_MAX) {
+    for _ in 0..count.min(PING_COUNT_MAX) {
         measure.sent += 1;
         let began = Instant::now();
         match TcpStream::connect_timeout(&address, PATIENCE).map(drop) {
@@ -162,15 +160,15 @@ mod tests {
         let address = listener.local_addr().expect("address");
         assert_eq!(measure(address, 2).rtts_ms.len(), 2);
         drop(listener);
-        let measure = measure(address, COUNT_MAX + 1);
-        assert_eq!(measure.rtts_ms.len(), usize::from(COUNT_MAX));
+        let measure = measure(address, PING_COUNT_MAX + 1);
+        assert_eq!(measure.rtts_ms.len(), usize::from(PING_COUNT_MAX));
         assert_eq!(measure.problem, "");
     }
 
     #[test]
     fn an_address_without_a_way_is_given_up_soon_and_says_why() {
         // An address of no family the socket could use at once: multicast takes no connection.
-        let measure = measure("224.0.0.1:9".parse().expect("address"), COUNT_MAX);
+        let measure = measure("224.0.0.1:9".parse().expect("address"), PING_COUNT_MAX);
         assert_eq!((measure.sent, measure.rtts_ms.len()), (UNANSWERED_MAX, 0));
         assert!(!measure.problem.is_empty());
     }

@@ -163,3 +163,6 @@ pub const EVENTS_MAX: usize = NODES_MAX;
 
 /// Addresses `meshd pod-check` asks: a check of a thousand nodes in both families, and pods of an earlier one.
 pub const POD_CHECK_ADDRESSES_MAX: usize = 4096;
+
+/// Questions `meshd ping` asks of each address: a measure, not a load.
+pub const PING_COUNT_MAX: u8 = 20;

@@ -22,13 +22,10 @@ pub use conf_dir::{Choice, Conf, DISABLED_SUFFIX, choice};
 pub use conflist::{Capability, render};
 pub use keep::keep;
 
-use crate::{files, nft_bundle};
+use crate::{files, nft_bundle, program};
 
 /// Name of the plugin's program: what `type` in a configuration says.
 pub const PLUGIN: &str = "meshd-cni";
-
-/// Largest program installed: ours has a few MiB, and something a hundred times that is a wrong path.
-const PROGRAM_BYTES_MAX: u64 = 256 << 20;
 
 /// `meshd cni-install`.
 pub fn run(wanted: &Wanted) -> anyhow::Result<()> {
@@ -115,14 +112,15 @@ pub fn install(wanted: &Wanted) -> anyhow::Result<Done> {
         }
     }
     if let Some(program) = &wanted.program
-        && keep_program(program, &wanted.bin_dir, PLUGIN)?
+        && program::keep(program, &wanted.bin_dir, PLUGIN)?
     {
         done.made.push(format!("wrote {}", wanted.bin_dir.join(PLUGIN).display()));
     }
     let text = render(&wanted.capabilities, &wanted.state_dir);
-    make_directory(&wanted.conf_dir)?;
+    std::fs::create_dir_all(&wanted.conf_dir)
+        .with_context(|| format!("make {}", wanted.conf_dir.display()))?;
     let path = wanted.conf_dir.join(&wanted.conf_name);
-    if read(&path)?.as_deref() != Some(text.as_bytes()) {
+    if files::read_bounded(&path)?.as_deref() != Some(text.as_bytes()) {
         files::write_atomic(&path, text.as_bytes(), 0o644)?;
         done.made.push(format!("wrote {}", path.display()));
     }
@@ -167,30 +165,6 @@ pub fn check(wanted: &Wanted) -> anyhow::Result<()> {
         "{name:?} is no name for our configuration: write one that ends in .conflist, like 10-meshd.conflist"
     );
     Ok(())
-}
-
-/// Makes `program` be in `dir` as `name`; true when it was not. Compared by content: a size alone would not show a torn
-/// write of the same length.
-pub fn keep_program(program: &Path, dir: &Path, name: &str) -> anyhow::Result<bool> {
-    use std::os::unix::fs::PermissionsExt as _;
-    let wanted =
-        read(program)?.with_context(|| format!("{} is not in this image", program.display()))?;
-    make_directory(dir)?;
-    let path = dir.join(name);
-    let runs = std::fs::metadata(&path).is_ok_and(|it| it.permissions().mode() & 0o111 == 0o111);
-    if runs && read(&path)?.as_ref() == Some(&wanted) {
-        return Ok(false);
-    }
-    files::write_atomic(&path, &wanted, 0o755)?;
-    Ok(true)
-}
-
-fn make_directory(dir: &Path) -> anyhow::Result<()> {
-    std::fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))
-}
-
-fn read(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
-    files::read_up_to(path, PROGRAM_BYTES_MAX)
 }
 
 fn remove(path: &Path, done: &mut Done) -> anyhow::Result<()> {

@@ -6,9 +6,9 @@ use std::process::ExitCode;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
+use mesh_types::limits::PING_COUNT_MAX;
 
 use crate::kube::look::Access;
-use crate::ping;
 
 /// Show the WireGuard mesh of a Kubernetes cluster: keys, who is meshed and why not, paths.
 ///
@@ -94,7 +94,7 @@ pub struct PingArgs {
     #[arg(value_name = "TO")]
     pub to: String,
     /// How often to ask each of its overlay addresses.
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=i64::from(ping::COUNT_MAX)))]
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=i64::from(PING_COUNT_MAX)))]
     pub count: u8,
     /// How to print.
     #[arg(long, short, value_enum, default_value_t = Output::Table)]

@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use super::apply::Manager;
 use super::auth::{Identity, Verb};
 use super::selector::Selector;
-use super::server::{Fault, Shared};
+use super::shared::{Fault, Shared};
 use super::store::{StoreError, Write};
 use super::watch::{ListQuery, bookmark, event_line, page, shape};
 

@@ -27,6 +27,8 @@ pub mod store;
 pub mod watch;
 
 mod server;
+mod shared;
 
 pub use auth::Identity;
-pub use server::{ApiHandle, ApiOptions, ApiServer, Fault};
+pub use server::{ApiHandle, ApiOptions, ApiServer};
+pub use shared::Fault;

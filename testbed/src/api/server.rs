@@ -1,8 +1,7 @@
 //! The server: TLS, listeners, and the handle tests hold.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -12,82 +11,14 @@ use hyper_util::service::TowerToHyperService;
 use rand::RngExt as _;
 use serde_json::Value;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
 use super::apply::Manager;
-use super::auth::{Identity, Tokens};
+use super::auth::Identity;
 use super::http::router;
 use super::kubeconfig::kubeconfig;
-use super::store::{Store, StoreError, Write};
-
-/// What the server does to every request until told otherwise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Fault {
-    #[default]
-    None,
-    /// 503 for everything.
-    Unavailable,
-    /// 429 for everything.
-    TooManyRequests,
-    /// Every answer this much later.
-    Delay(Duration),
-    /// Watches stay open and say nothing.
-    StallWatches,
-}
-
-/// What requests and tests share.
-#[derive(Debug)]
-pub(super) struct Shared {
-    store: Mutex<Store>,
-    tokens: Mutex<Tokens>,
-    fault: Mutex<Fault>,
-    changed: watch::Sender<u64>,
-    watch_epoch: AtomicU64,
-    refused: watch::Sender<u64>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Shared {
-    pub(super) fn store(&self) -> MutexGuard<'_, Store> {
-        lock(&self.store)
-    }
-
-    pub(super) fn tokens(&self) -> MutexGuard<'_, Tokens> {
-        lock(&self.tokens)
-    }
-
-    pub(super) fn fault(&self) -> Fault {
-        *lock(&self.fault)
-    }
-
-    /// Counts a request a fault refused.
-    pub(super) fn count_refused(&self) {
-        self.refused.send_modify(|count| *count = count.saturating_add(1));
-    }
-
-    /// Wakes the watches.
-    pub(super) fn notify(&self) {
-        self.changed.send_modify(|count| *count = count.wrapping_add(1));
-    }
-
-    pub(super) fn changes(&self) -> watch::Receiver<u64> {
-        self.changed.subscribe()
-    }
-
-    pub(super) fn watch_epoch(&self) -> u64 {
-        self.watch_epoch.load(Ordering::Relaxed)
-    }
-
-    /// Now, as `creationTimestamp` writes it.
-    pub(super) fn timestamp(&self) -> String {
-        let now = k8s_openapi::jiff::Timestamp::now();
-        now.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
-    }
-}
+use super::shared::{Fault, Shared};
+use super::store::{StoreError, Write};
 
 /// Where to listen and under which names.
 #[derive(Debug, Clone)]
@@ -117,14 +48,7 @@ impl ApiServer {
         let mut names: Vec<String> = vec!["localhost".into()];
         names.extend(options.listen.iter().map(|address| address.ip().to_string()));
         let (acceptor, ca_pem) = certificate(names)?;
-        let shared = Arc::new(Shared {
-            store: Mutex::default(),
-            tokens: Mutex::default(),
-            fault: Mutex::default(),
-            changed: watch::channel(0).0,
-            watch_epoch: AtomicU64::new(0),
-            refused: watch::channel(0).0,
-        });
+        let shared = Arc::<Shared>::default();
         let (mut addresses, mut tasks) = (Vec::new(), Vec::new());
         for address in &options.listen {
             let listener = TcpListener::bind(address)
@@ -221,21 +145,17 @@ impl ApiHandle {
     }
 
     pub fn set_fault(&self, fault: Fault) {
-        *lock(&self.shared.fault) = fault;
-        self.shared.notify();
+        self.shared.set_fault(fault);
     }
 
     /// Returns once faults have refused `count` requests.
     pub async fn wait_refused(&self, count: u64) {
-        let mut refused = self.shared.refused.subscribe();
-        // The sender lives in `shared`, which we hold: this cannot fail before the count is reached.
-        let _reached = refused.wait_for(|refused| *refused >= count).await;
+        self.shared.wait_refused(count).await;
     }
 
     /// Cuts every open watch.
     pub fn close_watches(&self) {
-        self.shared.watch_epoch.fetch_add(1, Ordering::Relaxed);
-        self.shared.notify();
+        self.shared.close_watches();
     }
 
     /// Forgets history: a watch that resumes from before is told 410 Gone.
