@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use super::files::{MESHD_GROUP, Pki};
 use super::record::{self, Component, Record};
 use super::settings::{self, NODE_DIR, Network, ProxyMode};
-use super::{forward, report};
+use super::{forward, logs};
 use crate::lab::{
     self, API_ADDRESS_V4, CLUSTER_CIDRS, Hybrid, Lab, Namespace, NodePlan, ProcessRef, Programs,
     hybrid_plan,
@@ -95,7 +95,7 @@ impl Kube {
     pub fn build(lab: Lab, plan: &Plan, logs: &Path) -> Result<Self> {
         let mut this = Self::lay_wires(lab, plan)?;
         let Err(error) = this.fill(plan) else { return Ok(this) };
-        let kept = report::collect(&this.lab.dir(), &this.dir, Some(&this.record.tools), logs);
+        let kept = logs::collect(&this.lab.dir(), &this.dir, Some(&this.record.tools), logs);
         Err(error.context(match kept {
             Ok(()) => format!("the cluster did not come up; logs are in {}", logs.display()),
             Err(kept) => format!("the cluster did not come up, and its logs are lost: {kept:#}"),
@@ -312,11 +312,6 @@ impl Kube {
             let words = ["-n", "kube-system", "wait", "--for=condition=Available", now];
             self.kubectl(&[&words[..], &["deployment/coredns"]].concat()).map(|_| ())
         })
-    }
-
-    /// Everything about the cluster, for people and programs.
-    pub fn summary(&self) -> Result<report::Summary> {
-        report::summary(self)
     }
 
     fn pki_dir(&self) -> PathBuf {

@@ -16,6 +16,7 @@ mod e2e;
 mod files;
 mod forward;
 mod images;
+mod logs;
 mod pki;
 mod record;
 mod report;
@@ -334,7 +335,7 @@ fn collect_logs(options: &KubeOptions, to: &Path) -> Result<()> {
         .with_context(|| format!("there is no cluster {}", options.name))?;
     let dir = state.disks.unwrap_or_else(|| options.dir.join(&options.name));
     let tools = record::Record::load(&dir)?.map(|record| record.tools);
-    report::collect(&State::dir(&options.name), &dir, tools.as_deref(), to)?;
+    logs::collect(&State::dir(&options.name), &dir, tools.as_deref(), to)?;
     progress(&format!("logs are in {}", to.display()));
     Ok(())
 }

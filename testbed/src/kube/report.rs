@@ -1,19 +1,14 @@
-//! What is said about a cluster: a summary for people and programs, and its logs in one folder.
+//! What is said about a cluster, for people and programs.
 
 use std::fs;
-use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::Value;
 
 use super::cluster::Kube;
-use super::record;
 use super::settings::{ProxyMode, SERVICE_CIDRS};
 use crate::lab::CLUSTER_CIDRS;
-
-/// A log is cut to its end beyond this: a cluster that failed for hours fills no disk.
-const LOG_BYTES: u64 = 16 << 20;
 
 #[derive(Debug, Clone, Serialize)]
 pub struct Summary {
@@ -57,69 +52,73 @@ pub struct ComponentSummary {
     pub memory_mib: u64,
 }
 
-pub(super) fn summary(kube: &Kube) -> Result<Summary> {
-    let ask = |words: &[&str]| -> Result<Value> {
-        let answer = kube.kubectl(&[words, &["--request-timeout=10s", "-o", "json"]].concat())?;
-        serde_json::from_str(&answer).context("kubectl answered no JSON")
-    };
-    let answers = ask(&["version"]).and_then(|version| Ok((version, ask(&["get", "nodes"])?)));
-    let problem = answers.as_ref().err().map(|error| format!("{error:#}"));
-    let (version, nodes) = answers.unwrap_or_default();
-    let objects = nodes.get("items").and_then(Value::as_array).cloned().unwrap_or_default();
-    let nodes = kube.plan.iter().map(|plan| {
-        let object = objects.iter().find(|object| {
-            object.pointer("/metadata/name").and_then(Value::as_str) == Some(&plan.name)
-        });
-        let cidrs = object.and_then(|object| object.pointer("/spec/podCIDRs")?.as_array());
-        NodeSummary {
-            name: plan.name.clone(),
-            site: plan.site.clone(),
-            reachable: plan.reachable,
-            powered: kube.node(&plan.name).is_ok_and(|node| node.is_alive()),
-            ready: object.is_some_and(is_ready),
-            addresses: plan.addresses.iter().map(ToString::to_string).collect(),
-            pod_cidrs: cidrs
-                .into_iter()
-                .flatten()
-                .filter_map(Value::as_str)
-                .map(str::to_owned)
-                .collect(),
-        }
-    });
-    let components: Vec<ComponentSummary> = kube
-        .record
-        .components
-        .iter()
-        .map(|component| {
-            let pid = component.process.filter(|process| process.is_alive()).map(|one| one.pid);
-            ComponentSummary {
-                place: component.place.clone(),
-                name: component.name.clone(),
-                pid,
-                memory_mib: pid.map(memory_mib).unwrap_or_default(),
+impl Kube {
+    /// Everything about the cluster.
+    pub fn summary(&self) -> Result<Summary> {
+        let ask = |words: &[&str]| -> Result<Value> {
+            let answer =
+                self.kubectl(&[words, &["--request-timeout=10s", "-o", "json"]].concat())?;
+            serde_json::from_str(&answer).context("kubectl answered no JSON")
+        };
+        let answers = ask(&["version"]).and_then(|version| Ok((version, ask(&["get", "nodes"])?)));
+        let problem = answers.as_ref().err().map(|error| format!("{error:#}"));
+        let (version, nodes) = answers.unwrap_or_default();
+        let objects = nodes.get("items").and_then(Value::as_array).cloned().unwrap_or_default();
+        let nodes = self.plan.iter().map(|plan| {
+            let object = objects.iter().find(|object| {
+                object.pointer("/metadata/name").and_then(Value::as_str) == Some(&plan.name)
+            });
+            let cidrs = object.and_then(|object| object.pointer("/spec/podCIDRs")?.as_array());
+            NodeSummary {
+                name: plan.name.clone(),
+                site: plan.site.clone(),
+                reachable: plan.reachable,
+                powered: self.node(&plan.name).is_ok_and(|node| node.is_alive()),
+                ready: object.is_some_and(is_ready),
+                addresses: plan.addresses.iter().map(ToString::to_string).collect(),
+                pod_cidrs: cidrs
+                    .into_iter()
+                    .flatten()
+                    .filter_map(Value::as_str)
+                    .map(str::to_owned)
+                    .collect(),
             }
+        });
+        let components: Vec<ComponentSummary> = self
+            .record
+            .components
+            .iter()
+            .map(|component| {
+                let pid = component.process.filter(|process| process.is_alive()).map(|one| one.pid);
+                ComponentSummary {
+                    place: component.place.clone(),
+                    name: component.name.clone(),
+                    pid,
+                    memory_mib: pid.map(memory_mib).unwrap_or_default(),
+                }
+            })
+            .collect();
+        let texts = |list: [&str; 2]| list.map(str::to_owned).to_vec();
+        Ok(Summary {
+            cluster: self.record.lab.clone(),
+            kubernetes: version
+                .pointer("/serverVersion/gitVersion")
+                .and_then(Value::as_str)
+                .unwrap_or("unknown")
+                .to_owned(),
+            kubeconfig: self.kubeconfig().display().to_string(),
+            server: format!("https://127.0.0.1:{}", self.record.port),
+            tools: self.record.tools.display().to_string(),
+            logs: self.lab.dir().display().to_string(),
+            proxy_mode: self.record.proxy_mode,
+            cluster_cidrs: texts(CLUSTER_CIDRS),
+            service_cidrs: texts(SERVICE_CIDRS),
+            nodes: nodes.collect(),
+            memory_mib: components.iter().map(|component| component.memory_mib).sum(),
+            components,
+            problem,
         })
-        .collect();
-    let texts = |list: [&str; 2]| list.map(str::to_owned).to_vec();
-    Ok(Summary {
-        cluster: kube.record.lab.clone(),
-        kubernetes: version
-            .pointer("/serverVersion/gitVersion")
-            .and_then(Value::as_str)
-            .unwrap_or("unknown")
-            .to_owned(),
-        kubeconfig: kube.kubeconfig().display().to_string(),
-        server: format!("https://127.0.0.1:{}", kube.record.port),
-        tools: kube.record.tools.display().to_string(),
-        logs: kube.lab.dir().display().to_string(),
-        proxy_mode: kube.record.proxy_mode,
-        cluster_cidrs: texts(CLUSTER_CIDRS),
-        service_cidrs: texts(SERVICE_CIDRS),
-        nodes: nodes.collect(),
-        memory_mib: components.iter().map(|component| component.memory_mib).sum(),
-        components,
-        problem,
-    })
+    }
 }
 
 fn is_ready(node: &Value) -> bool {
@@ -179,64 +178,4 @@ pub(super) fn table(summary: &Summary) -> String {
         summary.kubeconfig, summary.tools, summary.logs
     ));
     text
-}
-
-/// Copies every log of a lab, whatever state it is in, into `to`: one folder per namespace, pods' logs with their
-/// nodes, and what the API server knows where it still answers.
-pub(super) fn collect(
-    lab_dir: &Path,
-    cluster_dir: &Path,
-    tools: Option<&Path>,
-    to: &Path,
-) -> Result<()> {
-    // Replaces logs of an earlier time, and nothing that is not ours.
-    record::make_dir(to)?;
-    for entry in fs::read_dir(lab_dir).into_iter().flatten().flatten() {
-        let place = to.join(entry.file_name());
-        for log in fs::read_dir(entry.path()).into_iter().flatten().flatten() {
-            copy_end(&log.path(), &place.join(log.file_name()))?;
-        }
-        let pods = cluster_dir.join(entry.file_name()).join("log/pods");
-        for pod in fs::read_dir(pods).into_iter().flatten().flatten() {
-            for container in fs::read_dir(pod.path()).into_iter().flatten().flatten() {
-                for log in fs::read_dir(container.path()).into_iter().flatten().flatten() {
-                    let name = [pod.file_name(), container.file_name(), log.file_name()]
-                        .map(|name| name.to_string_lossy().into_owned());
-                    copy_end(&log.path(), &place.join("pods").join(name.join("_")))?;
-                }
-            }
-        }
-    }
-    if let Some(tools) = tools {
-        for (name, words) in [
-            ("nodes.yaml", vec!["get", "nodes", "-o", "yaml"]),
-            ("pods.txt", vec!["describe", "pods", "-A"]),
-            ("events.txt", vec!["get", "events", "-A", "--sort-by=.metadata.creationTimestamp"]),
-        ] {
-            let mut command = std::process::Command::new(tools.join("kubectl"));
-            command.arg("--kubeconfig").arg(cluster_dir.join("kubeconfig"));
-            command.arg("--request-timeout=5s").args(words);
-            if let Ok(output) = command.output() {
-                let text = [output.stdout, output.stderr].concat();
-                fs::write(to.join(name), text)?;
-            }
-        }
-    }
-    Ok(())
-}
-
-fn copy_end(from: &Path, to: &Path) -> Result<()> {
-    use std::io::{Seek as _, SeekFrom};
-    if !from.is_file() {
-        return Ok(());
-    }
-    if let Some(parent) = to.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    let mut source = fs::File::open(from)?;
-    let length = source.metadata()?.len();
-    source.seek(SeekFrom::Start(length.saturating_sub(LOG_BYTES)))?;
-    std::io::copy(&mut std::io::Read::take(source, LOG_BYTES), &mut fs::File::create(to)?)
-        .with_context(|| format!("cannot copy {}", from.display()))?;
-    Ok(())
 }

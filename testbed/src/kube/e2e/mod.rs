@@ -23,7 +23,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use super::cluster::Kube;
-use super::report;
+use super::logs;
 use super::settings::Network;
 use crate::oracle::{self, Leak, Oracle, Report, Watch};
 use crate::progress;
@@ -132,7 +132,7 @@ pub(super) fn run(kube: &mut Kube, options: &E2eOptions) -> Result<bool> {
     if outcomes.iter().any(|outcome| !outcome.ok) {
         let kube = &suite.kube;
         let tools = Some(kube.record.tools.as_path());
-        report::collect(&kube.lab.dir(), &kube.dir, tools, &options.logs)?;
+        logs::collect(&kube.lab.dir(), &kube.dir, tools, &options.logs)?;
         progress(&format!("logs are in {}", options.logs.display()));
     }
     suite.clean()?;
