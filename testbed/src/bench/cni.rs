@@ -7,7 +7,6 @@
 //!         a veth pair deleted, and nothing else: what of DEL is the kernel's
 //! ```
 
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
@@ -119,19 +118,8 @@ pub(super) fn run(options: &CniOptions) -> Result<()> {
         }
     }
     let mut figures = figures(&times, &removals, plugins[1].name, in_turn, at_once);
-    figures.retain(|figure| options.only.as_deref().is_none_or(|only| only == figure.name));
-    print(&Report::new(options.rounds, figures), options.json)
-}
-
-fn print(report: &Report, json: bool) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    if json {
-        serde_json::to_writer_pretty(&mut out, report)?;
-        writeln!(out)?;
-    } else {
-        write!(out, "{}", report.table())?;
-    }
-    Ok(())
+    figures.retain(|figure| options.only.as_deref().is_none_or(|only| *only == figure.name));
+    Report::new(options.rounds, figures).print(options.json)
 }
 
 fn one_after_another(plugin: &Plugin, pods: &Pods, times: &mut Times) -> Result<()> {
@@ -260,7 +248,7 @@ mod tests {
             del_100_total: round(),
         };
         let figures = figures(&[times(), times()], &round(), "peer", true, true);
-        let mut made: Vec<&str> = figures.iter().map(|figure| figure.name).collect();
+        let mut made: Vec<&str> = figures.iter().map(|figure| &*figure.name).collect();
         let mut known = NAMES;
         made.sort_unstable();
         known.sort_unstable();

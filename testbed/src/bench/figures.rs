@@ -1,80 +1,101 @@
 //! Figures, as a table for people and as JSON for programs.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::time::Duration;
 
+use anyhow::Result;
 use serde::Serialize;
 
-/// One figure beside the peer's.
+/// One figure, beside the peer's where there is one.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Figure {
-    pub name: &'static str,
+    pub name: String,
     pub value: f64,
     pub unit: &'static str,
-    /// Lowest and highest of the rounds.
-    pub spread: [f64; 2],
     /// Who was measured beside us; `null` for what has no peer.
     pub peer: Option<&'static str>,
     pub peer_value: Option<f64>,
-    pub peer_spread: Option<[f64; 2]>,
     /// Ours divided by theirs.
     pub ratio: Option<f64>,
-    /// The ratio may be at most this.
+    /// The ratio may be at most this; without a peer, the value.
     pub must: Option<f64>,
     /// What we would like it to be.
     pub aim: Option<f64>,
     /// Whether `must` holds; true where there is none.
     pub ok: bool,
+    #[serde(skip)]
+    pub spread: Spread,
+}
+
+/// Lowest and highest of what a figure was made from.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct Spread {
+    pub ours: [f64; 2],
+    pub peer: Option<[f64; 2]>,
 }
 
 impl Figure {
     /// Values of each round in milliseconds, ours and theirs; `statistic` makes one of all of a side's.
     pub(super) fn compared(
-        name: &'static str,
+        name: impl Into<String>,
         peer: &'static str,
         rounds: [&[Vec<Duration>]; 2],
         statistic: fn(&[f64]) -> f64,
         targets: (Option<f64>, Option<f64>),
     ) -> Self {
-        let [(value, spread), (peer_value, peer_spread)] =
+        let [(value, ours), (peer_value, theirs)] =
             rounds.map(|rounds| summary(rounds, statistic));
         let ratio = value / peer_value;
         let (must, aim) = targets;
         Self {
-            name,
+            name: name.into(),
             value,
             unit: "ms",
-            spread,
             peer: Some(peer),
             peer_value: Some(peer_value),
-            peer_spread: Some(peer_spread),
             ratio: Some(ratio),
             must,
             aim,
             ok: must.is_none_or(|must| ratio <= must),
+            spread: Spread { ours, peer: Some(theirs) },
         }
     }
 
     /// A figure without a peer.
     pub(super) fn alone(
-        name: &'static str,
+        name: impl Into<String>,
         unit: &'static str,
         value: f64,
         spread: [f64; 2],
     ) -> Self {
         Self {
-            name,
+            name: name.into(),
             value,
             unit,
-            spread,
             peer: None,
             peer_value: None,
-            peer_spread: None,
             ratio: None,
             must: None,
             aim: None,
             ok: true,
+            spread: Spread { ours: spread, peer: None },
         }
+    }
+
+    /// The highest of these, which may be at most `must`. Nothing measured is a figure that is missed.
+    pub(crate) fn highest(
+        name: impl Into<String>,
+        unit: &'static str,
+        values: &[f64],
+        must: f64,
+    ) -> Self {
+        let low = values.iter().copied().fold(f64::INFINITY, f64::min);
+        let high = values.iter().copied().fold(0.0, f64::max);
+        let ok = !values.is_empty() && high <= must;
+        let low = low.min(high);
+        Self { must: Some(must), ok, ..Self::alone(name, unit, high, [low, high]) }
     }
 }
 
@@ -86,10 +107,12 @@ pub struct Report {
     pub kernel: String,
     pub rounds: usize,
     pub figures: Vec<Figure>,
+    /// By figure: lowest and highest of the rounds.
+    pub spreads: BTreeMap<String, Spread>,
 }
 
 impl Report {
-    pub(super) fn new(rounds: usize, figures: Vec<Figure>) -> Self {
+    pub(crate) fn new(rounds: usize, figures: Vec<Figure>) -> Self {
         let information = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let processor = information
             .lines()
@@ -101,35 +124,53 @@ impl Report {
             processors: std::thread::available_parallelism().map_or(1, usize::from),
             kernel: kernel.trim().to_owned(),
             rounds,
+            spreads: figures.iter().map(|one| (one.name.clone(), one.spread)).collect(),
             figures,
         }
     }
 
-    /// For people.
-    pub(super) fn table(&self) -> String {
-        let Self { processor, processors, kernel, rounds, figures } = self;
-        let mut text =
-            format!("{processors} x {processor}, Linux {kernel}, {rounds} rounds in turn\n\n");
-        let mut line = |cells: [&str; 7]| {
-            let [name, ours, spread, theirs, their_spread, ratio, must] = cells;
-            let _ = writeln!(
-                text,
-                "{name:<22} {ours:>10} {spread:>15}  {theirs:>10} {their_spread:>15}  {ratio:>6}  {must}"
-            );
+    /// On stdout: the table, or one JSON document.
+    pub(crate) fn print(&self, json: bool) -> Result<()> {
+        let mut out = std::io::stdout().lock();
+        if json {
+            serde_json::to_writer_pretty(&mut out, self)?;
+            writeln!(out)?;
+        } else {
+            out.write_all(self.table().as_bytes())?;
+        }
+        Ok(())
+    }
+
+    /// For people. Columns of a peer only where there is one.
+    fn table(&self) -> String {
+        let Self { processor, processors, kernel, rounds, figures, .. } = self;
+        let compared = figures.iter().any(|figure| figure.peer.is_some());
+        let mut text = format!("{processors} x {processor}, Linux {kernel}, {rounds} rounds\n\n");
+        let mut line = |[name, ours, spread, theirs, their_spread, ratio, must]: [&str; 7]| {
+            let _ = write!(text, "{name:<28} {ours:>10} {spread:>17}");
+            if compared {
+                let _ = write!(text, "  {theirs:>10} {their_spread:>17}  {ratio:>6}");
+            }
+            let _ = writeln!(text, "  {must}");
         };
-        line(["", "ours", "of rounds", "theirs", "of rounds", "ratio", "at most"]);
+        let ours = if compared { "ours" } else { "highest" };
+        line(["", ours, "of rounds", "theirs", "of rounds", "ratio", "at most"]);
         for figure in figures {
             let number = |value: f64| format!("{value:.1} {}", figure.unit);
             let range = |[low, high]: [f64; 2]| format!("{low:.1} - {high:.1}");
+            let must = figure.must.map(|must| match figure.peer {
+                Some(_) => format!("{must:.2}"),
+                None => format!("{must:.0} {}", figure.unit),
+            });
             line([
-                figure.name,
+                &figure.name,
                 &number(figure.value),
-                &range(figure.spread),
+                &range(figure.spread.ours),
                 &figure.peer_value.map_or_else(String::new, number),
-                &figure.peer_spread.map_or_else(String::new, range),
+                &figure.spread.peer.map_or_else(String::new, range),
                 &figure.ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}")),
-                &figure.must.map_or_else(String::new, |must| {
-                    format!("{must:.2} {}", if figure.ok { "ok" } else { "MISSED" })
+                &must.map_or_else(String::new, |must| {
+                    format!("{must} {}", if figure.ok { "ok" } else { "MISSED" })
                 }),
             ]);
         }
@@ -189,10 +230,32 @@ mod tests {
     fn a_figure_compares_all_rounds_and_shows_how_they_differ() {
         let (ours, theirs) = (rounds(&[&[3, 1, 2], &[5, 4, 6]]), rounds(&[&[10], &[20]]));
         let figure = Figure::compared("x", "peer", [&ours, &theirs], median, (Some(0.5), None));
-        assert_eq!((figure.value, figure.spread), (3.0, [2.0, 5.0]));
+        assert_eq!((figure.value, figure.spread.ours), (3.0, [2.0, 5.0]));
         assert_eq!((figure.peer_value, figure.ratio, figure.ok), (Some(10.0), Some(0.3), true));
         let figure = Figure::compared("x", "peer", [&theirs, &ours], median, (Some(0.5), None));
         assert!(!figure.ok);
+    }
+
+    #[test]
+    fn a_figure_without_a_peer_is_limited_itself() {
+        let figure = |values: &[f64]| Figure::highest("x", "ms", values, 10.0);
+        let good = figure(&[3.0, 10.0]);
+        assert_eq!((good.value, good.spread.ours, good.ok), (10.0, [3.0, 10.0], true));
+        assert!(!figure(&[3.0, 10.1]).ok);
+        assert!(!figure(&[]).ok, "nothing was measured");
+    }
+
+    #[test]
+    fn a_figure_in_json_has_the_fields_programs_read() {
+        let ours = rounds(&[&[1]]);
+        let figure = Figure::compared("x", "peer", [&ours, &ours], median, (Some(0.5), None));
+        let json = serde_json::to_value(Report::new(1, vec![figure])).unwrap();
+        let mut fields: Vec<&String> = json["figures"][0].as_object().unwrap().keys().collect();
+        fields.sort();
+        let wanted =
+            ["aim", "must", "name", "ok", "peer", "peer_value", "ratio", "unit", "value"];
+        assert_eq!(fields, wanted);
+        assert!(json["spreads"]["x"]["peer"].is_array());
     }
 
     #[test]

@@ -34,7 +34,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 pub use cluster::{Kube, Plan};
 pub use control::ControlPlane;
-pub use e2e::E2eOptions;
+pub use e2e::{E2eOptions, KubeBenchOptions};
 pub use forward::{ForwardOptions, serve as forward};
 pub use report::{ComponentSummary, NodeSummary, Summary};
 pub use settings::{DNS_IMAGE, MESHD_IMAGE, Network, PAUSE_IMAGE, ProxyMode, TOOL_IMAGE};
@@ -98,6 +98,8 @@ pub enum KubeCommand {
     Logs { to: PathBuf },
     /// Run the end-to-end suite on the cluster
     E2e(E2eOptions),
+    /// Measure memory of the daemons, and how soon nodes and pods work; ends with 1 where a limit is missed
+    Bench(KubeBenchOptions),
 }
 
 #[derive(Debug, Clone, clap::Args)]
@@ -169,6 +171,10 @@ pub fn run(options: &KubeOptions) -> Result<bool> {
         KubeCommand::E2e(e2e) => {
             let _lock = lock(name)?;
             return e2e::run(&mut open()?, e2e);
+        }
+        KubeCommand::Bench(bench) => {
+            let _lock = lock(name)?;
+            return e2e::bench(&mut open()?, bench);
         }
     }
     Ok(true)

@@ -2,8 +2,9 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -49,6 +50,42 @@ pub(super) fn check(from: &Party, to: &Party, family: Family, canary: &Canary) -
     bail!("no reply from {target} to {ATTEMPTS} requests, {ATTEMPT_TIMEOUT:?} each")
 }
 
+/// Pings an address from a network namespace until there is an answer, and says when that came. `every` is what the answer
+/// may be late by.
+pub(crate) fn first_answer(
+    netns: &Path,
+    target: IpAddr,
+    canary: &Canary,
+    every: Duration,
+    within: Duration,
+) -> Result<SystemTime> {
+    let family = Family::of(target);
+    let identifier = NEXT_IDENTIFIER.fetch_add(1, Ordering::Relaxed);
+    let sender = crate::lab::run_in_netns(netns, || open(family))?;
+    let end = Instant::now() + within;
+    let mut sequence = 0u16;
+    while Instant::now() < end {
+        sequence = sequence.wrapping_add(1);
+        let request = request(family, identifier, sequence, canary);
+        // Refused as long as there is no way.
+        let _ = sendto(&sender, &request, SendFlags::empty(), &SocketAddr::new(target, 0));
+        let next = Instant::now() + every;
+        while let Some(left) = next.checked_duration_since(Instant::now()) {
+            let left = Timespec::try_from(left)?;
+            if poll(&mut [PollFd::new(&sender, PollFlags::IN)], Some(&left))? == 0 {
+                break;
+            }
+            // To whichever of ours it is: raw sockets see answers to others, too.
+            let Ok((message, source)) = receive(&sender, family) else { continue };
+            let ours = message.get(4..6) == Some(&identifier.to_be_bytes()[..]);
+            if source == target && ours && message.first() == Some(&types(family).1) {
+                return Ok(SystemTime::now());
+            }
+        }
+    }
+    bail!("no answer from {target} to {sequence} pings within {within:?}")
+}
+
 struct Wanted<'a> {
     family: Family,
     identifier: u16,
@@ -81,28 +118,34 @@ fn await_echo(
     kind: u8,
     begin: Instant,
 ) -> Result<Option<(IpAddr, Duration)>> {
-    let mut buffer = [0; 2048];
     loop {
         let Some(left) = ATTEMPT_TIMEOUT.checked_sub(begin.elapsed()) else { return Ok(None) };
         let timeout = Timespec::try_from(left)?;
         if poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&timeout))? == 0 {
             return Ok(None);
         }
-        let (count, _, source) = recvfrom(socket, &mut buffer, RecvFlags::DONTWAIT)?;
-        let source =
-            source.and_then(|source| SocketAddr::try_from(source).ok()).context("no source")?;
-        let message = match wanted.family {
-            // A raw IPv4 socket hands over the IP header too (raw(7)), an IPv6 one does not.
-            Family::V4 => {
-                let header = buffer.first().map_or(0, |first| usize::from(first & 0xf) * 4);
-                buffer.get(header..count).unwrap_or_default()
-            }
-            Family::V6 => buffer.get(..count).unwrap_or_default(),
-        };
-        if wanted.is(message, kind) {
-            return Ok(Some((source.ip(), begin.elapsed())));
+        let (message, source) = receive(socket, wanted.family)?;
+        if wanted.is(&message, kind) {
+            return Ok(Some((source, begin.elapsed())));
         }
     }
+}
+
+/// One message without its IP header, and who sent it.
+fn receive(socket: &OwnedFd, family: Family) -> Result<(Vec<u8>, IpAddr)> {
+    let mut buffer = [0; 2048];
+    let (count, _, source) = recvfrom(socket, &mut buffer, RecvFlags::DONTWAIT)?;
+    let source =
+        source.and_then(|source| SocketAddr::try_from(source).ok()).context("no source")?;
+    let message = match family {
+        // A raw IPv4 socket hands over the IP header too (raw(7)), an IPv6 one does not.
+        Family::V4 => {
+            let header = buffer.first().map_or(0, |first| usize::from(first & 0xf) * 4);
+            buffer.get(header..count).unwrap_or_default()
+        }
+        Family::V6 => buffer.get(..count).unwrap_or_default(),
+    };
+    Ok((message.to_vec(), source.ip()))
 }
 
 fn open(family: Family) -> Result<OwnedFd> {

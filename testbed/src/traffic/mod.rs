@@ -20,6 +20,7 @@ use serde::Serialize;
 use crate::canary::Canary;
 use crate::lab::Pod;
 
+pub(crate) use icmp::first_answer;
 pub use probe::{Gap, GapProbe};
 pub use tcp::throughput_gbps;
 

@@ -8,6 +8,7 @@
 //!
 //! A capture on every wire between nodes runs from the first test to the last: pod traffic in clear fails the suite.
 
+mod bench;
 mod faults;
 mod mesh;
 mod power;
@@ -27,6 +28,8 @@ use super::logs;
 use super::settings::Network;
 use crate::oracle::{self, Leak, Oracle, Report, Watch};
 use crate::progress;
+pub use bench::KubeBenchOptions;
+pub(super) use bench::run as bench;
 use suite::Suite;
 
 #[derive(Debug, Clone, clap::Args)]
