@@ -1,6 +1,7 @@
 //! The data plane in the reconciler's hands: device and socket opened, made again when somebody deleted the device.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use mesh_core::packet::CoalesceOptions;
@@ -14,10 +15,14 @@ use netcfg::udp::{UdpOptions, UdpSocket};
 use tokio::sync::mpsc;
 
 use crate::config::{Config, Kernel};
-use crate::io::{DataEvent, DataPlane, DataPlaneOptions, Snapshots};
+use crate::io::{DataEvent, DataPlane, DataPlaneOptions, Greeter, Snapshots};
 use crate::last_heard::{Endpoints, Recorder};
 use crate::reconcile::Plane;
-use crate::view::{DataFigures, DataSource, View};
+use crate::view::{DataFigures, DataSource, View, condition};
+
+/// What it takes peers to hear of a key from the API server and to let it in: mostly, and on a busy machine. An address that
+/// did not answer is asked once a second, so the second comes after that.
+const HEARD_WITHIN: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(1100)];
 
 /// TUN, socket and shard of this node.
 pub struct NodePlane {
@@ -121,8 +126,28 @@ impl Plane for NodePlane {
         if greet {
             running.greeted = true;
             running.data.initiate_all();
+            tokio::spawn(greet_anew(Arc::clone(&self.view), running.data.greeter()));
         }
         Ok(())
+    }
+}
+
+fn is_published(view: &View) -> bool {
+    view.conditions().iter().any(|one| one.name == condition::PUBLISHED && one.ok)
+}
+
+/// Peers that do not know our key yet let our first handshakes fall, and those behind which no way leads to us would wait for
+/// the next, 5 s: they are asked again when they know.
+async fn greet_anew(view: Arc<View>, greeter: Greeter) {
+    let mut changes = view.changes();
+    while !is_published(&view) {
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+    for pause in HEARD_WITHIN {
+        tokio::time::sleep(pause).await;
+        greeter.initiate_anew();
     }
 }
 

@@ -1,7 +1,7 @@
 //! What control leaves for the shard: newest wins, so nobody waits and nothing piles up.
 //!
 //! ```text
-//!  control ── post ──> [ peers | tun | initiate all | stop | snapshot requests ] ── eventfd ──> shard: take
+//!  control ── post ──> [ peers | tun | initiate | stop | snapshot requests ] ── eventfd ──> shard: take
 //! ```
 //! The lock is held for a move, and the shard takes it only after its eventfd woke it: never per packet.
 
@@ -21,13 +21,21 @@ pub(super) struct Letters<P, T, S> {
     /// A device in place of one that is gone.
     pub(super) tun: Option<T>,
     pub(super) initiate_all: bool,
+    pub(super) initiate_anew: bool,
     pub(super) stop: bool,
     pub(super) snapshots: Vec<SyncSender<S>>,
 }
 
 impl<P, T, S> Default for Letters<P, T, S> {
     fn default() -> Self {
-        Self { peers: None, tun: None, initiate_all: false, stop: false, snapshots: Vec::new() }
+        Self {
+            peers: None,
+            tun: None,
+            initiate_all: false,
+            initiate_anew: false,
+            stop: false,
+            snapshots: Vec::new(),
+        }
     }
 }
 
@@ -54,6 +62,10 @@ impl<P, T, S> Mailbox<P, T, S> {
 
     pub(super) fn initiate_all(&self) {
         self.post(|letters| letters.initiate_all = true);
+    }
+
+    pub(super) fn initiate_anew(&self) {
+        self.post(|letters| letters.initiate_anew = true);
     }
 
     pub(super) fn stop(&self) {

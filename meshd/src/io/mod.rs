@@ -106,6 +106,11 @@ impl DataPlane {
         self.mailbox.initiate_all();
     }
 
+    /// A handle that only begins handshakes.
+    pub fn greeter(&self) -> Greeter {
+        Greeter { mailbox: Arc::clone(&self.mailbox) }
+    }
+
     /// Serves `tun` in place of a device that is gone.
     pub fn replace_tun(&self, tun: Tun) {
         self.mailbox.replace_tun(tun);
@@ -138,6 +143,19 @@ impl Drop for DataPlane {
         if let Err(error) = self.join() {
             tracing::warn!(%error, "stopping the data plane");
         }
+    }
+}
+
+/// See [`DataPlane::greeter`].
+#[derive(Debug)]
+pub struct Greeter {
+    mailbox: Arc<Mailbox>,
+}
+
+impl Greeter {
+    /// Begins a handshake with every peer that has no session, also with those that were asked before and did not answer.
+    pub fn initiate_anew(&self) {
+        self.mailbox.initiate_anew();
     }
 }
 

@@ -217,6 +217,9 @@ impl Shard {
         if letters.initiate_all {
             tunnel.initiate_all(now);
         }
+        if letters.initiate_anew {
+            tunnel.initiate_anew(now);
+        }
         self.transmit(tunnel, now);
         for asker in letters.snapshots {
             // An asker that gave up is gone: nothing to do about it.

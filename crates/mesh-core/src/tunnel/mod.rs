@@ -84,6 +84,8 @@ pub struct Tunnel<F: EngineFactory> {
     /// Where peers that are yet to be set were last heard; see [`Tunnel::remember`].
     remembered: BTreeMap<PublicKey, SocketAddr>,
     initiate_next: MonoTime,
+    /// Whether they begin although one is unanswered.
+    initiate_forced: bool,
     /// Scratch of one call.
     targets: Vec<Endpoint>,
     buffer: HandshakeBuffer,
@@ -110,6 +112,7 @@ impl<F: EngineFactory> Tunnel<F> {
             to_initiate: VecDeque::new(),
             remembered: BTreeMap::new(),
             initiate_next: MonoTime::ZERO,
+            initiate_forced: false,
             targets: Vec::new(),
             buffer: [0; INITIATION_BYTES],
             now: MonoTime::ZERO,

@@ -25,6 +25,14 @@ impl<F: EngineFactory> Tunnel<F> {
         self.now = now;
         self.to_initiate = self.peers.slots().collect();
         self.initiate_next = now;
+        self.initiate_forced = false;
+    }
+
+    /// As [`Self::initiate_all`], also with peers that were asked lately and did not answer: when they may have learned only now
+    /// who we are. An address that was asked within the last second is asked after it.
+    pub fn initiate_anew(&mut self, now: MonoTime) {
+        self.initiate_all(now);
+        self.initiate_forced = true;
     }
 
     /// When [`Self::handle_timeout`] wants to be called, and why.
@@ -48,7 +56,7 @@ impl<F: EngineFactory> Tunnel<F> {
             for _ in 0..INITIATIONS_PER_TURN {
                 let Some(slot) = self.to_initiate.pop_front() else { break };
                 if self.peers.get(slot).is_some_and(|peer| peer.sender(now).is_none()) {
-                    self.begin_handshake(now, slot, false);
+                    self.begin_handshake(now, slot, self.initiate_forced);
                 }
             }
             self.initiate_next = now + Duration::from_millis(INITIATIONS_PAUSE_MS);
@@ -66,6 +74,7 @@ impl<F: EngineFactory> Tunnel<F> {
         let session = peer.sender(now).is_some();
         if !peer.path.may_initiate(now, session, &self.limiter) {
             peer.initiate_at.get_or_insert(now + DEFERRED);
+            peer.initiate_anew |= force;
             self.peers.reschedule(now, slot);
             return;
         }

@@ -129,6 +129,42 @@ fn a_restarted_node_is_heard_by_all_peers_at_once() {
 }
 
 #[test]
+fn a_peer_that_learns_of_us_after_it_was_asked_is_asked_again_within_a_second() {
+    let mut net = Network::mesh(6, 2);
+    // It cannot ask us: we are behind NAT, so to say.
+    let ours = PeerConfig { candidates: Vec::new(), ..net.config_of(0) };
+    net.set_peers(1, &[]);
+    net.initiate_all(0);
+    net.run_ms(300);
+    net.set_peers(1, &[ours]);
+    net.hosts[0].tunnel.initiate_all(net.now);
+    net.run_ms(1_500);
+    assert!(net.snapshot(0, 1).last_handshake.is_none(), "one that is unanswered is left alone");
+
+    net.hosts[0].tunnel.initiate_anew(net.now);
+    net.run_ms(1_100);
+    net.send(1, 0, "known");
+    net.run_ms(100);
+    assert_eq!(net.texts(0, 1), ["known"]);
+}
+
+#[test]
+fn asking_anew_leaves_sessions_alone_and_an_address_its_second() {
+    let mut net = Network::mesh(7, 3);
+    net.hosts[2].up = false;
+    net.send(0, 1, "first");
+    net.send(0, 2, "first");
+    net.run_ms(100);
+    let sent = |net: &Network| net.log.len();
+    let before = sent(&net);
+    net.hosts[0].tunnel.initiate_anew(net.now);
+    net.run_ms(800);
+    assert_eq!(sent(&net), before, "a session, and an address that was asked just now");
+    net.run_ms(400);
+    assert_eq!(sent(&net), before + 1);
+}
+
+#[test]
 fn handshakes_with_a_thousand_peers_are_spread_over_turns_and_all_begun_within_a_second() {
     let mut net = Network::mesh(11, 1);
     let peers: Vec<PeerConfig> = (0..1_000u32)
