@@ -42,7 +42,7 @@ impl Kernel for Linux {
     }
 
     fn pod_link_exists(&self, netns: &Path, name: &str) -> anyhow::Result<bool> {
-        netns::run_in(Netns::open(netns)?, || self.link_exists(name))
+        netns::visit(Netns::open(netns)?, || self.link_exists(name))
     }
 
     fn guard_stands(&self) -> anyhow::Result<bool> {

@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -29,6 +29,8 @@ pub trait Disk {
     fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>>;
     /// Makes a new file with this content, not safe against power loss.
     fn write_new(&self, name: &str, bytes: &[u8]) -> io::Result<Self::File>;
+    /// Puts this content into a file, made where it is missing, in place: one that is killed meanwhile may leave anything in it.
+    fn overwrite(&self, name: &str, bytes: &[u8]) -> io::Result<()>;
     /// Replaces `to` in one instant.
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
     /// A file that is gone already is fine.
@@ -128,6 +130,18 @@ impl Disk for RealDisk {
         Ok(file)
     }
 
+    fn overwrite(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(self.path(name))?;
+        file.write_all_at(bytes, 0)?;
+        let length = bytes.len() as u64;
+        if file.metadata()?.len() > length { file.set_len(length) } else { Ok(()) }
+    }
+
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         fs::rename(self.path(from), self.path(to))
     }
@@ -167,5 +181,23 @@ impl Disk for RealDisk {
                 other => return other.map_err(io::Error::from),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt as _;
+
+    #[test]
+    fn a_file_written_in_place_stays_the_same_file_and_ends_where_its_content_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = RealDisk::create(dir.path()).unwrap();
+        disk.overwrite("file", b"first, and long").unwrap();
+        let before = fs::metadata(dir.path().join("file")).unwrap();
+        assert_eq!(before.mode() & 0o777, 0o600);
+        disk.overwrite("file", b"second").unwrap();
+        assert_eq!(disk.read("file").unwrap().unwrap(), b"second");
+        assert_eq!(fs::metadata(dir.path().join("file")).unwrap().ino(), before.ino());
     }
 }

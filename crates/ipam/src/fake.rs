@@ -158,6 +158,19 @@ impl Disk for FakeDisk {
         Ok(FakeFile { state: Rc::clone(&self.0), inode, claimed: RefCell::new(false) })
     }
 
+    fn overwrite(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let died = self.step();
+        let mut state = self.0.borrow_mut();
+        assert!(state.locked || died.is_err(), "{name} is written without the lock");
+        state.next_inode += 1;
+        let new = state.next_inode;
+        let inode = *state.names.entry(name.to_owned()).or_insert(new);
+        // Killed in the middle: half of it is new.
+        let half = bytes.get(..bytes.len() / 2).unwrap_or_default();
+        state.content.insert(inode, if died.is_err() { half.to_vec() } else { bytes.to_vec() });
+        died
+    }
+
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         self.step()?;
         let mut state = self.0.borrow_mut();

@@ -32,6 +32,9 @@ const RECORD_BYTES_TYPICAL: usize = 1024;
 
 const BOOT_FILE: &str = "boot";
 const CURSOR_FILE: &str = "cursor.state";
+/// Two addresses and an owner's hash take half of it. The file keeps its size and its place: a file put in place of
+/// another, as every ADD would, has the disk written to and the old one's blocks given back before the call returns.
+const CURSOR_BYTES: usize = 512;
 const TEMP_PREFIX: &str = ".tmp-";
 
 /// What the store must know of, and may do to, the kernel.
@@ -423,7 +426,9 @@ impl<D: Disk> Store<D> {
     }
 
     fn write_cursor(&self, cursor: &Cursor) -> Result<(), StoreError> {
-        self.replace(CURSOR_FILE, &json_line(cursor))
+        let mut bytes = json_line(cursor);
+        bytes.resize(bytes.len().max(CURSOR_BYTES), b'\n');
+        self.disk.overwrite(CURSOR_FILE, &bytes).map_err(io_at("write state"))
     }
 
     fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {

@@ -201,7 +201,14 @@ pub fn check_name(name: &str) -> io::Result<()> {
 }
 
 fn end_attributes(name: &str, mac: Option<Mac>, mtu: u32) -> Vec<LinkAttribute> {
-    let mut attributes = vec![LinkAttribute::IfName(name.to_owned()), LinkAttribute::Mtu(mtu)];
+    let mut attributes = vec![
+        LinkAttribute::IfName(name.to_owned()),
+        LinkAttribute::Mtu(mtu),
+        // One queue each way is what a veth gets in the end. Unasked the kernel makes one per possible processor and takes the
+        // others away again, which waits until no processor can see them (`veth_init_queues` in drivers/net/veth.c).
+        LinkAttribute::NumTxQueues(1),
+        LinkAttribute::NumRxQueues(1),
+    ];
     if let Some(mac) = mac {
         attributes.push(LinkAttribute::Address(mac.0.to_vec()));
     }

@@ -14,7 +14,7 @@ use common::{Scratch, privileged};
 use mesh_types::net::ClusterPrefixes;
 use netcfg::guard::{self, GuardConfig, GuardState};
 use netcfg::pod::{self, PodConfig};
-use netcfg::{link, state};
+use netcfg::{link, netns, state};
 
 #[test]
 fn pods_reach_each_other_and_the_world_with_the_right_source() {
@@ -47,6 +47,25 @@ fn pods_reach_each_other_and_the_world_with_the_right_source() {
         lab.node.sh(&format!("ip -d link show {}; ip addr show {0}", one.attachment.host_ifname));
     assert!(shown.contains("mtu 1380") && shown.contains("addrgenmode none"), "{shown}");
     assert!(!shown.contains("inet"), "no address on the host's end: {shown}");
+}
+
+#[test]
+#[allow(clippy::panic)] // what is tested
+fn a_visitor_of_a_namespace_comes_back_also_from_a_panic() {
+    if !privileged() {
+        return;
+    }
+    let there = Scratch::new();
+    let (home, inode) = (netns::current_inode().unwrap(), there.netns.inode().unwrap());
+    assert_ne!(home, inode);
+    assert_eq!(netns::visit(&there.netns, netns::current_inode).unwrap(), inode);
+    assert_eq!(netns::current_inode().unwrap(), home);
+    assert!(netns::visit(&there.netns, || link::get("a/b").map_err(Into::into)).is_err());
+    assert_eq!(netns::current_inode().unwrap(), home);
+    let work = || -> anyhow::Result<()> { panic!("on purpose") };
+    let panicked = std::panic::catch_unwind(|| netns::visit(&there.netns, work));
+    assert!(panicked.is_err());
+    assert_eq!(netns::current_inode().unwrap(), home);
 }
 
 #[test]

@@ -23,7 +23,7 @@ pub fn check(
         return Ok(problems);
     };
     check_host(config, attachment, &host, &host_state(config)?, &mut problems)?;
-    let inside = netns::run_in(netns, || {
+    let inside = netns::visit(netns, || {
         let mut problems = Vec::new();
         check_inside(attachment, &host, &mut problems)?;
         Ok(problems)

@@ -143,7 +143,7 @@ pub fn create_link(
     let pod_mac = pod_mac(attachment)?;
     let host = &attachment.host_ifname;
     if link::get(host).with_context(|| format!("look at {host}"))?.is_some() {
-        let inside = netns::run_in(netns, || Ok(link::get(&attachment.ifname)?))?;
+        let inside = netns::visit(netns, || Ok(link::get(&attachment.ifname)?))?;
         if inside.is_some_and(|inside| inside.mac == Some(pod_mac)) {
             return Ok(());
         }
@@ -179,10 +179,15 @@ pub fn setup_inside(
 ) -> anyhow::Result<()> {
     let host = link::require(&attachment.host_ifname)?;
     let host_mac = host.mac.with_context(|| format!("{} has no hardware address", host.name))?;
-    let receives = netns::run_in(netns, || {
+    let receives = netns::visit(netns, || {
         inside(config, attachment, host_mac)
             .with_context(|| format!("set up {} inside the pod", attachment.ifname))?;
-        watch::wait_until(OPERATIONAL_WITHIN, || all_local(attachment))
+        let late = attachment.addresses.iter().any(IpAddr::is_ipv6);
+        if late {
+            watch::wait_until(OPERATIONAL_WITHIN, || all_local(attachment))
+        } else {
+            Ok(true)
+        }
     })?;
     if !receives || (host.up && !watch::wait_operational(host.index, OPERATIONAL_WITHIN)?) {
         // The pod works a moment later, or CHECK tells why not.
@@ -417,7 +422,7 @@ fn has_another_way_out(ours: &KernelRoute) -> anyhow::Result<bool> {
 }
 
 /// Whether the kernel delivers the pod's addresses. The worker that follows an IPv6 address (`addrconf_dad_work`) makes
-/// its local route even without duplicate address detection, and may be late on a busy node.
+/// its local route even without duplicate address detection, and may be late on a busy node; an IPv4 one has it at once.
 fn all_local(attachment: &Attachment) -> anyhow::Result<bool> {
     let local = route::list(TABLE_LOCAL).context("list local routes")?;
     let delivered =
