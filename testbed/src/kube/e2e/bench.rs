@@ -31,7 +31,7 @@ use crate::lab::Namespace;
 use crate::progress;
 use crate::traffic::first_answer;
 
-/// What the issue of record allows: MiB, milliseconds.
+/// What is promised: MiB, milliseconds.
 const MEMORY_MUST: f64 = 40.0;
 const STATUS_MUST: f64 = 1000.0;
 const STATUS_NEW_MUST: f64 = 3000.0;
@@ -236,7 +236,8 @@ fn boot_id(place: &Namespace) -> Result<String> {
     Ok(text.trim().to_owned())
 }
 
-/// Milliseconds from the start of the first daemon after `since` until STATUS is good and stays so.
+/// Milliseconds from the start of the first daemon after `since` until an answer to STATUS that is good, and so are all after
+/// it.
 fn await_status(place: &Namespace, since: Duration) -> Result<f64> {
     let end = Instant::now() + PATIENCE;
     let begun = loop {
@@ -246,7 +247,7 @@ fn await_status(place: &Namespace, since: Duration) -> Result<f64> {
         ensure!(Instant::now() < end, "no daemon on {} within {PATIENCE:?}", place.name());
         std::thread::sleep(EVERY);
     };
-    let mut good_since = Some(begun);
+    let mut good_since = None;
     let mut why = String::new();
     loop {
         let answer = status(place)?;
