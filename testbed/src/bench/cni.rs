@@ -1,10 +1,10 @@
 //! `bench cni`: the same pods made and taken away by our plugin and by the CNI project's `bridge` with `host-local`.
 //!
 //! ```text
-//! round   ours, theirs (the other way round in every second)
+//! round   ours, theirs (the other way round in every second), pods with both families, then with IPv4 alone
 //!           pods one after another:  ADD ... ADD, DEL ... DEL
 //!           pods at once:            ADD, then DEL
-//!         a veth pair deleted, and nothing else: what of DEL is the kernel's
+//!         a veth pair made, and deleted, and nothing else: what of ADD and DEL is the kernel's
 //! ```
 
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use netcfg::link::{self, VethPair};
-use netcfg::netns::Netns;
+use netcfg::netns::{self, Netns};
 
 use super::figures::{Figure, Report, median, p99, summary};
 use super::node::{Families, Node, Pods};
@@ -40,11 +40,11 @@ pub struct CniOptions {
     #[arg(long, value_name = "NAME", value_parser = NAMES)]
     only: Option<String>,
     /// Rounds, 5 to 50
-    #[arg(long, default_value_t = 7)]
+    #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// Which addresses pods get
-    #[arg(long, value_enum, default_value = "dual")]
-    families: Families,
+    /// Only pods with these addresses [default: either]
+    #[arg(long, value_enum)]
+    families: Option<Families>,
     /// Our plugin [default: beside this program]
     #[arg(long, hide = true)]
     plugin: Option<PathBuf>,
@@ -56,7 +56,7 @@ pub struct CniOptions {
     dir: PathBuf,
 }
 
-const NAMES: [&str; 10] = [
+const NAMES: [&str; 20] = [
     "add_median",
     "add_p99",
     "del_median",
@@ -65,6 +65,16 @@ const NAMES: [&str; 10] = [
     "add_100_total",
     "del_100_p99",
     "del_100_total",
+    "add_median_ipv4",
+    "add_p99_ipv4",
+    "del_median_ipv4",
+    "del_p99_ipv4",
+    "add_100_p99_ipv4",
+    "add_100_total_ipv4",
+    "del_100_p99_ipv4",
+    "del_100_total_ipv4",
+    "link_creation_median",
+    "link_creation_share",
     "link_removal_median",
     "link_removal_share",
 ];
@@ -80,46 +90,128 @@ struct Times {
     del_100_total: Vec<Vec<Duration>>,
 }
 
+/// The two plugins, ours first, on pods of these families.
+struct Match {
+    families: Families,
+    plugins: [Plugin; 2],
+    times: [Times; 2],
+}
+
+/// What has to be measured for the figures that are asked for.
+#[derive(Debug, Clone, Copy)]
+struct Wanted {
+    in_turn: bool,
+    at_once: bool,
+}
+
+impl CniOptions {
+    fn wanted(&self) -> Wanted {
+        let only = self.only.as_deref();
+        let at_once = |only: &str| ["add_100", "del_100"].iter().any(|name| only.starts_with(name));
+        Wanted { in_turn: !only.is_some_and(at_once), at_once: only.is_none_or(at_once) }
+    }
+
+    fn wants(&self, families: Families) -> bool {
+        let of_ipv4 = self.only.as_deref().map(|only| only.ends_with(Families::Ipv4.suffix()));
+        let named = of_ipv4.is_none_or(|of_ipv4| of_ipv4 == (families == Families::Ipv4));
+        named && self.families.is_none_or(|only| only == families)
+    }
+}
+
 pub(super) fn run(options: &CniOptions) -> Result<()> {
     ensure!(
         (ROUNDS_MIN..=ROUNDS_MAX).contains(&options.rounds),
         "--rounds is between {ROUNDS_MIN} and {ROUNDS_MAX}"
     );
-    let node = Node::new(&options.dir, options.families)?;
-    let plugin = match &options.plugin {
+    let node = Node::new(&options.dir)?;
+    let mut matches = matches(options, &node)?;
+    ensure!(!matches.is_empty(), "--only and --families leave nothing to measure");
+    let wanted = options.wanted();
+    let mut links = Links::default();
+    for round in 0..options.rounds {
+        progress(&format!("round {} of {}", round + 1, options.rounds));
+        for one in &mut matches {
+            one.play(&node, round, wanted)?;
+        }
+        if wanted.in_turn {
+            links.measure(&node.pods(PODS_IN_TURN)?)?;
+        }
+    }
+    let mut figures: Vec<Figure> = matches.iter().flat_map(|one| one.figures(wanted)).collect();
+    if let Some(first) = matches.first().filter(|_| wanted.in_turn) {
+        figures.extend(links.figures(&first.times[0]));
+    }
+    figures.retain(|figure| options.only.as_deref().is_none_or(|only| only == figure.name));
+    Report::new(options.rounds, figures).print(options.json)
+}
+
+/// Tables, bridges and folders are made once in the life of a node: before anything is timed.
+fn matches(options: &CniOptions, node: &Node) -> Result<Vec<Match>> {
+    let ours = match &options.plugin {
         Some(plugin) => plugin.clone(),
         None => std::env::current_exe()?.with_file_name("meshd-cni"),
     };
-    let plugins = [node.ours(plugin), node.peer(&options.peer_dir)];
-    let wanted = |prefixes: &[&str]| {
-        let only = options.only.as_deref();
-        only.is_none_or(|only| prefixes.iter().any(|prefix| only.starts_with(prefix)))
-    };
-    let at_once = wanted(&["add_100", "del_100"]);
-    let in_turn = options.only.is_none() || !at_once;
-    // Tables, bridges and folders are made once in the life of a node.
-    for plugin in &plugins {
-        one_after_another(plugin, &node.pods(1)?, &mut Times::default())?;
+    let mut matches = Vec::new();
+    for families in [Families::Dual, Families::Ipv4] {
+        if !options.wants(families) {
+            continue;
+        }
+        let plugins = [node.ours(&ours, families)?, node.peer(&options.peer_dir, families)];
+        for plugin in &plugins {
+            one_after_another(plugin, &node.pods(1)?, &mut Times::default())?;
+        }
+        matches.push(Match { families, plugins, times: Default::default() });
     }
-    let (mut times, mut removals) = ([Times::default(), Times::default()], Vec::new());
-    for round in 0..options.rounds {
-        progress(&format!("round {} of {}", round + 1, options.rounds));
+    Ok(matches)
+}
+
+impl Match {
+    /// The side that begins changes every round.
+    fn play(&mut self, node: &Node, round: usize, wanted: Wanted) -> Result<()> {
         for side in [round % 2, 1 - round % 2] {
-            let (plugin, times) = (&plugins[side], &mut times[side]);
-            if in_turn {
+            let (plugin, times) = (&self.plugins[side], &mut self.times[side]);
+            if wanted.in_turn {
                 one_after_another(plugin, &node.pods(PODS_IN_TURN)?, times)?;
             }
-            if at_once {
+            if wanted.at_once {
                 all_at_once(plugin, &node.pods(PODS_AT_ONCE)?, times)?;
             }
         }
-        if in_turn {
-            removals.push(link_removals(&node.pods(PODS_IN_TURN)?)?);
-        }
+        Ok(())
     }
-    let mut figures = figures(&times, &removals, plugins[1].name, in_turn, at_once);
-    figures.retain(|figure| options.only.as_deref().is_none_or(|only| *only == figure.name));
-    Report::new(options.rounds, figures).print(options.json)
+
+    fn figures(&self, wanted: Wanted) -> Vec<Figure> {
+        let [ours, theirs] = &self.times;
+        let (peer, suffix) = (self.plugins[1].name, self.families.suffix());
+        let compared = |name: &str, rounds: [&[Vec<Duration>]; 2], statistic, must: Option<f64>| {
+            Figure::compared(format!("{name}{suffix}"), peer, rounds, statistic, (must, None))
+        };
+        let (half, same) = (Some(0.5), Some(1.0));
+        let mut figures = Vec::new();
+        if wanted.in_turn {
+            let (add, del) = ([&*ours.add, &*theirs.add], [&*ours.del, &*theirs.del]);
+            figures.extend([
+                compared("add_median", add, median, half),
+                compared("add_p99", add, p99, None),
+                // Most of it is the kernel's, and the same for both.
+                compared("del_median", del, median, same),
+                compared("del_p99", del, p99, None),
+            ]);
+        }
+        if wanted.at_once {
+            let add = [&*ours.add_100, &*theirs.add_100];
+            let del = [&*ours.del_100, &*theirs.del_100];
+            let add_total = [&*ours.add_100_total, &*theirs.add_100_total];
+            let del_total = [&*ours.del_100_total, &*theirs.del_100_total];
+            figures.extend([
+                compared("add_100_p99", add, p99, half),
+                compared("add_100_total", add_total, median, None),
+                compared("del_100_p99", del, p99, same),
+                compared("del_100_total", del_total, median, same),
+            ]);
+        }
+        figures
+    }
 }
 
 fn one_after_another(plugin: &Plugin, pods: &Pods, times: &mut Times) -> Result<()> {
@@ -169,67 +261,57 @@ fn together(plugin: &Plugin, verb: &str, pods: &Pods) -> Result<(Vec<Duration>, 
     })
 }
 
-/// `ip link del` of a pod's pair, without a program around it.
-fn link_removals(pods: &Pods) -> Result<Vec<Duration>> {
-    const NAME: &str = "bench-veth";
-    let mut times = Vec::new();
-    for (_, path) in &pods.0 {
-        let netns = Netns::open(path)?;
-        let pair = VethPair {
-            name: NAME,
-            mac: None,
-            peer_name: "eth0",
-            peer_mac: None,
-            mtu: 1380,
-            peer_netns: Some(&netns),
-        };
-        link::create_veth(&pair).context("make a veth pair")?;
-        let index = link::require(NAME)?.index;
-        link::set_up(index)?;
-        netcfg::netns::run_in(&netns, || Ok(link::set_up(link::require("eth0")?.index)?))?;
-        let begun = Instant::now();
-        link::delete(index).context("delete a veth pair")?;
-        times.push(begun.elapsed());
-    }
-    Ok(times)
+/// A pod's pair of links without a program around it: made with both ends up, and deleted.
+#[derive(Debug, Default)]
+struct Links {
+    made: Vec<Vec<Duration>>,
+    removed: Vec<Vec<Duration>>,
 }
 
-fn figures(
-    [ours, theirs]: &[Times; 2],
-    removals: &[Vec<Duration>],
-    peer: &'static str,
-    in_turn: bool,
-    at_once: bool,
-) -> Vec<Figure> {
-    // Where a target is given for DEL it is theirs; most of it is the kernel's.
-    let (half, same, none) = ((Some(0.5), None), (Some(1.0), None), (None, None));
-    let mut figures = Vec::new();
-    if in_turn {
-        let (add, del) = ([&*ours.add, &*theirs.add], [&*ours.del, &*theirs.del]);
-        let (removal, spread) = summary(removals, median);
-        let (del_median, _) = summary(&ours.del, median);
-        let share = |value: f64| value / del_median * 100.0;
-        figures.extend([
-            Figure::compared("add_median", peer, add, median, half),
-            Figure::compared("add_p99", peer, add, p99, none),
-            Figure::compared("del_median", peer, del, median, same),
-            Figure::compared("del_p99", peer, del, p99, none),
-            Figure::alone("link_removal_median", "ms", removal, spread),
-            Figure::alone("link_removal_share", "%", share(removal), spread.map(share)),
-        ]);
+impl Links {
+    fn measure(&mut self, pods: &Pods) -> Result<()> {
+        const NAME: &str = "bench-veth";
+        let (mut made, mut removed) = (Vec::new(), Vec::new());
+        for (_, path) in &pods.0 {
+            let netns = Netns::open(path)?;
+            let pair = VethPair {
+                name: NAME,
+                mac: None,
+                peer_name: "eth0",
+                peer_mac: None,
+                mtu: 1380,
+                peer_netns: Some(&netns),
+            };
+            let begun = Instant::now();
+            link::create_veth(&pair).context("make a veth pair")?;
+            let index = link::require(NAME)?.index;
+            link::set_up(index)?;
+            netns::visit(&netns, || Ok(link::set_up(link::require("eth0")?.index)?))?;
+            made.push(begun.elapsed());
+            let begun = Instant::now();
+            link::delete(index).context("delete a veth pair")?;
+            removed.push(begun.elapsed());
+        }
+        self.made.push(made);
+        self.removed.push(removed);
+        Ok(())
     }
-    if at_once {
-        let (add, del) = ([&*ours.add_100, &*theirs.add_100], [&*ours.del_100, &*theirs.del_100]);
-        let add_total = [&*ours.add_100_total, &*theirs.add_100_total];
-        let del_total = [&*ours.del_100_total, &*theirs.del_100_total];
-        figures.extend([
-            Figure::compared("add_100_p99", peer, add, p99, half),
-            Figure::compared("add_100_total", peer, add_total, median, none),
-            Figure::compared("del_100_p99", peer, del, p99, same),
-            Figure::compared("del_100_total", peer, del_total, median, same),
-        ]);
+
+    /// What is the kernel's of our ADD and DEL, and in percent.
+    fn figures(&self, ours: &Times) -> Vec<Figure> {
+        let mut figures = Vec::new();
+        for (name, links, whole) in
+            [("creation", &self.made, &ours.add), ("removal", &self.removed, &ours.del)]
+        {
+            let ((value, spread), (whole, _)) = (summary(links, median), summary(whole, median));
+            let share = |value: f64| value / whole * 100.0;
+            figures.extend([
+                Figure::alone(format!("link_{name}_median"), "ms", value, spread),
+                Figure::alone(format!("link_{name}_share"), "%", share(value), spread.map(share)),
+            ]);
+        }
+        figures
     }
-    figures
 }
 
 #[cfg(test)]
@@ -247,7 +329,19 @@ mod tests {
             add_100_total: round(),
             del_100_total: round(),
         };
-        let figures = figures(&[times(), times()], &round(), "peer", true, true);
+        let plugin = || Plugin {
+            name: "peer",
+            program: PathBuf::new(),
+            path: PathBuf::new(),
+            config: String::new(),
+        };
+        let wanted = Wanted { in_turn: true, at_once: true };
+        let mut figures = Links { made: round(), removed: round() }.figures(&times());
+        for families in [Families::Dual, Families::Ipv4] {
+            let plugins = [plugin(), plugin()];
+            let one = Match { families, plugins, times: [times(), times()] };
+            figures.extend(one.figures(wanted));
+        }
         let mut made: Vec<&str> = figures.iter().map(|figure| &*figure.name).collect();
         let mut known = NAMES;
         made.sort_unstable();

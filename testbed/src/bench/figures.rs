@@ -45,8 +45,7 @@ impl Figure {
         statistic: fn(&[f64]) -> f64,
         targets: (Option<f64>, Option<f64>),
     ) -> Self {
-        let [(value, ours), (peer_value, theirs)] =
-            rounds.map(|rounds| summary(rounds, statistic));
+        let [(value, ours), (peer_value, theirs)] = rounds.map(|rounds| summary(rounds, statistic));
         let ratio = value / peer_value;
         let (must, aim) = targets;
         Self {
@@ -252,8 +251,7 @@ mod tests {
         let json = serde_json::to_value(Report::new(1, vec![figure])).unwrap();
         let mut fields: Vec<&String> = json["figures"][0].as_object().unwrap().keys().collect();
         fields.sort();
-        let wanted =
-            ["aim", "must", "name", "ok", "peer", "peer_value", "ratio", "unit", "value"];
+        let wanted = ["aim", "must", "name", "ok", "peer", "peer_value", "ratio", "unit", "value"];
         assert_eq!(fields, wanted);
         assert!(json["spreads"]["x"]["peer"].is_array());
     }

@@ -30,11 +30,19 @@ const SETUP: [&str; 6] = [
 /// Which addresses pods get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum Families {
-    Ipv4,
     Dual,
+    Ipv4,
 }
 
 impl Families {
+    /// What names of its figures end with.
+    pub(super) fn suffix(self) -> &'static str {
+        match self {
+            Self::Dual => "",
+            Self::Ipv4 => "_ipv4",
+        }
+    }
+
     fn of<'a>(self, both: &'a [&'a str; 2]) -> &'a [&'a str] {
         match self {
             Self::Ipv4 => &both[..1],
@@ -46,12 +54,11 @@ impl Families {
 #[derive(Debug)]
 pub(super) struct Node {
     dir: PathBuf,
-    families: Families,
 }
 
 impl Node {
     /// Makes the node out of this process's network namespace, which has to be one of its own.
-    pub(super) fn new(dir: &Path, families: Families) -> Result<Self> {
+    pub(super) fn new(dir: &Path) -> Result<Self> {
         let links = netcfg::link::list().context("list interfaces")?;
         ensure!(
             links.iter().all(|link| link.loopback),
@@ -66,45 +73,48 @@ impl Node {
         for key in ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"] {
             netcfg::sysctl::set(key, "1")?;
         }
-        let node = Self { dir: dir.to_owned(), families };
+        let node = Self { dir: dir.to_owned() };
         fs::create_dir_all(node.dir.join("netns"))?;
-        node.write_node_file()?;
         Ok(node)
     }
 
-    fn write_node_file(&self) -> Result<()> {
+    /// Both plugins keep what they know of pods of these families in folders of their own.
+    fn state(&self, name: &str, families: Families) -> PathBuf {
+        self.dir.join(format!("{name}{}", families.suffix()))
+    }
+
+    fn write_node_file(&self, path: &Path, families: Families) -> Result<()> {
         let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
         let file = json!({
             "version": 1, "node": "bench", "boot_id": boot_id.trim(), "cluster_prefixes": CLUSTER,
-            "pod_cidrs": self.families.of(&PODS), "mtu": MTU, "tun": "meshd0", "table": 5190,
+            "pod_cidrs": families.of(&PODS), "mtu": MTU, "tun": "meshd0", "table": 5190,
         });
-        fs::write(self.dir.join("node.json"), file.to_string()).context("write the node file")
+        fs::write(path, file.to_string()).context("write the node file")
     }
 
-    pub(super) fn ours(&self, program: PathBuf) -> Plugin {
+    pub(super) fn ours(&self, program: &Path, families: Families) -> Result<Plugin> {
+        let node_file = self.state("node.json", families);
+        self.write_node_file(&node_file, families)?;
         let config = json!({
             "cniVersion": "1.1.0", "name": "meshd", "type": "meshd-cni",
-            "nodeFile": self.dir.join("node.json"), "stateDir": self.dir.join("ipam"),
+            "nodeFile": node_file, "stateDir": self.state("ipam", families),
         });
         let path = program.parent().map(Path::to_owned).unwrap_or_default();
-        Plugin { name: "meshd-cni", program, path, config: config.to_string() }
+        let (program, config) = (program.to_owned(), config.to_string());
+        Ok(Plugin { name: "meshd-cni", program, path, config })
     }
 
     /// The least `bridge` can be told for a pod that reaches others: it filters no source address and masquerades nothing.
-    pub(super) fn peer(&self, path: &Path) -> Plugin {
+    pub(super) fn peer(&self, path: &Path, families: Families) -> Plugin {
         let ranges: Vec<_> =
-            self.families.of(&PODS).iter().map(|subnet| json!([{ "subnet": subnet }])).collect();
-        let routes: Vec<_> = self
-            .families
-            .of(&["0.0.0.0/0", "::/0"])
-            .iter()
-            .map(|dst| json!({ "dst": dst }))
-            .collect();
+            families.of(&PODS).iter().map(|subnet| json!([{ "subnet": subnet }])).collect();
+        let routes: Vec<_> =
+            families.of(&["0.0.0.0/0", "::/0"]).iter().map(|dst| json!({ "dst": dst })).collect();
         let config = json!({
             "cniVersion": "1.1.0", "name": "peer", "type": "bridge", "bridge": "bench0",
             "isGateway": true, "mtu": MTU,
             "ipam": {
-                "type": "host-local", "dataDir": self.dir.join("host-local"),
+                "type": "host-local", "dataDir": self.state("host-local", families),
                 "ranges": ranges, "routes": routes,
             },
         });
