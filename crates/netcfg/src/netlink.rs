@@ -10,6 +10,7 @@
 //! that callers can treat "exists already" and "is gone already" as done.
 
 use std::io;
+use std::time::Duration;
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
@@ -17,9 +18,13 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 /// Buffer for answers; the kernel never makes a dump message larger than 32 KiB.
 const BUFFER_BYTES: usize = 64 * 1024;
+
+/// The kernel answers while a request is handed over, in microseconds; what waits longer waits for an answer that was lost.
+pub(crate) const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 /// A dump that was interrupted by changes is repeated this often before the caller hears of it.
 const DUMP_ATTEMPTS_MAX: usize = 8;
@@ -28,6 +33,34 @@ pub(crate) struct Netlink {
     socket: Socket,
     sequence: u32,
     buffer: Vec<u8>,
+}
+
+/// A connected socket of `protocol` in the calling thread's network namespace, on which an answer that does not come is an
+/// error after `within`.
+pub(crate) fn open_socket(protocol: isize, within: Duration) -> io::Result<Socket> {
+    let mut socket = Socket::new(protocol)?;
+    set_socket_timeout(&socket, Timeout::Recv, Some(within))?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    Ok(socket)
+}
+
+/// Reads one datagram into `buffer`, which is cleared first.
+pub(crate) fn receive(socket: &Socket, buffer: &mut Vec<u8>) -> io::Result<()> {
+    loop {
+        buffer.clear();
+        match socket.recv(buffer, 0) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "the kernel did not answer a netlink request in time: its answer was lost, try again",
+                ));
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// `Ok` also when the kernel said `code`: the object is already as wanted.
@@ -41,9 +74,7 @@ pub(crate) fn tolerate(result: io::Result<()>, codes: &[i32]) -> io::Result<()> 
 impl Netlink {
     /// A socket in the calling thread's network namespace.
     pub(crate) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
+        let socket = open_socket(NETLINK_ROUTE, ANSWER_WITHIN)?;
         Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(BUFFER_BYTES) })
     }
 
@@ -101,12 +132,7 @@ impl Netlink {
     fn receive(&mut self, answers: &mut Vec<RouteNetlinkMessage>) -> io::Result<bool> {
         let mut whole = true;
         loop {
-            self.buffer.clear();
-            match self.socket.recv(&mut self.buffer, 0) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
-            }
+            receive(&self.socket, &mut self.buffer)?;
             let mut rest = self.buffer.as_slice();
             while !rest.is_empty() {
                 let (message, next) = split_message(rest)?;
@@ -155,6 +181,24 @@ fn parse(bytes: &[u8]) -> Option<NetlinkMessage<RouteNetlinkMessage>> {
         Err(error) => {
             tracing::warn!(%error, "skipping a netlink message that cannot be read");
             None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_sys::protocols::NETLINK_NETFILTER;
+
+    use super::*;
+
+    #[test]
+    fn an_answer_that_never_comes_is_an_error_and_not_a_wait_for_ever() {
+        for protocol in [NETLINK_ROUTE, NETLINK_NETFILTER] {
+            let socket = open_socket(protocol, Duration::from_millis(10)).unwrap();
+            // Nothing was asked.
+            let error = receive(&socket, &mut Vec::with_capacity(BUFFER_BYTES)).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            assert!(error.to_string().contains("did not answer"), "{error}");
         }
     }
 }

@@ -10,8 +10,10 @@
 
 use std::io;
 
+use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_NETFILTER;
-use netlink_sys::{Socket, SocketAddr};
+
+use crate::netlink;
 
 /// Messages (`enum nf_tables_msg_types`).
 pub(crate) const GET_TABLE: u16 = 1;
@@ -104,9 +106,7 @@ impl Attributes {
 
 impl Nfnetlink {
     pub(crate) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
+        let socket = netlink::open_socket(NETLINK_NETFILTER, netlink::ANSWER_WITHIN)?;
         Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(BUFFER_BYTES) })
     }
 
@@ -229,14 +229,7 @@ impl Nfnetlink {
     }
 
     fn receive(&mut self) -> io::Result<()> {
-        loop {
-            self.buffer.clear();
-            match self.socket.recv(&mut self.buffer, 0) {
-                Ok(_) => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
+        netlink::receive(&self.socket, &mut self.buffer)
     }
 }
 
