@@ -1,6 +1,7 @@
 //! [`Kernel`] on this machine, by way of `netcfg`.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use ipnet::IpNet;
@@ -18,6 +19,9 @@ use crate::endpoints::Found;
 
 /// Failures named in one message; the rest is counted.
 const NAMED_FAILURES_MAX: usize = 3;
+
+/// Between the two steps in which the plugin makes the nftables table of pods, two starts of nft(8), on a busy machine.
+const TABLE_MADE_WITHIN: Duration = Duration::from_millis(200);
 
 /// The network of this node.
 pub struct Linux {
@@ -145,7 +149,12 @@ impl Kernel for Linux {
     fn pods(&mut self, attachments: &[Attachment], mtu: u32) -> anyhow::Result<PodsMade> {
         let config =
             PodConfig::new(self.prefixes.clone(), mtu, self.marks.tun.clone(), self.marks.table);
-        let state = pod::host_state(&config)?;
+        let mut state = pod::host_state(&config)?;
+        if matches!(state.table, GuardState::Outdated | GuardState::Altered) {
+            // The plugin makes it in two steps where it comes before us: not to be taken for an edit.
+            std::thread::sleep(TABLE_MADE_WITHIN);
+            state = pod::host_state(&config)?;
+        }
         let broken: Vec<Attachment> =
             attachments.iter().filter(|pod| is_broken(pod, &state)).cloned().collect();
         pod::prune(&config, &state)?;
@@ -153,10 +162,9 @@ impl Kernel for Linux {
             |pod: &&Attachment| !state.links.iter().any(|link| link.name == pod.host_ifname);
         let gone: Vec<Attachment> =
             attachments.iter().filter(linkless).filter(|pod| pod::is_gone(pod)).cloned().collect();
-        // Without pods it may be missing: the plugin makes it with the first.
+        // Also without pods: the first finds it whole, and what the node itself sends to Services needs its masquerading.
         let what = match state.table {
             GuardState::Intact => None,
-            GuardState::Missing if attachments.is_empty() => None,
             GuardState::Missing => Some("nftables table of pods was missing"),
             GuardState::Outdated => Some("nftables table of pods was of another configuration"),
             GuardState::Altered => Some("nftables table of pods was altered by somebody"),

@@ -87,6 +87,8 @@ pub struct Reconciler<K, P> {
     /// Refusals that were logged and still stand.
     named_refusals: BTreeSet<(String, String)>,
     named_bad_attachments: BTreeSet<std::path::PathBuf>,
+    /// A turn has made the host side of pods be as it should.
+    pods_kept: bool,
     /// Pods the last turn could not judge: too young, or seen gone for the first time.
     unsettled_pods: usize,
     /// Whether the last turn put back what somebody took away.
@@ -155,6 +157,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             names: BTreeSet::new(),
             named_refusals: BTreeSet::new(),
             named_bad_attachments: BTreeSet::new(),
+            pods_kept: false,
             unsettled_pods: 0,
             repaired: false,
             gone_pods: BTreeSet::new(),

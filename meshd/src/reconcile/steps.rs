@@ -153,7 +153,9 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         let outcome = match self.kernel.pods(&found.good, mtu) {
             Ok(pods) => {
                 self.free_gone(&pods.gone, found.earlier > 0);
-                self.report(pods.made, true);
+                // The first turn makes what is missing; later ones put back what was taken.
+                let repair = std::mem::replace(&mut self.pods_kept, true);
+                self.report(pods.made, repair);
                 match pods.failed.first() {
                     None => Ok(()),
                     Some(first) => Err(format!("{} pods, the first: {first}", pods.failed.len())),

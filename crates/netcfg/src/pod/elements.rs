@@ -53,6 +53,35 @@ pub(super) fn remove(
     change(socket, table, pairs, &[NEW_ELEMENT, DELETE_ELEMENT])
 }
 
+/// Every pair in the sets; none where there is no such table.
+pub(super) fn list(socket: &mut Nfnetlink, table: &str) -> io::Result<Vec<(String, IpAddr)>> {
+    let mut pairs = Vec::new();
+    for set in SETS {
+        let request = Attributes::default().text(TABLE, table)?.text(ELEMENTS_SET, set)?;
+        let parts = missing_is_empty(socket.dump(GET_ELEMENT, &request))?;
+        for (_, list) in parts.iter().flat_map(|part| of_kind(part, ELEMENTS)) {
+            for (_, element) in of_kind(list, LIST_ITEM) {
+                let keys = of_kind(element, ELEMENT_KEY);
+                let mut values = keys.flat_map(|(_, key)| of_kind(key, DATA_VALUE));
+                pairs.extend(values.next().and_then(|(_, value)| pair(value)));
+            }
+        }
+    }
+    Ok(pairs)
+}
+
+/// Names of the table's chains; none where there is no such table.
+pub(super) fn chains(socket: &mut Nfnetlink, table: &str) -> io::Result<Vec<String>> {
+    // The kernel lists those of every table.
+    let all = missing_is_empty(socket.dump(GET_CHAIN, &Attributes::default()))?;
+    let text = |object: &[u8], kind: u16| {
+        let (_, value) = of_kind(object, kind).next()?;
+        value.strip_suffix(b"\0").map(|text| String::from_utf8_lossy(text).into_owned())
+    };
+    let of_table = all.iter().filter(|chain| text(chain, TABLE).as_deref() == Some(table));
+    Ok(of_table.filter_map(|chain| text(chain, CHAIN_NAME)).collect())
+}
+
 pub(super) fn chain_exists(socket: &mut Nfnetlink, table: &str, chain: &str) -> io::Result<bool> {
     Ok(socket.get(GET_CHAIN, &chain_request(table, chain)?)?.is_some())
 }
@@ -102,6 +131,18 @@ pub(super) fn fingerprint(
         }
     }
     Ok(Some(nft::hash_bytes(&shown)))
+}
+
+fn of_kind(bytes: &[u8], wanted: u16) -> impl Iterator<Item = (u16, &[u8])> {
+    attributes(bytes).filter(move |(kind, _)| *kind == wanted)
+}
+
+/// What is not there, or went away between two questions, holds nothing.
+fn missing_is_empty(listed: io::Result<Vec<Vec<u8>>>) -> io::Result<Vec<Vec<u8>>> {
+    match listed {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Vec::new()),
+        other => other,
+    }
 }
 
 fn chain_request(table: &str, chain: &str) -> io::Result<Attributes> {
@@ -167,6 +208,19 @@ fn key(name: &str, address: IpAddr) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Takes a key apart; `None` for bytes that are none.
+fn pair(key: &[u8]) -> Option<(String, IpAddr)> {
+    let (name, address) = key.split_at_checked(NAME_BYTES)?;
+    let end = name.iter().position(|byte| *byte == 0)?;
+    let name = std::str::from_utf8(name.get(..end)?).ok()?;
+    let address = match address.len() {
+        4 => IpAddr::from(<[u8; 4]>::try_from(address).ok()?),
+        16 => IpAddr::from(<[u8; 16]>::try_from(address).ok()?),
+        _ => return None,
+    };
+    Some((name.to_owned(), address))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -176,6 +230,16 @@ mod tests {
         let v4 = key("meshp0", "10.244.1.5".parse().unwrap()).unwrap();
         assert_eq!(v4, b"meshp0\0\0\0\0\0\0\0\0\0\0\x0a\xf4\x01\x05");
         assert_eq!(key("meshp0", "::1".parse().unwrap()).unwrap().len(), 32);
+        for (name, address) in [("meshp0", "10.244.1.5"), ("meshp0123456789", "fd00::5")] {
+            let address = address.parse().unwrap();
+            let key = key(name, address).unwrap();
+            assert_eq!(pair(&key), Some((name.to_owned(), address)));
+            for length in 0..key.len() {
+                let cut = pair(&key[..length]);
+                assert!(cut.is_none() || length == NAME_BYTES + 4, "{length}: {cut:?}");
+            }
+        }
+        assert_eq!(pair(&[b'x'; 20]), None, "no end of the name");
         assert!(key("sixteen-bytes-xx", "::1".parse().unwrap()).is_err());
     }
 

@@ -15,7 +15,6 @@ use std::net::IpAddr;
 
 use anyhow::Context as _;
 use mesh_types::attachment::Attachment;
-use serde_json::Value;
 
 use super::{PodConfig, elements, rules};
 use crate::guard::GuardState;
@@ -25,25 +24,16 @@ use crate::nft;
 /// Name of the empty chain that holds the hashes.
 const SEAL: &str = "seal-";
 
-/// A listing, taken apart.
-#[derive(Debug, Default)]
-struct Listing {
-    sources: Vec<(String, IpAddr)>,
-    seals: Vec<String>,
-}
-
-/// How the table stands, and the (interface, address) pairs it lets through.
+/// How the table stands, and the (interface, address) pairs it lets through. Starts no program.
 pub(super) fn look(config: &PodConfig) -> anyhow::Result<(GuardState, Vec<(String, IpAddr)>)> {
-    let listing = match list(config) {
-        Ok(listing) => listing,
-        Err(error) if nft::is_missing(&error) => return Ok((GuardState::Missing, Vec::new())),
-        Err(error) => return Err(error.context("list the pods' source filter")),
-    };
     let mut socket = Nfnetlink::open().context("open a netlink socket")?;
-    let Some(seal) = wanted_seal(&mut socket, config, listing.seals.len())? else {
+    let seals = seals(&mut socket, config)?;
+    let Some(seal) = wanted_seal(&mut socket, config, seals.len())? else {
         return Ok((GuardState::Missing, Vec::new()));
     };
-    Ok((state(config, &listing, &seal), listing.sources))
+    let sources =
+        elements::list(&mut socket, &config.nft_table).context("list the pods' source filter")?;
+    Ok((state(config, &seals, &seal), sources))
 }
 
 /// Lets these pods' links carry their own source addresses, and makes the table whole where it is not.
@@ -53,7 +43,7 @@ pub(super) fn allow(config: &PodConfig, attachments: &[Attachment]) -> anyhow::R
         return Ok(elements::add(&mut socket, &config.nft_table, &pairs(attachments))?);
     }
     nft::run_script(&rules::allow(config, attachments))?;
-    let seals = list(config)?.seals;
+    let seals = seals(&mut socket, config)?;
     let wanted =
         wanted_seal(&mut socket, config, seals.len())?.context("the table has gone again")?;
     let mut script = String::new();
@@ -107,41 +97,22 @@ fn wanted_seal(
     Ok(rest.map(|rest| format!("{SEAL}{configured:016x}-{rest:016x}")))
 }
 
-fn state(config: &PodConfig, listing: &Listing, wanted_seal: &str) -> GuardState {
+fn state(config: &PodConfig, seals: &[String], wanted: &str) -> GuardState {
     let of_configuration = format!("{SEAL}{:016x}-", nft::hash(&rules::skeleton(config)));
-    if listing.seals.iter().any(|seal| seal == wanted_seal) {
+    if seals.iter().any(|seal| seal == wanted) {
         GuardState::Intact
-    } else if listing.seals.iter().any(|seal| seal.starts_with(&of_configuration)) {
+    } else if seals.iter().any(|seal| seal.starts_with(&of_configuration)) {
         GuardState::Altered
     } else {
         GuardState::Outdated
     }
 }
 
-fn list(config: &PodConfig) -> anyhow::Result<Listing> {
-    parse(&nft::query(&["-s", "-j", "list", "table", "inet", &config.nft_table])?)
-}
-
-fn parse(text: &str) -> anyhow::Result<Listing> {
-    let document: Value = serde_json::from_str(text).context("read nft's JSON")?;
-    let mut listing = Listing::default();
-    let objects = document.get("nftables").and_then(Value::as_array);
-    for object in objects.into_iter().flatten() {
-        let name = |kind: &str| object.get(kind)?.get("name")?.as_str();
-        if let Some(seal) = name("chain").filter(|name| name.starts_with(SEAL)) {
-            listing.seals.push(seal.to_owned());
-        } else if name("set").is_some_and(|name| rules::SETS.contains(&name)) {
-            let elements = object.pointer("/set/elem").and_then(Value::as_array);
-            listing.sources.extend(elements.into_iter().flatten().filter_map(source));
-        }
-    }
-    Ok(listing)
-}
-
-/// `{"concat":["meshp..","10.244.1.5"]}`
-fn source(element: &Value) -> Option<(String, IpAddr)> {
-    let [name, address] = element.get("concat")?.as_array()?.as_slice() else { return None };
-    Some((name.as_str()?.to_owned(), address.as_str()?.parse().ok()?))
+fn seals(socket: &mut Nfnetlink, config: &PodConfig) -> anyhow::Result<Vec<String>> {
+    let mut chains = elements::chains(socket, &config.nft_table)
+        .context("list the chains of the pods' table")?;
+    chains.retain(|name| name.starts_with(SEAL));
+    Ok(chains)
 }
 
 #[cfg(test)]
@@ -149,14 +120,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn elements_are_read_from_a_listing() {
+    fn a_table_is_intact_only_with_the_seal_that_fits() {
         let cluster = vec!["10.244.0.0/16".parse().unwrap()];
         let cluster = mesh_types::net::ClusterPrefixes::new(cluster).unwrap();
         let config = PodConfig::new(cluster, 1380, "meshd0", 5190);
-        let text = r#"{"nftables":[{"metainfo":{}},{"set":{"name":"pods4","elem":[
-            {"concat":["meshp0","10.244.1.5"]},{"concat":["meshp1","nonsense"]},"odd"]}}]}"#;
-        let listing = parse(text).unwrap();
-        assert_eq!(listing.sources, [("meshp0".to_owned(), "10.244.1.5".parse().unwrap())]);
-        assert_eq!(state(&config, &listing, "seal-0-0"), GuardState::Outdated);
+        let configured = nft::hash(&rules::skeleton(&config));
+        let seal = |rest: u64| format!("{SEAL}{configured:016x}-{rest:016x}");
+        let state = |seals: &[String]| state(&config, seals, &seal(1));
+        assert_eq!(state(&["seal-0-0".into(), seal(1)]), GuardState::Intact);
+        assert_eq!(state(&[seal(2)]), GuardState::Altered);
+        assert_eq!(state(&["seal-0-0".into()]), GuardState::Outdated);
+        assert_eq!(state(&[]), GuardState::Outdated);
     }
 }
