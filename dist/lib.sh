@@ -102,7 +102,7 @@ need_cross() {
 # build_programs ARCHITECTURE...: the release's programs, in $build_dir/TARGET/release. No path of this machine gets
 # into them: the compiler writes other ones instead.
 build_programs() {
-    local architecture name arguments=() separator=$'\x1f'
+    local architecture name arguments=()
     for architecture in "$@"; do arguments+=(--target "${rust_target[$architecture]}"); done
     for name in "${programs[@]}"; do arguments+=(-p "$name"); done
     need_cross "$@"
@@ -113,7 +113,7 @@ build_programs() {
         # built again for every commit.
         unset RUSTFLAGS SOURCE_DATE_EPOCH
         export CARGO_TARGET_DIR=$build_dir CARGO_TERM_COLOR=never
-        export CARGO_ENCODED_RUSTFLAGS="--remap-path-prefix=$root_dir=/meshd$separator--remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}/registry/src=/crates"
+        export CARGO_ENCODED_RUSTFLAGS="" RUSTC_WRAPPER=$dist_dir/rustc MESHD_DIST_ROOT=$root_dir
         nice cargo zigbuild --release --locked --quiet "${arguments[@]}" >&2
     ) || die "the build failed"
 }
