@@ -229,6 +229,17 @@ fn a_container_that_lives_elsewhere_keeps_its_interface() {
 }
 
 #[test]
+fn a_node_that_is_uninstalled_meanwhile_gets_no_pod() {
+    let bench = Bench::new();
+    *bench.kernel.vanishes.borrow_mut() = Some(bench.dir.path().join("node.json"));
+    let answer = bench.call("ADD", &bench.config("1.1.0").to_string());
+    let (_, code, message, details) = outcome(&answer);
+    assert_eq!(code, 11, "{message}: {details}");
+    assert!(message.contains("any more") && details.contains("node.json"), "{message}: {details}");
+    assert!(bench.kernel.pods.borrow().is_empty() && bench.records().is_empty());
+}
+
+#[test]
 fn gc_without_a_list_frees_what_has_no_pod_and_nothing_else() {
     let bench = Bench::new();
     let config = bench.config("1.1.0").to_string();

@@ -135,8 +135,15 @@ func TestCleanupListsNodesThatAreNotClean(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	has(t, notes, "NOT CLEAN YET: node b (ready)\n", "NOT CLEAN YET: node c (not ready, not reached)\n", "/var/lib/meshd/bin/meshd uninstall")
+	has(t, notes, "NOT CLEAN YET: node b (ready)\n", "NOT CLEAN YET: node c (not ready, not reached)\n", "/var/lib/meshd/bin/meshd uninstall --cni\n")
 	if strings.Contains(notes, "node a ") {
 		t.Errorf("a clean node is listed:\n%s", notes)
 	}
+	// The program on the host is told what it cannot know.
+	elsewhere := map[string]any{"binDir": "/usr/libexec/cni", "confDir": "/srv/cni", "confName": "05-meshd.conflist"}
+	notes, err = render(t, map[string]any{"cleanup": map[string]any{"enabled": true}, "cni": elsewhere, "stateDir": "/srv/meshd"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	has(t, notes, "/srv/meshd/bin/meshd uninstall --cni --bin-dir=/usr/libexec/cni --conf-dir=/srv/cni --conf-name=05-meshd.conflist --state-dir=/srv/meshd\n")
 }

@@ -159,14 +159,9 @@ pub struct CniArgs {
     pub cni_capabilities: Vec<Capability>,
 }
 
+/// Where the CNI plugin and its configuration are.
 #[derive(Debug, Clone, ClapArgs)]
-pub struct CniInstallArgs {
-    /// The program to install [default: meshd-cni beside this program].
-    #[arg(long, env = "MESHD_CNI_PROGRAM")]
-    pub program: Option<PathBuf>,
-    /// An nft program to install beside it, for hosts without one.
-    #[arg(long, env = "MESHD_CNI_NFT")]
-    pub nft: Option<PathBuf>,
+pub struct CniPlaces {
     /// Directory container runtimes start plugins from.
     #[arg(long, env = "MESHD_CNI_BIN_DIR", default_value = "/opt/cni/bin")]
     pub bin_dir: PathBuf,
@@ -176,6 +171,18 @@ pub struct CniInstallArgs {
     /// Name of our file there; the first name in alphabetical order wins.
     #[arg(long, env = "MESHD_CNI_CONF_NAME", default_value = DEFAULT_CONF_NAME)]
     pub conf_name: String,
+}
+
+#[derive(Debug, Clone, ClapArgs)]
+pub struct CniInstallArgs {
+    /// The program to install [default: meshd-cni beside this program].
+    #[arg(long, env = "MESHD_CNI_PROGRAM")]
+    pub program: Option<PathBuf>,
+    /// An nft program to install beside it, for hosts without one.
+    #[arg(long, env = "MESHD_CNI_NFT")]
+    pub nft: Option<PathBuf>,
+    #[command(flatten)]
+    pub cni_places: CniPlaces,
     /// Standard plugin to chain by its capability, portMappings or bandwidth; repeat or separate by commas.
     #[arg(long = "capability", env = "MESHD_CNI_CAPABILITY", value_delimiter = ',')]
     pub capabilities: Vec<Capability>,
@@ -295,6 +302,11 @@ pub struct UninstallArgs {
     /// Go on though pods are attached: they are cut off.
     #[arg(long)]
     pub force: bool,
+    /// Take the CNI plugin and its configuration away too.
+    #[arg(long)]
+    pub cni: bool,
+    #[command(flatten)]
+    pub cni_places: CniPlaces,
     #[command(flatten)]
     pub places: Places,
     #[command(flatten)]

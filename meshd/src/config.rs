@@ -10,7 +10,7 @@ use mesh_types::net::{ClusterPrefixes, overlap};
 use mesh_types::node::{NodeName, Site};
 use serde::{Deserialize, Serialize};
 
-use crate::args::{CniInstallArgs, KernelArgs, Places, RunArgs};
+use crate::args::{CniInstallArgs, KernelArgs, Places, RunArgs, UninstallArgs};
 use crate::cni_install;
 
 /// What `meshd run` was told. Holds no secret: it is printed at start.
@@ -202,9 +202,9 @@ pub fn cni_install(args: &CniInstallArgs) -> anyhow::Result<cni_install::Wanted>
     Ok(cni_install::Wanted {
         program: Some(program),
         nft: args.nft.clone(),
-        bin_dir: args.bin_dir.clone(),
-        conf_dir: args.conf_dir.clone(),
-        conf_name: args.conf_name.clone(),
+        bin_dir: args.cni_places.bin_dir.clone(),
+        conf_dir: args.cni_places.conf_dir.clone(),
+        conf_name: args.cni_places.conf_name.clone(),
         capabilities: args.capabilities.clone(),
         state_dir: args.state_dir.clone(),
         others: match (args.strict, args.remove_others) {
@@ -213,6 +213,25 @@ pub fn cni_install(args: &CniInstallArgs) -> anyhow::Result<cni_install::Wanted>
             _ => cni_install::Others::Leave,
         },
     })
+}
+
+/// What `uninstall --cni` is to take away.
+pub fn cni_to_remove(args: &UninstallArgs) -> anyhow::Result<Option<cni_install::Wanted>> {
+    if !args.cni {
+        return Ok(None);
+    }
+    let wanted = cni_install::Wanted {
+        program: None,
+        nft: None,
+        bin_dir: args.cni_places.bin_dir.clone(),
+        conf_dir: args.cni_places.conf_dir.clone(),
+        conf_name: args.cni_places.conf_name.clone(),
+        capabilities: Vec::new(),
+        state_dir: args.places.state_dir.clone(),
+        others: cni_install::Others::Leave,
+    };
+    cni_install::check(&wanted).context("--bin-dir, --conf-dir, --conf-name")?;
+    Ok(Some(wanted))
 }
 
 /// The program is the init container's to install.

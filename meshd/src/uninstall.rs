@@ -1,15 +1,18 @@
 //! `meshd uninstall`: takes away everything of ours.
 //!
 //! ```text
-//! pod links (--force) ─> routes, rules, TUN ─> source filter ──all gone──> guard ─> key, state ─> installed.json
-//!                                                            └─otherwise─> guard and files stay for the next try
+//! node file, ADDs under way ─> CNI (--cni) ─> pod links (--force) ─> routes, rules, TUN ─> source filter
+//!     ──all gone──> guard ─> key, state ─> installed.json
+//!     └─otherwise─> guard and files stay for the next try
 //! ```
 //!
-//! The guard goes after what it guards, so that nothing leaves in clear meanwhile; what says which names to look for
+//! Pods come first: without the node file the CNI plugin attaches no new one, and what it is attaching is waited for and
+//! counts. The guard goes after what it guards, so that nothing leaves in clear meanwhile; what says which names to look for
 //! goes last. Sysctls stay: others may rely on forwarding by now.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use mesh_types::defaults;
@@ -18,7 +21,7 @@ use crate::args::UninstallArgs;
 use crate::config::{self, Kernel, Paths};
 use crate::files;
 use crate::reconcile::marks;
-use crate::{installed, lock, preflight};
+use crate::{cni_install, installed, lock, preflight};
 
 /// Files of ours in the state directory besides those [`Paths`] names.
 const DAMAGED_MARK: &str = ".damaged-";
@@ -33,7 +36,13 @@ struct Plan {
     kernels: Vec<Kernel>,
     /// Host interfaces of pods, to go as well.
     pod_links: Vec<String>,
+    /// The plugin and its configuration.
+    cni: Option<cni_install::Wanted>,
 }
+
+/// An ADD of the plugin under way ends within this time, or something is wrong with it: kubelets give a pod no more.
+const ADD_TIMEOUT: Duration = Duration::from_secs(30);
+const ADD_POLL: Duration = Duration::from_millis(50);
 
 /// What stays on the node.
 const STAYS: &str = "sysctls stay as they are (net.ipv4.ip_forward, net.ipv6.conf.all.forwarding, accept_ra): \
@@ -45,7 +54,7 @@ pub fn run(args: &UninstallArgs) -> anyhow::Result<()> {
     let status = std::fs::read_to_string("/proc/self/status").context("read /proc/self/status")?;
     preflight::check_capability(&status)?;
     let _lock = match plan.paths.state_dir.is_dir() {
-        true => Some(lock::take(&plan.paths.lock(), std::time::Duration::ZERO)?),
+        true => Some(lock::take(&plan.paths.lock(), Duration::ZERO)?),
         false => None,
     };
     plan.pod_links = pod_links()?;
@@ -53,12 +62,11 @@ pub fn run(args: &UninstallArgs) -> anyhow::Result<()> {
     if args.dry_run {
         return writeln!(out, "would remove {}\n{STAYS}", describe(&plan)).context("print");
     }
-    ensure!(
-        plan.pod_links.is_empty() || args.force,
-        "{} pods are attached ({}): drain the node first, or pass --force to cut them off",
-        plan.pod_links.len(),
-        plan.pod_links.iter().take(3).cloned().collect::<Vec<_>>().join(", ")
-    );
+    refuse_pods(&plan, args.force)?;
+    // One may have come since, and after this none comes any more.
+    close_to_pods(&plan.paths, ADD_TIMEOUT)?;
+    plan.pod_links = pod_links()?;
+    refuse_pods(&plan, args.force)?;
     let failures = remove_all(&plan);
     if !failures.is_empty() {
         bail!("not everything could be removed, try again: {}", failures.join("; "));
@@ -80,7 +88,56 @@ fn plan(args: &UninstallArgs) -> anyhow::Result<Plan> {
         Ok(None) => {}
         Err(error) => tracing::warn!(error = format!("{error:#}"), "going by the flags alone"),
     }
-    Ok(Plan { paths, kernels, pod_links: Vec::new() })
+    Ok(Plan { paths, kernels, pod_links: Vec::new(), cni: config::cni_to_remove(args)? })
+}
+
+fn refuse_pods(plan: &Plan, force: bool) -> anyhow::Result<()> {
+    ensure!(
+        plan.pod_links.is_empty() || force,
+        "{} pods are attached ({}): drain the node first, or pass --force to cut them off",
+        plan.pod_links.len(),
+        plan.pod_links.iter().take(3).cloned().collect::<Vec<_>>().join(", ")
+    );
+    Ok(())
+}
+
+/// No pod is attached after this. The plugin looks for the node file once more when it has claimed its record: one that claims
+/// later finds none, and one that claimed before is waited for.
+fn close_to_pods(paths: &Paths, patience: Duration) -> anyhow::Result<()> {
+    let node_file = paths.node_file();
+    ignore_missing(std::fs::remove_file(&node_file))
+        .with_context(|| format!("remove {}", node_file.display()))?;
+    let end = Instant::now() + patience;
+    while let Some(record) = claimed_record(&paths.ipam())? {
+        ensure!(
+            Instant::now() < end,
+            "the CNI plugin still attaches a pod ({}): try again",
+            record.display()
+        );
+        std::thread::sleep(ADD_POLL);
+    }
+    Ok(())
+}
+
+/// A record some ADD holds, see the crate `ipam`.
+fn claimed_record(ipam: &Path) -> anyhow::Result<Option<PathBuf>> {
+    let entries = match std::fs::read_dir(ipam) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        other => other.with_context(|| format!("read {}", ipam.display()))?,
+    };
+    let records = entries.flatten().map(|entry| entry.path());
+    for record in records.filter(|path| path.extension().is_some_and(|it| it == "json")) {
+        // One that went meanwhile is nobody's.
+        let Ok(file) = std::fs::File::open(&record) else { continue };
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(std::fs::TryLockError::WouldBlock) => return Ok(Some(record)),
+            Err(std::fs::TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("lock {}", record.display()));
+            }
+        }
+    }
+    Ok(None)
 }
 
 fn describe(plan: &Plan) -> String {
@@ -93,8 +150,14 @@ fn describe(plan: &Plan) -> String {
         0 => String::new(),
         count => format!("links of {count} pods, "),
     };
+    let cni = match &plan.cni {
+        Some(cni) => {
+            format!("the CNI plugin and {}, ", cni.conf_dir.join(&cni.conf_name).display())
+        }
+        None => String::new(),
+    };
     format!(
-        "{pods}{}, nftables {} and {}, key and state in {}",
+        "{pods}{cni}{}, nftables {} and {}, key and state in {}",
         kernels.join(", "),
         defaults::NFT_TABLE,
         defaults::NFT_TABLE_CNI,
@@ -119,6 +182,9 @@ fn remove_all(plan: &Plan) -> Vec<String> {
             failures.push(format!("{what}: {error:#}"));
         }
     };
+    if let Some(cni) = &plan.cni {
+        step("CNI", cni_install::uninstall(cni).map(drop));
+    }
     for name in &plan.pod_links {
         let gone = netcfg::link::delete_by_name(name).map(drop).map_err(anyhow::Error::from);
         step(&format!("link {name}"), gone);
@@ -212,6 +278,24 @@ fn ignore_missing(result: std::io::Result<()>) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pod_that_is_being_attached_is_waited_for_and_none_comes_after() {
+        let dir = tempfile::tempdir().expect("scratch");
+        let paths = Paths { state_dir: dir.path().join("state"), run_dir: dir.path().join("run") };
+        let records = paths.ipam();
+        std::fs::create_dir_all(&records).expect("directories");
+        std::fs::write(paths.node_file(), "{}").expect("write");
+        std::fs::write(records.join("lock"), "").expect("write");
+        let record = std::fs::File::create(records.join("a_10.244.1.2.json")).expect("record");
+        record.lock().expect("claim");
+        let error =
+            close_to_pods(&paths, Duration::from_millis(1)).expect_err("an ADD is under way");
+        assert!(error.to_string().contains("a_10.244.1.2.json"), "{error:#}");
+        assert!(!paths.node_file().exists(), "the plugin would attach another");
+        drop(record);
+        close_to_pods(&paths, Duration::ZERO).expect("nobody is being attached");
+    }
 
     #[test]
     fn names_to_look_for_are_kept_until_everything_else_is_gone() {

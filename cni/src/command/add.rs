@@ -42,7 +42,7 @@ pub(super) fn run<K: Kernel>(
     }
 
     let plan = Plan::new(reservation.attachment.clone(), &node);
-    let done = attach(context, &plan).and_then(|host_mac| {
+    let done = still_there(context).and_then(|()| attach(context, &plan)).and_then(|host_mac| {
         let all = plan.result(&host_mac, dns).behind(prev_result);
         answer(streams.stdout, &all.to_json(context.config.version))
     });
@@ -93,6 +93,17 @@ fn ready_node<K: Kernel>(context: &Context<'_, K>, boot_id: &str) -> Result<Node
     let node = node::load(&context.config.node_file()?, boot_id).map_err(later)?;
     let missing = missing_guard(context.kernel).or_else(|| missing_tun(context.kernel, &node));
     missing.map_or(Ok(node), |why| Err(later(why)))
+}
+
+/// An uninstall takes the node file first, then waits for pods that are being attached, which it knows by their claims: who
+/// claimed too late must not go on.
+fn still_there<K: Kernel>(context: &Context<'_, K>) -> Result<(), CniError> {
+    let path = context.config.node_file()?;
+    let gone = || {
+        CniError::new(Code::TryAgainLater, "the node is not ready for pods any more")
+            .with_details(format!("{} went while the pod was attached", path.display()))
+    };
+    if path.exists() { Ok(()) } else { Err(gone()) }
 }
 
 /// Why there is no guard, in words.

@@ -25,6 +25,8 @@ pub(crate) struct Pretend {
     /// Namespaces that are gone.
     pub(crate) dead: RefCell<BTreeSet<String>>,
     pub(crate) attach_fails: bool,
+    /// Goes while the plugin is at work, before it has claimed anything.
+    pub(crate) vanishes: RefCell<Option<std::path::PathBuf>>,
 }
 
 impl Pretend {
@@ -35,6 +37,7 @@ impl Pretend {
             dead: RefCell::default(),
             guard: true,
             attach_fails: false,
+            vanishes: RefCell::default(),
         }
     }
 }
@@ -54,6 +57,9 @@ impl Kernel for Pretend {
     }
 
     fn own_netns_inode(&self) -> anyhow::Result<u64> {
+        if let Some(path) = self.vanishes.borrow_mut().take() {
+            fs::remove_file(path)?;
+        }
         Ok(1)
     }
 
