@@ -29,8 +29,8 @@ impl Kube {
         self.wait_ready()
     }
 
-    /// `helm upgrade --install` with the cluster's values and these.
-    pub(super) fn upgrade_chart(&self, more: &[&str]) -> Result<()> {
+    /// `helm upgrade --install` with the cluster's values and these; the notes it ends with.
+    pub(super) fn upgrade_chart(&self, more: &[&str]) -> Result<String> {
         let chart = self.record.chart.display().to_string();
         let list = |name: &str, values: &[&str]| format!("{name}={{{}}}", values.join(","));
         let values = [
@@ -45,7 +45,7 @@ impl Kube {
         for value in values.iter().map(String::as_str).chain(more.iter().copied()) {
             words.extend(["--set", value]);
         }
-        self.helm(&words).map(|_| ())
+        self.helm(&words)
     }
 
     pub(super) fn wait_rolled_out(&self) -> Result<()> {

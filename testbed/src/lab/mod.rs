@@ -42,7 +42,8 @@ pub use process::ProcessRef;
 use state::Turn;
 pub use state::{Kind, LinkState, NamespaceState, State};
 pub use topology::{
-    API_ADDRESS_V4, API_ADDRESS_V6, CLUSTER_CIDRS, Hybrid, NodePlan, Wiring, hybrid_plan,
+    API_ADDRESS_V4, API_ADDRESS_V6, CLUSTER_CIDRS, HOME_ADDRESS_V4, Hybrid, NodePlan, Wiring,
+    hybrid_plan,
 };
 
 /// Where labs keep their state; a tmpfs on every distribution, so a reboot forgets it with the namespaces.

@@ -24,6 +24,9 @@ use super::{Kind, Lab, Namespace};
 pub const API_ADDRESS_V4: &str = "192.0.2.20";
 pub const API_ADDRESS_V6: &str = "2001:db8:f::20";
 
+/// The address everything from the home is seen at.
+pub const HOME_ADDRESS_V4: &str = "192.0.2.10";
+
 /// A node of the plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodePlan {
@@ -186,7 +189,8 @@ fn home_router(lab: &Lab, internet: &Namespace) -> Result<Namespace> {
     forwarding(&home)?;
     lab.add_link((internet, "to-home-c"), (&home, "wan"), true)?;
     internet.ip(&["link set to-home-c master public"])?;
-    home.ip(&["addr add 192.0.2.10/24 dev wan", "route add default via 192.0.2.1"])?;
+    let own = format!("addr add {HOME_ADDRESS_V4}/24 dev wan");
+    home.ip(&[own.as_str(), "route add default via 192.0.2.1"])?;
     let rules = "
         table ip nat {
             chain postrouting {

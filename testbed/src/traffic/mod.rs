@@ -5,6 +5,7 @@
 
 mod icmp;
 mod probe;
+pub mod sctp;
 mod tcp;
 mod udp;
 

@@ -43,9 +43,6 @@ const RESTARTED_MS: f64 = 15_000.0;
 /// What a busy machine takes from packets nobody should miss. That pods talk during an outage is proven by answers in it.
 const UNSEEN_MS: f64 = 5_000.0;
 
-/// Longer than that.
-const OUTAGE: Duration = Duration::from_secs(8);
-
 /// Two pods on different nodes: one others reach, and one behind NAT where there is one.
 fn pair(suite: &Suite<'_>) -> Result<(PodFacts, PodFacts)> {
     let near = suite.tool_on(&suite.victim()?)?;
@@ -114,9 +111,15 @@ fn api_outage(suite: &mut Suite<'_>) -> Result<String> {
     let daemon = suite.daemon_process(&node)?;
     let pair = pair(suite)?;
     let leases = suite.leases()?;
+    // Longer than what a busy machine takes, or the outage would not be seen.
+    ensure!(
+        suite.outage.as_secs_f64() * 1e3 > UNSEEN_MS,
+        "an outage of {:?} shows nothing",
+        suite.outage
+    );
     let outage = gap(suite, &pair, |suite| {
         suite.kube.kill(CONTROL, "kube-apiserver")?;
-        std::thread::sleep(OUTAGE);
+        std::thread::sleep(suite.outage);
         Ok(())
     });
     // The kubelet starts it again without asking anybody.
@@ -254,7 +257,8 @@ fn rolling_restart(suite: &mut Suite<'_>) -> Result<String> {
 }
 
 fn upgrade(suite: &mut Suite<'_>) -> Result<String> {
-    let measured = rolled(suite, |suite| suite.kube.upgrade_chart(&["log=meshd=debug\\,info"]))?;
+    let measured =
+        rolled(suite, |suite| suite.kube.upgrade_chart(&["log=meshd=debug\\,info"]).map(|_| ()))?;
     suite.kube.upgrade_chart(&[])?;
     suite.kube.wait_rolled_out()?;
     Ok(measured)

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Result, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::suite::{FAMILIES, Suite, condition, is_ready, text};
+use super::suite::{FAMILIES, NAMESPACE, Suite, condition, is_ready, text};
 use super::{Test, test};
 use crate::kube::chart;
 use crate::traffic;
@@ -24,6 +24,11 @@ pub(super) const TESTS: &[Test] = &[
     ),
     test("mesh", "every node is Ready and its NetworkUnavailable is False", conditions),
     test("mesh", "kubectl exec and logs work on the nodes the API server reaches", exec),
+    test(
+        "mesh",
+        "helm's NOTES warn of NetworkPolicies nobody enforces, where there are some",
+        notes,
+    ),
 ];
 
 fn helm_test(suite: &mut Suite<'_>) -> Result<String> {
@@ -81,6 +86,23 @@ fn conditions(suite: &mut Suite<'_>) -> Result<String> {
         }
         Ok(())
     })?;
+    Ok(String::new())
+}
+
+fn notes(suite: &mut Suite<'_>) -> Result<String> {
+    let warning = "NetworkPolicies exist";
+    let before = suite.kube.upgrade_chart(&[])?;
+    ensure!(!before.contains(warning), "there is none yet: {before}");
+    suite.apply(&json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+        "metadata": {"name": "deny", "namespace": NAMESPACE},
+        "spec": {"podSelector": {}, "policyTypes": ["Ingress"]},
+    }))?;
+    let after = suite.kube.upgrade_chart(&[]);
+    suite.kube.kubectl(&["-n", NAMESPACE, "delete", "networkpolicy", "deny"])?;
+    let after = after?;
+    let told = format!("1 {warning} (namespaces {NAMESPACE}) and meshd does not enforce them");
+    ensure!(after.contains(&told), "no {told:?} in {after}");
     Ok(String::new())
 }
 

@@ -11,14 +11,18 @@
 mod bench;
 mod faults;
 mod mesh;
+mod metrics;
+mod plugin;
 mod power;
+mod relay;
 mod rights;
+mod sctp;
 mod services;
 mod suite;
 mod trouble;
 
 use std::io::Write;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -37,6 +41,9 @@ pub struct E2eOptions {
     /// Only tests of this topic, or whose name holds this text; repeat for more
     #[arg(long)]
     pub only: Vec<String>,
+    /// How many seconds the API server is away in the test of that
+    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
+    pub outage: u64,
     /// One JSON document on stdout
     #[arg(long)]
     pub json: bool,
@@ -65,9 +72,20 @@ const fn test(
 
 /// In an order that leaves the cluster whole for the next.
 fn tests() -> impl Iterator<Item = &'static Test> {
-    [mesh::TESTS, services::TESTS, rights::TESTS, faults::TESTS, trouble::TESTS, power::TESTS]
-        .into_iter()
-        .flatten()
+    [
+        mesh::TESTS,
+        plugin::TESTS,
+        metrics::TESTS,
+        relay::TESTS,
+        services::TESTS,
+        sctp::TESTS,
+        rights::TESTS,
+        faults::TESTS,
+        trouble::TESTS,
+        power::TESTS,
+    ]
+    .into_iter()
+    .flatten()
 }
 
 #[derive(Debug, Serialize)]
@@ -118,7 +136,7 @@ pub(super) fn run(kube: &mut Kube, options: &E2eOptions) -> Result<bool> {
     ensure!(!chosen.is_empty(), "no test is named so: --list says which there are");
     let begin = Instant::now();
     kube.repair()?;
-    let mut suite = Suite::prepare(kube)?;
+    let mut suite = Suite::prepare(kube, Duration::from_secs(options.outage))?;
     let watch = suite.watch()?;
     let mut outcomes = vec![prove_capture(&suite, &watch)];
     let capture = Oracle::start(&suite.kube.lab, &watch)?;

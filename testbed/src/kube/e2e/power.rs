@@ -2,9 +2,10 @@
 
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::faults::all_meshed;
+use super::services;
 use super::suite::{Suite, is_ready, text};
 use super::trouble::others_meshed;
 use super::{Test, test};
@@ -51,7 +52,19 @@ fn come_back(suite: &Suite<'_>, node: &str) -> Result<()> {
         Ok(())
     })?;
     suite.wait_daemon_ready(node, true)?;
-    suite.wait("every pair talks", all_meshed)
+    suite.wait("every pair talks", all_meshed)?;
+    services_answer(suite)
+}
+
+/// From every node, by Services: kube-proxy starts anew beside us.
+fn services_answer(suite: &Suite<'_>) -> Result<()> {
+    let service = services::service(suite, "power", &[])?;
+    for pod in suite.pods("app=tool")? {
+        for target in services::addresses(&service)? {
+            suite.ask(&pod.netns(), target, false).with_context(|| format!("from {}", pod.node))?;
+        }
+    }
+    Ok(())
 }
 
 fn renewed(suite: &mut Suite<'_>) -> Result<String> {
@@ -83,5 +96,16 @@ fn renewed(suite: &mut Suite<'_>) -> Result<String> {
     suite.kube.repair()?;
     come_back(suite, &node)?;
     let now = prefixes(suite)?;
+    let old: Vec<String> = serde_json::from_str(&before)?;
+    ensure!(old.len() == 2 && old.iter().all(|old| !now.contains(old)), "{before} became {now}");
+    suite.wait("no node has a way to the old prefixes", |suite| {
+        for name in suite.nodes() {
+            let routes = "ip route show table all; ip -6 route show table all";
+            let routes = suite.kube.node(&name)?.shell(routes)?;
+            let left = routes.lines().find(|line| old.iter().any(|old| line.starts_with(old)));
+            ensure!(left.is_none(), "{name} has {left:?}");
+        }
+        Ok(())
+    })?;
     Ok(format!("from {before} to {now}, meshed after {:.1} s", begin.elapsed().as_secs_f64()))
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use ::kube::api::{Api, Patch, PatchParams};
+use ::kube::api::{Api, Patch, PatchParams, PostParams};
 use ::kube::config::Kubeconfig;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -22,6 +22,7 @@ pub(super) const TESTS: &[Test] = &[
     test("rights", "a daemon's token may write no other field of its own Node", own_node),
     test("rights", "a token of the daemon's account that is of no pod may write nothing", unbound),
     test("rights", "a kubelet may write neither our annotations nor its pod prefixes", kubelet),
+    test("rights", "a daemon's token may tell Events about no other node", events),
     test("rights", "a tenant who may patch nodes may not write our annotations", tenant),
 ];
 
@@ -67,6 +68,18 @@ impl Caller {
         let path = suite.kube.node(node)?.path(&format!("{NODE_DIR}/kubelet.kubeconfig"));
         let file: Value = serde_json::from_str(&fs::read_to_string(path)?)?;
         Self::new(suite, file.pointer("/users/0/user").context("a kubeconfig without user")?)
+    }
+
+    /// Makes an Event, as far as the API server would let it.
+    fn tell(&self, event: &Value) -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let event: k8s_openapi::api::events::v1::Event = serde_json::from_value(event.clone())?;
+        runtime.block_on(async {
+            let client = behaviour::client(self.config.clone()).await?;
+            let params = PostParams { dry_run: true, ..PostParams::default() };
+            Api::namespaced(client, "default").create(&params, &event).await?;
+            Ok(())
+        })
     }
 
     fn patch(&self, node: &str, body: &Value, part: Part) -> Result<()> {
@@ -168,12 +181,48 @@ fn kubelet(suite: &mut Suite<'_>) -> Result<String> {
     expect_refusal(patch(annotation("public-key", KEY), Node), ours)?;
     expect_refusal(patch(annotation("public-key", KEY), Status), ours)?;
     expect_refusal(patch(annotation("endpoint", "x:1"), Node), "members of the group")?;
-    let prefixes = json!({"spec": {"podCIDR": "10.244.0.0/16", "podCIDRs": ["10.244.0.0/16"]}});
-    // Refused by whoever looks first: us, or the API server, as prefixes never change once they are there.
-    ensure!(patch(prefixes, Node).is_err(), "a kubelet may write its pod prefixes");
+    // Once they are there they never change, whoever asks: a Node that is made has none yet.
+    register(suite, &json!({})).context("a kubelet that registers")?;
+    for prefixes in [
+        json!({"podCIDR": "10.244.0.0/16", "podCIDRs": ["10.244.0.0/16"]}),
+        json!({"podCIDRs": ["10.244.77.0/24", "fd00:10:244:4d::/64"], "podCIDR": "10.244.77.0/24"}),
+    ] {
+        let refused = register(suite, &prefixes);
+        expect_refusal(refused, "a kubelet (system:node:e2e-new) may not write them")?;
+    }
     patch(json!({"metadata": {"annotations": {"example.org/a": "b"}}}), NodeDry)
         .context("what a kubelet may write is refused")?;
-    Ok("4 refused".to_owned())
+    Ok("5 refused".to_owned())
+}
+
+/// A kubelet that makes its Node with this spec, as far as the API server would let it.
+fn register(suite: &Suite<'_>, spec: &Value) -> Result<()> {
+    let name = "e2e-new";
+    let node =
+        json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "spec": spec});
+    let user = format!("--as=system:node:{name}");
+    let words = ["create", "--dry-run=server", "-f", "-", &user, "--as-group=system:nodes"];
+    let kubeconfig = suite.kube.kubeconfig();
+    suite.kube.kubectl_with(&kubeconfig, &words, &node.to_string()).map(|_| ())
+}
+
+fn events(suite: &mut Suite<'_>) -> Result<String> {
+    let (own, other) = two_nodes(suite)?;
+    let caller = Caller::daemon(suite, &own)?;
+    let event = |kind: &str, name: &str| {
+        json!({
+            "metadata": {"generateName": "e2e-", "namespace": "default"},
+            "regarding": {"apiVersion": "v1", "kind": kind, "name": name},
+            "type": "Normal", "reason": "Meshed", "action": "Mesh", "note": "e2e",
+            "reportingController": "meshd", "reportingInstance": own,
+            "eventTime": "2026-01-01T00:00:00.000000Z",
+        })
+    };
+    let words = "Events about the Node it runs on only";
+    expect_refusal(caller.tell(&event("Node", &other)), words).context("another node")?;
+    expect_refusal(caller.tell(&event("Pod", &own)), words).context("a pod")?;
+    caller.tell(&event("Node", &own)).context("its own node")?;
+    Ok("2 refused".to_owned())
 }
 
 fn tenant(suite: &mut Suite<'_>) -> Result<String> {

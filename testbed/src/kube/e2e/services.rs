@@ -35,7 +35,7 @@ const QUESTIONS: usize = 40;
 const PROTOCOLS: [bool; 2] = [false, true];
 
 /// Makes a Service of the suite's pods in both families; its addresses.
-fn service(suite: &Suite<'_>, name: &str, more: &[(&str, Value)]) -> Result<Value> {
+pub(super) fn service(suite: &Suite<'_>, name: &str, more: &[(&str, Value)]) -> Result<Value> {
     let port = |protocol: &str| json!({"name": protocol.to_lowercase(), "port": PORT, "protocol": protocol});
     let mut spec = json!({
         "selector": {"app": "tool"}, "ipFamilyPolicy": "RequireDualStack",
@@ -51,7 +51,7 @@ fn service(suite: &Suite<'_>, name: &str, more: &[(&str, Value)]) -> Result<Valu
     suite.json(&["-n", NAMESPACE, "get", "service", name])
 }
 
-fn addresses(service: &Value) -> Result<Vec<SocketAddr>> {
+pub(super) fn addresses(service: &Value) -> Result<Vec<SocketAddr>> {
     let list = service.pointer("/spec/clusterIPs").and_then(Value::as_array);
     let texts = list.into_iter().flatten().filter_map(Value::as_str);
     let found: Result<Vec<IpAddr>, _> = texts.map(str::parse).collect();

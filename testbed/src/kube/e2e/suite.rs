@@ -33,6 +33,8 @@ const POLL: Duration = Duration::from_millis(100);
 pub(super) struct Suite<'a> {
     pub(super) kube: &'a mut Kube,
     pub(super) canary: Canary,
+    /// How long the API server is kept away.
+    pub(super) outage: Duration,
 }
 
 /// A running pod.
@@ -70,11 +72,18 @@ pub(super) struct Answer {
 pub(super) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 
 impl<'a> Suite<'a> {
-    pub(super) fn prepare(kube: &'a mut Kube) -> Result<Self> {
-        let this = Self { kube, canary: Canary::random() };
+    pub(super) fn prepare(kube: &'a mut Kube, outage: Duration) -> Result<Self> {
+        let this = Self { kube, canary: Canary::random(), outage };
         this.clean()?;
+        this.make_tools()?;
+        this.settle()?;
+        Ok(this)
+    }
+
+    /// A pod that serves on every node.
+    pub(super) fn make_tools(&self) -> Result<()> {
         let labels = json!({"app": "tool"});
-        this.kube.apply(&json!({"apiVersion": "v1", "kind": "List", "items": [
+        self.kube.apply(&json!({"apiVersion": "v1", "kind": "List", "items": [
             {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}},
             {
                 "apiVersion": "apps/v1", "kind": "DaemonSet",
@@ -84,9 +93,7 @@ impl<'a> Suite<'a> {
                     "template": {"metadata": {"labels": labels}, "spec": pod_spec()},
                 },
             },
-        ]}))?;
-        this.settle()?;
-        Ok(this)
+        ]}))
     }
 
     /// Waits until every node is Ready and has a serving pod: what a test may build on, whatever the one before did.
