@@ -20,6 +20,7 @@ mod sctp;
 mod services;
 mod suite;
 mod trouble;
+mod uninstall;
 
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -83,6 +84,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         faults::TESTS,
         trouble::TESTS,
         power::TESTS,
+        uninstall::TESTS,
     ]
     .into_iter()
     .flatten()
