@@ -71,6 +71,8 @@ pub struct Facts {
     pub refused: Vec<RefusedFacts>,
     /// Endpoints that are not tried, by reason.
     pub endpoints_left_out: BTreeMap<&'static str, u64>,
+    /// Pods whose addresses are outside the node's pod CIDRs.
+    pub stray_pods: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -321,6 +323,7 @@ fn worth_saying(name: &str, before: Option<(bool, String)>, ok: bool, reason: &s
     match (before, ok) {
         (Some((was, said)), _) if was == ok && said == reason => Said::Nothing,
         (Some((true, _)), true) if !reason.is_empty() => Said::HoldsBut,
+        (None, true) if !reason.is_empty() && !condition::LATER.contains(&name) => Said::HoldsBut,
         (_, true) => Said::Holds,
         // What comes with the first records is not missed before they came.
         (None, false) if condition::LATER.contains(&name) => Said::NotYet,
@@ -430,6 +433,7 @@ pub(crate) mod tests {
                 label: "no_pod_cidr",
             }],
             endpoints_left_out: [("private_far", 1)].into(),
+            stray_pods: 2,
         });
         view.set_data_source(Answering);
         view
@@ -464,6 +468,7 @@ pub(crate) mod tests {
         assert_eq!(said(Some((true, "refused")), true, ""), Said::Holds);
         // A start from the cache is no news of that kind.
         assert_eq!(said(Some((false, "no answer yet")), true, "no answer yet"), Said::Holds);
+        assert_eq!(worth_saying(condition::PODS, None, true, "2 pods"), Said::HoldsBut);
         assert_eq!(said(Some((true, "")), false, "gone"), Said::DoesNotHold);
         assert_eq!(said(Some((false, "gone")), false, "gone"), Said::Nothing);
     }

@@ -241,6 +241,26 @@ fn whoever_lost_its_link_is_taken_out_of_the_source_filter_and_nobody_else() {
 }
 
 #[test]
+fn an_address_another_node_has_loses_its_way_until_it_is_repaired() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    let (one, two) = (attach(&lab, "one", 5), attach(&lab, "two", 6));
+    let config = pod_config();
+    let state = || lab.node.run(|| pod::host_state(&config));
+    let taken = one.attachment.addresses.clone();
+    let close = || lab.node.run(|| pod::close(&config, &pod::host_state(&config)?, &taken));
+    assert_eq!(close(), taken);
+    assert!(close().is_empty());
+    let left = state();
+    assert_eq!((left.routes.len(), left.sources.len(), left.table), (2, 2, GuardState::Intact));
+    assert_eq!(problems(&lab, &two), Vec::<String>::new());
+    lab.node.run(|| pod::repair(&config, std::slice::from_ref(&one.attachment)));
+    assert_eq!((state().routes.len(), state().sources.len()), (4, 4));
+}
+
+#[test]
 fn detaching_leaves_nothing_and_works_twice() {
     if !privileged() {
         return;

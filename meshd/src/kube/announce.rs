@@ -4,7 +4,8 @@
 //! ```text
 //! conditions of readiness ─┐                    ┌─> condition NetworkUnavailable  (status, server-side apply, forced)
 //!                          ├─ verdict, settled ─┤
-//! own Node's uid ──────────┘                    └─> Event on the Node             (only when the words change)
+//! own Node's uid ──────────┤                    └─> Event on the Node             (only when the words change)
+//! own condition, as seen ──┘    (written again where somebody else has overwritten it, once a minute at most)
 //! ```
 //!
 //! The scheduler keeps pods from a node whose network is unavailable, so the condition follows only what pods need; Events
@@ -34,6 +35,9 @@ use super::{jittered, words};
 /// few say it all.
 const INTERVAL: Duration = Duration::from_secs(30);
 
+/// Between two writes of a condition somebody else overwrites: neither gives in, and a Node is no place for a fight.
+const FIGHT_INTERVAL: Duration = Duration::from_secs(60);
+
 /// Pause after a failed write, shortest and longest; half of it is random.
 const RETRY_MIN: Duration = Duration::from_secs(2);
 const RETRY_MAX: Duration = Duration::from_secs(60);
@@ -53,13 +57,37 @@ const INSTANCE_BYTES_MAX: usize = 128;
 /// What is left for the node in the name of an Event: a name has 253 bytes, and a dot and 32 hex digits follow.
 const EVENT_NAME_BYTES_MAX: usize = 253 - 33;
 
+/// Own Node by uid, and its condition `NetworkUnavailable`, as the watch shows them.
+pub(super) type SeenNetwork = Option<(String, Option<SeenCondition>)>;
+
+/// Reasons of an Event that tells of a trouble or of its end.
+struct News {
+    trouble: &'static str,
+    fine: &'static str,
+    fine_words: &'static str,
+}
+
+const MESH: News = News {
+    trouble: "NotMeshed",
+    fine: "Meshed",
+    fine_words: "pod traffic to other nodes is encrypted",
+};
+
+const CUT_OFF: News = News {
+    trouble: "PodsCutOff",
+    fine: "NoPodsCutOff",
+    fine_words: "every pod has an address of this node's pod CIDRs",
+};
+
 /// Tells one Node how its network stands.
 pub struct Announcer {
     desk: Desk,
     shown: watch::Receiver<Option<RawNode>>,
+    seen: watch::Receiver<SeenNetwork>,
     /// The condition, and Events.
     network: Telling,
     mesh: Telling,
+    cut_off: Telling,
     /// Nothing is written before.
     retry: Option<Instant>,
     pause: Duration,
@@ -71,14 +99,17 @@ impl Announcer {
         client: Client,
         node: &NodeName,
         shown: watch::Receiver<Option<RawNode>>,
+        seen: watch::Receiver<SeenNetwork>,
     ) -> Self {
         let now = Instant::now();
         Self {
             desk: Desk::new(client, node),
             shown,
+            seen,
             // Until the end of a trouble is told, no pod comes to this node.
             network: Telling::new(INTERVAL, true, now),
             mesh: Telling::new(INTERVAL, false, now),
+            cut_off: Telling::new(INTERVAL, false, now),
             retry: None,
             pause: RETRY_MIN,
             complained: false,
@@ -96,10 +127,14 @@ impl Announcer {
             let (now, verdict) = (Instant::now(), verdict(&conditions()));
             self.network.see(&verdict.pods_lack, now);
             self.mesh.see(&verdict.missing, now);
+            if let Some(words) = verdict.cut_off {
+                self.cut_off.see(&words, now);
+            }
             let wake = self.turn(now).await;
             let alive = tokio::select! {
                 changed = changes.changed() => changed.is_ok(),
                 changed = self.shown.changed() => changed.is_ok(),
+                changed = self.seen.changed() => changed.is_ok(),
                 () = until(wake) => true,
             };
             if !alive {
@@ -135,7 +170,7 @@ impl Announcer {
         let Some(uid) = uid else { return Ok(None) };
         let mut wakes = Vec::new();
         match self.network.due(&uid, now) {
-            Due::Nothing => {}
+            Due::Nothing => wakes.extend(self.write_back(&uid, now).await?),
             Due::At(later) => wakes.push(later),
             Due::Now => {
                 let lack = self.network.words().to_owned();
@@ -143,19 +178,48 @@ impl Announcer {
                 self.network.done(&uid, lack, Instant::now());
             }
         }
-        match self.mesh.due(&uid, now) {
-            Due::Nothing => {}
-            Due::At(later) => wakes.push(later),
-            Due::Now => {
-                let missing = self.mesh.words().to_owned();
-                // Being ready after a start is no news.
-                if self.mesh.knows(&uid) || !missing.is_empty() {
-                    self.desk.write_event(&uid, &missing).await?;
+        for (telling, news) in [(&mut self.mesh, &MESH), (&mut self.cut_off, &CUT_OFF)] {
+            match telling.due(&uid, now) {
+                Due::Nothing => {}
+                Due::At(later) => wakes.push(later),
+                Due::Now => {
+                    let words = telling.words().to_owned();
+                    // Being well after a start is no news.
+                    if telling.knows(&uid) || !words.is_empty() {
+                        self.desk.write_event(&uid, news, &words).await?;
+                    }
+                    telling.done(&uid, words, Instant::now());
                 }
-                self.mesh.done(&uid, missing, Instant::now());
             }
         }
         Ok(wakes.into_iter().min())
+    }
+
+    /// Writes the condition again where the Node says something else than it was told; when to do so if not now.
+    async fn write_back(&mut self, uid: &str, now: Instant) -> Result<Option<Instant>, String> {
+        let lack = self.network.words().to_owned();
+        {
+            let seen = self.seen.borrow_and_update();
+            let Some((node, condition)) = seen.as_ref() else { return Ok(None) };
+            if node != uid || condition.as_ref().is_some_and(|it| says(it, &lack)) {
+                return Ok(None);
+            }
+        }
+        let at = self.network.told_at() + FIGHT_INTERVAL;
+        if at > now {
+            return Ok(Some(at));
+        }
+        // What was seen may be older than what was written: the Node itself is asked.
+        if let Some(other) = self.desk.write_condition(uid, &lack).await? {
+            tracing::warn!(
+                node = self.desk.node,
+                by = other,
+                "somebody else wrote the condition NetworkUnavailable, put back: stop them from it, a cloud's controller with \
+                 --configure-cloud-routes=false"
+            );
+        }
+        self.network.done(uid, lack, Instant::now());
+        Ok(None)
     }
 }
 
@@ -165,7 +229,7 @@ pub(super) async fn last_words(client: Client, node: &NodeName, why: &str) -> Re
     let desk = Desk::new(client, node);
     let tell = async {
         let seen = desk.see().await?;
-        desk.write_event(seen.uid(), &format!("meshd does not start: {why}")).await
+        desk.write_event(seen.uid(), &MESH, &format!("meshd does not start: {why}")).await
     };
     tokio::time::timeout(LAST_WORDS_TIMEOUT, tell).await.unwrap_or_else(|_| Err(silence()))
 }
@@ -194,21 +258,23 @@ impl Desk {
         self.answer(self.nodes.get(&self.node)).await
     }
 
-    /// Writes unless the Node says it already: a restart is no transition.
-    async fn write_condition(&self, uid: &str, lack: &str) -> Result<(), String> {
+    /// Writes unless the Node says it already: a restart is no transition. Answers which field manager wrote what was
+    /// replaced, so far as there was one other than ours.
+    async fn write_condition(&self, uid: &str, lack: &str) -> Result<Option<String>, String> {
         let seen = self.see().await?;
+        let other = seen.network_manager.clone().unwrap_or_else(|| "unknown".into());
         let before = seen.network.as_ref().filter(|_| seen.uid() == uid);
         let Some(body) = condition_body(&self.node, uid, lack, before, Timestamp::now()) else {
-            return Ok(());
+            return Ok(None);
         };
         // The network of this node is ours to speak of: what an earlier network plugin left there is taken over.
         let apply = PatchParams::apply(FIELD_MANAGER).force();
         let body = Patch::Apply(&body);
-        self.answer(self.nodes.patch_status(&self.node, &apply, &body)).await.map(drop)
+        self.answer(self.nodes.patch_status(&self.node, &apply, &body)).await.map(|_| Some(other))
     }
 
-    async fn write_event(&self, uid: &str, missing: &str) -> Result<(), String> {
-        let event = event(&self.node, uid, missing, Timestamp::now());
+    async fn write_event(&self, uid: &str, news: &News, words: &str) -> Result<(), String> {
+        let event = event(&self.node, uid, news, words, Timestamp::now());
         self.answer(self.events.create(&PostParams::default(), &event)).await.map(drop)
     }
 
@@ -232,12 +298,9 @@ fn condition_body(
     before: Option<&SeenCondition>,
     now: Timestamp,
 ) -> Option<Value> {
-    let (status, reason, message) = match lack {
-        "" => ("False", "MeshReady", "pod traffic to other nodes is encrypted"),
-        lack => ("True", "MeshNotReady", lack),
-    };
+    let (status, reason, message) = wording(lack);
     let same = before.filter(|before| before.status == status);
-    if same.is_some_and(|before| before.reason == reason && before.message == message) {
+    if before.is_some_and(|before| says(before, lack)) {
         return None;
     }
     let now = time_text(now);
@@ -257,15 +320,28 @@ fn condition_body(
     }))
 }
 
+/// Status, reason and message of the condition.
+fn wording(lack: &str) -> (&str, &str, &str) {
+    match lack {
+        "" => ("False", "MeshReady", "pod traffic to other nodes is encrypted"),
+        lack => ("True", "MeshNotReady", lack),
+    }
+}
+
+fn says(condition: &SeenCondition, lack: &str) -> bool {
+    let SeenCondition { status, reason, message, .. } = condition;
+    (status.as_str(), reason.as_str(), message.as_str()) == wording(lack)
+}
+
 fn time_text(time: Timestamp) -> String {
     time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
 /// A new Event each time: what one says cannot be changed (`ValidateEventUpdate` in pkg/apis/core/validation/events.go).
-fn event(node: &str, uid: &str, missing: &str, now: Timestamp) -> Event {
-    let (type_, reason, note) = match missing {
-        "" => ("Normal", "Meshed", "pod traffic to other nodes is encrypted".to_owned()),
-        missing => ("Warning", "NotMeshed", clip(missing, NOTE_BYTES_MAX)),
+fn event(node: &str, uid: &str, news: &News, words: &str, now: Timestamp) -> Event {
+    let (type_, reason, note) = match words {
+        "" => ("Normal", news.fine, news.fine_words.to_owned()),
+        words => ("Warning", news.trouble, clip(words, NOTE_BYTES_MAX)),
     };
     let stem = clip(node, EVENT_NAME_BYTES_MAX);
     let name = format!("{}.{:x}", stem.trim_end_matches(['.', '-']), now.as_nanosecond());

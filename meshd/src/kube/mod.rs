@@ -66,6 +66,8 @@ pub struct KubeSource {
     client: Client,
     /// Who wants to see a Node.
     shown: Vec<(String, watch::Sender<Option<RawNode>>)>,
+    /// Who wants to see a Node's condition.
+    networks: Vec<(String, watch::Sender<announce::SeenNetwork>)>,
 }
 
 impl KubeSource {
@@ -83,7 +85,7 @@ impl KubeSource {
         // A connection that idled in the pool begins its time with the request.
         config.reset_reader_on_write = true;
         let client = Client::try_from(config).context("make a client of the Kubernetes API")?;
-        Ok(Self { client, shown: Vec::new() })
+        Ok(Self { client, shown: Vec::new(), networks: Vec::new() })
     }
 
     /// Writes to `node`, which it sees through this source while it is watched. `known` is what an earlier run saw.
@@ -96,7 +98,9 @@ impl KubeSource {
     /// Tells `node` how its network stands; sees it as the publisher does.
     pub fn announcer(&mut self, node: &NodeName) -> Announcer {
         let shown = self.shown(node);
-        Announcer::new(self.client.clone(), node, shown)
+        let (sender, seen) = watch::channel(None);
+        self.networks.push((node.as_str().to_owned(), sender));
+        Announcer::new(self.client.clone(), node, shown, seen)
     }
 
     fn shown(&mut self, node: &NodeName) -> watch::Receiver<Option<RawNode>> {
@@ -134,7 +138,10 @@ impl KubeSource {
                 () = events.closed() => return Next::Stop,
                 () = tokio::time::sleep(RECOVERED_AFTER), if feed.may_recover() => feed.quiet(),
                 item = stream.next() => match item {
-                    Some(Ok(event)) => feed.event(event),
+                    Some(Ok(event)) => {
+                        self.show_network(&event);
+                        feed.event(event)
+                    }
                     Some(Err(error)) => feed.error(words::of_watch(&error)),
                     None => return Next::Relist,
                 },
@@ -148,6 +155,19 @@ impl KubeSource {
             if news.next != Next::Go {
                 return news.next;
             }
+        }
+    }
+
+    /// Shows announcers what became of their condition.
+    fn show_network(&self, event: &watcher::Event<SeenNode>) {
+        let (watcher::Event::Apply(node) | watcher::Event::InitApply(node)) = event else { return };
+        for (_, sender) in self.networks.iter().filter(|(own, _)| *own == node.raw.name) {
+            let seen = Some((node.uid().to_owned(), node.network.clone()));
+            sender.send_if_modified(|before| {
+                let changed = *before != seen;
+                *before = seen;
+                changed
+            });
         }
     }
 

@@ -10,7 +10,9 @@ use ::kube::api::ObjectMeta;
 use k8s_openapi::ClusterResourceScope;
 use k8s_openapi::api::core::v1::Node;
 use mesh_core::cluster::{RawAddress, RawNode};
-use mesh_types::annotations::{ENDPOINT_OVERRIDE, ENDPOINTS, OVERLAY, PUBLIC_KEY, VERSION};
+use mesh_types::annotations::{
+    ENDPOINT_OVERRIDE, ENDPOINTS, FIELD_MANAGER, OVERLAY, PUBLIC_KEY, VERSION,
+};
 use mesh_types::limits::{
     CANDIDATES_PER_NODE_MAX, ENDPOINTS_ANNOTATION_BYTES_MAX, POD_CIDRS_PER_NODE_MAX,
 };
@@ -25,6 +27,8 @@ pub(super) struct SeenNode {
     pub(super) raw: RawNode,
     /// The condition `NetworkUnavailable`, if there is one.
     pub(super) network: Option<SeenCondition>,
+    /// A field manager other than ours that wrote it.
+    pub(super) network_manager: Option<String>,
     /// The condition `Ready`, which the kubelet keeps.
     pub(super) ready: Option<SeenCondition>,
 }
@@ -57,7 +61,8 @@ impl SeenNode {
             ..ObjectMeta::default()
         };
         let network = condition(value, "NetworkUnavailable");
-        Self { meta, raw, network, ready: condition(value, "Ready") }
+        let network_manager = other_manager(value, "NetworkUnavailable");
+        Self { meta, raw, network, network_manager, ready: condition(value, "Ready") }
     }
 
     pub(super) fn uid(&self) -> &str {
@@ -195,6 +200,19 @@ fn condition(value: &Value, kind: &str) -> Option<SeenCondition> {
     })
 }
 
+/// Who else wrote a condition, by `metadata.managedFields`.
+fn other_manager(value: &Value, kind: &str) -> Option<String> {
+    let entries = value.get("metadata")?.get("managedFields")?.as_array()?;
+    let key = format!("k:{{\"type\":\"{kind}\"}}");
+    let writes = |entry: &&Value| {
+        let conditions = entry.get("fieldsV1")?.get("f:status")?.get("f:conditions")?;
+        conditions.get(&key).map(drop)
+    };
+    let manager = |entry: &Value| entry.get("manager")?.as_str().map(ToOwned::to_owned);
+    let managers = entries.iter().filter(|entry| writes(entry).is_some()).filter_map(manager);
+    managers.map(|name| bounded(&name, TEXT_BYTES_MAX)).find(|name| name != FIELD_MANAGER)
+}
+
 fn bounded(text: &str, max: usize) -> String {
     let mut end = text.len().min(max);
     while !text.is_char_boundary(end) {
@@ -297,6 +315,20 @@ mod tests {
         assert_eq!(bare.raw, RawNode { name: "n".into(), ..RawNode::default() });
         let old = seen(json!({"metadata": {"name": "n"}, "spec": {"podCIDR": "10.0.0.0/24"}}));
         assert_eq!(old.raw.pod_cidrs, ["10.0.0.0/24"]);
+    }
+
+    #[test]
+    fn who_else_wrote_the_condition_is_read_from_the_managed_fields() {
+        let wrote = |manager: &str, kind: &str| {
+            let key = format!("k:{{\"type\":\"{kind}\"}}");
+            json!({"manager": manager, "fieldsV1": {"f:status": {"f:conditions": {key: {".": {}}}}}})
+        };
+        let mut node = fixture();
+        node["metadata"]["managedFields"] = json!([wrote("kubelet", "Ready"), wrote("meshd", "NetworkUnavailable"), {"manager": 7}]);
+        assert_eq!(seen(node.clone()).network_manager, None);
+        node["metadata"]["managedFields"] =
+            json!([wrote("meshd", "NetworkUnavailable"), wrote("cloud", "NetworkUnavailable")]);
+        assert_eq!(seen(node).network_manager.as_deref(), Some("cloud"));
     }
 
     #[test]

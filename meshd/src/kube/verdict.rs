@@ -31,6 +31,8 @@ pub(super) struct Verdict {
     pub(super) pods_lack: String,
     /// Of everything.
     pub(super) missing: String,
+    /// Pods that are cut off though the node is well; `None` while nobody knows.
+    pub(super) cut_off: Option<String>,
 }
 
 pub(super) fn verdict(conditions: &[Condition]) -> Verdict {
@@ -39,7 +41,12 @@ pub(super) fn verdict(conditions: &[Condition]) -> Verdict {
         let told: Vec<String> = missing.map(|it| format!("{}: {}", it.name, it.message)).collect();
         clip(&told.join("; "), NOTE_BYTES_MAX)
     };
-    Verdict { pods_lack: words(&|name| PODS_NEED.contains(&name)), missing: words(&|_| true) }
+    let pods = conditions.iter().find(|it| it.ok && it.name == condition::PODS);
+    Verdict {
+        pods_lack: words(&|name| PODS_NEED.contains(&name)),
+        missing: words(&|_| true),
+        cut_off: pods.map(|it| clip(&it.message, NOTE_BYTES_MAX)),
+    }
 }
 
 /// At most `bytes_max` bytes, whole characters.
@@ -90,6 +97,10 @@ impl Telling {
 
     pub(super) fn words(&self) -> &str {
         &self.words
+    }
+
+    pub(super) fn told_at(&self) -> Instant {
+        self.told_at
     }
 
     /// Whether `uid` was told of a trouble, or of none, before.
@@ -147,6 +158,18 @@ mod tests {
             assert_eq!(told.pods_lack, "", "{name}");
             assert_eq!(told.missing, format!("{name}: the server is away"));
         }
+    }
+
+    #[test]
+    fn pods_that_are_cut_off_are_no_lack_of_the_node() {
+        let mut conditions = conditions(&[]);
+        let pods = conditions.iter_mut().find(|it| it.name == condition::PODS).expect("pods");
+        pods.message = "2 pods have other addresses".into();
+        let told = verdict(&conditions);
+        assert_eq!((told.missing.as_str(), told.pods_lack.as_str()), ("", ""));
+        assert_eq!(told.cut_off.as_deref(), Some("2 pods have other addresses"));
+        let told = verdict(&self::conditions(&[(condition::PODS, "netlink is broken")]));
+        assert_eq!(told.cut_off, None);
     }
 
     #[test]

@@ -40,8 +40,13 @@ pub trait Kernel: Send {
 
     fn network(&mut self, wanted: &NetState) -> anyhow::Result<Vec<Made>>;
 
-    /// `mtu` of pod interfaces, for what has to be made anew.
-    fn pods(&mut self, attachments: &[Attachment], mtu: u32) -> anyhow::Result<PodsMade>;
+    /// `mtu` of pod interfaces, for what has to be made anew. Addresses of pods that are `taken` by other nodes get no way.
+    fn pods(
+        &mut self,
+        attachments: &[Attachment],
+        taken: &[IpAddr],
+        mtu: u32,
+    ) -> anyhow::Result<PodsMade>;
 
     /// Whether nothing of a pod is left, neither its namespace nor its link.
     fn pod_is_gone(&self, attachment: &Attachment) -> bool;

@@ -146,7 +146,12 @@ impl Kernel for Linux {
         Ok(all)
     }
 
-    fn pods(&mut self, attachments: &[Attachment], mtu: u32) -> anyhow::Result<PodsMade> {
+    fn pods(
+        &mut self,
+        attachments: &[Attachment],
+        taken: &[IpAddr],
+        mtu: u32,
+    ) -> anyhow::Result<PodsMade> {
         let config =
             PodConfig::new(self.prefixes.clone(), mtu, self.marks.tun.clone(), self.marks.table);
         let mut state = pod::host_state(&config)?;
@@ -155,8 +160,15 @@ impl Kernel for Linux {
             std::thread::sleep(TABLE_MADE_WITHIN);
             state = pod::host_state(&config)?;
         }
-        let broken: Vec<Attachment> =
-            attachments.iter().filter(|pod| is_broken(pod, &state)).cloned().collect();
+        for address in pod::close(&config, &state, taken)? {
+            tracing::warn!(%address, "another node has this address of a pod now: the pod here gets none of its packets");
+        }
+        let is_taken = |pod: &&Attachment| pod.addresses.iter().any(|it| taken.contains(it));
+        let broken: Vec<Attachment> = attachments
+            .iter()
+            .filter(|pod| is_broken(pod, &state) && !is_taken(pod))
+            .cloned()
+            .collect();
         pod::prune(&config, &state)?;
         let linkless =
             |pod: &&Attachment| !state.links.iter().any(|link| link.name == pod.host_ifname);

@@ -15,6 +15,7 @@ mod kernel;
 mod linux;
 mod run;
 mod steps;
+mod strays;
 
 pub use kernel::{Kernel, Made, PodsMade};
 pub use linux::{Linux, guard_config, marks, own_addresses};
@@ -89,6 +90,8 @@ pub struct Reconciler<K, P> {
     named_bad_attachments: BTreeSet<std::path::PathBuf>,
     /// A turn has made the host side of pods be as it should.
     pods_kept: bool,
+    /// Pods whose addresses are not this node's.
+    stray_pods: usize,
     /// Pods the last turn could not judge: too young, or seen gone for the first time.
     unsettled_pods: usize,
     /// Whether the last turn put back what somebody took away.
@@ -158,6 +161,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             named_refusals: BTreeSet::new(),
             named_bad_attachments: BTreeSet::new(),
             pods_kept: false,
+            stray_pods: 0,
             unsettled_pods: 0,
             repaired: false,
             gone_pods: BTreeSet::new(),
@@ -233,7 +237,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         let network = device && self.keep_network(&wanted.net);
         self.keep_peers(&wanted);
         if scope != Scope::Surroundings {
-            self.keep_pods(wanted.net.link.mtu);
+            self.keep_pods(&wanted);
         }
         self.keep_node_file(&wanted, self.guarded && network);
         self.tell(&wanted);

@@ -11,7 +11,7 @@ use mesh_types::attachment::Attachment;
 use mesh_types::netstate::NetState;
 use mesh_types::node_file::{NODE_FILE_VERSION, NodeFile};
 
-use super::{Kernel, Knowledge, Made, Plane, Reconciler, Scope};
+use super::{Kernel, Knowledge, Made, Plane, Reconciler, Scope, strays};
 use crate::source::OwnRecord;
 use crate::view::{Facts, PeerFacts, RefusedFacts, condition, overlay_addresses};
 use crate::{attachments, endpoints};
@@ -141,7 +141,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         }
     }
 
-    pub(super) fn keep_pods(&mut self, mtu: u32) {
+    pub(super) fn keep_pods(&mut self, wanted: &Desired) {
         let found = attachments::read_settled(&self.ipam, &self.boot_id);
         self.unsettled_pods = found.unsettled;
         for (path, why) in &found.bad {
@@ -150,7 +150,10 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             }
         }
         self.named_bad_attachments.retain(|path| found.bad.iter().any(|(bad, _)| bad == path));
-        let outcome = match self.kernel.pods(&found.good, mtu) {
+        let strays = strays::find(&found.good, &wanted.own.pod_cidrs, &wanted.peers);
+        self.stray_pods = strays.pods;
+        let mtu = wanted.net.link.mtu;
+        let outcome = match self.kernel.pods(&found.good, &strays.taken, mtu) {
             Ok(pods) => {
                 self.free_gone(&pods.gone, found.earlier > 0);
                 // The first turn makes what is missing; later ones put back what was taken.
@@ -163,7 +166,10 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             }
             Err(error) => Err(format!("{error:#}")),
         };
-        self.out.view.set_condition(condition::PODS, outcome);
+        match outcome {
+            Ok(()) => self.out.view.set_condition_ok(condition::PODS, strays.words()),
+            Err(why) => self.out.view.set_condition(condition::PODS, Err(why)),
+        }
     }
 
     /// Addresses of pods that vanished without DEL (runtimes lose some, and not all of them call GC): seen gone in two turns,
@@ -239,7 +245,8 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         if self.roster {
             self.out.view.set_condition(condition::PUBLISHED, self.own_key_in_roster());
         }
-        let facts = facts(wanted, &self.local.endpoints);
+        let mut facts = facts(wanted, &self.local.endpoints);
+        facts.stray_pods = self.stray_pods;
         self.log_refusals(&facts.refused);
         self.out.view.set_facts(facts);
         let record = OwnRecord {
@@ -336,6 +343,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
 
 fn facts(wanted: &Desired, endpoints: &[std::net::SocketAddr]) -> Facts {
     Facts {
+        stray_pods: 0,
         site: wanted.own.site.clone(),
         pod_cidrs: wanted.own.pod_cidrs.clone(),
         mtu: wanted.net.link.mtu,

@@ -25,6 +25,7 @@ struct Model {
     path_mtu: u32,
     gone: Vec<Attachment>,
     forgotten: Vec<String>,
+    taken: Vec<IpAddr>,
 }
 
 #[derive(Clone, Default)]
@@ -76,9 +77,10 @@ impl Kernel for Shared {
         })
     }
 
-    fn pods(&mut self, _: &[Attachment], _: u32) -> anyhow::Result<PodsMade> {
+    fn pods(&mut self, _: &[Attachment], taken: &[IpAddr], _: u32) -> anyhow::Result<PodsMade> {
         let gone = self.with(|model| {
             model.order.push("pods");
+            model.taken = taken.to_vec();
             model.gone.clone()
         });
         Ok(PodsMade { gone, ..PodsMade::default() })
@@ -415,14 +417,46 @@ fn the_address_of_a_pod_that_vanished_is_freed_without_the_plugin_once_seen_twic
     assert_eq!(bench.model.with(|model| model.forgotten.clone()), ["gone"]);
 }
 
-#[test]
-fn addresses_of_an_earlier_boot_are_freed_without_the_plugin() {
-    let mut bench = bench();
-    pod_made_by_the_plugin(&bench, "old", "boot before");
+/// Makes the records of pods look old enough to be judged.
+fn settle_records(bench: &Bench) {
     for file in std::fs::read_dir(bench.dir.path().join("ipam")).expect("directory") {
         let file = std::fs::File::open(file.expect("entry").path()).expect("file");
         file.set_modified(std::time::UNIX_EPOCH).expect("time");
     }
+}
+
+#[test]
+fn pods_left_behind_by_a_node_made_anew_are_told_and_give_way_to_the_node_that_has_their_address() {
+    let mut bench = bench();
+    let left = pod_made_by_the_plugin(&bench, "left", "boot");
+    settle_records(&bench);
+    let _ = bench.reconciler.hear(ClusterEvent::Reset(vec![node(1), node(2)]));
+    bench.reconciler.turn(Scope::All);
+    assert_eq!(condition_of(&bench.view, condition::PODS), (true, String::new()));
+    let anew = RawNode { uid: "anew".into(), pod_cidrs: vec!["10.244.7.0/24".into()], ..node(1) };
+    let _ = bench.reconciler.hear(ClusterEvent::Apply(anew));
+    bench.reconciler.turn(Scope::Records);
+    let (ok, words) = condition_of(&bench.view, condition::PODS);
+    let address = left.addresses[0].to_string();
+    assert!(ok, "pods made from now on are well: {words}");
+    for wanted in ["pod CIDRs: 1 (", address.as_str(), "drain", "no other node answers"] {
+        assert!(words.contains(wanted), "{wanted} in {words}");
+    }
+    assert_eq!(bench.view.snapshot().facts.stray_pods, 1);
+    assert!(bench.model.with(|model| model.taken.is_empty()), "nobody else has it");
+    let heir = RawNode { pod_cidrs: vec!["10.244.1.0/24".into()], ..node(3) };
+    let _ = bench.reconciler.hear(ClusterEvent::Apply(heir));
+    bench.reconciler.turn(Scope::Records);
+    assert_eq!(bench.model.with(|model| model.taken.clone()), left.addresses);
+    let (_, words) = condition_of(&bench.view, condition::PODS);
+    assert!(words.contains("another node has"), "{words}");
+}
+
+#[test]
+fn addresses_of_an_earlier_boot_are_freed_without_the_plugin() {
+    let mut bench = bench();
+    pod_made_by_the_plugin(&bench, "old", "boot before");
+    settle_records(&bench);
     bench.reconciler.turn(Scope::Records);
     assert_eq!(records(&bench), 0);
 }

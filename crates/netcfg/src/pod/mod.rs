@@ -249,6 +249,34 @@ pub fn prune(config: &PodConfig, state: &HostState) -> anyhow::Result<usize> {
     Ok(gone.len())
 }
 
+/// Takes the way to these addresses from pods of this node, and their place in the source filter: they are another node's.
+/// `state` is to be fresh. Answers which had either; [`repair`] gives both back.
+pub fn close(
+    config: &PodConfig,
+    state: &HostState,
+    taken: &[IpAddr],
+) -> anyhow::Result<Vec<IpAddr>> {
+    check_words(config, &[])?;
+    let (mut closed, mut pairs) = (Vec::new(), Vec::new());
+    for address in taken {
+        let sources = state.sources.iter().filter(|(_, source)| source == address);
+        pairs.extend(sources.map(|(name, address)| (name.as_str(), *address)));
+        let destination = host_prefix(*address);
+        let routes: Vec<_> =
+            state.routes.iter().filter(|route| route.destination == destination).collect();
+        for route in &routes {
+            route::delete(route).with_context(|| format!("remove the route to {address}"))?;
+        }
+        if !routes.is_empty() || pairs.last().is_some_and(|(_, last)| last == address) {
+            closed.push(*address);
+        }
+    }
+    if !pairs.is_empty() {
+        table::forbid(&config.nft_table, &pairs).context("close the source filter")?;
+    }
+    Ok(closed)
+}
+
 /// Makes the nftables table of pods, without touching which pods it knows.
 pub fn ensure_table(config: &PodConfig) -> anyhow::Result<()> {
     check_words(config, &[])?;
