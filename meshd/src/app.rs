@@ -18,6 +18,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use ipnet::IpNet;
 use mesh_types::key::PrivateKey;
+use mesh_types::net::ClusterPrefixes;
 use mesh_types::node::NodeName;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
@@ -219,11 +220,7 @@ fn install_guard(config: &Config, boot_id: &str) -> anyhow::Result<Vec<IpNet>> {
     netcfg::guard::ensure(&reconcile::guard_config(config, earlier.clone()))
         .context("make the guard")?;
     if let Some(before) = before.filter(|it| it.cluster_prefixes != now.cluster_prefixes) {
-        tracing::warn!(
-            before = ?before.cluster_prefixes.as_slice(),
-            now = ?now.cluster_prefixes.as_slice(),
-            "cluster prefixes changed: what is no longer inside, and no pod of this node lives in, may leave in clear"
-        );
+        tell_prefixes(&before.cluster_prefixes, &now.cluster_prefixes);
     }
     if !earlier.is_empty() {
         tracing::warn!(
@@ -237,6 +234,19 @@ fn install_guard(config: &Config, boot_id: &str) -> anyhow::Result<Vec<IpNet>> {
         installed::forget(&path, &mut now, &old)?;
     }
     Ok(earlier)
+}
+
+fn tell_prefixes(before: &ClusterPrefixes, now: &ClusterPrefixes) {
+    let widened = before.as_slice().iter().all(|prefix| now.covers(*prefix));
+    let (before, now) = (before.as_slice(), now.as_slice());
+    match widened {
+        true => tracing::info!(?before, ?now, "cluster prefixes widened"),
+        false => tracing::warn!(
+            ?before,
+            ?now,
+            "cluster prefixes changed: what is no longer inside, and no pod of this node lives in, may leave in clear"
+        ),
+    }
 }
 
 /// What an earlier start made under other names.

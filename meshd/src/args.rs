@@ -63,10 +63,10 @@ pub struct RunArgs {
     #[arg(long, env = "MESHD_NODE_NAME")]
     pub node_name: Option<String>,
     /// Prefix all pods of the cluster live in, one per family; repeat or separate by commas.
-    #[arg(long = "cluster-cidr", env = "MESHD_CLUSTER_CIDR", value_delimiter = ',')]
+    #[arg(long = "cluster-cidr", env = "MESHD_CLUSTER_CIDR", value_delimiter = ',', value_parser = parse_prefix)]
     pub cluster_cidrs: Vec<IpNet>,
     /// Prefix of Services, never accepted as a pod CIDR; repeat or separate by commas.
-    #[arg(long = "service-cidr", env = "MESHD_SERVICE_CIDR", value_delimiter = ',')]
+    #[arg(long = "service-cidr", env = "MESHD_SERVICE_CIDR", value_delimiter = ',', value_parser = parse_prefix)]
     pub service_cidrs: Vec<IpNet>,
     /// Node records from this YAML file instead of Kubernetes; watched for changes.
     #[arg(long, env = "MESHD_ROSTER", conflicts_with = "kubeconfig")]
@@ -341,6 +341,28 @@ fn one_line(report: &str) -> String {
     format!("{told} (see meshd --help)")
 }
 
+fn parse_prefix(text: &str) -> Result<IpNet, String> {
+    if let Ok(prefix) = text.trim().parse() {
+        return Ok(prefix);
+    }
+    let Some((address, length)) = text.trim().split_once('/') else {
+        return Err("it has no prefix length: write ADDRESS/LENGTH, like 10.244.0.0/16".into());
+    };
+    Err(match address.parse::<IpAddr>() {
+        Err(_) => format!("{address:?} is no IP address: write ADDRESS/LENGTH, like 10.244.0.0/16"),
+        Ok(IpAddr::V4(_)) => {
+            format!(
+                "{length:?} is no prefix length of IPv4, which is at most 32: write one like 10.244.0.0/16"
+            )
+        }
+        Ok(IpAddr::V6(_)) => {
+            format!(
+                "{length:?} is no prefix length of IPv6, which is at most 128: write one like fd00:10:244::/48"
+            )
+        }
+    })
+}
+
 fn parse_mark(text: &str) -> Result<(u32, u32), String> {
     let number = |text: &str| match text.strip_prefix("0x") {
         Some(hex) => u32::from_str_radix(hex, 16),
@@ -375,6 +397,10 @@ mod tests {
             (&["walk"], "walk"),
             (&["run", "--no-such-flag"], "--no-such-flag"),
             (&["run", "--cluster-cidr", "10.0.0.0/33"], "10.0.0.0/33"),
+            (&["run", "--cluster-cidr", "10.0.0.0/33"], "at most 32"),
+            (&["run", "--cluster-cidr", "fd00::/129"], "like fd00:10:244::/48"),
+            (&["run", "--cluster-cidr", "10.0.0.0"], "no prefix length"),
+            (&["run", "--service-cidr", "ten/8"], "no IP address"),
             (&["run", "--listen-port", "70000"], "70000"),
             (&["run", "--admin-address", "localhost"], "localhost"),
             (&["run", "--mark", "0"], "--mark"),

@@ -70,7 +70,9 @@ pub fn private_directory(path: &Path, ours: impl Fn(&str) -> bool) -> anyhow::Re
     let mode = fs::metadata(path).with_context(|| format!("look at {}", path.display()))?.mode();
     if mode & 0o077 != 0 {
         let entries = fs::read_dir(path).with_context(|| format!("read {}", path.display()))?;
+        let mut exposed = false;
         for entry in entries.flatten() {
+            exposed = true;
             let name = entry.file_name();
             ensure!(
                 name.to_str().is_some_and(&ours),
@@ -79,7 +81,13 @@ pub fn private_directory(path: &Path, ours: impl Fn(&str) -> bool) -> anyhow::Re
                 name.display()
             );
         }
-        tracing::warn!(directory = %path.display(), mode = format!("{mode:04o}"), "others could enter; set to 0700");
+        let (directory, mode) = (path.display(), format!("{mode:04o}"));
+        if exposed {
+            tracing::warn!(%directory, mode, "others could enter; set to 0700");
+        } else {
+            // As kubelets make the folder of a volume: nothing was in it yet.
+            tracing::debug!(%directory, mode, "empty; set to 0700");
+        }
         fs::set_permissions(path, Permissions::from_mode(0o700))
             .with_context(|| format!("set {} to mode 0700", path.display()))?;
     }

@@ -25,10 +25,17 @@ pub struct Lock {
 pub fn take(path: &Path, wait: Duration) -> anyhow::Result<Lock> {
     let mut file = open(path)?;
     let deadline = Instant::now() + wait;
+    let mut told = false;
     loop {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => break,
             Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                if !std::mem::replace(&mut told, true) {
+                    let holder = holder(&mut file);
+                    tracing::info!(
+                        "meshd already runs on this node ({holder}): waiting {wait:?} for it to end"
+                    );
+                }
                 std::thread::sleep(LOOK_INTERVAL);
             }
             Err(rustix::io::Errno::WOULDBLOCK) => {
@@ -61,7 +68,7 @@ fn open(path: &Path) -> anyhow::Result<File> {
 
 fn holder(file: &mut File) -> String {
     let mut text = String::new();
-    let read = file.rewind().and_then(|()| file.take(32).read_to_string(&mut text));
+    let read = file.rewind().and_then(|()| (&mut *file).take(32).read_to_string(&mut text));
     match (read, text.trim()) {
         (Ok(_), pid) if !pid.is_empty() => format!("process {pid}"),
         _ => "process unknown".into(),

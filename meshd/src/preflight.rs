@@ -98,6 +98,7 @@ pub fn check_own_addresses(
 /// Nobody serves the TUN device. Whoever held our lock before may take a moment to be gone.
 pub fn check_tun_is_free(tun: &str, wait: Duration) -> anyhow::Result<()> {
     let deadline = Instant::now() + wait;
+    let mut told = false;
     loop {
         let link = netcfg::link::get(tun).with_context(|| format!("look at {tun}"))?;
         if !link.is_some_and(|link| link.kind == "tun" && link.running) {
@@ -108,6 +109,11 @@ pub fn check_tun_is_free(tun: &str, wait: Duration) -> anyhow::Result<()> {
             "the TUN device {tun} is served by another process, another meshd perhaps: stop it first, or choose \
              another --tun-name, --table and --rule-priority"
         );
+        if !std::mem::replace(&mut told, true) {
+            tracing::info!(
+                "{tun} is still served by another process: waiting {wait:?} for it to end"
+            );
+        }
         std::thread::sleep(LOOK_INTERVAL);
     }
 }

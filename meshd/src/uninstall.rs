@@ -10,7 +10,6 @@
 //! counts. The guard goes after what it guards, so that nothing leaves in clear meanwhile; what says which names to look for
 //! goes last. Sysctls stay: others may rely on forwarding by now.
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -28,6 +27,9 @@ const DAMAGED_MARK: &str = ".damaged-";
 
 /// Folder in the state directory where `--host-copy-dir` has its copies.
 const HOST_COPIES: &str = "bin";
+
+/// Of the daemon's routes and of the plugin's.
+const ROUTE_PROTOCOLS: [u8; 2] = [defaults::ROUTE_PROTOCOL, defaults::ROUTE_PROTOCOL_CNI];
 
 /// What there is to remove.
 struct Plan {
@@ -59,8 +61,9 @@ pub fn run(args: &UninstallArgs) -> anyhow::Result<()> {
     };
     plan.pod_links = pod_links()?;
     let mut out = std::io::stdout().lock();
+    let found = found(&plan)?;
     if args.dry_run {
-        return writeln!(out, "would remove {}\n{STAYS}", describe(&plan)).context("print");
+        return tell(&mut out, "would remove", &found);
     }
     refuse_pods(&plan, args.force)?;
     // One may have come since, and after this none comes any more.
@@ -71,7 +74,15 @@ pub fn run(args: &UninstallArgs) -> anyhow::Result<()> {
     if !failures.is_empty() {
         bail!("not everything could be removed, try again: {}", failures.join("; "));
     }
-    writeln!(out, "removed {}\n{STAYS}", describe(&plan)).context("print")
+    tell(&mut out, "removed", &found)
+}
+
+fn tell(out: &mut impl std::io::Write, done: &str, found: &[String]) -> anyhow::Result<()> {
+    match found {
+        [] => writeln!(out, "nothing of ours is on this node"),
+        found => writeln!(out, "{done} {}\n{STAYS}", found.join(", ")),
+    }
+    .context("print")
 }
 
 fn plan(args: &UninstallArgs) -> anyhow::Result<Plan> {
@@ -140,29 +151,47 @@ fn claimed_record(ipam: &Path) -> anyhow::Result<Option<PathBuf>> {
     Ok(None)
 }
 
-fn describe(plan: &Plan) -> String {
-    let kernels: Vec<String> = plan
-        .kernels
-        .iter()
-        .map(|k| format!("device {}, table {}, rules at {}", k.tun, k.table, k.rule_priority))
-        .collect();
-    let pods = match plan.pod_links.len() {
-        0 => String::new(),
-        count => format!("links of {count} pods, "),
-    };
-    let cni = match &plan.cni {
-        Some(cni) => {
-            format!("the CNI plugin and {}, ", cni.conf_dir.join(&cni.conf_name).display())
+/// What of ours is there, in words.
+fn found(plan: &Plan) -> anyhow::Result<Vec<String>> {
+    let mut found = Vec::new();
+    if !plan.pod_links.is_empty() {
+        found.push(format!("links of {} pods", plan.pod_links.len()));
+    }
+    for Kernel { tun, table, rule_priority, .. } in &plan.kernels {
+        let device = netcfg::link::get(tun).with_context(|| format!("look at {tun}"))?;
+        if device.is_some_and(|link| link.kind == "tun") {
+            found.push(format!("device {tun}"));
         }
-        None => String::new(),
+        let routes = netcfg::route::list(*table).context("list routes")?;
+        if routes.iter().any(|route| ROUTE_PROTOCOLS.contains(&route.protocol)) {
+            found.push(format!("routes in table {table}"));
+        }
+        let rules = netcfg::route::rules(*rule_priority, *table, defaults::ROUTE_PROTOCOL);
+        if !rules.context("list routing rules")?.is_empty() {
+            found.push(format!("rules at {rule_priority}"));
+        }
+    }
+    for table in [defaults::NFT_TABLE, defaults::NFT_TABLE_CNI] {
+        // What cannot be looked at is taken to be there.
+        if netcfg::guard::stands(table).unwrap_or(true) {
+            found.push(format!("nftables {table}"));
+        }
+    }
+    let paths = &plan.paths;
+    let lock = paths.lock();
+    let ours = |entry: std::fs::DirEntry| {
+        let name = entry.file_name();
+        entry.path() != lock
+            && name.to_str().is_some_and(|it| it == HOST_COPIES || Paths::is_ours(it))
     };
-    format!(
-        "{pods}{cni}{}, nftables {} and {}, key and state in {}",
-        kernels.join(", "),
-        defaults::NFT_TABLE,
-        defaults::NFT_TABLE_CNI,
-        plan.paths.state_dir.display()
-    )
+    if let Some(cni) = &plan.cni {
+        let ours = [cni.conf_dir.join(&cni.conf_name), cni.bin_dir.join(cni_install::PLUGIN)];
+        found.extend(ours.iter().filter(|path| path.exists()).map(|path| path.display().to_string()));
+    }
+    if std::fs::read_dir(&paths.state_dir).is_ok_and(|all| all.flatten().any(ours)) {
+        found.push(format!("key and state in {}", paths.state_dir.display()));
+    }
+    Ok(found)
 }
 
 /// Host interfaces of pods, by their names: a record may be damaged or gone.
@@ -209,8 +238,7 @@ fn remove_guard_and_state(paths: &Paths) -> anyhow::Result<()> {
 
 /// Our routes, those of the CNI plugin, and the rules that lead to them.
 pub fn remove_routing(kernel: &Kernel) -> anyhow::Result<()> {
-    let protocols = [defaults::ROUTE_PROTOCOL, defaults::ROUTE_PROTOCOL_CNI];
-    netcfg::state::remove_all(&marks(kernel), &protocols)
+    netcfg::state::remove_all(&marks(kernel), &ROUTE_PROTOCOLS)
 }
 
 /// Only what has our names; a directory somebody else uses too stays. What says which names to look for goes last.

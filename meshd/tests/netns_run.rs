@@ -138,6 +138,9 @@ fn uninstall_refuses_beside_a_daemon_and_leaves_nothing_behind_it() {
         assert_eq!(String::from_utf8_lossy(&left.stdout).trim(), "", "{nothing}");
     }
     assert!(!pair.a.state_dir().exists());
+    let again = pair.a.uninstall(&[]);
+    let told = String::from_utf8_lossy(&again.stdout).into_owned();
+    assert_eq!(told.trim(), "nothing of ours is on this node");
     assert!(pair.a.uninstall(&[]).status.success(), "twice is free");
 }
 

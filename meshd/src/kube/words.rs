@@ -40,7 +40,8 @@ pub(super) fn of_publish(error: &Error, node: &str) -> String {
         409 => format!(
             "somebody else writes our annotations of node {node}: find the field manager with \
              `kubectl get node {node} -o yaml --show-managed-fields` and remove its annotation \
-             with `kubectl annotate node {node} NAME-` ({said})"
+             with `kubectl annotate node {node} NAME- --as=$USER --as-group=meshd:operators`, or the group the chart's \
+             operators.group names ({said})"
         ),
         _ => of_status(status, &format!("write node {node}")),
     }
