@@ -32,6 +32,8 @@ pub mod args;
 pub mod ask;
 pub mod attachments;
 pub mod cache;
+#[cfg(test)]
+mod chart;
 pub mod cni_install;
 pub mod config;
 pub mod endpoints;
