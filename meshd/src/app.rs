@@ -63,7 +63,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
 }
 
 /// Who looks at the Node must find why it is not meshed also where the daemon does not live to say so.
-fn last_words(kubeconfig: Option<&Path>, node: &NodeName, why: &str) {
+pub fn last_words(kubeconfig: Option<&Path>, node: &NodeName, why: &str) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let told = match runtime {
         Ok(runtime) => runtime.block_on(kube::last_words(kubeconfig, node, why)),

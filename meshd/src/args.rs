@@ -195,6 +195,9 @@ pub struct CniInstallArgs {
     /// Rename configurations of others so that no runtime reads them.
     #[arg(long, env = "MESHD_CNI_REMOVE_OTHERS")]
     pub remove_others: bool,
+    /// Say on this Node of Kubernetes, by an Event, why an install failed; with the service account of the pod.
+    #[arg(long, env = "MESHD_NODE_NAME")]
+    pub node_name: Option<String>,
     /// Take program and configuration away again, and bring back what was renamed.
     #[arg(long, conflicts_with_all = ["strict", "remove_others"])]
     pub remove: bool,

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use meshd::args::{self, CniInstallArgs, Command, LogFormat};
 use meshd::config;
 
@@ -31,10 +32,15 @@ fn main() -> ExitCode {
 
 fn cni_install(args: &CniInstallArgs) -> anyhow::Result<()> {
     let wanted = config::cni_install(args)?;
-    match args.remove {
-        true => meshd::cni_install::run_remove(&wanted),
-        false => meshd::cni_install::run(&wanted),
+    if args.remove {
+        return meshd::cni_install::run_remove(&wanted);
     }
+    let result = meshd::cni_install::run(&wanted);
+    if let (Err(error), Some(node)) = (&result, &args.node_name) {
+        let node = node.parse().context("--node-name")?;
+        meshd::app::last_words(None, &node, &meshd::one_line(error));
+    }
+    result
 }
 
 /// One line with every cause; stderr, because the log filter may hide it.
@@ -45,7 +51,6 @@ fn fail(error: &anyhow::Error) -> ExitCode {
 }
 
 fn log(filter: &str, format: LogFormat) -> anyhow::Result<()> {
-    use anyhow::Context;
     let filter = tracing_subscriber::EnvFilter::try_new(filter)
         .with_context(|| format!("--log {filter:?} is no filter; write for example info"))?;
     let builder = tracing_subscriber::fmt()

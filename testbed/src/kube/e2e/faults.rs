@@ -149,7 +149,7 @@ fn api_outage(suite: &mut Suite<'_>) -> Result<String> {
 }
 
 /// Keeps the daemon off a node, or lets it come back. The others are not replaced for it.
-fn banish(suite: &Suite<'_>, node: Option<&str>) -> Result<()> {
+pub(super) fn banish(suite: &Suite<'_>, node: Option<&str>) -> Result<()> {
     let patch = match node {
         Some(node) => json!({"spec": {
             "updateStrategy": {"type": "OnDelete", "rollingUpdate": null},

@@ -4,10 +4,12 @@
 //! mesh      helm test, every pair of pods, keys with kubectl        faults   API server, daemons, runtimes away
 //! services  ClusterIP, NodePort, affinity, hostPort, DNS            power    nodes off and on
 //! rights    who may write what of a Node                            trouble  why a node is not meshed
+//! badinput  what one node lacks costs no other
 //! ```
 //!
 //! A capture on every wire between nodes runs from the first test to the last: pod traffic in clear fails the suite.
 
+mod badinput;
 mod bench;
 mod faults;
 mod mesh;
@@ -83,6 +85,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         rights::TESTS,
         faults::TESTS,
         trouble::TESTS,
+        badinput::TESTS,
         power::TESTS,
         uninstall::TESTS,
     ]
