@@ -77,7 +77,7 @@ pub(in crate::kube) fn run(kube: &mut Kube, options: &KubeBenchOptions) -> Resul
     );
     ensure!((1..=50).contains(&options.pods), "--pods is between 1 and 50");
     kube.repair()?;
-    let mut suite = Suite::prepare(kube)?;
+    let mut suite = Suite::prepare(kube, Duration::ZERO)?;
     let figures = measure(&mut suite, options);
     suite.clean()?;
     let report = Report::new(options.pods, figures?);
