@@ -134,6 +134,11 @@ fn api_outage(suite: &mut Suite<'_>) -> Result<String> {
     suite.wait("the API server answers", |suite| {
         suite.kube.kubectl(&["get", "--raw", "/readyz"]).map(|_| ())
     })?;
+    // They look again after half a minute or more, and what comes next needs them: started anew they look at once.
+    for program in ["kube-controller-manager", "kube-scheduler"] {
+        suite.kube.kill(CONTROL, program)?;
+        suite.kube.start(CONTROL, program)?;
+    }
     // Nodes whose kubelets come back late are called NotReady for a while, and their pods too.
     suite.wait("every kubelet is heard again", |suite| {
         let now = suite.leases()?;

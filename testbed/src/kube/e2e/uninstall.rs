@@ -29,6 +29,7 @@ pub(super) const TESTS: &[Test] = &[
 
 const HOST_COPY: &str = "/var/lib/meshd/bin/meshd";
 const STUBBORN: &str = "stubborn";
+const WAITER: &str = "waiter";
 const CLEANUP: &str = "app.kubernetes.io/component=cleanup";
 /// A daemon that is away answers nothing however long one asks.
 const SILENCE: Duration = Duration::from_secs(2);
@@ -182,8 +183,21 @@ fn clean_all(suite: &mut Suite<'_>) -> Result<String> {
     })?;
     suite.kube.helm(&["uninstall", chart::RELEASE, "-n", chart::NAMESPACE])?;
 
+    suite.create_pod(WAITER, &off, &[])?;
     suite.kube.power_on(&off)?;
     let node = suite.kube.node(&off)?;
+    suite.wait("the node that is back gives no pod an address", |suite| {
+        let field = format!("--field-selector=involvedObject.name={WAITER}");
+        let list = suite.json(&["-n", NAMESPACE, "get", "events", &field])?;
+        let items = list.get("items").and_then(Value::as_array).cloned().unwrap_or_default();
+        let said: Vec<&str> = items.iter().map(|event| text(event, "/message")).collect();
+        ensure!(
+            said.iter().any(|text| text.contains("node.json is of an earlier boot")),
+            "{said:?}"
+        );
+        Ok(())
+    })?;
+    suite.kube.kubectl(&["-n", NAMESPACE, "delete", "pod", WAITER, "--wait=false"])?;
     node.run(&["test", "-x", HOST_COPY]).context("its copy of the program is gone")?;
     suite.wait("the node that was off is clean by its own copy", |suite| {
         host_copy(&suite.kube.node(&off)?, &["--cni"])
