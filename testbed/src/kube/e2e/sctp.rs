@@ -128,7 +128,10 @@ fn cluster_ip(suite: &mut Suite<'_>) -> Result<String> {
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": "sctp", "namespace": NAMESPACE},
         "spec": {
             "selector": {"app": "tool"}, "ipFamilyPolicy": "RequireDualStack",
-            "ports": [{"name": "sctp", "port": PORT, "protocol": "SCTP"}],
+            "ports": [
+                {"name": "sctp", "port": PORT, "protocol": "SCTP"},
+                {"name": "tcp", "port": PORT, "protocol": "TCP"},
+            ],
         },
     }))?;
     let service = suite.json(&["-n", NAMESPACE, "get", "service", "sctp"])?;
@@ -140,6 +143,8 @@ fn cluster_ip(suite: &mut Suite<'_>) -> Result<String> {
     for address in addresses? {
         let target = SocketAddr::new(address, PORT);
         for from in &pods {
+            // Before kube-proxy knows a Service, its packets go where the route leads, and the kernel remembers that.
+            suite.ask(&from.netns, target, false).with_context(|| from.name.clone())?;
             let seen = sctp::exchange(from, None, &pods, target, &suite.canary, sctp::PATIENCE)?;
             let seen = seen.with_context(|| format!("{} reached nobody at {target}", from.name))?;
             ensure!(
