@@ -116,18 +116,24 @@ fn outside(suite: &mut Suite<'_>) -> Result<String> {
     ensure!(!prefixes.iter().any(|net| contains(net, &left.addresses)), "{prefixes:?}, as before");
     // The pod of before lives on with addresses that are nobody's now; a new one is meshed.
     wait_event(suite, &node, "outside this node's pod CIDRs")?;
-    let daemon = text(&suite.daemon_pod(&node)?, "/metadata/name").to_owned();
-    let words = ["-n", chart::NAMESPACE, "exec", &daemon, "--", "/usr/bin/meshd", "status"];
-    let status = suite.kube.kubectl(&words)?;
-    ensure!(status.contains("outside this node's pod CIDRs"), "the status says {status}");
+    ensure!(tells_of_strays(suite, &node)?, "the status says nothing of it");
     new_pod_talks(suite, &node)?;
     others_meshed(suite, &suite.pods("app=tool")?, &node)?;
-    replace_pod(suite, &node)?;
     // CoreDNS may live there, too.
     let of_node = format!("--field-selector=spec.nodeName={node}");
-    suite.kube.kubectl(&["-n", "kube-system", "delete", "pods", &of_node, "--timeout=60s"])?;
-    wait_event(suite, &node, "every pod has an address of this node's pod CIDRs")?;
+    suite.kube.kubectl(&["-n", "kube-system", "delete", "pods", &of_node, "--wait=false"])?;
+    replace_pod(suite, &node)?;
+    suite.wait("the status tells of no such pods any more", |suite| {
+        ensure!(!tells_of_strays(suite, &node)?, "it does");
+        Ok(())
+    })?;
     recovered(suite, &node)
+}
+
+fn tells_of_strays(suite: &Suite<'_>, node: &str) -> Result<bool> {
+    let daemon = text(&suite.daemon_pod(node)?, "/metadata/name").to_owned();
+    let words = ["-n", chart::NAMESPACE, "exec", &daemon, "--", "/usr/bin/meshd", "status"];
+    Ok(suite.kube.kubectl(&words)?.contains("outside this node's pod CIDRs"))
 }
 
 /// Takes the daemon off a node and gives what its pod is made from; afterwards the daemon comes back.
