@@ -42,8 +42,9 @@ fn look(wanted: &Wanted) -> Result<(), String> {
         Ok(Choice::Ours) => Ok(()),
         Ok(Choice::Nothing) => Err(format!("{} holds no configuration", wanted.conf_dir.display())),
         Ok(Choice::Other(other)) => Err(format!(
-            "container runtimes take {} before {} ({}): remove it, or give ours an earlier name",
-            wanted.conf_dir.join(&other.file).display(),
+            "container runtimes take {} before {} ({}): remove it from the folder of CNI configurations, or give ours an earlier \
+             name (value cni.confName)",
+            other.file,
             wanted.conf_name,
             other.describe()
         )),

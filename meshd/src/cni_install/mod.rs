@@ -99,8 +99,10 @@ pub fn install(wanted: &Wanted) -> anyhow::Result<Done> {
         && let Some(other) = others.first()
     {
         bail!(
-            "another CNI is active on this node: {} ({}); remove it, or install without --strict or with --remove-others",
-            wanted.conf_dir.join(&other.file).display(),
+            // In a container the folder has another path than on the host.
+            "another CNI is active on this node: {} ({}) in the folder of CNI configurations; remove it, or install without \
+             --strict or with --remove-others (values cni.strict, cni.removeOthers)",
+            other.file,
             other.describe()
         );
     }
