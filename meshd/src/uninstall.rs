@@ -186,7 +186,9 @@ fn found(plan: &Plan) -> anyhow::Result<Vec<String>> {
     };
     if let Some(cni) = &plan.cni {
         let ours = [cni.conf_dir.join(&cni.conf_name), cni.bin_dir.join(cni_install::PLUGIN)];
-        found.extend(ours.iter().filter(|path| path.exists()).map(|path| path.display().to_string()));
+        found.extend(
+            ours.iter().filter(|path| path.exists()).map(|path| path.display().to_string()),
+        );
     }
     if std::fs::read_dir(&paths.state_dir).is_ok_and(|all| all.flatten().any(ours)) {
         found.push(format!("key and state in {}", paths.state_dir.display()));
