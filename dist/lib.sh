@@ -16,7 +16,10 @@ declare -A loader=([amd64]=/lib64/ld-linux-x86-64.so.2 [arm64]=/lib/ld-linux-aar
 
 # nft and the libraries it is linked with, from the Debian release below: package and file. Its packages have no static
 # libraries to link it with, so it brings its loader; dist/test checks that nothing is missing and nothing is too much.
-debian_suite=trixie
+#
+# Not the newest release: tables that nft 1.1 makes crash every nft 1.0 that looks at them, and kube-proxy and others on a node
+# bring theirs. What the older one makes, all read.
+debian_suite=bookworm
 nft_files=(
     nftables:nft libnftables1:libnftables.so.1 libnftnl11:libnftnl.so.11 libmnl0:libmnl.so.0 libjansson4:libjansson.so.4
     libgmp10:libgmp.so.10 libxtables12:libxtables.so.12 libedit2:libedit.so.2 libtinfo6:libtinfo.so.6
