@@ -206,6 +206,8 @@ collect_nft() {
             loader) from=$libraries/$(basename "${loader[$architecture]}") to=${loader[$architecture]} ;;
             *) from=$libraries/$name to=/$libraries/$name ;;
         esac
+        # Debian 12 has the libraries of its first packages in /lib still.
+        [ -e "$unpacked/$package/$from" ] || from=${from#usr/}
         # Links are followed: the image has none.
         cp --dereference "$unpacked/$package/$from" "$folder$to" || die "$package has no $from"
     done
