@@ -79,7 +79,8 @@ func has(t *testing.T, text string, parts ...string) {
 }
 
 func TestNotesOfAGoodClusterWarnOfNothing(t *testing.T) {
-	notes, err := render(t, map[string]any{}, namespace("privileged"), nodeWith("a", "10.244.1.0/24", "fd00:10:244:1::/64"))
+	values := map[string]any{"serviceCIDRs": []any{"10.96.0.0/12"}}
+	notes, err := render(t, values, namespace("privileged"), nodeWith("a", "10.244.1.0/24", "fd00:10:244:1::/64"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,6 +88,12 @@ func TestNotesOfAGoodClusterWarnOfNothing(t *testing.T) {
 		t.Errorf("warns:\n%s", notes)
 	}
 	has(t, notes, "rollout status", "nodes behind NAT", "pauses while its daemon is replaced", "Keep this namespace to meshd", "helm test meshd")
+}
+
+// How they name them where the API server tells: helm/tests/api.
+func TestNotesWarnWhereServicesAreNotTold(t *testing.T) {
+	notes, _ := render(t, map[string]any{})
+	has(t, notes, "WARNING: serviceCIDRs is not set", "unencrypted. Set it to what kube-apiserver was given as --service-cluster-ip-range.\n")
 }
 
 func TestNotesNameNetworkPoliciesNobodyEnforces(t *testing.T) {

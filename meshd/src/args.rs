@@ -65,7 +65,7 @@ pub struct RunArgs {
     /// Prefix all pods of the cluster live in, one per family; repeat or separate by commas.
     #[arg(long = "cluster-cidr", env = "MESHD_CLUSTER_CIDR", value_delimiter = ',', value_parser = parse_prefix)]
     pub cluster_cidrs: Vec<IpNet>,
-    /// Prefix of Services, never accepted as a pod CIDR; repeat or separate by commas.
+    /// Prefix of Services: never accepted as a pod CIDR, and nothing leaves the node for it; repeat or separate by commas.
     #[arg(long = "service-cidr", env = "MESHD_SERVICE_CIDR", value_delimiter = ',', value_parser = parse_prefix)]
     pub service_cidrs: Vec<IpNet>,
     /// Node records from this YAML file instead of Kubernetes; watched for changes.

@@ -214,6 +214,7 @@ fn kernel_drops() -> Vec<Counter> {
     let named = [
         ("guard_leaving_to_cluster", guard.leaving_to_cluster),
         ("guard_leaving_from_cluster", guard.leaving_from_cluster),
+        ("guard_leaving_to_service", guard.leaving_to_service),
         ("guard_entering_from_cluster", guard.entering_from_cluster),
         ("guard_leaving_from_port", guard.leaving_from_port),
         ("pod_spoofed_source", pods.spoofed),

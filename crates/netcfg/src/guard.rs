@@ -5,6 +5,7 @@
 //! in   prerouting -350   source in the cluster?  -> drop        (before conntrack, before any NAT)
 //! out  postrouting 300   destination or source
 //!                        in the cluster?         -> drop        (after every NAT: what is still a pod's)
+//! out  postrouting 300   destination a Service?  -> drop        (after every NAT: one nobody here knows yet)
 //! out  postrouting 300   of a pod, from the port
 //!                        the tunnel's socket has?-> drop        (after every NAT: what would be taken for it)
 //! out  postrouting 300   SYN into the tunnel     -> MSS fits the route
@@ -12,6 +13,10 @@
 //!
 //! The tunnel's port is closed to pods on their way out because connection tracking would give the peer's answers, and
 //! whatever the peer begins, to the pod whose packet was masqueraded to that port (CVE-2021-3773 is of this kind).
+//!
+//! Where a Service's address is still the destination on the way out, nothing on the node led it to a pod: the Service is new,
+//! or gone, or whoever translates has not started. What was meant for a pod would leave in clear, with our own address
+//! once masqueraded.
 //!
 //! The table stays when the daemon dies; only [`remove`] takes it away. It is replaced as a whole in one transaction, and
 //! carries two marks: a comment with the hash of the configuration it was made from, and an empty chain named by the
@@ -33,6 +38,8 @@ pub struct GuardConfig {
     pub cluster: ClusterPrefixes,
     /// Prefixes of earlier configurations that stay closed as well: pods live in them.
     pub earlier: Vec<IpNet>,
+    /// Prefixes of Services: no way out leads to one.
+    pub services: Vec<IpNet>,
     pub tun: String,
     /// Interfaces whose names begin so are pods'.
     pub pod_link_prefix: String,
@@ -47,6 +54,7 @@ impl GuardConfig {
             table: defaults::NFT_TABLE.to_owned(),
             cluster,
             earlier: Vec::new(),
+            services: Vec::new(),
             tun: defaults::TUN_NAME.to_owned(),
             pod_link_prefix: defaults::POD_LINK_PREFIX.to_owned(),
             port: defaults::UDP_PORT,
@@ -74,6 +82,8 @@ pub struct GuardDrops {
     pub leaving_to_cluster: u64,
     /// Would have left with a pod's source address.
     pub leaving_from_cluster: u64,
+    /// Would have left to a Service's address that nothing on the node translates.
+    pub leaving_to_service: u64,
     /// Came from the underlay with a pod's source address.
     pub entering_from_cluster: u64,
     /// Would have left a pod from the port of the tunnel's own socket.
@@ -83,6 +93,7 @@ pub struct GuardDrops {
 /// Comments the drop rules are found by.
 const TO_CLUSTER: &str = "to the cluster outside the tunnel";
 const FROM_CLUSTER: &str = "from the cluster outside the tunnel";
+const TO_SERVICE: &str = "to a Service this node does not know";
 const ENTERING: &str = "claims to come from the cluster";
 const FROM_PORT: &str = "of a pod, from the port of the tunnel";
 
@@ -93,8 +104,9 @@ const SEAL: &str = "seal-";
 pub fn render(config: &GuardConfig) -> String {
     let GuardConfig { table, tun, pod_link_prefix, port, .. } = config;
     let closed = closed(config);
-    let v4 = nft::elements(closed.iter().filter(|net| matches!(net, IpNet::V4(_))));
-    let v6 = nft::elements(closed.iter().filter(|net| matches!(net, IpNet::V6(_))));
+    let services = outermost(config.services.iter().copied());
+    let [v4, v6] = elements_by_family(&closed);
+    let [services4, services6] = elements_by_family(&services);
     let hash = config_hash(config);
     format!(
         r#"add table inet {table}
@@ -103,6 +115,8 @@ table inet {table} {{
 	comment "configuration {hash}"
 	set cluster4 {{ type ipv4_addr; flags interval;{v4} }}
 	set cluster6 {{ type ipv6_addr; flags interval;{v6} }}
+	set services4 {{ type ipv4_addr; flags interval;{services4} }}
+	set services6 {{ type ipv6_addr; flags interval;{services6} }}
 	chain entering {{
 		type filter hook prerouting priority -350; policy accept;
 		iifname {{ "{tun}", "lo" }} accept
@@ -119,6 +133,8 @@ table inet {table} {{
 		ip6 daddr @cluster6 counter drop comment "{TO_CLUSTER}"
 		ip saddr @cluster4 counter drop comment "{FROM_CLUSTER}"
 		ip6 saddr @cluster6 counter drop comment "{FROM_CLUSTER}"
+		ip daddr @services4 counter drop comment "{TO_SERVICE}"
+		ip6 daddr @services6 counter drop comment "{TO_SERVICE}"
 		iifname "{pod_link_prefix}*" udp sport {port} counter drop comment "{FROM_PORT}"
 	}}
 }}
@@ -129,6 +145,12 @@ table inet {table} {{
 /// What is kept off the underlay. A set takes no prefix that overlaps another.
 fn closed(config: &GuardConfig) -> Vec<IpNet> {
     outermost(config.cluster.as_slice().iter().chain(&config.earlier).copied())
+}
+
+/// Elements of the set for IPv4 and of that for IPv6.
+fn elements_by_family(nets: &[IpNet]) -> [String; 2] {
+    [true, false]
+        .map(|v4| nft::elements(nets.iter().filter(|net| matches!(net, IpNet::V4(_)) == v4)))
 }
 
 /// Makes the guard stand as configured. Does nothing when it is intact; `true` when it had to be (re)made.
@@ -184,6 +206,7 @@ fn parse_drops(text: &str) -> anyhow::Result<GuardDrops> {
     Ok(GuardDrops {
         leaving_to_cluster: count(TO_CLUSTER),
         leaving_from_cluster: count(FROM_CLUSTER),
+        leaving_to_service: count(TO_SERVICE),
         entering_from_cluster: count(ENTERING),
         leaving_from_port: count(FROM_PORT),
     })
@@ -199,15 +222,17 @@ fn check(config: &GuardConfig) -> anyhow::Result<()> {
 /// Covers this program's idea of the rules too: the words that make them are hashed with the configuration.
 fn config_hash(config: &GuardConfig) -> String {
     /// Goes up with every change of [`render`].
-    const RULES_VERSION: u32 = 2;
-    let prefixes: Vec<String> = closed(config).iter().map(ToString::to_string).collect();
+    const RULES_VERSION: u32 = 3;
+    let joined =
+        |nets: Vec<IpNet>| nets.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
     let text = format!(
-        "{RULES_VERSION} {} {} {} {} {}",
+        "{RULES_VERSION} {} {} {} {} {} services {}",
         config.table,
         config.tun,
         config.pod_link_prefix,
         config.port,
-        prefixes.join(" ")
+        joined(closed(config)),
+        joined(outermost(config.services.iter().copied())),
     );
     format!("{:016x}", nft::hash(&text))
 }
@@ -241,7 +266,10 @@ mod tests {
 
     fn config() -> GuardConfig {
         let prefixes = ["10.244.0.0/16", "fd00:10:244::/48"].map(|net| net.parse().unwrap());
-        GuardConfig::new(ClusterPrefixes::new(prefixes.to_vec()).unwrap())
+        let mut config = GuardConfig::new(ClusterPrefixes::new(prefixes.to_vec()).unwrap());
+        config.services =
+            ["10.96.0.0/16", "fd00:10:96::/112"].map(|net| net.parse().unwrap()).to_vec();
+        config
     }
 
     #[test]

@@ -78,6 +78,46 @@ fn cluster_traffic_does_not_leave_by_the_underlay() {
     assert_eq!((drops.leaving_to_cluster, drops.leaving_from_cluster), (2, 2), "{drops:?}");
 }
 
+/// The guard of a cluster whose Services have these prefixes.
+fn with_services() -> GuardConfig {
+    let services = ["10.96.0.0/16", "fd00:10:96::/112"].map(|net| net.parse().unwrap()).to_vec();
+    GuardConfig { services, ..GuardConfig::new(cluster()) }
+}
+
+#[test]
+fn what_is_sent_to_a_service_nobody_translates_does_not_leave_under_the_nodes_address() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    mesh_rules(&lab);
+    let pod = attach(&lab, "one", 5);
+    let mac = lab.outside.run(|| Ok(link::require("under1")?.mac.expect("a mac")));
+    lab.node.sh(&format!("ip neigh replace 192.0.2.2 lladdr {mac} dev under0; ip neigh replace fd99::2 lladdr {mac} dev under0"));
+    let mut capture = lab.outside.run(|| Capture::open("under1"));
+    let try_all = || {
+        for (from, any) in
+            [(&lab.node, ["0.0.0.0", "::"]), (&pod.scratch, ["10.244.1.5", "fd00:10:244:1::5"])]
+        {
+            send(from, any[0], "10.96.7.7:80", b"CANARY");
+            send(from, any[1], "[fd00:10:96::77]:80", b"CANARY");
+        }
+        send(&pod.scratch, "10.244.1.5", "192.0.2.2:9", b"FENCE");
+    };
+    lab.node.run(|| guard::ensure(&GuardConfig::new(cluster())));
+    try_all();
+    assert_eq!(
+        leaked(&mut capture, b"CANARY", b"FENCE"),
+        4,
+        "masqueraded, where Services are unknown"
+    );
+    let config = with_services();
+    lab.node.run(|| guard::ensure(&config));
+    try_all();
+    assert_eq!(leaked(&mut capture, b"CANARY", b"FENCE"), 0);
+    assert_eq!(lab.node.run(|| guard::drops(&config.table)).leaving_to_service, 4);
+}
+
 #[test]
 fn a_forged_cluster_source_does_not_enter_by_the_underlay() {
     if !privileged() {
@@ -216,7 +256,7 @@ fn what_the_node_sends_to_a_service_has_a_source_the_pods_node_accepts_and_a_pod
     }
     let lab = lab();
     mesh_rules(&lab);
-    lab.node.run(|| guard::ensure(&GuardConfig::new(cluster())));
+    lab.node.run(|| guard::ensure(&with_services()));
     lab.node.sh(
         "ip addr add 10.244.1.1/32 dev meshd0; ip -6 addr add fd00:10:244:1::1/128 dev meshd0 nodad; \
          ip route add 10.244.2.0/24 dev meshd0 table 5190; ip -6 route add fd00:10:244:2::/64 dev meshd0 table 5190; \

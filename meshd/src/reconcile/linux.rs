@@ -68,6 +68,7 @@ impl Linux {
 pub fn guard_config(config: &Config, earlier: Vec<IpNet>) -> GuardConfig {
     GuardConfig {
         earlier,
+        services: config.service_cidrs.clone(),
         tun: config.kernel.tun.clone(),
         port: config.listen_port,
         ..GuardConfig::new(config.prefixes.clone())

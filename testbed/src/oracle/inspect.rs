@@ -14,7 +14,7 @@ use crate::canary::Canary;
 /// What to look for.
 #[derive(Debug, Clone)]
 pub struct Watch {
-    /// The prefixes pods live in.
+    /// The prefixes pods live in, and others whose addresses have no place on these wires.
     pub prefixes: Vec<IpNet>,
     pub canary: Canary,
 }

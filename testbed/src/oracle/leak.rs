@@ -5,6 +5,7 @@ use std::net::{SocketAddr, UdpSocket};
 use anyhow::{Context, Result, ensure};
 
 use super::{Oracle, Report, Watch};
+use crate::canary::Canary;
 use crate::lab::{Lab, Namespace};
 
 /// The discard port (RFC 863).
@@ -31,9 +32,7 @@ impl Leak {
         self.node.run_in(|| {
             let mut sent = 0;
             for target in &self.targets {
-                let any = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-                let socket = UdpSocket::bind(any)?;
-                socket
+                socket_towards(target)?
                     .send_to(&payload, target)
                     .with_context(|| format!("{} cannot leak to {target}", self.node.name()))?;
                 sent += 1;
@@ -41,6 +40,21 @@ impl Leak {
             Ok(sent)
         })
     }
+}
+
+/// Sends the canary to each of these from where the caller stands, whatever becomes of it.
+pub fn send_canary(canary: &Canary, targets: &[SocketAddr]) -> Result<()> {
+    let mut payload = [0; 256];
+    canary.fill(0, &mut payload);
+    for target in targets {
+        // What a filter stops is an error to the sender, when both are on one machine.
+        let _ = socket_towards(target)?.send_to(&payload, target);
+    }
+    Ok(())
+}
+
+fn socket_towards(target: &SocketAddr) -> std::io::Result<UdpSocket> {
+    UdpSocket::bind(if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })
 }
 
 /// Leaks from every node in `leaks` and fails unless each leak was caught on that node's own wire. Only sound

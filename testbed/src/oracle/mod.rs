@@ -24,7 +24,7 @@ use serde::Serialize;
 use crate::lab::{Lab, LinkState};
 
 pub use inspect::{Offence, Watch};
-pub use leak::{Leak, prove};
+pub use leak::{Leak, prove, send_canary};
 
 /// Bytes looked at of each frame. Payloads repeat the canary every 64 bytes, so this shows a dozen of them.
 const SNAP_BYTES: usize = 1024;

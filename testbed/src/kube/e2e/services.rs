@@ -2,12 +2,16 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::suite::{FAMILIES, NAMESPACE, PORT, PodFacts, Suite, parse, text};
 use super::{Test, test};
+use crate::kube::settings::ProxyMode;
+use crate::lab::run_in_netns;
+use crate::oracle;
 
 pub(super) const TESTS: &[Test] = &[
     test(
@@ -27,6 +31,7 @@ pub(super) const TESTS: &[Test] = &[
     ),
     test("services", "session affinity keeps a client at one pod", affinity),
     test("services", "a host port leads to its pod in both families", host_port),
+    test("services", "what is sent to a Service nobody knows stays on the node", unknown),
     test("services", "names of Services and pods' own DNS work from every node", names),
 ];
 
@@ -191,6 +196,36 @@ fn host_port(suite: &mut Suite<'_>) -> Result<String> {
     }
     suite.delete_pod("host-port")?;
     Ok(String::new())
+}
+
+/// Addresses among Services that none has: the API server gives out the upper part of a prefix unasked, and nobody here asks.
+const UNKNOWN: [&str; 2] = ["10.96.0.77", "fd00:10:96::77"];
+
+/// Whether nothing of it left is for the suite's capture to say. In its mode nftables kube-proxy refuses such packets itself; in
+/// its mode iptables it lets them go where the node's default route leads.
+fn unknown(suite: &mut Suite<'_>) -> Result<String> {
+    let targets: Result<Vec<IpAddr>, _> = UNKNOWN.iter().map(|text| text.parse()).collect();
+    let targets: Vec<_> = targets?.into_iter().map(|ip| SocketAddr::new(ip, PORT)).collect();
+    let nodes: Vec<_> = suite.kube.net.nodes.iter().map(|(_, node)| node.netns()).collect();
+    let pods: Vec<_> = suite.pods("app=tool")?.iter().map(PodFacts::netns).collect();
+    let before = dropped(&nodes)?;
+    for place in nodes.iter().chain(&pods) {
+        run_in_netns(place, || oracle::send_canary(&suite.canary, &targets))?;
+    }
+    let rose = dropped(&nodes)?.saturating_sub(before);
+    let sent = ((nodes.len() + pods.len()) * targets.len()) as u64;
+    if suite.kube.record.proxy_mode == ProxyMode::Iptables {
+        ensure!(rose >= sent, "{rose} of {sent} packets were stopped by the guard");
+    }
+    Ok(format!("{sent} packets, {rose} of them stopped by the guard"))
+}
+
+/// Packets to unknown Services that the guards of these nodes stopped so far.
+fn dropped(nodes: &[PathBuf]) -> Result<u64> {
+    let count = |node: &PathBuf| {
+        run_in_netns(node, || netcfg::guard::drops(mesh_types::defaults::NFT_TABLE))
+    };
+    nodes.iter().map(|node| Ok(count(node)?.leaving_to_service)).sum()
 }
 
 fn suite_containers() -> Value {

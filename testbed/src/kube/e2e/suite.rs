@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::canary::Canary;
 use crate::kube::chart;
 use crate::kube::cluster::Kube;
-use crate::kube::settings::TOOL_IMAGE;
+use crate::kube::settings::{SERVICE_CIDRS, TOOL_IMAGE};
 use crate::lab::{CLUSTER_CIDRS, ProcessRef, run_in_netns};
 use crate::oracle::Watch;
 use crate::tool;
@@ -124,8 +124,10 @@ impl<'a> Suite<'a> {
         self.kube.kubectl(&words).map(|_| ())
     }
 
+    /// Neither pods nor Services have a place on a wire.
     pub(super) fn watch(&self) -> Result<Watch> {
-        let prefixes: Result<Vec<_>, _> = CLUSTER_CIDRS.iter().map(|text| text.parse()).collect();
+        let closed = CLUSTER_CIDRS.iter().chain(&SERVICE_CIDRS);
+        let prefixes: Result<Vec<_>, _> = closed.map(|text| text.parse()).collect();
         Ok(Watch { prefixes: prefixes?, canary: self.canary.clone() })
     }
 
