@@ -122,6 +122,25 @@ use_target_dir() {
     # cargo runs in the project's folder, the caller may have meant their own.
     case $CARGO_TARGET_DIR in /*) ;; *) CARGO_TARGET_DIR=$PWD/$CARGO_TARGET_DIR ;; esac
     export CARGO_TARGET_DIR
+    forget_other_checkout
+}
+
+# A build folder that checkouts share: cargo tells their crates apart by nothing but the time of their files, so what was built
+# from another checkout since these files were written would pass for built from them. It forgets our own crates, not the
+# others, when the checkout is another than the last.
+forget_other_checkout() {
+    local record=$CARGO_TARGET_DIR/checkout names
+    case $CARGO_TARGET_DIR/ in "$root_dir"/*) return 0 ;; esac
+    # The scripts that this one calls need not look again.
+    [ "${MESHD_CHECKOUT:-}" != "$root_dir" ] || return 0
+    export MESHD_CHECKOUT=$root_dir
+    [ -d "$CARGO_TARGET_DIR" ] && [ "$(cat "$record" 2>/dev/null)" != "$root_dir" ] || return 0
+    names=$(find "$root_dir" -name target -prune -o -name Cargo.toml -exec sed -n 's/^name = "\(.*\)"$/\1/p' {} +) || return 1
+    find "$CARGO_TARGET_DIR" -maxdepth 5 -type d -name .fingerprint | while read -r folder; do
+        # The name, a dash and a hash of 16 digits.
+        for name in $names; do rm -rf "$folder/$name"-????????????????; done
+    done
+    printf '%s\n' "$root_dir" >"$record.$$" && mv -f "$record.$$" "$record"
 }
 
 # What building and the lab need.
