@@ -1,5 +1,6 @@
 //! Leaks on purpose: packets a node without a guard would send in clear.
 
+use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 
 use anyhow::{Context, Result, ensure};
@@ -42,15 +43,19 @@ impl Leak {
     }
 }
 
-/// Sends the canary to each of these from where the caller stands, whatever becomes of it.
-pub fn send_canary(canary: &Canary, targets: &[SocketAddr]) -> Result<()> {
+/// Sends the canary to each of these from where the caller stands; how many there is a way to from there. What becomes of it
+/// then is not asked.
+pub fn send_canary(canary: &Canary, targets: &[SocketAddr]) -> Result<usize> {
     let mut payload = [0; 256];
     canary.fill(0, &mut payload);
+    let mut routed = 0;
     for target in targets {
-        // What a filter stops is an error to the sender, when both are on one machine.
-        let _ = socket_towards(target)?.send_to(&payload, target);
+        // What a filter of this machine stops is an error to the sender, too.
+        let sent = socket_towards(target)?.send_to(&payload, target);
+        routed +=
+            usize::from(!sent.is_err_and(|error| error.kind() == ErrorKind::NetworkUnreachable));
     }
-    Ok(())
+    Ok(routed)
 }
 
 fn socket_towards(target: &SocketAddr) -> std::io::Result<UdpSocket> {
