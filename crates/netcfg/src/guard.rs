@@ -101,6 +101,9 @@ const FROM_PORT: &str = "of a pod, from the port of the tunnel";
 const SEAL: &str = "seal-";
 
 /// The whole table as one `nft -f` transaction.
+///
+/// Sets say `typeof` and not `type`: an nft 1.0 that meets a set of a plain type made by nft 1.1 dies of a segmentation
+/// fault, and others on a node (kube-proxy's) may be such a one.
 pub fn render(config: &GuardConfig) -> String {
     let GuardConfig { table, tun, pod_link_prefix, port, .. } = config;
     let closed = closed(config);
@@ -113,10 +116,10 @@ pub fn render(config: &GuardConfig) -> String {
 delete table inet {table}
 table inet {table} {{
 	comment "configuration {hash}"
-	set cluster4 {{ type ipv4_addr; flags interval;{v4} }}
-	set cluster6 {{ type ipv6_addr; flags interval;{v6} }}
-	set services4 {{ type ipv4_addr; flags interval;{services4} }}
-	set services6 {{ type ipv6_addr; flags interval;{services6} }}
+	set cluster4 {{ typeof ip saddr; flags interval;{v4} }}
+	set cluster6 {{ typeof ip6 saddr; flags interval;{v6} }}
+	set services4 {{ typeof ip daddr; flags interval;{services4} }}
+	set services6 {{ typeof ip6 daddr; flags interval;{services6} }}
 	chain entering {{
 		type filter hook prerouting priority -350; policy accept;
 		iifname {{ "{tun}", "lo" }} accept
@@ -222,7 +225,7 @@ fn check(config: &GuardConfig) -> anyhow::Result<()> {
 /// Covers this program's idea of the rules too: the words that make them are hashed with the configuration.
 fn config_hash(config: &GuardConfig) -> String {
     /// Goes up with every change of [`render`].
-    const RULES_VERSION: u32 = 3;
+    const RULES_VERSION: u32 = 4;
     let joined =
         |nets: Vec<IpNet>| nets.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
     let text = format!(
@@ -281,7 +284,7 @@ mod tests {
     fn one_family_alone_leaves_the_other_set_empty() {
         let prefixes = vec!["10.244.0.0/16".parse().unwrap()];
         let text = render(&GuardConfig::new(ClusterPrefixes::new(prefixes).unwrap()));
-        assert!(text.contains("set cluster6 { type ipv6_addr; flags interval; }"), "{text}");
+        assert!(text.contains("set cluster6 { typeof ip6 saddr; flags interval; }"), "{text}");
     }
 
     #[test]

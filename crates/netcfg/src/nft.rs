@@ -169,7 +169,12 @@ fn finish(
         return String::from_utf8(output.stdout).context("read what nft printed");
     }
     let message = String::from_utf8_lossy(&output.stderr);
-    Err(refused(&arguments.join(" "), input, message.lines().next().unwrap_or("").trim()))
+    // One that a signal ended says nothing itself.
+    let first = match message.lines().next().map(str::trim) {
+        Some(line) if !line.is_empty() => line.to_owned(),
+        _ => output.status.to_string(),
+    };
+    Err(refused(&arguments.join(" "), input, &first))
 }
 
 /// What a refusal means. "No such file" has two meanings: what was asked for is not there, or, where something is
@@ -237,6 +242,14 @@ mod tests {
         let script = "add table inet x\n".repeat(1 << 18);
         let error = stand_in("exec 0<&-; echo 'Error: out of order' >&2; exit 1", &script);
         assert!(format!("{:#}", error.unwrap_err()).contains("Error: out of order"));
+    }
+
+    #[test]
+    fn what_ended_an_nft_that_says_nothing_is_told() {
+        let error = stand_in("cat >/dev/null; kill -SEGV $$", "add table inet x\n").unwrap_err();
+        assert!(format!("{error:#}").contains("failed: signal: 11 (SIGSEGV)"), "{error:#}");
+        let error = stand_in("cat >/dev/null; exit 3", "add table inet x\n").unwrap_err();
+        assert!(format!("{error:#}").contains("failed: exit status: 3"), "{error:#}");
     }
 
     #[test]

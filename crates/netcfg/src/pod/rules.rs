@@ -33,7 +33,8 @@ pub(super) const ROUTER: &str = "router advertisement or redirect from a pod";
 /// Names of the sets (interface . address).
 pub(super) const SETS: [&str; 2] = ["pods4", "pods6"];
 
-/// Table, sets, chains and rules; elements of the pod sets stay.
+/// Table, sets, chains and rules; elements of the pod sets stay. Why `typeof`, see [`crate::guard::render`]; sets of
+/// concatenations need none.
 pub(super) fn skeleton(config: &PodConfig) -> String {
     let PodConfig { nft_table: table, link_prefix, tun, cluster, .. } = config;
     let prefixes = |v4: bool| {
@@ -44,8 +45,8 @@ pub(super) fn skeleton(config: &PodConfig) -> String {
     let (v4, v6) = (prefixes(true), prefixes(false));
     format!(
         r#"add table inet {table}
-add set inet {table} cluster4 {{ type ipv4_addr; flags interval; }}
-add set inet {table} cluster6 {{ type ipv6_addr; flags interval; }}
+add set inet {table} cluster4 {{ typeof ip saddr; flags interval; }}
+add set inet {table} cluster6 {{ typeof ip6 saddr; flags interval; }}
 add set inet {table} pods4 {{ type ifname . ipv4_addr; }}
 add set inet {table} pods6 {{ type ifname . ipv6_addr; }}
 add chain inet {table} from_pods {{ type filter hook prerouting priority -300; policy accept; }}
@@ -57,8 +58,8 @@ flush chain inet {table} from_pods
 flush chain inet {table} pod_source
 flush chain inet {table} to_world
 table inet {table} {{
-	set cluster4 {{ type ipv4_addr; flags interval;{v4} }}
-	set cluster6 {{ type ipv6_addr; flags interval;{v6} }}
+	set cluster4 {{ typeof ip saddr; flags interval;{v4} }}
+	set cluster6 {{ typeof ip6 saddr; flags interval;{v6} }}
 	chain from_pods {{
 		iifname "{link_prefix}*" jump pod_source
 	}}
