@@ -7,6 +7,8 @@ image_name=meshd.dev/meshd
 # In the image; and with them in the archives, for people.
 programs=(meshd meshd-cni keyrelay)
 released=("${programs[@]}" kubectl-mesh)
+# What build_programs builds.
+wanted=("${released[@]}")
 
 # Architectures as container images and Debian name them, and the names others have for them.
 architectures=(amd64 arm64)
@@ -102,14 +104,37 @@ need_cross() {
     done
 }
 
-# build_programs ARCHITECTURE...: the release's programs, in $build_dir/TARGET/release. No path of this machine gets
-# into them: the compiler writes other ones instead.
+# profile_of ARCHITECTURE: how its programs are built. With $loose set, those that only an emulator starts are built in a
+# fraction of the time.
+profile_of() {
+    if [ -n "${loose:-}" ] && [ "$1" != "$(dpkg --print-architecture)" ]; then echo emulated; else echo release; fi
+}
+
+# programs_of ARCHITECTURE: the folder they are built into.
+programs_of() { printf '%s/%s/%s\n' "$build_dir" "${rust_target[$1]}" "$(profile_of "$1")"; }
+
+# build_programs ARCHITECTURE...: the release's programs. No path of this machine gets into them: the compiler writes other
+# ones instead.
 build_programs() {
-    local architecture name arguments=()
+    local architecture profile
+    need_cross "$@"
+    for profile in release emulated; do
+        local targets=()
+        for architecture in "$@"; do
+            [ "$(profile_of "$architecture")" != "$profile" ] || targets+=("$architecture")
+        done
+        [ ${#targets[@]} -eq 0 ] || build_profile "$profile" "${targets[@]}"
+    done
+}
+
+# build_profile PROFILE ARCHITECTURE...
+build_profile() {
+    local profile=$1 architecture name arguments=()
+    shift
     for architecture in "$@"; do arguments+=(--target "${rust_target[$architecture]}"); done
     for name in "${programs[@]}"; do arguments+=(-p "$name"); done
-    need_cross "$@"
-    say "building for $*"
+    for name in "${wanted[@]}"; do arguments+=(--bin "$name"); done
+    say "building for $*, profile $profile"
     (
         cd "$root_dir"
         # Flags of the caller's own would make other programs. The time is in none of them, and would have half of them
@@ -117,7 +142,7 @@ build_programs() {
         unset RUSTFLAGS SOURCE_DATE_EPOCH
         export CARGO_TARGET_DIR=$build_dir CARGO_TERM_COLOR=never
         export CARGO_ENCODED_RUSTFLAGS="" RUSTC_WRAPPER=$dist_dir/rustc MESHD_DIST_ROOT=$root_dir
-        nice cargo zigbuild --release --locked --quiet "${arguments[@]}" >&2
+        nice cargo zigbuild --profile "$profile" --locked --quiet "${arguments[@]}" >&2
     ) || die "the build failed"
 }
 
@@ -228,7 +253,7 @@ make_context() {
         rm -rf "${folder:?}/$architecture"
         mkdir -p "$folder/$architecture"
         for name in "${programs[@]}"; do
-            cp "$build_dir/${rust_target[$architecture]}/release/$name" "$folder/$architecture/$name"
+            cp "$(programs_of "$architecture")/$name" "$folder/$architecture/$name"
         done
         collect_nft "$architecture" "$folder/$architecture/nft"
     done
