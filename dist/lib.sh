@@ -19,9 +19,10 @@ declare -A loader=([amd64]=/lib64/ld-linux-x86-64.so.2 [arm64]=/lib/ld-linux-aar
 # nft and the libraries it is linked with, from the Debian release below: package and file. Its packages have no static
 # libraries to link it with, so it brings its loader; dist/test checks that nothing is missing and nothing is too much.
 #
-# Not the newest release: tables that nft 1.1 makes crash every nft 1.0 that looks at them, and kube-proxy and others on a node
-# bring theirs. What the older one makes, all read.
-debian_suite=bookworm
+# Several versions of nft meet on a node: ours, the host's, kube-proxy's. Each looks at all tables, and nft 1.0 dies of many sets
+# that nft 1.1 makes. So ours has to be 1.1, and our own tables hold no such sets. dist/test tries ours with these releases'.
+debian_suite=trixie
+met_suites=(bookworm trixie)
 nft_files=(
     nftables:nft libnftables1:libnftables.so.1 libnftnl11:libnftnl.so.11 libmnl0:libmnl.so.0 libjansson4:libjansson.so.4
     libgmp10:libgmp.so.10 libxtables12:libxtables.so.12 libedit2:libedit.so.2 libtinfo6:libtinfo.so.6
@@ -149,7 +150,7 @@ build_profile() {
 # apt_apart COMMAND...: apt-get or apt-cache with lists of its own: the suite and architectures we want, from the mirror
 # this machine uses, with Debian's signatures checked. What the machine has installed is neither asked nor changed.
 apt_apart() {
-    local apt=$CARGO_TARGET_DIR/tools/debian/apt mirror
+    local apt=$CARGO_TARGET_DIR/tools/debian/apt-$debian_suite mirror
     if [ ! -e "$apt/fresh.$$" ]; then
         # The mirror of the system's own packages, whatever release it has.
         mirror=$(LC_ALL=C apt-get indextargets --format '$(ORIGIN) $(LABEL) $(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
@@ -214,17 +215,33 @@ debian_package() {
     printf '%s\n' "$file"
 }
 
-# collect_nft ARCHITECTURE FOLDER: nft's files as they lie in the image, and the licences of their packages in
-# FOLDER/../nft-copyright.
+# package_of SUITE ARCHITECTURE NAME: prints where the package file is that this release of Debian had when it was first asked
+# for: for tests, nothing of it is released.
+package_of() {
+    local debian_suite=$1 architecture=$2 name=$3 folder=$CARGO_TARGET_DIR/tools/debian/$1 scratch
+    if ! compgen -G "$folder/${name}_*_$architecture.deb" >/dev/null; then
+        mkdir -p "$folder"
+        scratch=$(mktemp -d "$folder/.get.XXXXXX")
+        (cd "$scratch" && apt_apart apt-get download -qq "$name:$architecture" >&2) ||
+            die "could not fetch $name of $debian_suite: is the mirror reachable?"
+        mv "$scratch"/*.deb "$folder"
+        rmdir "$scratch"
+    fi
+    compgen -G "$folder/${name}_*_$architecture.deb"
+}
+
+# collect_nft ARCHITECTURE FOLDER [SUITE]: nft's files as they lie in the image, and the licences of their packages in
+# FOLDER/../nft-copyright. Those of dist/debian.lock, or of another release.
 collect_nft() {
-    local architecture=$1 folder=$2 unpacked pair package name libraries file from to
+    local architecture=$1 folder=$2 fetch=(debian_package) unpacked pair package name libraries file from to
+    [ -z "${3:-}" ] || fetch=(package_of "$3")
     libraries=usr/lib/${library_folder[$architecture]}
     unpacked=$(mktemp -d)
     rm -rf "$folder"
     mkdir -p "$folder/usr/sbin" "$folder/$libraries" "$folder$(dirname "${loader[$architecture]}")"
     for pair in "${nft_files[@]}"; do
         package=${pair%%:*} name=${pair##*:}
-        file=$(debian_package "$architecture" "$package") || exit
+        file=$("${fetch[@]}" "$architecture" "$package") || exit
         [ -d "$unpacked/$package" ] || dpkg-deb -x "$file" "$unpacked/$package" || die "could not unpack $file"
         case $name in
             nft) from=usr/sbin/nft to=/usr/sbin/nft ;;
