@@ -18,17 +18,19 @@
 //! or gone, or whoever translates has not started. What was meant for a pod would leave in clear, with our own address
 //! once masqueraded.
 //!
-//! The table stays when the daemon dies; only [`remove`] takes it away. It is replaced as a whole in one transaction, and
-//! carries two marks: a comment with the hash of the configuration it was made from, and an empty chain named by the
-//! hash of what the kernel then showed. [`verify`] compares both, so that a changed configuration, a flush
-//! and an edit by somebody else are noticed alike.
+//! The table stays when the daemon dies; only [`remove`] takes it away. It is replaced as a whole in one transaction and
+//! sealed then (`seal`): [`verify`] notices a changed configuration, a flush and an edit by somebody else alike, and
+//! starts no program for it.
 
 use anyhow::Context as _;
 use ipnet::IpNet;
 use mesh_types::defaults;
 use mesh_types::net::{ClusterPrefixes, outermost};
 
+use crate::nfnetlink::{self, Nfnetlink};
 use crate::nft;
+use crate::ruleset::{self, Table};
+use crate::seal::Sealed;
 
 /// What the guard is made from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,8 +99,8 @@ const TO_SERVICE: &str = "to a Service this node does not know";
 const ENTERING: &str = "claims to come from the cluster";
 const FROM_PORT: &str = "of a pod, from the port of the tunnel";
 
-/// Name of the empty chain that holds the hash of the listing.
-const SEAL: &str = "seal-";
+/// Chains with a hook: all of them but the seal.
+const HOOKED: [&str; 2] = ["entering", "leaving"];
 
 /// The whole table as one `nft -f` transaction.
 ///
@@ -110,12 +112,10 @@ pub fn render(config: &GuardConfig) -> String {
     let services = outermost(config.services.iter().copied());
     let [v4, v6] = elements_by_family(&closed);
     let [services4, services6] = elements_by_family(&services);
-    let hash = config_hash(config);
     format!(
         r#"add table inet {table}
 delete table inet {table}
 table inet {table} {{
-	comment "configuration {hash}"
 	set cluster4 {{ typeof ip saddr; flags interval;{v4} }}
 	set cluster6 {{ typeof ip6 saddr; flags interval;{v6} }}
 	set services4 {{ typeof ip daddr; flags interval;{services4} }}
@@ -159,36 +159,32 @@ fn elements_by_family(nets: &[IpNet]) -> [String; 2] {
 /// Makes the guard stand as configured. Does nothing when it is intact; `true` when it had to be (re)made.
 pub fn ensure(config: &GuardConfig) -> anyhow::Result<bool> {
     check(config)?;
-    if verify(config)? == GuardState::Intact {
+    let script = render(config);
+    let sealed = sealed(config, &script);
+    let mut socket = Nfnetlink::open().context("open a netlink socket")?;
+    if sealed.is_whole(&mut socket).context("look at the guard")? {
         return Ok(false);
     }
-    nft::run_script(&render(config)).context("load the guard")?;
-    let seal = listing_hash(&list(&config.table)?);
-    nft::run_script(&format!("add chain inet {} {SEAL}{seal}\n", config.table))
-        .context("seal the guard")?;
+    nft::run_script(&script).context("load the guard")?;
+    sealed.close(&mut socket)?;
     Ok(true)
 }
 
-/// Compares the kernel with the configuration and with what was loaded.
+/// Compares the kernel with the configuration and with what was loaded. Starts no program.
 pub fn verify(config: &GuardConfig) -> anyhow::Result<GuardState> {
     check(config)?;
-    let listing = match list(&config.table) {
-        Ok(listing) => listing,
-        Err(error) if nft::is_missing(&error) => return Ok(GuardState::Missing),
-        Err(error) => return Err(error.context("look at the guard")),
-    };
-    if !listing.contains(&format!("comment \"configuration {}\"", config_hash(config))) {
-        return Ok(GuardState::Outdated);
-    }
-    let seal = format!("chain {SEAL}{} {{", listing_hash(&listing));
-    let sealed = listing.lines().any(|line| line.trim() == seal);
-    Ok(if sealed { GuardState::Intact } else { GuardState::Altered })
+    let mut socket = Nfnetlink::open().context("open a netlink socket")?;
+    sealed(config, &render(config)).state(&mut socket).context("look at the guard")
+}
+
+fn sealed<'a>(config: &'a GuardConfig, script: &str) -> Sealed<'a> {
+    Sealed::new(Table { name: &config.table, hooked: &HOOKED, living: &[] }, script)
 }
 
 /// Whether the guard's table is there at all: one netlink question, no program started. Whether it is whole is
 /// [`verify`]'s to say.
 pub fn stands(table: &str) -> std::io::Result<bool> {
-    crate::nfnetlink::table_exists(table)
+    nfnetlink::table_exists(table)
 }
 
 /// Takes the guard away (uninstall); `false` when there was none.
@@ -196,15 +192,9 @@ pub fn remove(table: &str) -> anyhow::Result<bool> {
     nft::remove_table(table).context("remove the guard")
 }
 
-/// Reads the drop counters.
+/// Reads the drop counters. Starts no program; a table that is not there has dropped nothing.
 pub fn drops(table: &str) -> anyhow::Result<GuardDrops> {
-    nft::check_word(table)?;
-    let text = nft::query(&["-j", "list", "table", "inet", table])?;
-    parse_drops(&text)
-}
-
-fn parse_drops(text: &str) -> anyhow::Result<GuardDrops> {
-    let counts = nft::drop_counts(text)?;
+    let counts = ruleset::packets(table).context("read the guard's drop counters")?;
     let count = |comment: &str| counts.get(comment).copied().unwrap_or(0);
     Ok(GuardDrops {
         leaving_to_cluster: count(TO_CLUSTER),
@@ -220,47 +210,6 @@ fn check(config: &GuardConfig) -> anyhow::Result<()> {
         nft::check_word(word)?;
     }
     Ok(())
-}
-
-/// Covers this program's idea of the rules too: the words that make them are hashed with the configuration.
-fn config_hash(config: &GuardConfig) -> String {
-    /// Goes up with every change of [`render`].
-    const RULES_VERSION: u32 = 4;
-    let joined =
-        |nets: Vec<IpNet>| nets.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
-    let text = format!(
-        "{RULES_VERSION} {} {} {} {} {} services {}",
-        config.table,
-        config.tun,
-        config.pod_link_prefix,
-        config.port,
-        joined(closed(config)),
-        joined(outermost(config.services.iter().copied())),
-    );
-    format!("{:016x}", nft::hash(&text))
-}
-
-/// The table without counter values.
-fn list(table: &str) -> anyhow::Result<String> {
-    nft::query(&["-s", "list", "table", "inet", table])
-}
-
-/// Hash of a listing, the seal itself left out.
-fn listing_hash(listing: &str) -> String {
-    let mut rest = String::with_capacity(listing.len());
-    let mut in_seal = false;
-    for line in listing.lines().map(str::trim).filter(|line| !line.is_empty()) {
-        if line.strip_prefix("chain ").is_some_and(|name| name.starts_with(SEAL)) {
-            in_seal = true;
-        } else if in_seal && line == "}" {
-            in_seal = false;
-        } else {
-            // What somebody put into the seal chain counts as an edit.
-            rest.push_str(line);
-            rest.push('\n');
-        }
-    }
-    format!("{:016x}", nft::hash(&rest))
 }
 
 #[cfg(test)]
@@ -299,33 +248,10 @@ mod tests {
     }
 
     #[test]
-    fn the_seal_does_not_count_itself_but_what_is_put_into_it() {
-        let plain = "table inet meshd {\n\tchain a {\n\t}\n}\n";
-        let sealed = "table inet meshd {\n\tchain a {\n\t}\n\n\tchain seal-0123 {\n\t}\n}\n";
-        let edited =
-            "table inet meshd {\n\tchain a {\n\t}\n\n\tchain seal-0123 {\n\t\taccept\n\t}\n}\n";
-        assert_eq!(listing_hash(plain), listing_hash(sealed));
-        assert_ne!(listing_hash(plain), listing_hash(edited));
-    }
-
-    #[test]
     fn names_cannot_smuggle_rules_in() {
         let mut config = config();
         config.tun = "x\" accept; #".to_owned();
         assert!(ensure(&config).is_err());
         assert!(remove("meshd; flush ruleset").is_err());
-    }
-
-    #[test]
-    fn drop_counters_are_summed_over_families() {
-        let text = format!(
-            r#"{{"nftables":[{{"metainfo":{{}}}},
-            {{"rule":{{"comment":"{TO_CLUSTER}","expr":[{{"match":{{}}}},{{"counter":{{"packets":2,"bytes":9}}}},{{"drop":null}}]}}}},
-            {{"rule":{{"comment":"{TO_CLUSTER}","expr":[{{"counter":{{"packets":3,"bytes":9}}}}]}}}},
-            {{"rule":{{"comment":"{ENTERING}","expr":[{{"counter":{{"packets":7,"bytes":9}}}}]}}}}]}}"#
-        );
-        let drops = parse_drops(&text).unwrap();
-        assert_eq!((drops.leaving_to_cluster, drops.entering_from_cluster), (5, 7));
-        assert!(parse_drops("nonsense").is_err());
     }
 }

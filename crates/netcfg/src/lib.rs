@@ -30,6 +30,8 @@ mod nft;
 pub mod pod;
 pub mod release;
 pub mod route;
+mod ruleset;
+mod seal;
 pub mod state;
 mod sys;
 pub mod sysctl;

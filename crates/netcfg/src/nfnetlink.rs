@@ -244,6 +244,11 @@ pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])>
     })
 }
 
+/// The values of those of one type.
+pub(crate) fn of_kind(bytes: &[u8], wanted: u16) -> impl Iterator<Item = &[u8]> {
+    attributes(bytes).filter(move |(kind, _)| *kind == wanted).map(|(_, value)| value)
+}
+
 /// Cuts the first message off.
 fn split<'a>(bytes: &mut &'a [u8]) -> io::Result<Message<'a>> {
     let whole = *bytes;

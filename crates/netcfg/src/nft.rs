@@ -3,7 +3,6 @@
 //! `nft -f -` is the stable interface; the netlink one is not documented for others. The program works in the
 //! network namespace of the calling thread.
 
-use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io::{self, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -50,7 +49,7 @@ pub(crate) fn run_script(script: &str) -> anyhow::Result<()> {
 }
 
 /// Runs `nft` with arguments and returns what it printed.
-pub(crate) fn query(arguments: &[&str]) -> anyhow::Result<String> {
+fn query(arguments: &[&str]) -> anyhow::Result<String> {
     run(arguments, None)
 }
 
@@ -62,24 +61,6 @@ pub(crate) fn remove_table(table: &str) -> anyhow::Result<bool> {
         Err(error) if is_missing(&error) => Ok(false),
         Err(error) => Err(error),
     }
-}
-
-/// Packets counted by rules in a JSON listing, by the rules' comments.
-pub(crate) fn drop_counts(text: &str) -> anyhow::Result<BTreeMap<String, u64>> {
-    let document: Value = serde_json::from_str(text).context("read nft's JSON")?;
-    let mut counts: BTreeMap<String, u64> = BTreeMap::new();
-    let objects = document.get("nftables").and_then(Value::as_array);
-    for rule in objects.into_iter().flatten().filter_map(|object| object.get("rule")) {
-        let Some(comment) = rule.get("comment").and_then(Value::as_str) else { continue };
-        let expressions = rule.get("expr").and_then(Value::as_array);
-        let packets = expressions
-            .into_iter()
-            .flatten()
-            .find_map(|expression| expression.get("counter")?.get("packets")?.as_u64());
-        let count = counts.entry(comment.to_owned()).or_default();
-        *count = count.saturating_add(packets.unwrap_or(0));
-    }
-    Ok(counts)
 }
 
 /// Chains that drop what is forwarded unless one of their rules accepts it, as "family table chain": a firewall of the

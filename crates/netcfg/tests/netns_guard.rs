@@ -10,7 +10,7 @@ use common::lab::{Lab, attach, cluster, lab, listen, mesh_rules, receive, send};
 use common::{Scratch, privileged};
 use mesh_types::net::ClusterPrefixes;
 use netcfg::capture::Capture;
-use netcfg::guard::{self, GuardConfig, GuardState};
+use netcfg::guard::{self, GuardConfig, GuardDrops, GuardState};
 use netcfg::link;
 use netcfg::tun::VNET_HEADER_BYTES;
 
@@ -76,6 +76,7 @@ fn cluster_traffic_does_not_leave_by_the_underlay() {
     assert_eq!(leaked(&mut capture, b"CANARY", b"FENCE"), 0);
     let drops = lab.node.run(|| guard::drops(&config.table));
     assert_eq!((drops.leaving_to_cluster, drops.leaving_from_cluster), (2, 2), "{drops:?}");
+    assert_eq!(lab.node.run(|| guard::verify(&config)), GuardState::Intact, "counting is no edit");
 }
 
 /// The guard of a cluster whose Services have these prefixes.
@@ -160,17 +161,50 @@ fn the_guard_is_made_once_and_remade_when_touched() {
     assert!(node.run(|| guard::ensure(&config)));
     assert_eq!(verify(&config), GuardState::Intact);
     assert!(!node.run(|| guard::ensure(&config)), "twice is free");
+    // The number of a rule of ours, for edits that need one.
+    let handle = |rule: &str| {
+        format!(
+            "$(nft -a list chain inet meshd leaving | sed -n '/{rule}/s/.*# handle //p' | head -n 1)"
+        )
+    };
+    let (from_port, to_cluster) = (handle("udp sport"), handle("ip daddr"));
+    let to_cluster_is = |rule: &str| {
+        format!(
+            "nft replace rule inet meshd leaving handle {to_cluster} ip daddr @cluster4 '{rule}'"
+        )
+    };
     for edit in [
         "nft flush chain inet meshd leaving",
         "nft insert rule inet meshd entering accept",
+        "nft add rule inet meshd leaving counter",
+        &format!("nft delete rule inet meshd leaving handle {from_port}"),
+        &to_cluster_is("counter accept"),
+        &to_cluster_is("drop comment \"to the cluster outside the tunnel\""),
+        &to_cluster_is("counter drop comment \"to the cluster\""),
         "nft delete element inet meshd cluster4 '{ 10.244.0.0/16 }'",
         "nft add element inet meshd cluster6 '{ fd77::/64 }'",
+        "nft chain inet meshd leaving '{ policy drop; }'",
+        "nft -s list table inet meshd | sed 's/priority 300/priority 301/' > $$.nft
+            nft delete table inet meshd; nft -f $$.nft; rm $$.nft",
+        "nft -s list table inet meshd | sed 's/hook postrouting/hook output/; s/iifname.*drop/drop/' > $$.nft
+            nft delete table inet meshd; nft -f $$.nft; rm $$.nft",
+        "nft rename chain inet meshd leaving parting",
+        "nft add chain inet meshd more",
+        "nft add chain inet meshd more '{ type filter hook forward priority 0; policy drop; }'",
+        "nft add set inet meshd more '{ type ipv4_addr; }'",
+        "nft add counter inet meshd more",
+        "nft add table inet meshd '{ flags dormant; }'",
+        "nft add rule inet meshd $(nft list table inet meshd | grep -o 'seal-[^ ]*') accept",
     ] {
-        node.sh(edit);
+        node.sh(&format!("set -e; cd {}; {edit}", std::env::temp_dir().display()));
         assert_eq!(verify(&config), GuardState::Altered, "{edit}");
-        assert!(node.run(|| guard::ensure(&config)));
+        assert!(node.run(|| guard::ensure(&config)), "{edit}");
         assert_eq!(verify(&config), GuardState::Intact, "{edit}");
     }
+    node.sh("nft delete chain inet meshd $(nft list table inet meshd | grep -o 'seal-[^ ]*')");
+    assert_eq!(verify(&config), GuardState::Outdated, "nothing says what it was made from");
+    assert!(node.run(|| guard::ensure(&config)));
+    assert_eq!(node.run(|| guard::drops("meshd")), GuardDrops::default());
     let wider =
         GuardConfig::new(ClusterPrefixes::new(vec!["10.0.0.0/8".parse().unwrap()]).unwrap());
     assert_eq!(verify(&wider), GuardState::Outdated);
@@ -179,6 +213,11 @@ fn the_guard_is_made_once_and_remade_when_touched() {
     node.run(|| guard::ensure(&wider));
     assert!(node.run(|| guard::remove(&wider.table)));
     assert!(!node.run(|| guard::remove(&wider.table)));
+    assert_eq!(
+        node.run(|| guard::drops("meshd")),
+        GuardDrops::default(),
+        "what is not there dropped nothing"
+    );
 }
 
 /// What a peer's tunnel hears when a pod sends from the port of the tunnel and from another, and who hears the peer.

@@ -209,6 +209,7 @@ fn the_pods_table_is_mended_when_touched_and_keeps_its_counters_otherwise() {
         "nft chain inet meshd-cni from_pods '{ policy drop; }'",
         "nft add chain inet meshd-cni more '{ type filter hook forward priority 0; policy drop; }'",
         "nft add set inet meshd-cni more '{ type ipv4_addr; }'",
+        "nft add table inet meshd-cni '{ flags dormant; }'",
         // Twice: the second one's nameless set may be numbered like the first rule's.
         r"for _ in 1 2; do
             h=$(nft -a list chain inet meshd-cni pod_source | sed -n '/ip6 daddr/s/.*# handle //p')
