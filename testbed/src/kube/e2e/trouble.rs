@@ -10,7 +10,7 @@ use super::{Test, test};
 pub(super) const TESTS: &[Test] = &[
     test(
         "trouble",
-        "a second CNI configuration keeps the daemon from being ready, and an Event names it",
+        "a second CNI configuration keeps the daemon from being ready, an Event names it, and other nodes stay meshed",
         other_cni,
     ),
     test(
@@ -29,7 +29,8 @@ fn other_cni(suite: &mut Suite<'_>) -> Result<String> {
     place.write(OTHER, list)?;
     let told = suite
         .wait_daemon_ready(&node, false)
-        .and_then(|()| wait_event(suite, &node, "00-other.conflist"));
+        .and_then(|()| wait_event(suite, &node, "00-other.conflist"))
+        .and_then(|()| others_meshed(suite, &suite.pods("app=tool")?, &node));
     // A daemon that comes when the other is there already is not ready either.
     let anew = told.and_then(|()| {
         let uid = text(&suite.daemon_pod(&node)?, "/metadata/uid").to_owned();
