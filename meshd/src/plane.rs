@@ -13,14 +13,15 @@ use netcfg::release::Release;
 use netcfg::tun::{Tun, TunOptions};
 use netcfg::udp::{UdpOptions, UdpSocket};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use crate::config::{Config, Kernel};
 use crate::io::{DataEvent, DataPlane, DataPlaneOptions, Greeter, Snapshots};
 use crate::last_heard::{Endpoints, Recorder};
 use crate::reconcile::Plane;
-use crate::view::{DataFigures, DataSource, View, condition};
+use crate::view::{DataFigures, DataSource, View};
 
-/// What it takes peers to hear of a key from the API server and to let it in: mostly, and on a busy machine. An address that
+/// What it takes peers to hear what we heard from the API server and to let us in: mostly, and on a busy machine. An address that
 /// did not answer is asked once a second, so the second comes after that.
 const HEARD_WITHIN: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(1100)];
 
@@ -45,6 +46,8 @@ struct Running {
     tun_index: u32,
     /// The first set of peers is met by handshakes at once, see [`DataPlane::initiate_all`].
     greeted: bool,
+    /// The latest, see [`Plane::greet`].
+    greeting: Option<JoinHandle<()>>,
 }
 
 impl NodePlane {
@@ -90,7 +93,7 @@ impl NodePlane {
         };
         let data = DataPlane::start(options, tun, udp)?;
         self.view.set_data_source(Asked(data.snapshots()));
-        Ok(Running { data, tun_index, greeted: false })
+        Ok(Running { data, tun_index, greeted: false, greeting: None })
     }
 
     fn open_tun(&self) -> anyhow::Result<Tun> {
@@ -126,28 +129,32 @@ impl Plane for NodePlane {
         if greet {
             running.greeted = true;
             running.data.initiate_all();
-            tokio::spawn(greet_anew(Arc::clone(&self.view), running.data.greeter()));
+        }
+        Ok(())
+    }
+
+    fn greet(&mut self, forgotten: bool) -> anyhow::Result<()> {
+        let running = self.running.as_mut().context("the data plane does not run")?;
+        let greeting = tokio::spawn(greet_anew(running.data.greeter(), forgotten));
+        // Of two that are close the later one's peers know us best.
+        if let Some(earlier) = running.greeting.replace(greeting) {
+            earlier.abort();
         }
         Ok(())
     }
 }
 
-fn is_published(view: &View) -> bool {
-    view.conditions().iter().any(|one| one.name == condition::PUBLISHED && one.ok)
-}
-
 /// Peers that do not know our key yet let our first handshakes fall, and those behind which no way leads to us would wait for
-/// the next, 5 s: they are asked again when they know.
-async fn greet_anew(view: Arc<View>, greeter: Greeter) {
-    let mut changes = view.changes();
-    while !is_published(&view) {
-        if changes.changed().await.is_err() {
-            return;
-        }
-    }
-    for pause in HEARD_WITHIN {
+/// the next, 5 s: they are asked again when they know. Sessions that may have no other end are made anew: silence would
+/// tell after 15 s.
+async fn greet_anew(greeter: Greeter, forgotten: bool) {
+    for (time, pause) in HEARD_WITHIN.into_iter().enumerate() {
         tokio::time::sleep(pause).await;
-        greeter.initiate_anew();
+        if forgotten && time == 0 {
+            greeter.initiate_forgotten();
+        } else {
+            greeter.initiate_anew();
+        }
     }
 }
 

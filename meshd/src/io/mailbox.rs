@@ -22,6 +22,7 @@ pub(super) struct Letters<P, T, S> {
     pub(super) tun: Option<T>,
     pub(super) initiate_all: bool,
     pub(super) initiate_anew: bool,
+    pub(super) initiate_forgotten: bool,
     pub(super) stop: bool,
     pub(super) snapshots: Vec<SyncSender<S>>,
 }
@@ -33,6 +34,7 @@ impl<P, T, S> Default for Letters<P, T, S> {
             tun: None,
             initiate_all: false,
             initiate_anew: false,
+            initiate_forgotten: false,
             stop: false,
             snapshots: Vec::new(),
         }
@@ -66,6 +68,10 @@ impl<P, T, S> Mailbox<P, T, S> {
 
     pub(super) fn initiate_anew(&self) {
         self.post(|letters| letters.initiate_anew = true);
+    }
+
+    pub(super) fn initiate_forgotten(&self) {
+        self.post(|letters| letters.initiate_forgotten = true);
     }
 
     pub(super) fn stop(&self) {

@@ -157,6 +157,11 @@ impl Greeter {
     pub fn initiate_anew(&self) {
         self.mailbox.initiate_anew();
     }
+
+    /// Also with those we have a session with, which they may not have any more.
+    pub fn initiate_forgotten(&self) {
+        self.mailbox.initiate_forgotten();
+    }
 }
 
 /// See [`DataPlane::snapshots`].

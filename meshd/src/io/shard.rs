@@ -220,6 +220,9 @@ impl Shard {
         if letters.initiate_anew {
             tunnel.initiate_anew(now);
         }
+        if letters.initiate_forgotten {
+            tunnel.initiate_forgotten(now);
+        }
         self.transmit(tunnel, now);
         for asker in letters.snapshots {
             // An asker that gave up is gone: nothing to do about it.

@@ -26,6 +26,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipam::owner::OwnerHash;
+use ipnet::IpNet;
 use mesh_core::cluster::{
     ClusterIndex, ClusterView, Desired, Held, LocalNode, PathMtus, Policy, RawNode, desired,
 };
@@ -47,6 +48,10 @@ pub trait Plane: Send {
 
     /// The peers there are, and no others.
     fn set_peers(&mut self, peers: Vec<PeerConfig>) -> anyhow::Result<()>;
+
+    /// Begins handshakes with peers that can know us from now on. `forgotten`: they knew us before and let go of us, so that
+    /// our sessions with them may have no other end.
+    fn greet(&mut self, forgotten: bool) -> anyhow::Result<()>;
 }
 
 /// Where the results go besides the kernel.
@@ -83,6 +88,10 @@ pub struct Reconciler<K, P> {
     /// What the last turn made the kernel and the data plane be.
     applied: Option<NetState>,
     peers: Option<Vec<PeerConfig>>,
+    /// As whom the others know us: uid and pod prefixes of our Node, while it carries our key.
+    known_as: Option<(String, Vec<IpNet>)>,
+    /// Whether they were greeted in the life of this process.
+    greeted: bool,
     found: Vec<Found>,
     names: BTreeSet<String>,
     /// Refusals that were logged and still stand.
@@ -156,6 +165,8 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             guarded: false,
             applied: None,
             peers: None,
+            known_as: None,
+            greeted: false,
             found: Vec::new(),
             names: BTreeSet::new(),
             named_refusals: BTreeSet::new(),
@@ -236,6 +247,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         let device = self.keep_device();
         let network = device && self.keep_network(&wanted.net);
         self.keep_peers(&wanted);
+        self.greet(&wanted);
         if scope != Scope::Surroundings {
             self.keep_pods(&wanted);
         }

@@ -141,6 +141,26 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         }
     }
 
+    /// Peers take a node in whose Node carries its key and pod prefixes: until then they let its handshakes fall, and when the
+    /// Node goes or becomes another they let go of it. All hear of it when we do.
+    pub(super) fn greet(&mut self, wanted: &Desired) {
+        let own = self.index.record(self.local.name.as_str());
+        let own = own.filter(|own| own.key == Some(self.local.key));
+        let known = own.map(|own| (own.uid.clone(), wanted.own.pod_cidrs.clone()));
+        let known = known.filter(|(_, prefixes)| !prefixes.is_empty());
+        if known == self.known_as {
+            return;
+        }
+        if known.is_some() {
+            // Without a data plane there is nobody to greet with: once it runs.
+            if self.plane.greet(self.greeted).is_err() {
+                return;
+            }
+            self.greeted = true;
+        }
+        self.known_as = known;
+    }
+
     pub(super) fn keep_pods(&mut self, wanted: &Desired) {
         let found = attachments::read_settled(&self.ipam, &self.boot_id);
         self.unsettled_pods = found.unsettled;

@@ -21,6 +21,9 @@ struct Model {
     order: Vec<&'static str>,
     peers: Vec<PeerConfig>,
     peer_sets: usize,
+    /// Greetings, and whether to those who had let go of us.
+    greetings: Vec<bool>,
+    greeting_fails: bool,
     paths_asked: usize,
     path_mtu: u32,
     gone: Vec<Attachment>,
@@ -109,6 +112,14 @@ impl Plane for Shared {
         });
         Ok(())
     }
+
+    fn greet(&mut self, forgotten: bool) -> anyhow::Result<()> {
+        self.with(|model| {
+            anyhow::ensure!(!model.greeting_fails, "the data plane does not run");
+            model.greetings.push(forgotten);
+            Ok(())
+        })
+    }
 }
 
 struct Bench {
@@ -183,6 +194,46 @@ fn the_guard_stands_before_anything_else_is_made() {
     bench.reconciler.turn(Scope::All);
     let order = bench.model.with(|model| model.order.clone());
     assert_eq!(order, ["guard", "sysctls", "device", "network", "pods"]);
+}
+
+#[test]
+fn peers_are_greeted_when_they_can_know_us_and_again_when_our_node_was_made_anew() {
+    let mut bench = bench();
+    let own = |uid: &str, key: Option<PublicKey>, cidr: Option<&str>| RawNode {
+        uid: uid.into(),
+        public_key: key.map(|key| key.to_string()),
+        pod_cidrs: cidr.into_iter().map(str::to_owned).collect(),
+        ..node(1)
+    };
+    bench.model.with(|model| model.greeting_fails = true);
+    let mut after = |event: ClusterEvent| {
+        bench.reconciler.hear(event);
+        bench.reconciler.turn(Scope::Records);
+        bench.model.with(|model| {
+            model.greeting_fails = false;
+            std::mem::take(&mut model.greetings)
+        })
+    };
+    let (first, second) = (Some("10.244.1.0/24"), Some("10.244.9.0/24"));
+    assert_eq!(after(ClusterEvent::Reset(vec![node(1), node(2)])), [false; 0], "no data plane yet");
+    assert_eq!(after(ClusterEvent::Reset(vec![node(1), node(2)])), [false]);
+    for nothing in [
+        ClusterEvent::Apply(own("", Some(key(1)), first)),
+        ClusterEvent::Trouble("no API server".into()),
+        ClusterEvent::Recovered,
+        ClusterEvent::Delete { name: "node-1".into(), uid: String::new() },
+        ClusterEvent::Apply(own("new", None, None)),
+        ClusterEvent::Apply(own("new", None, second)),
+        // The key of another: ours is still to be written.
+        ClusterEvent::Apply(own("new", Some(key(7)), second)),
+    ] {
+        assert_eq!(after(nothing.clone()), [false; 0], "{nothing:?}");
+    }
+    assert_eq!(after(ClusterEvent::Apply(own("new", Some(key(1)), second))), [true]);
+    // Gone and back between two looks, and with its prefixes last.
+    assert_eq!(after(ClusterEvent::Apply(own("newer", Some(key(1)), second))), [true]);
+    assert_eq!(after(ClusterEvent::Apply(own("newest", Some(key(1)), None))), [false; 0]);
+    assert_eq!(after(ClusterEvent::Apply(own("newest", Some(key(1)), first))), [true]);
 }
 
 #[test]

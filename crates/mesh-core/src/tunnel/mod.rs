@@ -86,6 +86,8 @@ pub struct Tunnel<F: EngineFactory> {
     initiate_next: MonoTime,
     /// Whether they begin although one is unanswered.
     initiate_forced: bool,
+    /// Peers may hold no session from before; see [`Tunnel::initiate_forgotten`].
+    forgotten_at: Option<MonoTime>,
     /// Scratch of one call.
     targets: Vec<Endpoint>,
     buffer: HandshakeBuffer,
@@ -113,6 +115,7 @@ impl<F: EngineFactory> Tunnel<F> {
             remembered: BTreeMap::new(),
             initiate_next: MonoTime::ZERO,
             initiate_forced: false,
+            forgotten_at: None,
             targets: Vec::new(),
             buffer: [0; INITIATION_BYTES],
             now: MonoTime::ZERO,

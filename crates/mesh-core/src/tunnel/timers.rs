@@ -9,6 +9,7 @@ use super::Tunnel;
 use super::config::{Event, Reason};
 use super::counters::DropReason;
 use super::engine::{Engine, EngineFactory, TimerOutcome};
+use super::peers::Peer;
 
 /// An engine answers `Idle` after a few outcomes; this bounds one that never does.
 const OUTCOMES_PER_ENGINE_MAX: usize = 8;
@@ -35,6 +36,14 @@ impl<F: EngineFactory> Tunnel<F> {
         self.initiate_forced = true;
     }
 
+    /// As [`Self::initiate_anew`], also with peers we have a session with: they let go of us and know us again, so that one
+    /// from before `now` may have no other end, which only 15 s of silence would tell. It carries packets until its
+    /// successor is there: a peer may not have let go.
+    pub fn initiate_forgotten(&mut self, now: MonoTime) {
+        self.forgotten_at = Some(now);
+        self.initiate_anew(now);
+    }
+
     /// When [`Self::handle_timeout`] wants to be called, and why.
     pub fn next_deadline(&self) -> Option<(MonoTime, Reason)> {
         let all =
@@ -55,13 +64,19 @@ impl<F: EngineFactory> Tunnel<F> {
         if !self.to_initiate.is_empty() && self.initiate_next <= now {
             for _ in 0..INITIATIONS_PER_TURN {
                 let Some(slot) = self.to_initiate.pop_front() else { break };
-                if self.peers.get(slot).is_some_and(|peer| peer.sender(now).is_none()) {
+                if self.peers.get(slot).is_some_and(|peer| !self.is_met(now, peer)) {
                     self.begin_handshake(now, slot, self.initiate_forced);
                 }
             }
             self.initiate_next = now + Duration::from_millis(INITIATIONS_PAUSE_MS);
         }
         self.flush(now);
+    }
+
+    /// Whether there is a session whose other end is there, too, as far as we know.
+    fn is_met(&self, now: MonoTime, peer: &Peer<F::Engine>) -> bool {
+        let made = peer.last_handshake.filter(|_| peer.sender(now).is_some());
+        made.is_some_and(|made| self.forgotten_at.is_none_or(|forgotten| made >= forgotten))
     }
 
     /// Sends an initiation to every promising candidate, or notes when that may be. Without `force`

@@ -149,6 +149,72 @@ fn a_peer_that_learns_of_us_after_it_was_asked_is_asked_again_within_a_second() 
 }
 
 #[test]
+fn a_node_that_was_forgotten_and_is_known_again_is_heard_at_once() {
+    let mut net = Network::mesh(12, 2);
+    net.send(0, 1, "before");
+    net.run_s(1);
+    // It cannot ask us: we are behind NAT, so to say.
+    let ours = PeerConfig { candidates: Vec::new(), ..net.config_of(0) };
+    net.set_peers(1, &[]);
+    net.run_s(1);
+    net.set_peers(1, &[ours]);
+    net.hosts[0].tunnel.initiate_anew(net.now);
+    net.send(0, 1, "into a session without another end");
+    net.run_s(1);
+    assert!(net.snapshot(0, 1).session);
+    assert_eq!(net.texts(1, 0), ["before"]);
+
+    net.hosts[0].tunnel.initiate_forgotten(net.now);
+    net.run_ms(100);
+    net.send(1, 0, "known");
+    net.send(0, 1, "after");
+    net.run_ms(100);
+    assert_eq!(net.texts(0, 1), ["known"]);
+    assert_eq!(net.texts(1, 0), ["before", "after"]);
+}
+
+#[test]
+fn whom_not_all_have_forgotten_makes_one_new_session_with_each_and_loses_nothing() {
+    const PEERS: usize = 60;
+    let mut net = Network::mesh(13, 1 + PEERS);
+    net.initiate_all(0);
+    net.run_s(2);
+    for peer in (1..=PEERS).step_by(2) {
+        let peers = net.peers_of(peer);
+        net.set_peers(peer, &[]);
+        net.set_peers(peer, &peers);
+    }
+    let before = net.log.len();
+    net.hosts[0].tunnel.initiate_forgotten(net.now);
+    for peer in (2..=PEERS).step_by(2) {
+        net.send(0, peer, "has not forgotten");
+    }
+    let mut sent = net.log.len();
+    for _ in 0..10 {
+        net.run_ms(10);
+        assert!(net.log.len() - sent <= 6 * INITIATIONS_PER_TURN, "all at once");
+        sent = net.log.len();
+    }
+    for peer in 1..=PEERS {
+        net.send(0, peer, "after");
+    }
+    net.run_ms(100);
+    for peer in 1..=PEERS {
+        let forgot = peer % 2 == 1;
+        let expected: &[&str] = if forgot { &["after"] } else { &["has not forgotten", "after"] };
+        assert_eq!(net.texts(peer, 0), expected, "{peer}");
+    }
+    let initiations = |net: &Network| {
+        let sent = &net.log[before..];
+        sent.iter().filter(|sent| sent.bytes.len() == 148).count()
+    };
+    assert_eq!(initiations(&net), PEERS);
+    net.hosts[0].tunnel.initiate_anew(net.now);
+    net.run_s(1);
+    assert_eq!(initiations(&net), PEERS, "whoever answered is met");
+}
+
+#[test]
 fn asking_anew_leaves_sessions_alone_and_an_address_its_second() {
     let mut net = Network::mesh(7, 3);
     net.hosts[2].up = false;
