@@ -99,7 +99,7 @@ impl Table<'_> {
             let request = of_table.clone().put(ELEMENTS_SET, name)?;
             // Gone since: whoever took it away altered the table.
             let parts = missing_is_empty(socket.dump(GET_ELEMENT, &request))?;
-            parts.iter().for_each(|part| keep(shown, part, &[ELEMENTS]));
+            show_elements(&parts, shown);
         }
         Ok(())
     }
@@ -138,6 +138,15 @@ pub(crate) fn missing_is_empty(listed: io::Result<Vec<Vec<u8>>>) -> io::Result<V
 
 fn chain_request(table: &str, chain: &str) -> io::Result<Attributes> {
     Attributes::default().text(TABLE, table)?.text(CHAIN_NAME, chain)
+}
+
+/// In an order of our own: the kernel's is another in every copy of a hashed set.
+fn show_elements(parts: &[Vec<u8>], shown: &mut Vec<u8>) {
+    let lists = parts.iter().flat_map(|part| of_kind(part, ELEMENTS));
+    let mut elements: Vec<&[u8]> = lists.flat_map(attributes).map(|(_, element)| element).collect();
+    elements.sort_unstable();
+    elements.into_iter().for_each(|element| append(shown, element));
+    append(shown, &[]);
 }
 
 fn show_rule(rule: &[u8], shown: &mut Vec<u8>) {
@@ -243,6 +252,23 @@ mod tests {
         };
         assert_eq!(shown(&rule(1, b"\0\x02a\0")), shown(&rule(2, b"\0\x02a\0")));
         assert_ne!(shown(&rule(1, b"\0\x02a\0")), shown(&rule(1, b"\0\x02b\0")));
+    }
+
+    #[test]
+    fn elements_count_and_their_order_does_not() {
+        let part = |elements: &[&[u8]]| {
+            let list = elements.iter().fold(plain(), |list, one| list.put(1, one).unwrap());
+            plain().nested(ELEMENTS, &list).unwrap().bytes().to_vec()
+        };
+        let shown = |parts: &[Vec<u8>]| {
+            let mut shown = Vec::new();
+            show_elements(parts, &mut shown);
+            shown
+        };
+        let all = shown(&[part(&[b"a", b"b", b"c"])]);
+        assert_eq!(shown(&[part(&[b"c"]), part(&[b"b", b"a"])]), all);
+        assert_ne!(shown(&[part(&[b"a", b"b"])]), all);
+        assert_ne!(shown(&[part(&[b"a", b"b", b"cc"])]), all);
     }
 
     #[test]

@@ -161,6 +161,8 @@ fn the_guard_is_made_once_and_remade_when_touched() {
     assert!(node.run(|| guard::ensure(&config)));
     assert_eq!(verify(&config), GuardState::Intact);
     assert!(!node.run(|| guard::ensure(&config)), "twice is free");
+    let seal = || node.sh("nft list table inet meshd | grep -o 'seal-[^ ]*'");
+    let sealed = seal();
     // The number of a rule of ours, for edits that need one.
     let handle = |rule: &str| {
         format!(
@@ -200,6 +202,7 @@ fn the_guard_is_made_once_and_remade_when_touched() {
         assert_eq!(verify(&config), GuardState::Altered, "{edit}");
         assert!(node.run(|| guard::ensure(&config)), "{edit}");
         assert_eq!(verify(&config), GuardState::Intact, "{edit}");
+        assert_eq!(seal(), sealed, "the same rules have the same seal");
     }
     node.sh("nft delete chain inet meshd $(nft list table inet meshd | grep -o 'seal-[^ ]*')");
     assert_eq!(verify(&config), GuardState::Outdated, "nothing says what it was made from");
