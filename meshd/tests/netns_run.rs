@@ -195,6 +195,25 @@ fn a_node_that_leaves_the_roster_keeps_its_routes_to_others_and_repairs_nothing(
 }
 
 #[test]
+fn a_node_the_others_let_go_of_and_know_again_has_sessions_though_nobody_sends() {
+    if !root() {
+        return;
+    }
+    let pair = Pair::meshed();
+    until("a reaches b", || pair.a.reaches(&pair.b));
+    let (a, b) = (pair.a.key(), pair.b.key());
+    let of_b = || pair.b.status().expect("a daemon that answers").peers;
+    pair.write_roster(&["", &b]);
+    until("b let go of a", || of_b().is_empty());
+    pair.write_roster(&[&a, &b]);
+    // What a has left would carry packets to nobody, and tell so 15 s after the first.
+    until("b has a session with a", || {
+        of_b().first().is_some_and(|peer| peer.last_handshake_s.is_some())
+    });
+    assert!(pair.a.reaches(&pair.b));
+}
+
+#[test]
 fn uninstall_does_not_open_the_guard_under_living_pods_unless_forced() {
     if !root() {
         return;
