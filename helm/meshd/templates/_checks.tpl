@@ -85,12 +85,20 @@ What the schema cannot say. Each refusal is one line that names the value and sa
 {{- fail "keyrelay.keys: list the public keys of the nodes it answers; without one it refuses to start (values.yaml says how to print them)" -}}
 {{- end -}}
 {{- range $a := list (list "stateDir" $v.stateDir) (list "runDir" $v.runDir) (list "keyrelay.stateDir" $v.keyrelay.stateDir) -}}
-  {{- if has (last $a) (list "/etc" "/var" "/var/lib" "/run" "/var/run" "/usr" "/opt" "/home" "/root" "/tmp" "/bin" "/sbin" "/lib" "/dev" "/proc" "/sys" "/boot") -}}
+  {{- if has (clean (last $a)) (list "/etc" "/var" "/var/lib" "/run" "/var/run" "/usr" "/opt" "/home" "/root" "/tmp" "/bin" "/sbin" "/lib" "/dev" "/proc" "/sys" "/boot") -}}
     {{- fail (printf "%s: %s belongs to the system: it is made accessible to root alone, choose a directory of its own" (first $a) (last $a)) -}}
   {{- end -}}
 {{- end -}}
 {{- if eq (clean $v.stateDir) (clean $v.runDir) -}}
 {{- fail (printf "stateDir and runDir are both %s: one survives a reboot, the other must not" $v.stateDir) -}}
+{{- end -}}
+{{- if and $v.keyrelay.enabled (has (clean $v.keyrelay.stateDir) (list (clean $v.stateDir) (clean $v.runDir))) -}}
+{{- fail (printf "keyrelay.stateDir: %s is the daemon's too: choose a directory of the relay's own" $v.keyrelay.stateDir) -}}
+{{- end -}}
+{{- include "meshd.check.mark" $v.kernel.mark -}}
+{{- /* Everybody, or who must not write it, would be an operator. */ -}}
+{{- if or (has $v.operators.group (list "system:authenticated" "system:unauthenticated" "system:nodes" "system:serviceaccounts")) (eq $v.operators.group (printf "system:serviceaccounts:%s" .Release.Namespace)) -}}
+{{- fail (printf "operators.group: %s holds more than operators: choose a group of their own, like meshd:operators" $v.operators.group) -}}
 {{- end -}}
 {{- range $name := list $v.kernel.tunName -}}
   {{- if or (hasPrefix "meshp" $name) (has $name (list "." ".." "lo" "all" "default")) -}}
@@ -99,5 +107,21 @@ What the schema cannot say. Each refusal is one line that names the value and sa
 {{- end -}}
 {{- if and (not $v.metrics.enabled) (or $v.metrics.podMonitor.enabled $v.metrics.scrapeConfig.enabled) -}}
 {{- fail "metrics.enabled is false: there is nothing metrics.podMonitor and metrics.scrapeConfig could scrape" -}}
+{{- end -}}
+{{- end }}
+
+{{/* As the program reads it: above 0, and no bit of it outside its mask. */}}
+{{- define "meshd.check.mark" -}}
+{{- $parts := splitList "/" . -}}
+{{- $mark := int64 (first $parts) -}}
+{{- $mask := int64 (last $parts) -}}
+{{- $good := and (gt $mark 0) (le $mark 4294967295) (le $mask 4294967295) -}}
+{{- range until 32 -}}
+  {{- if gt (mod $mark 2) (mod $mask 2) }}{{ $good = false }}{{ end -}}
+  {{- $mark = div $mark 2 -}}
+  {{- $mask = div $mask 2 -}}
+{{- end -}}
+{{- if not $good -}}
+{{- fail (printf "kernel.mark: %s: write MARK/MASK with a mark above 0 inside the mask, like 0x4/0x4" .) -}}
 {{- end -}}
 {{- end }}
