@@ -23,6 +23,9 @@ update() {
         go mod tidy)
     (cd "$scripts/kubernetes/etcd" && sed -i "s|\(etcd/server/v3\) v.*|\1 v$etcd_version|" go.mod && go mod tidy)
     (cd "$scripts/kubernetes/coredns" && sed -i "s|\(coredns/coredns\) v.*|\1 v$coredns_version|" go.mod && go mod tidy)
+    # What the chart's objects are checked against.
+    (cd "$root_dir/helm/tests" &&
+        go get k8s.io/{api,apimachinery,apiserver,client-go}"@v$library_version" && go mod tidy)
 }
 case ${1:-} in
     '') ;;
