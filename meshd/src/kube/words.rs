@@ -10,12 +10,14 @@ const MESSAGE_CHARS_MAX: usize = 300;
 /// The client's words for a token that fits into no header; it has no type of its own for it.
 const BAD_TOKEN: &str = "invalid bearer token";
 
+const NOT_REACHED: &str = "the API server cannot be reached";
+
 /// Why nodes cannot be listed or watched.
 pub(super) fn of_watch(error: &watcher::Error) -> String {
     match error {
-        watcher::Error::InitialListFailed(error) => explain(error, "list nodes"),
+        watcher::Error::InitialListFailed(error) => of_daemon(error, "list nodes"),
         watcher::Error::WatchStartFailed(error) | watcher::Error::WatchFailed(error) => {
-            explain(error, "watch nodes")
+            of_daemon(error, "watch nodes")
         }
         watcher::Error::WatchError(status) if status.code == 410 => {
             "the API server no longer knows the point we watch from: listing anew".into()
@@ -29,7 +31,7 @@ pub(super) fn of_watch(error: &watcher::Error) -> String {
 
 /// Why our own Node could not be written.
 pub(super) fn of_publish(error: &Error, node: &str) -> String {
-    let Error::Api(status) = error else { return explain(error, &format!("write node {node}")) };
+    let Error::Api(status) = error else { return of_daemon(error, &format!("write node {node}")) };
     let said = message(status);
     match status.code {
         403 => format!(
@@ -77,6 +79,18 @@ pub(super) fn of_look(error: &Error, what: &str) -> String {
     }
 }
 
+/// For the log of a daemon: an address that leads nowhere from its node is the chart's to change.
+fn of_daemon(error: &Error, what: &str) -> String {
+    let said = explain(error, what);
+    if !said.contains(NOT_REACHED) {
+        return said;
+    }
+    format!(
+        "{said}; in a pod the address is that of the Service `kubernetes`, or of the chart's values k8sServiceHost and \
+         k8sServicePort: set these to one that every node reaches"
+    )
+}
+
 fn explain(error: &Error, what: &str) -> String {
     match error {
         Error::Api(status) => of_status(status, what),
@@ -91,8 +105,7 @@ fn explain(error: &Error, what: &str) -> String {
             "cannot {what}: the token's file holds a line break or another character that no token has"
         ),
         other => format!(
-            "cannot {what}: the API server cannot be reached; check its address, the way to it and its \
-             certificate ({})",
+            "cannot {what}: {NOT_REACHED}; check its address, the way to it and its certificate ({})",
             chain(other)
         ),
     }
@@ -161,6 +174,10 @@ mod tests {
             text.contains("cannot be reached") && text.contains("connection refused"),
             "{text}"
         );
+        assert!(text.contains("k8sServiceHost"), "{text}");
+        let refused = Error::Service("connection refused".into());
+        assert!(!of_look(&refused, "list nodes").contains("k8sServiceHost"), "nobody's pod");
+        assert!(!words(401).contains("k8sServiceHost"), "it was reached");
         let token = Error::Service("invalid bearer token: failed to parse header value".into());
         let text = of_watch(&watcher::Error::WatchStartFailed(token));
         assert!(text.contains("line break"), "{text}");
