@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::faults::{all_meshed, banish, exchange};
 use super::suite::{FAMILIES, Suite, condition, is_ready, text};
-use super::trouble::{others_meshed, wait_event};
+use super::trouble::{forget_events, others_meshed, wait_event};
 use super::{Test, test};
 use crate::kube::chart;
 use crate::kube::cluster::CONTROL;
@@ -284,10 +284,4 @@ fn recovered(suite: &Suite<'_>, node: &str) -> Result<String> {
     suite.settle()?;
     suite.wait("every pair talks", all_meshed)?;
     Ok(String::new())
-}
-
-/// Those of earlier tests say the same.
-fn forget_events(suite: &Suite<'_>, node: &str) -> Result<()> {
-    let of_node = format!("--field-selector=involvedObject.name={node}");
-    suite.kube.kubectl(&["-n", "default", "delete", "events", &of_node]).map(|_| ())
 }

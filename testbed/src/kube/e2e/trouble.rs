@@ -25,6 +25,7 @@ const OTHER: &str = "/etc/cni/net.d/00-other.conflist";
 fn other_cni(suite: &mut Suite<'_>) -> Result<String> {
     let node = suite.victim()?;
     let place = suite.kube.node(&node)?;
+    forget_events(suite, &node)?;
     let list = r#"{"cniVersion":"1.0.0","name":"other","plugins":[{"type":"other"}]}"#;
     place.write(OTHER, list)?;
     let told = suite
@@ -56,6 +57,7 @@ fn other_cni(suite: &mut Suite<'_>) -> Result<String> {
 fn no_tun(suite: &mut Suite<'_>) -> Result<String> {
     let node = suite.victim()?;
     let place = suite.kube.node(&node)?;
+    forget_events(suite, &node)?;
     place.shell("mount -t tmpfs none /dev/net")?;
     let told = (|| {
         replace_daemon(suite, &node)?;
@@ -67,7 +69,8 @@ fn no_tun(suite: &mut Suite<'_>) -> Result<String> {
                 text(&pod, &format!("{state}/{which}/terminated/message")).trim().to_owned()
             });
             ensure!(!super::suite::is_ready(&pod), "it is ready");
-            ensure!(last.iter().any(|text| text.contains("/dev/net/tun")), "it says {last:?}");
+            let good = |line: &String| line.contains("/dev/net/tun") && !line.contains('\n');
+            ensure!(last.iter().any(good), "it says {last:?}");
             Ok(())
         })?;
         others_meshed(suite, &suite.pods("app=tool")?, &node)
@@ -94,13 +97,22 @@ fn replace_daemon(suite: &Suite<'_>, node: &str) -> Result<()> {
     suite.kube.kubectl(&words).map(|_| ())
 }
 
-/// Waits for a warning about this Node with these words.
+/// Those of earlier tests say the same.
+pub(super) fn forget_events(suite: &Suite<'_>, node: &str) -> Result<()> {
+    let of_node = format!("--field-selector=involvedObject.name={node}");
+    suite.kube.kubectl(&["-n", "default", "delete", "events", &of_node]).map(|_| ())
+}
+
+/// Waits for a warning of ours about this Node with these words.
 pub(super) fn wait_event(suite: &Suite<'_>, node: &str, words: &str) -> Result<()> {
     suite.wait(&format!("an Event of {node} names {words}"), |suite| {
         let field = format!("--field-selector=involvedObject.kind=Node,involvedObject.name={node}");
         let list = suite.json(&["-n", "default", "get", "events", &field])?;
         let items = list.get("items").and_then(Value::as_array).cloned().unwrap_or_default();
-        let notes: Vec<&str> = items.iter().map(|event| text(event, "/message")).collect();
+        let warnings = items.iter().filter(|event| {
+            text(event, "/type") == "Warning" && text(event, "/reportingComponent") == "meshd"
+        });
+        let notes: Vec<&str> = warnings.map(|event| text(event, "/message")).collect();
         ensure!(notes.iter().any(|note| note.contains(words)), "Events say {notes:?}");
         Ok(())
     })
