@@ -30,6 +30,7 @@ use mesh_types::net::{ClusterPrefixes, outermost};
 use crate::nfnetlink::{self, Nfnetlink};
 use crate::nft;
 use crate::ruleset::{self, Table};
+pub use crate::seal::GuardState;
 use crate::seal::Sealed;
 
 /// What the guard is made from.
@@ -62,19 +63,6 @@ impl GuardConfig {
             port: defaults::UDP_PORT,
         }
     }
-}
-
-/// How a table of ours stands: the guard, or that of pods.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum GuardState {
-    /// As configured, untouched.
-    Intact,
-    #[default]
-    Missing,
-    /// Made from another configuration.
-    Outdated,
-    /// Edited by somebody else since.
-    Altered,
 }
 
 /// Packets the guard dropped since it was loaded.

@@ -12,10 +12,22 @@ use std::fmt::Write as _;
 
 use anyhow::Context as _;
 
-use crate::guard::GuardState;
 use crate::nfnetlink::Nfnetlink;
 use crate::nft;
 use crate::ruleset::{self, Table};
+
+/// How a table of ours stands: the guard, or that of pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum GuardState {
+    /// As configured, untouched.
+    Intact,
+    #[default]
+    Missing,
+    /// Made from another configuration.
+    Outdated,
+    /// Edited by somebody else since.
+    Altered,
+}
 
 /// Name of the empty chain that holds the hashes.
 const SEAL: &str = "seal-";
