@@ -163,7 +163,8 @@ pub fn check_kind(link: &Link) -> anyhow::Result<()> {
         None => link.kind.as_str(),
     };
     bail!(
-        "interface {name} exists and is {what}, none of ours: delete it (ip link delete {name}), or choose another --tun-name"
+        "interface {name} exists and is {what}, none of ours: choose another --tun-name, or rename the interface where it \
+         is made"
     )
 }
 
