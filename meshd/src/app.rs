@@ -30,13 +30,14 @@ use crate::endpoints::Choice;
 use crate::installed::Installed;
 use crate::kube::{self, KubeSource};
 use crate::plane::NodePlane;
+use crate::preflight::{self, Closed};
 use crate::reconcile::{self, Inputs, Linux, Outputs, Reconciler};
 use crate::roster::RosterSource;
 use crate::source::{ClusterEvent, OwnRecord, Published};
 use crate::view::{Identity, View, condition};
 use crate::{
     attachments, cni_install, files, host_copy, installed, kernel_watch, keystore, last_heard,
-    lock, node_file, preflight, resolver, uninstall,
+    lock, node_file, resolver, uninstall,
 };
 
 /// Events on their way from the source: a burst waits in the source, not in memory.
@@ -83,7 +84,7 @@ fn run_checked(config: &Config) -> anyhow::Result<()> {
     preflight::check_tun_is_free(&config.kernel.tun, lock::WAIT)?;
     check_own_addresses(config)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), ?config, "meshd starts");
-    for clash in preflight::clashes(&config.kernel)? {
+    for clash in preflight::clashes(&config.kernel, &config.prefixes)? {
         tracing::warn!("{clash}");
     }
     if let Some(dir) = &config.host_copy_dir {
@@ -109,7 +110,16 @@ fn check_own_addresses(config: &Config) -> anyhow::Result<()> {
     if let Ok(Some(earlier)) = installed::read(&config.paths.installed()) {
         addresses.retain(|found| earlier.devices().all(|device| device != found.interface));
     }
-    preflight::check_own_addresses(&addresses, &Choice::of(config), &config.prefixes)
+    preflight::check_own_addresses(&addresses, &Choice::of(config), Closed::of(config))
+}
+
+/// Before the guard stands: behind it, a server among pods is out of reach and nobody could mend it from outside.
+async fn check_api_server(config: &Config) -> anyhow::Result<()> {
+    let Source::Kubernetes(kubeconfig) = &config.source else { return Ok(()) };
+    match kube::server_address(kubeconfig.as_deref()).await? {
+        Some(address) => preflight::check_api_server(address, Closed::of(config)),
+        None => Ok(()),
+    }
 }
 
 /// `meshd hold`: waits for a signal.
@@ -143,6 +153,7 @@ fn own_key(config: &Config) -> anyhow::Result<PrivateKey> {
 
 async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
     let signals = Signals::catch()?;
+    check_api_server(config).await?;
     let admin =
         Admin::bind(config.admin_address, &config.paths.socket(), config.probe_socket.as_deref())
             .await?;
@@ -184,8 +195,8 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
         last_heard::open(config.paths.last_heard())?,
     );
     let out = Outputs { view: Arc::clone(&view), own_record, names };
-    let kernel = Linux::new(config, earlier);
-    let reconciler = Reconciler::new(config, boot_id, kernel, plane, out);
+    let kernel = Linux::new(config, &earlier);
+    let reconciler = Reconciler::new(config, &earlier, boot_id, kernel, plane, out);
     let known = reconciler.known();
     let resolver = tokio::spawn(resolver::run(wanted_names, resolved_in));
     start_source(&config.source, config, known, events_in, own, &view).await?;
@@ -217,8 +228,7 @@ fn install_guard(config: &Config, boot_id: &str) -> anyhow::Result<Vec<IpNet>> {
     let living: Vec<IpAddr> = pods.into_iter().flat_map(|pod| pod.addresses).collect();
     let before = installed::replace(&path, &mut now, &living)?;
     let earlier = now.earlier_prefixes.clone();
-    netcfg::guard::ensure(&reconcile::guard_config(config, earlier.clone()))
-        .context("make the guard")?;
+    netcfg::guard::ensure(&reconcile::guard_config(config, &earlier)).context("make the guard")?;
     if let Some(before) = before.filter(|it| it.cluster_prefixes != now.cluster_prefixes) {
         tell_prefixes(&before.cluster_prefixes, &now.cluster_prefixes);
     }

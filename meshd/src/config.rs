@@ -3,10 +3,10 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use ipnet::IpNet;
 use mesh_types::defaults;
-use mesh_types::net::{ClusterPrefixes, overlap};
+use mesh_types::net::{ClusterPrefixes, check_prefix, overlap};
 use mesh_types::node::{NodeName, Site};
 use serde::{Deserialize, Serialize};
 
@@ -139,6 +139,7 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
             .context("the host name is no node name; pass --node-name")?,
     };
     for service in &args.service_cidrs {
+        check_prefix(*service).map_err(|error| anyhow!("--service-cidr: {error}"))?;
         if let Some(cluster) = prefixes.as_slice().iter().find(|ours| overlap(**ours, *service)) {
             bail!("--service-cidr {service} overlaps --cluster-cidr {cluster}");
         }
@@ -344,6 +345,8 @@ mod tests {
             ("--cluster-cidr 10.0.0.0/8,10.1.0.0/16", "overlap"),
             ("--cluster-cidr 10.244.0.0/16 --node-name A_B", "--node-name"),
             ("--cluster-cidr 10.244.0.0/16 --service-cidr 10.244.9.0/24", "--service-cidr"),
+            ("--cluster-cidr 10.244.0.0/16 --service-cidr 127.0.0.0/8", "--service-cidr"),
+            ("--cluster-cidr 10.244.0.0/16 --service-cidr ::/0", "--service-cidr"),
             ("--cluster-cidr 10.244.0.0/16 --endpoint 10.244.1.1:5", "--endpoint"),
             ("--cluster-cidr 10.244.0.0/16 --listen-port 0", "--listen-port"),
             ("--cluster-cidr 10.244.0.0/16 --tun-name a/b", "--tun-name"),

@@ -2,15 +2,17 @@
 
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
-use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use ipnet::IpNet;
 use mesh_types::defaults;
 use mesh_types::net::ClusterPrefixes;
+use netcfg::route::ForeignRule;
 
-use crate::config::Kernel;
+use crate::config::{Config, Kernel};
 use crate::endpoints::{Choice, Found};
 
 /// Between two looks at a device that is still served.
@@ -76,24 +78,60 @@ pub fn check_udp_port(port: u16) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// No address of this machine's own network lies in a cluster prefix: the guard would cut the machine off from whoever
-/// is there, its operator included.
+/// No address of this machine's own network lies where the guard lets nothing out to: it would cut the machine off from
+/// whoever is there, its operator included.
 pub fn check_own_addresses(
     found: &[Found],
     choice: &Choice,
-    prefixes: &ClusterPrefixes,
+    closed: Closed<'_>,
 ) -> anyhow::Result<()> {
     for Found { interface, address } in found.iter().filter(|found| choice.counts(&found.interface))
     {
-        if let Some(prefix) = prefixes.as_slice().iter().find(|prefix| prefix.contains(address)) {
+        if let Some((flag, prefix)) = closed.around(*address) {
+            let of = if flag == SERVICES { "Services" } else { "pods" };
             bail!(
-                "--cluster-cidr {prefix} contains {address} of {interface}, and the guard would cut this machine off: \
-                 pods need a prefix of their own; if {interface} belongs to pods, pass --skip-interface {interface}"
+                "{flag} {prefix} contains {address} of {interface}, and the guard would cut this machine off: \
+                 {of} need a prefix of their own; if {interface} belongs to {of}, pass --skip-interface {interface}"
             );
         }
     }
     Ok(())
 }
+
+/// Nor does the API server's address lie among pods. Where a Service leads to it, it lies among Services.
+pub fn check_api_server(address: IpAddr, closed: Closed<'_>) -> anyhow::Result<()> {
+    if let Some((CLUSTER, prefix)) = closed.around(address) {
+        bail!(
+            "{CLUSTER} {prefix} contains the API server's address {address}, and the guard would cut this machine off \
+             from it: pods need a prefix of their own"
+        );
+    }
+    Ok(())
+}
+
+/// What the guard lets nothing out to by the underlay.
+#[derive(Debug, Clone, Copy)]
+pub struct Closed<'a> {
+    pub cluster: &'a ClusterPrefixes,
+    pub services: &'a [IpNet],
+}
+
+impl<'a> Closed<'a> {
+    pub fn of(config: &'a Config) -> Self {
+        Self { cluster: &config.prefixes, services: &config.service_cidrs }
+    }
+
+    /// The prefix around an address, and the flag that gave it.
+    fn around(self, address: IpAddr) -> Option<(&'static str, IpNet)> {
+        let within = |flag, all: &[IpNet]| {
+            all.iter().find(|prefix| prefix.contains(&address)).map(|prefix| (flag, *prefix))
+        };
+        within(CLUSTER, self.cluster.as_slice()).or_else(|| within(SERVICES, self.services))
+    }
+}
+
+const CLUSTER: &str = "--cluster-cidr";
+const SERVICES: &str = "--service-cidr";
 
 /// Nobody serves the TUN device. Whoever held our lock before may take a moment to be gone.
 pub fn check_tun_is_free(tun: &str, wait: Duration) -> anyhow::Result<()> {
@@ -119,8 +157,8 @@ pub fn check_tun_is_free(tun: &str, wait: Duration) -> anyhow::Result<()> {
 }
 
 /// What others use of what is to be ours, one line each with the flag to change. Not fatal: much of it is harmless.
-pub fn clashes(kernel: &Kernel) -> anyhow::Result<Vec<String>> {
-    let Kernel { tun, table, rule_priority, mark_mask, .. } = kernel;
+pub fn clashes(kernel: &Kernel, prefixes: &ClusterPrefixes) -> anyhow::Result<Vec<String>> {
+    let Kernel { tun, table, .. } = kernel;
     let mut told = Vec::new();
     let ours = [defaults::ROUTE_PROTOCOL, defaults::ROUTE_PROTOCOL_CNI];
     let routes = netcfg::route::list(*table).context("list routes")?;
@@ -130,29 +168,59 @@ pub fn clashes(kernel: &Kernel) -> anyhow::Result<Vec<String>> {
             "routing table {table} holds {foreign} routes of somebody else: choose another --table"
         ));
     }
-    let rules = netcfg::route::foreign_rules(*rule_priority, *mark_mask, defaults::ROUTE_PROTOCOL);
-    for (priority, mark, mask) in rules.context("list routing rules")? {
-        if priority == *rule_priority {
-            told.push(format!(
-                "somebody else has a routing rule at priority {priority}: choose another --rule-priority"
-            ));
-        } else {
-            told.push(format!(
-                "the routing rule at priority {priority} reads mark {mark:#x}/{mask:#x}, which overlaps ours: choose another --mark"
-            ));
-        }
+    for (_, rule) in
+        netcfg::route::foreign_rules(defaults::ROUTE_PROTOCOL).context("list routing rules")?
+    {
+        told.extend(rule_in_the_way(&rule, kernel, prefixes));
     }
-    for chain in netcfg::forwarding_closed()? {
-        told.push(format!(
-            "the nftables chain {chain} drops what it is not told to forward: pods reach nothing unless it accepts \
-             what comes from and goes to {tun} and {}*",
-            defaults::POD_LINK_PREFIX
-        ));
+    match netcfg::forwarding_closed() {
+        Ok(chains) => told.extend(chains.iter().map(|chain| closed_chain(chain, tun))),
+        // Others' tables may hold what this nft cannot read; ours are looked at by themselves.
+        Err(error) => told.push(format!(
+            "whether another's nftables chain drops what pods send is not known: {}",
+            crate::one_line(&error)
+        )),
     }
     if let Some(link) = netcfg::link::get(tun).with_context(|| format!("look at {tun}"))? {
         netcfg::tun::check_kind(&link)?;
     }
     Ok(told)
+}
+
+fn closed_chain(chain: &str, tun: &str) -> String {
+    format!(
+        "the nftables chain {chain} drops what it is not told to forward: pods reach nothing unless it accepts what \
+         comes from and goes to {tun} and {}*",
+        defaults::POD_LINK_PREFIX
+    )
+}
+
+fn rule_in_the_way(
+    rule: &ForeignRule,
+    kernel: &Kernel,
+    prefixes: &ClusterPrefixes,
+) -> Option<String> {
+    let ForeignRule { priority, mark, mark_mask, .. } = rule;
+    if *priority == kernel.rule_priority {
+        return Some(format!(
+            "somebody else has a routing rule at priority {priority}: choose another --rule-priority"
+        ));
+    }
+    if mark_mask & kernel.mark_mask != 0 {
+        return Some(format!(
+            "the routing rule at priority {priority} reads mark {mark:#x}/{mark_mask:#x}, which overlaps ours: choose \
+             another --mark"
+        ));
+    }
+    let first = *priority < kernel.rule_priority;
+    let prefix = prefixes.as_slice().iter().find(|prefix| rule.may_match(**prefix))?;
+    first.then(|| {
+        format!(
+            "somebody else's routing rule at priority {priority} comes before ours at {}: where it finds a way for {prefix}, \
+             packets of pods take that one, and the guard drops them: choose a lower --rule-priority",
+            kernel.rule_priority
+        )
+    })
 }
 
 #[cfg(test)]
@@ -173,27 +241,81 @@ mod tests {
     }
 
     #[test]
-    fn a_cluster_prefix_around_this_machine_is_refused_and_one_around_a_bridge_of_pods_is_not() {
-        let prefixes = vec!["10.0.0.0/8".parse().expect("prefix")].try_into().expect("prefixes");
+    fn a_prefix_around_this_machine_is_refused_and_one_around_a_bridge_of_pods_is_not() {
+        let cluster = vec!["10.0.0.0/9".parse().expect("prefix")].try_into().expect("prefixes");
+        let services = ["10.128.0.0/12".parse().expect("prefix")];
+        let closed = Closed { cluster: &cluster, services: &services };
         let choice = Choice { tun: "meshd0".into(), skip: vec!["pods*".into()], force: vec![] };
         let check = |interface: &str, address: &str| {
             let address = address.parse().expect("address");
-            check_own_addresses(
-                &[Found { interface: interface.into(), address }],
-                &choice,
-                &prefixes,
-            )
+            check_own_addresses(&[Found { interface: interface.into(), address }], &choice, closed)
         };
         let line = told(check("eth0", "10.0.0.5"));
-        assert!(line.contains("10.0.0.0/8") && line.contains("10.0.0.5 of eth0"), "{line}");
+        assert!(line.contains("--cluster-cidr 10.0.0.0/9"), "{line}");
+        assert!(line.contains("10.0.0.5 of eth0") && line.contains("pods need"), "{line}");
+        let line = told(check("eth0", "10.130.0.5"));
+        assert!(line.contains("--service-cidr 10.128.0.0/12"), "{line}");
+        assert!(line.contains("10.130.0.5 of eth0") && line.contains("Services need"), "{line}");
         for (interface, address) in [
             ("eth0", "192.0.2.1"),
             ("meshd0", "10.1.0.1"),
             ("cni0", "10.1.0.1"),
             ("pods1", "10.1.0.1"),
+            ("kube-ipvs0", "10.128.0.1"),
+            ("nodelocaldns", "10.128.0.10"),
         ] {
             check(interface, address).expect(interface);
         }
+    }
+
+    #[test]
+    fn an_api_server_among_pods_is_refused_and_one_among_services_is_not() {
+        let cluster = vec!["10.0.0.0/9".parse().expect("prefix")].try_into().expect("prefixes");
+        let services = ["10.128.0.0/12".parse().expect("prefix")];
+        let closed = Closed { cluster: &cluster, services: &services };
+        let check = |address: &str| check_api_server(address.parse().expect("address"), closed);
+        let line = told(check("10.3.0.1"));
+        assert!(line.contains("--cluster-cidr 10.0.0.0/9") && line.contains("10.3.0.1"), "{line}");
+        check("10.128.0.1").expect("the Service kubernetes");
+        check("192.0.2.1").expect("elsewhere");
+    }
+
+    #[test]
+    fn only_rules_that_packets_of_pods_meet_before_ours_are_told() {
+        let cluster: ClusterPrefixes =
+            vec!["10.244.0.0/16".parse().expect("prefix")].try_into().expect("prefixes");
+        let kernel = Kernel {
+            tun: "meshd0".into(),
+            table: 5190,
+            rule_priority: 5190,
+            mark: 0x40,
+            mark_mask: 0x40,
+        };
+        let net = |text: &str| Some(text.parse().expect("prefix"));
+        let all = ForeignRule { priority: 100, table: Some(254), ..ForeignRule::default() };
+        let told =
+            |rule: &ForeignRule| rule_in_the_way(rule, &kernel, &cluster).unwrap_or_default();
+        for rule in [
+            all.clone(),
+            ForeignRule { destination: net("10.0.0.0/8"), ..all.clone() },
+            ForeignRule { source: net("10.244.3.0/24"), table: None, ..all.clone() },
+            ForeignRule { mark: 1, mark_mask: 1, inverted: true, ..all.clone() },
+        ] {
+            assert!(told(&rule).contains("priority 100 comes before ours at 5190"), "{rule:?}");
+        }
+        for rule in [
+            ForeignRule { priority: 32_766, ..all.clone() },
+            ForeignRule { destination: net("192.0.2.0/24"), ..all.clone() },
+            ForeignRule { source: net("192.0.2.7/32"), ..all.clone() },
+            ForeignRule { mark: 1, mark_mask: 1, ..all.clone() },
+            ForeignRule { narrow: true, ..all.clone() },
+        ] {
+            assert_eq!(told(&rule), "", "{rule:?}");
+        }
+        let same = ForeignRule { priority: 5190, ..all.clone() };
+        assert!(told(&same).contains("--rule-priority"));
+        let mark = ForeignRule { mark: 0, mark_mask: 0xff, ..all };
+        assert!(told(&mark).contains("--mark"));
     }
 
     #[test]

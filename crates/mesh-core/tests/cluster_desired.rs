@@ -19,7 +19,7 @@ use mesh_core::cluster::{
 use mesh_types::defaults::{MTU_MIN, OVERHEAD_V4, OVERHEAD_V6};
 use mesh_types::key::PublicKey;
 use mesh_types::net::{ClusterPrefixes, overlap};
-use mesh_types::netstate::{Route, RouteTarget};
+use mesh_types::netstate::{Family, Route, RouteTarget};
 use mesh_types::node::Site;
 use proptest::prelude::*;
 
@@ -149,6 +149,23 @@ fn a_single_family_cluster_gets_rules_and_fallbacks_of_that_family_only() {
     assert_eq!(desired.net.rules.len(), 1);
     assert_eq!(routes(&desired), ["10.244.0.0/16 unreachable", "10.244.1.0/24 unreachable"]);
     assert_eq!(reasons(&desired, "n1"), ["outside_cluster"]);
+}
+
+#[test]
+fn earlier_prefixes_that_pods_live_in_stay_unreachable_and_keep_the_rule_of_their_family() {
+    let mut world = World::new([]);
+    world.policy.cluster = ClusterPrefixes::new(vec!["10.244.0.0/16".parse().unwrap()]).unwrap();
+    world.policy.earlier = vec!["10.99.0.0/16".parse().unwrap(), "fd00:99::/48".parse().unwrap()];
+    let desired = world.desired();
+    let expected = [
+        "10.99.0.0/16 unreachable",
+        "10.244.0.0/16 unreachable",
+        "10.244.1.0/24 unreachable",
+        "fd00:99::/48 unreachable",
+    ];
+    assert_eq!(routes(&desired), expected);
+    let families: Vec<Family> = desired.net.rules.iter().map(|rule| rule.family).collect();
+    assert_eq!(families, [Family::V4, Family::V6]);
 }
 
 #[test]

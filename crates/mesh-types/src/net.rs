@@ -24,8 +24,8 @@ pub enum PrefixError {
     TooMany,
     #[error("{0} has bits set behind its length; write {1}")]
     HostBits(IpNet, IpNet),
-    #[error("{0} is {1}, not a prefix pods can live in")]
-    NotForPods(IpNet, &'static str),
+    #[error("{0} is {1}, no prefix for pods or Services")]
+    Unfit(IpNet, &'static str),
     #[error("{0} and {1} overlap")]
     Overlap(IpNet, IpNet),
 }
@@ -40,7 +40,7 @@ impl ClusterPrefixes {
             return Err(PrefixError::TooMany);
         }
         for (i, prefix) in prefixes.iter().enumerate() {
-            check_pod_prefix(*prefix)?;
+            check_prefix(*prefix)?;
             if let Some(other) = prefixes[..i].iter().find(|other| overlap(**other, *prefix)) {
                 return Err(PrefixError::Overlap(*other, *prefix));
             }
@@ -102,9 +102,9 @@ pub fn outermost(prefixes: impl IntoIterator<Item = IpNet>) -> Vec<IpNet> {
     outer
 }
 
-/// A prefix pods may live in: written without host bits, unicast, not link-local, loopback or
+/// A prefix for pods or Services: written without host bits, unicast, not link-local, loopback or
 /// everything.
-pub fn check_pod_prefix(prefix: IpNet) -> Result<(), PrefixError> {
+pub fn check_prefix(prefix: IpNet) -> Result<(), PrefixError> {
     if prefix != prefix.trunc() {
         return Err(PrefixError::HostBits(prefix, prefix.trunc()));
     }
@@ -117,7 +117,7 @@ pub fn check_pod_prefix(prefix: IpNet) -> Result<(), PrefixError> {
         ("IPv4 mapped into IPv6", touches(prefix, "::ffff:0:0/96")),
     ];
     match refused.iter().find(|(_, hit)| *hit) {
-        Some((what, _)) => Err(PrefixError::NotForPods(prefix, what)),
+        Some((what, _)) => Err(PrefixError::Unfit(prefix, what)),
         None => Ok(()),
     }
 }
@@ -275,7 +275,7 @@ mod tests {
         for bad in
             ["0.0.0.0/0", "::/0", "127.0.0.0/16", "169.254.0.0/16", "fe80::/64", "224.0.0.0/8"]
         {
-            assert!(matches!(new(&[bad]), Err(PrefixError::NotForPods(..))), "{bad}");
+            assert!(matches!(new(&[bad]), Err(PrefixError::Unfit(..))), "{bad}");
         }
     }
 

@@ -7,6 +7,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
+use mesh_types::net::overlap;
 use mesh_types::netstate::{Family, Rule};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::route::{
@@ -160,28 +161,42 @@ pub fn rules(priority: u32, table: u32, protocol: u8) -> io::Result<Vec<Rule>> {
     Ok(rules)
 }
 
-/// Rules of others that get in our way: at `priority`, or reading a bit of `mark_mask`. Told as (priority, mark, mask).
-pub fn foreign_rules(
-    priority: u32,
-    mark_mask: u32,
-    protocol: u8,
-) -> io::Result<Vec<(u32, u32, u32)>> {
-    let foreign = dump_rules()?.into_iter().filter_map(|answer| {
-        let RouteNetlinkMessage::NewRule(message) = answer else { return None };
-        let (mut at, mut mark, mut mask, mut made_by) = (0, 0, 0, 0);
-        for attribute in &message.attributes {
-            match attribute {
-                RuleAttribute::Priority(priority) => at = *priority,
-                RuleAttribute::FwMark(value) => mark = *value,
-                RuleAttribute::FwMask(value) => mask = *value,
-                RuleAttribute::Protocol(protocol) => made_by = u8::from(*protocol),
-                _ => {}
-            }
-        }
-        let clashes = at == priority || mask & mark_mask != 0;
-        (clashes && made_by != protocol).then_some((at, mark, mask))
-    });
-    Ok(foreign.collect())
+/// A routing rule of somebody else.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ForeignRule {
+    pub priority: u32,
+    pub mark: u32,
+    /// 0: the rule reads no mark.
+    pub mark_mask: u32,
+    /// `None`: it sends nothing by a table, but drops or jumps.
+    pub table: Option<u32>,
+    pub source: Option<IpNet>,
+    pub destination: Option<IpNet>,
+    /// What it matches is what does not fit.
+    pub inverted: bool,
+    /// It asks for something else too: an interface, a user, a VRF, a protocol or a port.
+    pub narrow: bool,
+}
+
+impl ForeignRule {
+    /// Whether a packet of a pod in `prefix` to another there, without a mark, may match.
+    pub fn may_match(&self, prefix: IpNet) -> bool {
+        let misses = |of: Option<IpNet>| of.is_some_and(|it| !overlap(it, prefix));
+        self.inverted
+            || !(self.narrow
+                || self.mark & self.mark_mask != 0
+                || misses(self.source)
+                || misses(self.destination))
+    }
+}
+
+/// All rules but ours (those of `protocol`) and the kernel's for the machine's own addresses, by priority, both families.
+pub fn foreign_rules(protocol: u8) -> io::Result<Vec<(Family, ForeignRule)>> {
+    let mut foreign: Vec<_> =
+        dump_rules()?.iter().filter_map(|answer| foreign_rule(answer, protocol)).collect();
+    foreign.retain(|(_, rule)| rule.table != Some(TABLE_LOCAL));
+    foreign.sort_by_key(|(_, rule)| rule.priority);
+    Ok(foreign)
 }
 
 /// Adds a rule; no error when it stands already.
@@ -397,4 +412,44 @@ fn our_rule(answer: &RouteNetlinkMessage, protocol: u8) -> Option<Rule> {
         }
     }
     (made_by == protocol && rule.mark_mask != 0).then_some(rule)
+}
+
+fn foreign_rule(answer: &RouteNetlinkMessage, protocol: u8) -> Option<(Family, ForeignRule)> {
+    let RouteNetlinkMessage::NewRule(message) = answer else { return None };
+    let header = &message.header;
+    let family = match header.family {
+        AddressFamily::Inet => Family::V4,
+        AddressFamily::Inet6 => Family::V6,
+        _ => return None,
+    };
+    let mut rule = ForeignRule {
+        inverted: header.flags.contains(RuleFlags::Invert),
+        narrow: header.tos != 0,
+        ..ForeignRule::default()
+    };
+    let by_table = header.action == RuleAction::ToTable;
+    let mut table = u32::from(header.table);
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Priority(priority) => rule.priority = *priority,
+            RuleAttribute::FwMark(mark) => rule.mark = *mark,
+            RuleAttribute::FwMask(mask) => rule.mark_mask = *mask,
+            RuleAttribute::Table(value) => table = *value,
+            RuleAttribute::Source(source) => rule.source = IpNet::new(*source, header.src_len).ok(),
+            RuleAttribute::Destination(to) => {
+                rule.destination = IpNet::new(*to, header.dst_len).ok()
+            }
+            RuleAttribute::Protocol(by) if u8::from(*by) == protocol => return None,
+            RuleAttribute::Iifname(_)
+            | RuleAttribute::Oifname(_)
+            | RuleAttribute::L3MDev(_)
+            | RuleAttribute::UidRange(_)
+            | RuleAttribute::IpProtocol(_)
+            | RuleAttribute::SourcePortRange(_)
+            | RuleAttribute::DestinationPortRange(_) => rule.narrow = true,
+            _ => {}
+        }
+    }
+    rule.table = by_table.then_some(table);
+    Some((family, rule))
 }

@@ -203,7 +203,7 @@ fn cluster_prefixes(nodes: &[LookedNode], prefixes: &Prefixes) -> anyhow::Result
         around.extend(IpNet::new(cidr.addr(), wide).map(|net| net.trunc()));
     }
     let around = mesh_types::net::outermost(around);
-    let good = around.into_iter().filter(|net| mesh_types::net::check_pod_prefix(*net).is_ok());
+    let good = around.into_iter().filter(|net| mesh_types::net::check_prefix(*net).is_ok());
     Ok(ClusterPrefixes::new(good.take(mesh_types::limits::CLUSTER_PREFIXES_MAX).collect())?)
 }
 

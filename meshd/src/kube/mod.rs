@@ -17,6 +17,7 @@ mod verdict;
 mod words;
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -73,12 +74,7 @@ pub struct KubeSource {
 impl KubeSource {
     /// With the kubeconfig, or the service account of the pod. Asks no server yet.
     pub async fn open(kubeconfig: Option<&Path>) -> anyhow::Result<Self> {
-        let mut config = match kubeconfig {
-            Some(path) => from_file(path).await?,
-            None => Config::incluster().context(
-                "no Kubernetes API server: not in a pod with a service account; pass --kubeconfig or --roster",
-            )?,
-        };
+        let mut config = config(kubeconfig).await?;
         config.connect_timeout = Some(CONNECT_TIMEOUT);
         config.read_timeout = Some(READ_TIMEOUT);
         config.write_timeout = Some(READ_TIMEOUT);
@@ -186,6 +182,22 @@ impl KubeSource {
                 changed
             });
         }
+    }
+}
+
+/// Where the API server is asked, if that is said by an address and not by a name.
+pub async fn server_address(kubeconfig: Option<&Path>) -> anyhow::Result<Option<IpAddr>> {
+    let config = config(kubeconfig).await?;
+    let host = config.cluster_url.host().unwrap_or_default();
+    Ok(host.trim_start_matches('[').trim_end_matches(']').parse().ok())
+}
+
+async fn config(kubeconfig: Option<&Path>) -> anyhow::Result<Config> {
+    match kubeconfig {
+        Some(path) => from_file(path).await,
+        None => Config::incluster().context(
+            "no Kubernetes API server: not in a pod with a service account; pass --kubeconfig or --roster",
+        ),
     }
 }
 

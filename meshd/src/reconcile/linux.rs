@@ -54,7 +54,7 @@ impl Linux {
     }
 
     /// `earlier` cluster prefixes stay closed as well.
-    pub fn new(config: &Config, earlier: Vec<IpNet>) -> Self {
+    pub fn new(config: &Config, earlier: &[IpNet]) -> Self {
         Self {
             guard: guard_config(config, earlier),
             marks: marks(&config.kernel),
@@ -65,9 +65,9 @@ impl Linux {
 }
 
 /// The guard of this configuration, and of `earlier` cluster prefixes that pods still live in.
-pub fn guard_config(config: &Config, earlier: Vec<IpNet>) -> GuardConfig {
+pub fn guard_config(config: &Config, earlier: &[IpNet]) -> GuardConfig {
     GuardConfig {
-        earlier,
+        earlier: earlier.to_vec(),
         services: config.service_cidrs.clone(),
         tun: config.kernel.tun.clone(),
         port: config.listen_port,

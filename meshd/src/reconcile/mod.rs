@@ -133,7 +133,15 @@ pub enum Scope {
 }
 
 impl<K: Kernel, P: Plane> Reconciler<K, P> {
-    pub fn new(config: &Config, boot_id: String, kernel: K, plane: P, out: Outputs) -> Self {
+    /// `earlier` cluster prefixes stay unreachable: pods of this node live in them.
+    pub fn new(
+        config: &Config,
+        earlier: &[IpNet],
+        boot_id: String,
+        kernel: K,
+        plane: P,
+        out: Outputs,
+    ) -> Self {
         let identity = &out.view.identity;
         let local = LocalNode {
             name: identity.node.clone(),
@@ -151,7 +159,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             resolved: BTreeMap::new(),
             mtus: PathMtus::default(),
             local,
-            policy: policy(config),
+            policy: policy(config, earlier),
             operator_endpoints: config.endpoints.clone(),
             choice: Choice::of(config),
             listen_port: config.listen_port,
@@ -283,8 +291,9 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
     }
 }
 
-fn policy(config: &Config) -> Policy {
+fn policy(config: &Config, earlier: &[IpNet]) -> Policy {
     let mut policy = Policy::new(config.prefixes.clone());
+    policy.earlier = earlier.to_vec();
     policy.excluded.clone_from(&config.service_cidrs);
     policy.joined_sites.clone_from(&config.joined_sites);
     policy.tun.clone_from(&config.kernel.tun);

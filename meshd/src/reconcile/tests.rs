@@ -162,7 +162,8 @@ fn bench_in(dir: tempfile::TempDir) -> Bench {
     });
     let out =
         Outputs { view: Arc::clone(&view), own_record, names: watch::channel(BTreeSet::new()).0 };
-    let reconciler = Reconciler::new(&config, "boot".into(), model.clone(), model.clone(), out);
+    let reconciler =
+        Reconciler::new(&config, &[], "boot".into(), model.clone(), model.clone(), out);
     Bench { model, reconciler, own, view, dir }
 }
 

@@ -256,11 +256,14 @@ fn net_state(peers: &[DesiredPeer], own: &OwnState, policy: &Policy, mtus: &Path
             routes.insert(Route { destination: *destination, metric: ROUTE_METRIC, target });
         }
     }
-    for destination in policy.cluster.as_slice().iter().chain(&own.pod_cidrs) {
+    let closed: Vec<IpNet> =
+        policy.cluster.as_slice().iter().chain(&policy.earlier).copied().collect();
+    for destination in closed.iter().chain(&own.pod_cidrs) {
         let target = RouteTarget::Unreachable;
         routes.insert(Route { destination: *destination, metric: FALLBACK_METRIC, target });
     }
-    let rules = [(Family::V4, policy.cluster.has_v4()), (Family::V6, policy.cluster.has_v6())];
+    let has = |v4: bool| closed.iter().any(|prefix| prefix.addr().is_ipv4() == v4);
+    let rules = [(Family::V4, has(true)), (Family::V6, has(false))];
     let rules = rules.into_iter().filter(|(_, wanted)| *wanted).map(|(family, _)| Rule {
         family,
         priority: policy.rule_priority,

@@ -23,6 +23,8 @@ pub struct LocalNode {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
     pub cluster: ClusterPrefixes,
+    /// Prefixes of earlier configurations that pods still live in: unreachable, and never by the underlay.
+    pub earlier: Vec<IpNet>,
     /// Service and node networks: no pod CIDR may touch them.
     pub excluded: Vec<IpNet>,
     /// Pairs of sites whose private addresses reach each other.
@@ -39,6 +41,7 @@ impl Policy {
     pub fn new(cluster: ClusterPrefixes) -> Self {
         Self {
             cluster,
+            earlier: Vec::new(),
             excluded: Vec::new(),
             joined_sites: Vec::new(),
             tun: TUN_NAME.to_owned(),

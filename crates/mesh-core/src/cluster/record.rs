@@ -13,7 +13,7 @@ use mesh_types::limits::{
     CANDIDATES_PER_NODE_MAX, ENDPOINTS_ANNOTATION_BYTES_MAX, POD_CIDRS_PER_NODE_MAX,
     SHOWN_CHARS_MAX, SITE_BYTES_MAX,
 };
-use mesh_types::net::{EndpointHint, PrefixError, check_pod_prefix, overlap};
+use mesh_types::net::{EndpointHint, PrefixError, check_prefix, overlap};
 use mesh_types::node::{NodeName, NodeNameError, Site};
 use mesh_types::roster::RosterNode;
 use serde::{Deserialize, Serialize};
@@ -263,7 +263,7 @@ fn pod_cidrs(texts: &[String], problems: &mut Vec<Refusal>) -> Vec<IpNet> {
     for text in texts.iter().take(POD_CIDRS_PER_NODE_MAX) {
         let parsed = text.parse().map_err(|_| Refusal::PodCidrText(shown(text)));
         let checked = parsed.and_then(|cidr| {
-            check_pod_prefix(cidr)?;
+            check_prefix(cidr)?;
             match cidrs.iter().find(|other| overlap(**other, cidr)) {
                 Some(other) if *other != cidr => Err(Refusal::PodCidrTwice(cidr, *other)),
                 _ => Ok(cidr),
