@@ -23,9 +23,12 @@ import (
 type cluster struct{ client dynamic.Interface }
 
 func (c cluster) GetClientFor(apiVersion, kind string) (dynamic.NamespaceableResourceInterface, bool, error) {
-	resources := map[string]string{"Node": "nodes", "Pod": "pods", "Namespace": "namespaces", "NetworkPolicy": "networkpolicies"}
+	resources := map[string]string{
+		"Node": "nodes", "Pod": "pods", "Namespace": "namespaces", "NetworkPolicy": "networkpolicies", "Service": "services",
+		"EndpointSlice": "endpointslices", "DaemonSet": "daemonsets",
+	}
 	version, err := schema.ParseGroupVersion(apiVersion)
-	namespaced := kind == "Pod" || kind == "NetworkPolicy"
+	namespaced := kind != "Node" && kind != "Namespace"
 	return c.client.Resource(version.WithResource(resources[kind])), namespaced, err
 }
 
@@ -36,7 +39,9 @@ func render(t *testing.T, values map[string]any, objects ...runtime.Object) (str
 	if err != nil {
 		t.Fatal(err)
 	}
-	values["clusterCIDRs"] = []any{"10.244.0.0/16", "fd00:10:244::/48"}
+	if values["clusterCIDRs"] == nil {
+		values["clusterCIDRs"] = []any{"10.244.0.0/16", "fd00:10:244::/48"}
+	}
 	options := common.ReleaseOptions{Name: "meshd", Namespace: "meshd-system", Revision: 1, IsInstall: true}
 	rendered, err := util.ToRenderValues(chart, values, options, common.DefaultCapabilities)
 	if err != nil {

@@ -5,37 +5,99 @@ What the schema cannot say. Each refusal is one line that names the value and sa
 {{- include "meshd.check.prefixes" . -}}
 {{- include "meshd.check.namespace" . -}}
 {{- include "meshd.check.values" . -}}
+{{- /* A cleanup closes nothing, and may be the way out. */ -}}
+{{- if not .Values.cleanup.enabled }}{{ include "meshd.check.addresses" . }}{{ end -}}
 {{- end }}
 
 {{- define "meshd.check.prefixes" -}}
 {{- $cluster := list -}}
 {{- range .Values.clusterCIDRs -}}
   {{- $prefix := include "meshd.cidr.parse" . | fromJson -}}
-  {{- include "meshd.check.hostBits" (dict "prefix" $prefix "value" "clusterCIDRs") -}}
+  {{- include "meshd.check.prefix" (dict "prefix" $prefix "value" "clusterCIDRs" "who" "pods") -}}
   {{- if lt (sub $prefix.bits $prefix.length) 2 -}}
     {{- fail (printf "clusterCIDRs: %s is too small: a node needs an address of its own and at least one for a pod" .) -}}
   {{- end -}}
-  {{- if eq (int $prefix.length) 0 }}{{ fail (printf "clusterCIDRs: %s is everything, not a prefix pods can live in" .) }}{{ end -}}
   {{- range $other := $cluster -}}
     {{- if include "meshd.cidr.overlap" (dict "a" $prefix "b" $other) -}}
       {{- fail (printf "clusterCIDRs: %s and %s overlap" $other.text $prefix.text) -}}
-    {{- end -}}
-  {{- end -}}
-  {{- range $what, $reserved := dict "loopback" (list "127.0.0.0/8" "::1/128") "link-local" (list "169.254.0.0/16" "fe80::/10") "multicast or reserved" (list "224.0.0.0/3" "ff00::/8") "unspecified" (list "0.0.0.0/8" "::/128") "IPv4 mapped into IPv6" (list "::ffff:0:0/96") -}}
-    {{- range $reserved -}}
-      {{- if include "meshd.cidr.overlap" (dict "a" $prefix "b" (include "meshd.cidr.parse" . | fromJson)) -}}
-        {{- fail (printf "clusterCIDRs: %s is %s, not a prefix pods can live in" $prefix.text $what) -}}
-      {{- end -}}
     {{- end -}}
   {{- end -}}
   {{- $cluster = append $cluster $prefix -}}
 {{- end -}}
 {{- range .Values.serviceCIDRs -}}
   {{- $prefix := include "meshd.cidr.parse" . | fromJson -}}
-  {{- include "meshd.check.hostBits" (dict "prefix" $prefix "value" "serviceCIDRs") -}}
+  {{- include "meshd.check.prefix" (dict "prefix" $prefix "value" "serviceCIDRs" "who" "Services") -}}
+  {{- $widest := ternary 12 64 (eq (int $prefix.family) 4) -}}
+  {{- if lt (int $prefix.length) $widest -}}
+    {{- fail (printf "serviceCIDRs: %s is wider than /%d: the guard drops whatever a node sends there; write what kube-apiserver was given as --service-cluster-ip-range" $prefix.text $widest) -}}
+  {{- end -}}
   {{- range $other := $cluster -}}
     {{- if include "meshd.cidr.overlap" (dict "a" $prefix "b" $other) -}}
       {{- fail (printf "serviceCIDRs: %s overlaps %s of clusterCIDRs: pods and Services need prefixes of their own" $prefix.text $other.text) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* What no prefix of ours may be. Call with (dict "prefix" PREFIX "value" "clusterCIDRs" "who" "pods"). */}}
+{{- define "meshd.check.prefix" -}}
+{{- $where := . -}}
+{{- include "meshd.check.hostBits" . -}}
+{{- if eq (int .prefix.length) 0 }}{{ fail (printf "%s: %s is everything, not a prefix %s can live in" .value .prefix.text .who) }}{{ end -}}
+{{- range $what, $reserved := dict "loopback" (list "127.0.0.0/8" "::1/128") "link-local" (list "169.254.0.0/16" "fe80::/10") "multicast or reserved" (list "224.0.0.0/3" "ff00::/8") "unspecified" (list "0.0.0.0/8" "::/128") "IPv4 mapped into IPv6" (list "::ffff:0:0/96") -}}
+  {{- range $reserved -}}
+    {{- if include "meshd.cidr.overlap" (dict "a" $where.prefix "b" (include "meshd.cidr.parse" . | fromJson)) -}}
+      {{- fail (printf "%s: %s is %s, not a prefix %s can live in" $where.value $where.prefix.text $what $where.who) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/*
+What carries the mesh lies outside the prefixes of the mesh: the guard lets nothing leave a node in clear to an address inside
+them, so a node or an API server there would be cut off, helm's next upgrade with it. Asked of the cluster; `helm template`
+has none to ask.
+*/}}
+{{- define "meshd.check.addresses" -}}
+{{- $prefixes := list -}}
+{{- range $value := list "clusterCIDRs" "serviceCIDRs" -}}
+  {{- range (index $.Values $value) }}{{ $prefixes = append $prefixes (dict "value" $value "prefix" (include "meshd.cidr.parse" . | fromJson)) }}{{ end -}}
+{{- end -}}
+{{- range $node := (lookup "v1" "Node" "" "").items -}}
+  {{- /* Its address inside the mesh is one its pods' prefixes hold. */ -}}
+  {{- $overlay := dig "metadata" "annotations" "meshd.dev/overlay" "" $node | splitList "," -}}
+  {{- range (dig "status" "addresses" list $node) -}}
+    {{- if not (has .address $overlay) -}}
+      {{- include "meshd.check.address" (dict "prefixes" $prefixes "address" .address "whose" (printf "%s of node %s" .type $node.metadata.name)) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- range $slice := (lookup "discovery.k8s.io/v1" "EndpointSlice" "default" "").items -}}
+  {{- if eq (dig "metadata" "labels" "kubernetes.io/service-name" "" $slice) "kubernetes" -}}
+    {{- range (dig "endpoints" list $slice) -}}
+      {{- range .addresses }}{{ include "meshd.check.address" (dict "prefixes" $prefixes "address" . "whose" (printf "the API server, in EndpointSlice default/%s" $slice.metadata.name)) }}{{ end -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- /* The Service itself leads to the API server through kube-proxy, as without k8sServiceHost. Which it is, the cluster knows. */ -}}
+{{- $service := lookup "v1" "Service" "default" "kubernetes" -}}
+{{- $host := .Values.k8sServiceHost -}}
+{{- if not (has $host (dig "spec" "clusterIPs" list $service)) -}}
+  {{- $asked := list -}}
+  {{- range $prefixes }}{{ if or $service (eq .value "clusterCIDRs") }}{{ $asked = append $asked . }}{{ end }}{{ end -}}
+  {{- include "meshd.check.address" (dict "prefixes" $asked "address" $host "whose" "k8sServiceHost") -}}
+{{- end -}}
+{{- end }}
+
+{{- define "meshd.check.address" -}}
+{{- $where := . -}}
+{{- with include "meshd.cidr.address" .address -}}
+  {{- $address := fromJson . -}}
+  {{- range $where.prefixes -}}
+    {{- if include "meshd.cidr.covers" (dict "outer" .prefix "inner" $address) -}}
+      {{- $advice := "list the prefix of pods alone (kube-controller-manager --cluster-cidr); nodes and the API server need addresses outside it" -}}
+      {{- if eq .value "serviceCIDRs" }}{{ $advice = "list what kube-apiserver was given as --service-cluster-ip-range (kubectl get servicecidrs), and where that holds such addresses itself, only the parts of it that hold none" }}{{ end -}}
+      {{- fail (printf "%s: %s holds %s (%s): the guard would drop what nodes send there and cut them off; %s" .value .prefix.text $where.address $where.whose $advice) -}}
     {{- end -}}
   {{- end -}}
 {{- end -}}
