@@ -1,14 +1,17 @@
 package tests
 
-// What the chart asks of a cluster before it is installed there.
+// What the chart asks of a cluster before it is installed there, and values taken away.
 
 import (
+	"strings"
 	"testing"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"sigs.k8s.io/yaml"
 )
 
 func nodeAt(name string, addresses ...string) *corev1.Node {
@@ -88,6 +91,84 @@ func TestACleanupAsksNoAddresses(t *testing.T) {
 	values := map[string]any{"cleanup": map[string]any{"enabled": true}, "serviceCIDRs": []any{"10.96.0.0/12"}}
 	_, err := render(t, values, nodeAt("c", "InternalIP", "10.97.3.4"))
 	answer(t, err)
+}
+
+func TestAnotherStateDirIsRefusedWhileNodesHaveOne(t *testing.T) {
+	set := func(name, stateDir string) *appsv1.DaemonSet {
+		container := corev1.Container{Name: "meshd", Env: []corev1.EnvVar{
+			{Name: "MESHD_NODE_NAME", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "spec.nodeName"}}},
+			{Name: "MESHD_STATE_DIR", Value: stateDir},
+		}}
+		pod := corev1.PodSpec{Containers: []corev1.Container{container}}
+		if name == "meshd-cleanup" {
+			pod = corev1.PodSpec{InitContainers: []corev1.Container{container}, Containers: []corev1.Container{{Name: "clean"}}}
+		}
+		return &appsv1.DaemonSet{
+			TypeMeta:   metav1.TypeMeta{APIVersion: "apps/v1", Kind: "DaemonSet"},
+			ObjectMeta: metav1.ObjectMeta{Namespace: "meshd-system", Name: name},
+			Spec:       appsv1.DaemonSetSpec{Template: corev1.PodTemplateSpec{Spec: pod}},
+		}
+	}
+	elsewhere := set("meshd", "/data/meshd")
+	elsewhere.Namespace = "other"
+	cleaning := map[string]any{"enabled": true}
+	refused := "stateDir: nodes keep their key and the addresses of living pods in /data/meshd, and with /var/lib/meshd they would give those addresses out twice: leave stateDir=/data/meshd"
+	for _, c := range []struct {
+		what    string
+		values  map[string]any
+		object  runtime.Object
+		refused []string
+	}{
+		{"the same", map[string]any{}, set("meshd", "/var/lib/meshd"), nil},
+		{"another", map[string]any{}, set("meshd", "/data/meshd"), []string{refused, "clean the nodes first (cleanup.enabled=true"}},
+		{"back from a cleanup", map[string]any{}, set("meshd-cleanup", "/data/meshd"), []string{refused}},
+		{"a cleanup of another", map[string]any{"cleanup": cleaning}, set("meshd", "/data/meshd"), []string{refused}},
+		{"a cleanup of the same", map[string]any{"cleanup": cleaning, "stateDir": "/data/meshd"}, set("meshd", "/data/meshd"), nil},
+		{"another namespace's", map[string]any{}, elsewhere, nil},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			_, err := render(t, c.values, c.object)
+			answer(t, err, c.refused...)
+		})
+	}
+}
+
+// Each value and each map of values, set to null: words, or nothing missing.
+func TestNullIsToldOrTheSameAsNothing(t *testing.T) {
+	var defaults map[string]any
+	if err := yaml.Unmarshal([]byte(read(t, "../meshd/values.yaml")), &defaults); err != nil {
+		t.Fatal(err)
+	}
+	none := map[string]bool{}
+	var visit func(path []string, at any)
+	visit = func(path []string, at any) {
+		inner, isMap := at.(map[string]any)
+		for name := range inner {
+			if free[strings.Join(path, ".")] {
+				break
+			}
+			visit(append(path[:len(path):len(path)], name), inner[name])
+		}
+		if len(path) == 0 {
+			return
+		}
+		dotted := strings.Join(path, ".")
+		var value any
+		for i := len(path) - 1; i >= 0; i-- {
+			value = map[string]any{path[i]: value}
+		}
+		_, err := render(t, value.(map[string]any))
+		if _, isList := at.([]any); isList || (isMap && free[dotted]) || strings.Contains(dotted, "resources.") {
+			none[dotted] = true
+			answer(t, err)
+		} else {
+			answer(t, err, dotted+" is null: leave it out")
+		}
+	}
+	visit(nil, defaults)
+	if !none["serviceCIDRs"] || !none["keyrelay.nodeSelector"] {
+		t.Errorf("not tried: %v", none)
+	}
 }
 
 func answer(t *testing.T, err error, refused ...string) {

@@ -2,11 +2,33 @@
 What the schema cannot say. Each refusal is one line that names the value and says what to write.
 */}}
 {{- define "meshd.check" -}}
+{{- include "meshd.check.given" . -}}
 {{- include "meshd.check.prefixes" . -}}
 {{- include "meshd.check.namespace" . -}}
 {{- include "meshd.check.values" . -}}
+{{- include "meshd.check.stateDir" . -}}
 {{- /* A cleanup closes nothing, and may be the way out. */ -}}
 {{- if not .Values.cleanup.enabled }}{{ include "meshd.check.addresses" . }}{{ end -}}
+{{- end }}
+
+{{/* null takes a default away, and so does --reuse-values with an older chart. A list or a map of the user's may be gone. */}}
+{{- define "meshd.check.given" -}}
+{{- range $path := list "image.repository" "image.tag" "image.digest" "image.pullPolicy" "k8sServiceHost" "k8sServicePort"
+  "cni.install" "cni.binDir" "cni.confDir" "cni.confName" "cni.strict" "cni.removeOthers" "listenPort" "adminPort" "log" "logFormat"
+  "kernel.tunName" "kernel.table" "kernel.rulePriority" "kernel.mark" "stateDir" "runDir" "machineIdFile" "resources" "maxUnavailable"
+  "privileged" "seLinuxType" "operators.group" "keyrelay.enabled" "keyrelay.port" "keyrelay.stateDir" "keyrelay.resources"
+  "metrics.enabled" "metrics.podMonitor.enabled" "metrics.podMonitor.interval" "metrics.scrapeConfig.enabled" "metrics.rules.operator"
+  "metrics.rules.configMap" "metrics.dashboard.enabled" "test.nodes" "test.timeoutSeconds" "cleanup.enabled" -}}
+  {{- $at := $.Values -}}
+  {{- $seen := list -}}
+  {{- range splitList "." $path -}}
+    {{- $seen = append $seen . -}}
+    {{- if or (not (hasKey $at .)) (kindIs "invalid" (get $at .)) -}}
+      {{- fail (printf "%s is null: leave it out, and it has its default (after an upgrade from an older chart: helm upgrade --reset-then-reuse-values)" (join "." $seen)) -}}
+    {{- end -}}
+    {{- $at = get $at . -}}
+  {{- end -}}
+{{- end -}}
 {{- end }}
 
 {{- define "meshd.check.prefixes" -}}
@@ -124,6 +146,24 @@ has none to ask.
 {{- end -}}
 {{- end }}
 
+{{/*
+Addresses of pods that live are kept in stateDir: a daemon that begins with an empty one would give them out again, and the
+plugin of the next pod too. Where it is now, the DaemonSet of the release says.
+*/}}
+{{- define "meshd.check.stateDir" -}}
+{{- range $name := list "meshd" "meshd-cleanup" -}}
+  {{- $set := lookup "apps/v1" "DaemonSet" $.Release.Namespace $name -}}
+  {{- $pod := dig "spec" "template" "spec" dict $set -}}
+  {{- range (concat (dig "initContainers" list $pod) (dig "containers" list $pod)) -}}
+    {{- range (dig "env" list .) -}}
+      {{- if and (eq .name "MESHD_STATE_DIR") (ne (clean .value) (clean $.Values.stateDir)) -}}
+        {{- fail (printf "stateDir: nodes keep their key and the addresses of living pods in %s, and with %s they would give those addresses out twice: leave stateDir=%s; to move it, clean the nodes first (cleanup.enabled=true, see docs/guide/install.md), helm uninstall, and install anew" .value $.Values.stateDir .value) -}}
+      {{- end -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- end }}
+
 {{- define "meshd.check.values" -}}
 {{- $v := .Values -}}
 {{- if and $v.keyrelay.enabled (eq (int $v.keyrelay.port) (int $v.listenPort)) -}}
@@ -146,17 +186,7 @@ has none to ask.
 {{- if and $v.keyrelay.enabled (not $v.keyrelay.keys) -}}
 {{- fail "keyrelay.keys: list the public keys of the nodes it answers; without one it refuses to start (values.yaml says how to print them)" -}}
 {{- end -}}
-{{- range $a := list (list "stateDir" $v.stateDir) (list "runDir" $v.runDir) (list "keyrelay.stateDir" $v.keyrelay.stateDir) -}}
-  {{- if has (clean (last $a)) (list "/etc" "/var" "/var/lib" "/run" "/var/run" "/usr" "/opt" "/home" "/root" "/tmp" "/bin" "/sbin" "/lib" "/dev" "/proc" "/sys" "/boot") -}}
-    {{- fail (printf "%s: %s belongs to the system: it is made accessible to root alone, choose a directory of its own" (first $a) (last $a)) -}}
-  {{- end -}}
-{{- end -}}
-{{- if eq (clean $v.stateDir) (clean $v.runDir) -}}
-{{- fail (printf "stateDir and runDir are both %s: one survives a reboot, the other must not" $v.stateDir) -}}
-{{- end -}}
-{{- if and $v.keyrelay.enabled (has (clean $v.keyrelay.stateDir) (list (clean $v.stateDir) (clean $v.runDir))) -}}
-{{- fail (printf "keyrelay.stateDir: %s is the daemon's too: choose a directory of the relay's own" $v.keyrelay.stateDir) -}}
-{{- end -}}
+{{- include "meshd.check.folders" . -}}
 {{- include "meshd.check.mark" $v.kernel.mark -}}
 {{- /* Everybody, or who must not write it, would be an operator. */ -}}
 {{- if or (has $v.operators.group (list "system:authenticated" "system:unauthenticated" "system:nodes" "system:serviceaccounts")) (eq $v.operators.group (printf "system:serviceaccounts:%s" .Release.Namespace)) -}}
@@ -170,6 +200,38 @@ has none to ask.
 {{- if and (not $v.metrics.enabled) (or $v.metrics.podMonitor.enabled $v.metrics.scrapeConfig.enabled) -}}
 {{- fail "metrics.enabled is false: there is nothing metrics.podMonitor and metrics.scrapeConfig could scrape" -}}
 {{- end -}}
+{{- end }}
+
+{{/* Our folders are made accessible to root alone, and a cleanup removes them. */}}
+{{- define "meshd.check.folders" -}}
+{{- $v := .Values -}}
+{{- range $name, $path := dict "stateDir" $v.stateDir "runDir" $v.runDir "keyrelay.stateDir" $v.keyrelay.stateDir "cni.binDir" $v.cni.binDir "cni.confDir" $v.cni.confDir "machineIdFile" $v.machineIdFile -}}
+  {{- if and $path (ne $path (clean $path)) }}{{ fail (printf "%s: %s: write it without . and .." $name $path) }}{{ end -}}
+{{- end -}}
+{{- $taken := list $v.cni.binDir $v.cni.confDir "/etc/kubernetes" "/etc/cni/net.d" "/etc/ssl" "/opt/cni/bin" "/home" "/root" "/tmp" "/srv" "/mnt" "/media" "/run/containerd" "/var/run/containerd" "/var/cache" "/var/log" "/var/tmp" "/var/lib/cni" "/var/lib/containerd" "/var/lib/docker" "/var/lib/etcd" "/var/lib/kubelet" "/var/lib/rancher" -}}
+{{- range $name, $path := dict "stateDir" $v.stateDir "runDir" $v.runDir "keyrelay.stateDir" $v.keyrelay.stateDir -}}
+  {{- range $taken -}}
+    {{- if or (eq $path .) (hasPrefix (print $path "/") .) }}{{ include "meshd.check.ofTheSystem" (list $name $path) }}{{ end -}}
+  {{- end -}}
+  {{- range list "/bin" "/boot" "/dev" "/lib" "/proc" "/sbin" "/sys" "/usr" -}}
+    {{- if or (eq $path .) (hasPrefix (print . "/") $path) }}{{ include "meshd.check.ofTheSystem" (list $name $path) }}{{ end -}}
+  {{- end -}}
+  {{- if ne $name "runDir" -}}
+    {{- range list "/run/" "/var/run/" "/tmp/" -}}
+      {{- if hasPrefix . $path }}{{ fail (printf "%s: %s does not survive a reboot, and what it holds must" $name $path) }}{{ end -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- if eq $v.stateDir $v.runDir -}}
+{{- fail (printf "stateDir and runDir are both %s: one survives a reboot, the other must not" $v.stateDir) -}}
+{{- end -}}
+{{- if and $v.keyrelay.enabled (has $v.keyrelay.stateDir (list $v.stateDir $v.runDir)) -}}
+{{- fail (printf "keyrelay.stateDir: %s is the daemon's too: choose a directory of the relay's own" $v.keyrelay.stateDir) -}}
+{{- end -}}
+{{- end }}
+
+{{- define "meshd.check.ofTheSystem" -}}
+{{- fail (printf "%s: %s belongs to the system: it is made accessible to root alone, choose a directory of its own" (first .) (last .)) -}}
 {{- end }}
 
 {{/* As the program reads it: above 0, and no bit of it outside its mask. */}}
