@@ -132,8 +132,8 @@ func plugin(t *testing.T, golden string) *validating.Plugin {
 			objects = append(objects, object)
 		}
 	}
-	if len(objects) != 8 {
-		t.Fatalf("%d policies and bindings, expected 8", len(objects))
+	if len(objects) != 10 {
+		t.Fatalf("%d policies and bindings, expected 10", len(objects))
 	}
 	objects = append(objects, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "default"}})
 	client := fake.NewClientset(objects...)
@@ -371,7 +371,11 @@ func TestNodesWithoutAnythingAreNoTrouble(t *testing.T) {
 		for _, subresource := range []string{"", "status"} {
 			expect(t, ofNode(bare("a"), bare("a"), subresource, by).ask(plugin), "")
 			changed := bare("a")
-			changed.Status.Conditions = []corev1.NodeCondition{{Type: "NetworkUnavailable", Status: "True"}}
+			kind := corev1.NodeConditionType("Ready")
+			if by == daemonA {
+				kind = "NetworkUnavailable"
+			}
+			changed.Status.Conditions = []corev1.NodeCondition{{Type: kind, Status: "True"}}
 			if subresource == "status" {
 				expect(t, ofNode(changed, bare("a"), subresource, by).ask(plugin), "")
 			}

@@ -192,6 +192,11 @@ plugin of the next pod too. Where it is now, the DaemonSet of the release says.
 {{- if or (has $v.operators.group (list "system:authenticated" "system:unauthenticated" "system:nodes" "system:serviceaccounts")) (eq $v.operators.group (printf "system:serviceaccounts:%s" .Release.Namespace)) -}}
 {{- fail (printf "operators.group: %s holds more than operators: choose a group of their own, like meshd:operators" $v.operators.group) -}}
 {{- end -}}
+{{- range $v.conditionWriters -}}
+  {{- if or (hasPrefix "system:node:" .) (hasPrefix "system:bootstrap:" .) (eq . "system:anonymous") -}}
+    {{- fail (printf "conditionWriters: %s is not one to say whether a network is there: name controllers" .) -}}
+  {{- end -}}
+{{- end -}}
 {{- range $name := list $v.kernel.tunName -}}
   {{- if or (hasPrefix "meshp" $name) (has $name (list "." ".." "lo" "all" "default")) -}}
     {{- fail (printf "kernel.tunName: %s is taken: choose another" $name) -}}

@@ -27,6 +27,14 @@ app.kubernetes.io/component: {{ .component }}
 system:serviceaccount:{{ .Release.Namespace }}:meshd
 {{- end }}
 
+{{/* Who may write the condition NetworkUnavailable beside the daemons, as a JSON list of user names. */}}
+{{- define "meshd.conditionWriters" -}}
+{{- /* Those with a loop that makes routes, or that may run one, in and outside of kube-controller-manager. */ -}}
+{{- $own := list "system:kube-controller-manager" "system:cloud-controller-manager" -}}
+{{- range list "node-controller" "route-controller" "cloud-controller-manager" }}{{ $own = append $own (print "system:serviceaccount:kube-system:" .) }}{{ end -}}
+{{- concat $own (.Values.conditionWriters | default list) | uniq | toJson -}}
+{{- end }}
+
 {{/* Annotations a daemon writes on its own Node, as a CEL list. */}}
 {{- define "meshd.daemonKeys" -}}
 ['meshd.dev/public-key', 'meshd.dev/endpoints', 'meshd.dev/next-public-key', 'meshd.dev/keyrelay', 'meshd.dev/overlay', 'meshd.dev/version']

@@ -21,13 +21,24 @@ pub(super) const TESTS: &[Test] = &[
     ),
     test("rights", "a daemon's token may write no other field of its own Node", own_node),
     test("rights", "a token of the daemon's account that is of no pod may write nothing", unbound),
-    test("rights", "a kubelet may write neither our annotations nor its pod prefixes", kubelet),
+    test(
+        "rights",
+        "a kubelet may write neither our annotations and condition nor its pod prefixes",
+        kubelet,
+    ),
     test("rights", "a daemon's token may tell Events about no other node", events),
-    test("rights", "a tenant who may patch nodes may not write our annotations", tenant),
+    test(
+        "rights",
+        "a tenant who may patch nodes may write neither our annotations nor our condition",
+        tenant,
+    ),
 ];
 
 /// A key that is well-formed and nobody's.
 const KEY: &str = "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=";
+
+/// What others are told who write how a node's network stands.
+const ONLY_ITS_DAEMON: &str = "the condition NetworkUnavailable of node";
 
 /// Somebody who writes Nodes, over the API as programs do: kubectl reads before it writes, which not everybody may.
 struct Caller {
@@ -181,25 +192,29 @@ fn kubelet(suite: &mut Suite<'_>) -> Result<String> {
     expect_refusal(patch(annotation("public-key", KEY), Node), ours)?;
     expect_refusal(patch(annotation("public-key", KEY), Status), ours)?;
     expect_refusal(patch(annotation("endpoint", "x:1"), Node), "members of the group")?;
+    expect_refusal(patch(condition("NetworkUnavailable"), Status), ONLY_ITS_DAEMON)?;
     // Once they are there they never change, whoever asks: a Node that is made has none yet.
-    register(suite, &json!({})).context("a kubelet that registers")?;
+    let ready = json!({"conditions": [{"type": "Ready", "status": "False"}]});
+    register(suite, &json!({}), &ready).context("a kubelet that registers")?;
+    let network = json!({"conditions": [{"type": "NetworkUnavailable", "status": "False"}]});
+    expect_refusal(register(suite, &json!({}), &network), ONLY_ITS_DAEMON)?;
     for prefixes in [
         json!({"podCIDR": "10.244.0.0/16", "podCIDRs": ["10.244.0.0/16"]}),
         json!({"podCIDRs": ["10.244.77.0/24", "fd00:10:244:4d::/64"], "podCIDR": "10.244.77.0/24"}),
     ] {
-        let refused = register(suite, &prefixes);
+        let refused = register(suite, &prefixes, &json!({}));
         expect_refusal(refused, "a kubelet (system:node:e2e-new) may not write them")?;
     }
     patch(json!({"metadata": {"annotations": {"example.org/a": "b"}}}), NodeDry)
         .context("what a kubelet may write is refused")?;
-    Ok("5 refused".to_owned())
+    Ok("7 refused".to_owned())
 }
 
-/// A kubelet that makes its Node with this spec, as far as the API server would let it.
-fn register(suite: &Suite<'_>, spec: &Value) -> Result<()> {
+/// A kubelet that makes its Node with these, as far as the API server would let it.
+fn register(suite: &Suite<'_>, spec: &Value, status: &Value) -> Result<()> {
     let name = "e2e-new";
-    let node =
-        json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "spec": spec});
+    let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "spec": spec,
+        "status": status});
     let user = format!("--as=system:node:{name}");
     let words = ["create", "--dry-run=server", "-f", "-", &user, "--as-group=system:nodes"];
     let kubeconfig = suite.kube.kubeconfig();
@@ -252,7 +267,9 @@ fn tenant(suite: &mut Suite<'_>) -> Result<String> {
         caller.patch(&own, &annotation("endpoint", "x:1"), Node),
         "members of the group",
     )?;
+    let stands = caller.patch(&own, &condition("NetworkUnavailable"), Status);
+    expect_refusal(stands, ONLY_ITS_DAEMON)?;
     let objects = ["clusterrole/e2e-tenant", "clusterrolebinding/e2e-tenant"];
     suite.kube.kubectl(&[&["delete"], &objects[..]].concat())?;
-    Ok("7 refused".to_owned())
+    Ok("8 refused".to_owned())
 }
