@@ -99,6 +99,23 @@ func TestAlertsNameWhatTheDaemonCounts(t *testing.T) {
 	}
 }
 
+// The alert says for which conditions the scheduler keeps pods away, as the daemon decides it.
+func TestTheAlertOfConditionsNamesThoseThatKeepNoPodsAway(t *testing.T) {
+	needed := find(t, "../../meshd/src/kube/verdict.rs", `PODS_NEED: \[&str; [0-9]+\] = \[([^\]]*)\]`)
+	var kept []string
+	for _, match := range regexp.MustCompile(`pub const ([A-Z_]+): &str = "([a-z-]+)";`).FindAllStringSubmatch(read(t, "../../meshd/src/view.rs"), -1) {
+		if !strings.Contains(needed, "condition::"+match[1]+",") {
+			kept = append(kept, match[2])
+		}
+	}
+	last := len(kept) - 1
+	if last < 1 {
+		t.Fatalf("conditions no pod needs: %v", kept)
+	}
+	words := "While " + strings.Join(kept[:last], ", ") + " or " + kept[last] + " does not hold, the node takes new pods"
+	has(t, read(t, "../meshd/files/rules.yaml"), words)
+}
+
 func TestTheDashboardNamesWhatTheDaemonCounts(t *testing.T) {
 	text, err := os.ReadFile("../meshd/files/dashboard.json")
 	if err != nil {

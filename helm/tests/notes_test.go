@@ -103,12 +103,16 @@ func TestNotesWarnWhereServicesAreNotTold(t *testing.T) {
 
 func TestNotesNameNetworkPoliciesNobodyEnforces(t *testing.T) {
 	notes, _ := render(t, map[string]any{}, policy("shop", "a"), policy("shop", "b"), policy("bank", "a"))
-	has(t, notes, "WARNING: 3 NetworkPolicies exist (namespaces bank, shop) and meshd does not enforce them")
+	has(t, notes, "WARNING: 3 NetworkPolicies exist (namespaces bank, shop) and meshd enforces none")
+	notes, _ = render(t, map[string]any{}, policy("shop", "a"))
+	has(t, notes, "WARNING: 1 NetworkPolicy exists (namespace shop) and meshd enforces none")
 }
 
 func TestNotesNameNodesWithoutPodCIDRInOneLine(t *testing.T) {
 	notes, _ := render(t, map[string]any{}, nodeWith("a"), nodeWith("b", "10.244.1.0/24"), nodeWith("c"))
-	has(t, notes, "WARNING: 2 nodes have no pod CIDR (a, c): start kube-controller-manager with --allocate-node-cidrs and --cluster-cidr=10.244.0.0/16,fd00:10:244::/48")
+	has(t, notes, "WARNING: 2 nodes have no pod CIDR (a, c): start kube-controller-manager with --allocate-node-cidrs and --cluster-cidr=10.244.0.0/16,fd00:10:244::/48; until then pods there get no address")
+	notes, _ = render(t, map[string]any{}, nodeWith("a"), nodeWith("b", "10.244.1.0/24"))
+	has(t, notes, "WARNING: 1 node has no pod CIDR (a): ")
 }
 
 func TestNotesNamePodCIDRsOutsideTheClusterPrefixes(t *testing.T) {
