@@ -136,7 +136,7 @@ func TestCleanupReplacesTheDaemonAndNeverForces(t *testing.T) {
 		}
 	}
 	pod := daemonSet(t, "golden/cleanup.yaml", "meshd-cleanup").Spec.Template.Spec
-	if first := strings.Join(pod.InitContainers[0].Command, " "); first != "/usr/bin/meshd uninstall" {
+	if first := strings.Join(pod.InitContainers[0].Command, " "); first != "/usr/bin/meshd uninstall --by-host-copy" {
 		t.Errorf("first: %s", first)
 	}
 }

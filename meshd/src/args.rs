@@ -308,6 +308,10 @@ pub struct UninstallArgs {
     /// Take the CNI plugin and its configuration away too.
     #[arg(long)]
     pub cni: bool,
+    /// Leave it to the copy of this program that the last daemon has put into the state directory, where there is one: of
+    /// all versions, that one made what is to be removed.
+    #[arg(long)]
+    pub by_host_copy: bool,
     #[command(flatten)]
     pub cni_places: CniPlaces,
     #[command(flatten)]

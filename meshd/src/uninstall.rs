@@ -20,16 +20,16 @@ use crate::args::UninstallArgs;
 use crate::config::{self, Kernel, Paths};
 use crate::files;
 use crate::reconcile::marks;
-use crate::{cni_install, installed, lock, preflight};
+use crate::{cni_install, host_copy, installed, lock, preflight};
 
 /// Files of ours in the state directory besides those [`Paths`] names.
 const DAMAGED_MARK: &str = ".damaged-";
 
-/// Folder in the state directory where `--host-copy-dir` has its copies.
-const HOST_COPIES: &str = "bin";
-
 /// Of the daemon's routes and of the plugin's.
 const ROUTE_PROTOCOLS: [u8; 2] = [defaults::ROUTE_PROTOCOL, defaults::ROUTE_PROTOCOL_CNI];
+
+/// The flag that the copy on the host, of another version perhaps, is not told.
+const BY_HOST_COPY: &str = "--by-host-copy";
 
 /// What there is to remove.
 struct Plan {
@@ -53,6 +53,10 @@ const STAYS: &str = "sysctls stay as they are (net.ipv4.ip_forward, net.ipv6.con
 /// `meshd uninstall`.
 pub fn run(args: &UninstallArgs) -> anyhow::Result<()> {
     let mut plan = plan(args)?;
+    if args.by_host_copy {
+        let words = std::env::args_os().skip(1).filter(|word| word != BY_HOST_COPY);
+        host_copy::become_it(&plan.paths.state_dir.join(host_copy::FOLDER), words);
+    }
     let status = std::fs::read_to_string("/proc/self/status").context("read /proc/self/status")?;
     preflight::check_capability(&status)?;
     let _lock = match plan.paths.state_dir.is_dir() {
@@ -182,7 +186,7 @@ fn found(plan: &Plan) -> anyhow::Result<Vec<String>> {
     let ours = |entry: std::fs::DirEntry| {
         let name = entry.file_name();
         entry.path() != lock
-            && name.to_str().is_some_and(|it| it == HOST_COPIES || Paths::is_ours(it))
+            && name.to_str().is_some_and(|it| it == host_copy::FOLDER || Paths::is_ours(it))
     };
     if let Some(cni) = &plan.cni {
         let ours = [cni.conf_dir.join(&cni.conf_name), cni.bin_dir.join(cni_install::PLUGIN)];
@@ -267,7 +271,7 @@ fn remove_state(paths: &Paths) -> anyhow::Result<()> {
     ignore_missing(std::fs::remove_dir_all(&ipam))
         .with_context(|| format!("remove {}", ipam.display()))?;
     // The guard is gone: nothing needs its nft any more.
-    let copies = paths.state_dir.join(HOST_COPIES);
+    let copies = paths.state_dir.join(host_copy::FOLDER);
     ignore_missing(std::fs::remove_dir_all(&copies))
         .with_context(|| format!("remove {}", copies.display()))?;
     remove(&paths.installed())?;

@@ -53,3 +53,40 @@ fn help_and_version_go_to_stdout_and_succeed() {
         assert!(code == 0 && stdout.contains("Usage:"), "{argv:?}");
     }
 }
+
+/// A script in the place of the copy tells what it was started with.
+#[test]
+fn the_copy_on_the_host_uninstalls_where_there_is_one() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let state = tempfile::tempdir().expect("scratch");
+    let run = state.path().join("run");
+    let place = |path: &std::path::Path| path.to_str().expect("plain").to_owned();
+    let (state_dir, run_dir) = (place(state.path()), place(&run));
+    let argv = [
+        "uninstall",
+        "--by-host-copy",
+        "--dry-run",
+        "--state-dir",
+        &state_dir,
+        "--run-dir",
+        &run_dir,
+    ];
+    let alone = |stdout: &str| !stdout.contains("copy:");
+    let (_, stdout, stderr) = meshd(&argv);
+    assert!(alone(&stdout) && stderr.contains("there is no copy"), "{stdout}{stderr}");
+
+    let copy = state.path().join("bin/meshd");
+    std::fs::create_dir(state.path().join("bin")).expect("folder");
+    std::fs::write(&copy, "#!/bin/sh\necho \"copy: $*\"\nexit 7\n").expect("script");
+    let mode = |bits| {
+        std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(bits)).expect("mode")
+    };
+    mode(0o755);
+    let (code, stdout, _) = meshd(&argv);
+    let told = format!("copy: uninstall --dry-run --state-dir {state_dir} --run-dir {run_dir}");
+    assert_eq!((code, stdout.trim()), (7, told.as_str()));
+
+    mode(0o600);
+    let (_, stdout, stderr) = meshd(&argv);
+    assert!(alone(&stdout) && stderr.contains("cannot be started"), "{stdout}{stderr}");
+}
