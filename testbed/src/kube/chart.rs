@@ -42,7 +42,8 @@ impl Kube {
             format!("test.nodes={}", self.record.nodes.len()),
         ];
         let mut words = vec!["upgrade", "--install", RELEASE, &chart, "--namespace", NAMESPACE];
-        for value in values.iter().map(String::as_str).chain(more.iter().copied()) {
+        let values = values.iter().chain(&self.record.values).map(String::as_str);
+        for value in values.chain(more.iter().copied()) {
             words.extend(["--set", value]);
         }
         self.helm(&words)

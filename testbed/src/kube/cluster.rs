@@ -53,6 +53,8 @@ pub struct Plan {
     pub network: Network,
     /// Folder of our chart.
     pub chart: PathBuf,
+    /// Values for it, besides those every cluster gives.
+    pub values: Vec<String>,
 }
 
 /// A running cluster.
@@ -110,6 +112,7 @@ impl Kube {
         let mut record = Record::new(&plan.lab, &plan.tools, plan.nodes.clone(), plan.proxy_mode);
         record.network = plan.network;
         record.chart.clone_from(&plan.chart);
+        record.values.clone_from(&plan.values);
         Ok(Self { lab, net, plan: nodes, dir: plan.dir.clone(), record })
     }
 
@@ -133,15 +136,25 @@ impl Kube {
     }
 
     /// Whether a cluster that is up is the one that is asked for.
-    pub fn check_same(&self, nodes: &[String], mode: ProxyMode, network: Network) -> Result<()> {
+    pub fn check_same(
+        &self,
+        nodes: &[String],
+        mode: ProxyMode,
+        network: Network,
+        values: &[String],
+    ) -> Result<()> {
         let record = &self.record;
         ensure!(
-            record.nodes == nodes && record.proxy_mode == mode && record.network == network,
-            "cluster {} is up with nodes {}, kube-proxy in {} mode and network {:?}; take it down first",
+            record.nodes == nodes
+                && record.proxy_mode == mode
+                && record.network == network
+                && record.values == values,
+            "cluster {} is up with nodes {}, kube-proxy in {} mode, network {:?} and values {:?}; take it down first",
             record.lab,
             record.nodes.join(","),
             record.proxy_mode.as_str(),
-            record.network
+            record.network,
+            record.values
         );
         Ok(())
     }

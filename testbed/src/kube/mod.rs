@@ -116,6 +116,9 @@ pub struct UpOptions {
     /// Folder of our chart
     #[arg(long, env = "MESHD_CHART", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../helm/meshd"))]
     pub chart: PathBuf,
+    /// Another value for our chart, NAME=VALUE as helm's --set reads it; the suite keeps it. Repeat for more
+    #[arg(long = "set", value_name = "NAME=VALUE")]
+    pub values: Vec<String>,
     /// Image file to load on every node, ours among them for the chart: dist/image prints where it is. Repeat for more
     #[arg(long = "image")]
     pub images: Vec<PathBuf>,
@@ -190,7 +193,7 @@ pub fn take_down(name: &str, dir: &Path) -> Result<()> {
 fn bring_up(options: &KubeOptions, up: &UpOptions) -> Result<()> {
     let begin = Instant::now();
     if let Some(mut kube) = Kube::open(&options.name, programs()?)? {
-        kube.check_same(&up.nodes, up.proxy_mode, up.network)?;
+        kube.check_same(&up.nodes, up.proxy_mode, up.network, &up.values)?;
         kube.repair()?;
         kube.load(&up.images)?;
         return print(&kube, up.json);
@@ -200,6 +203,10 @@ fn bring_up(options: &KubeOptions, up: &UpOptions) -> Result<()> {
     )?;
     check_tools(&tools)?;
     check_dir(&options.dir)?;
+    ensure!(
+        up.network == Network::Chart || up.values.is_empty(),
+        "--set gives values to our chart: not without --network chart"
+    );
     if up.network == Network::Chart {
         chart::check(&up.chart)?;
         images::check(&up.images)?;
@@ -213,6 +220,7 @@ fn bring_up(options: &KubeOptions, up: &UpOptions) -> Result<()> {
         images: up.images.clone(),
         network: up.network,
         chart: up.chart.clone(),
+        values: up.values.clone(),
     };
     let signals = Signals::listen()?;
     let lab = Kube::lab(&plan, programs()?)?;

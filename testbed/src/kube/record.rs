@@ -10,7 +10,7 @@ use super::settings::{Network, ProxyMode};
 use crate::lab::{self, ProcessRef};
 
 /// Version of the format below.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// Tells a folder of ours from one that only has the name.
 const MARKER: &str = ".meshd-testbed";
@@ -27,6 +27,8 @@ pub(super) struct Record {
     pub(super) network: Network,
     /// Folder of our chart.
     pub(super) chart: PathBuf,
+    /// Values for it, besides those every cluster gives.
+    pub(super) values: Vec<String>,
     /// Port on the host's loopback and the process that forwards it.
     pub(super) port: u16,
     pub(super) forwarder: Option<ProcessRef>,
@@ -63,6 +65,7 @@ impl Record {
             proxy_mode,
             network: Network::None,
             chart: PathBuf::new(),
+            values: Vec::new(),
             port: 0,
             forwarder: None,
             components: Vec::new(),

@@ -18,6 +18,11 @@ pub(super) const TESTS: &[Test] = &[
         "an install refuses beside another network plugin when strict, and disables it when told",
         other_plugin,
     ),
+    test(
+        "badinput",
+        "a daemon told an API server that is not there names k8sServiceHost and k8sServicePort and is not ready",
+        wrong_host,
+    ),
     test("badinput", "a node without pod prefixes says so until it has some", no_prefixes),
     test(
         "badinput",
@@ -32,6 +37,9 @@ const VARIANT: &str = "meshd-variant";
 const OTHER_DIR: &str = "/etc/cni/net.d";
 const OTHER: &str = "00-other.conflist";
 const DISABLED: &str = "00-other.conflist.meshd-disabled";
+
+/// A private address that no way leads to.
+const NOWHERE: &str = "172.31.255.1";
 
 /// Outside of the cluster prefixes, and nobody's.
 const OUTSIDE: [&str; 2] = ["10.99.1.0/24", "fd00:99:1::/64"];
@@ -79,6 +87,38 @@ fn other_plugin(suite: &mut Suite<'_>) -> Result<String> {
             std::fs::remove_file(path)?;
         }
     }
+    told?;
+    recovered(suite, &node)
+}
+
+/// On a node that has never seen its cluster: one that has goes by what it remembers.
+fn wrong_host(suite: &mut Suite<'_>) -> Result<String> {
+    let node = suite.victim()?;
+    let told = with_variant(suite, &node, |suite, mut spec| {
+        let volumes = spec.pointer_mut("/volumes").and_then(Value::as_array_mut);
+        let state = volumes.into_iter().flatten().find(|it| text(it, "/name") == "state");
+        *state.context("the daemon keeps its state")? = json!({"name": "state", "emptyDir": {}});
+        for container in ["/initContainers/0", "/containers/0"] {
+            let env = spec.pointer_mut(&format!("{container}/env")).and_then(Value::as_array_mut);
+            let env = env.context("the daemon has an environment")?;
+            env.retain(|it| !text(it, "/name").starts_with("KUBERNETES_SERVICE_"));
+            env.extend([
+                json!({"name": "KUBERNETES_SERVICE_HOST", "value": NOWHERE}),
+                json!({"name": "KUBERNETES_SERVICE_PORT", "value": "6443"}),
+            ]);
+        }
+        create_variant(suite, &node, &spec)?;
+        suite.wait("a line of the daemon names the values", |suite| {
+            let log =
+                suite.kube.kubectl(&["-n", chart::NAMESPACE, "logs", VARIANT, "-c", "meshd"])?;
+            let names = ["WARN", "cannot be reached", "k8sServiceHost", "k8sServicePort"];
+            let told = log.lines().any(|line| names.iter().all(|name| line.contains(name)));
+            ensure!(told, "it says {log}");
+            Ok(())
+        })?;
+        ensure!(!is_ready(&variant(suite)?), "it is ready");
+        others_meshed(suite, &suite.pods("app=tool")?, &node)
+    });
     told?;
     recovered(suite, &node)
 }
