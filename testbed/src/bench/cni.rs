@@ -118,7 +118,7 @@ impl CniOptions {
     }
 }
 
-pub(super) fn run(options: &CniOptions) -> Result<()> {
+pub(super) fn run(options: &CniOptions) -> Result<bool> {
     ensure!(
         (ROUNDS_MIN..=ROUNDS_MAX).contains(&options.rounds),
         "--rounds is between {ROUNDS_MIN} and {ROUNDS_MAX}"
@@ -142,7 +142,9 @@ pub(super) fn run(options: &CniOptions) -> Result<()> {
         figures.extend(links.figures(&first.times[0]));
     }
     figures.retain(|figure| options.only.as_deref().is_none_or(|only| only == figure.name));
-    Report::new(options.rounds, figures).print(options.json)
+    let report = Report::new(options.rounds, figures);
+    report.print(options.json)?;
+    Ok(report.holds())
 }
 
 /// Tables, bridges and folders are made once in the life of a node: before anything is timed.

@@ -128,6 +128,11 @@ impl Report {
         }
     }
 
+    /// Whether no limit is missed.
+    pub(crate) fn holds(&self) -> bool {
+        self.figures.iter().all(|figure| figure.ok)
+    }
+
     /// On stdout: the table, or one JSON document.
     pub(crate) fn print(&self, json: bool) -> Result<()> {
         let mut out = std::io::stdout().lock();
@@ -260,7 +265,10 @@ mod tests {
     fn the_table_says_what_was_missed() {
         let ours = rounds(&[&[9]]);
         let missed = Figure::compared("x", "peer", [&ours, &ours], p99, (Some(0.5), None));
-        let report = Report::new(1, vec![missed, Figure::alone("y", "%", 42.0, [40.0, 44.0])]);
+        let alone = Figure::alone("y", "%", 42.0, [40.0, 44.0]);
+        assert!(Report::new(1, vec![alone.clone()]).holds());
+        let report = Report::new(1, vec![missed, alone]);
+        assert!(!report.holds());
         let table = report.table();
         assert!(table.contains("MISSED") && table.contains("42.0 %"), "{table}");
     }

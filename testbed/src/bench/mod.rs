@@ -31,8 +31,8 @@ enum BenchCommand {
     Cni(CniOptions),
 }
 
-/// Runs a benchmark and prints its figures.
-pub fn run(options: &BenchOptions) -> Result<()> {
+/// Runs a benchmark and prints its figures; whether every limit holds.
+pub fn run(options: &BenchOptions) -> Result<bool> {
     match &options.command {
         BenchCommand::Cni(options) => cni::run(options),
     }
