@@ -79,7 +79,7 @@ fn the_copy_on_the_host_uninstalls_where_there_is_one() {
     std::fs::create_dir(state.path().join("bin")).expect("folder");
     std::fs::write(&copy, "#!/bin/sh\necho \"copy: $*\"\nexit 7\n").expect("script");
     let mode = |bits| {
-        std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(bits)).expect("mode")
+        std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(bits)).expect("mode");
     };
     mode(0o755);
     let (code, stdout, _) = meshd(&argv);

@@ -1,5 +1,7 @@
 //! The daemon as it is run, on two nodes out of namespaces: see `support` for the picture.
 
+#![allow(clippy::expect_used)] // a helper's panic fails its test
+
 mod support;
 
 use rustix::process::Signal;
@@ -169,6 +171,11 @@ fn a_second_daemon_and_a_taken_port_are_told_in_one_line() {
     let free = ["--listen-port", "15999", "--tun-name", "meshd5"];
     let around = pair.a.run_command_in(&scratch).args(around).args(free).output().expect("meshd");
     assert!(one_line(around).contains("198.51.100.1 of eth0"));
+    let around = ["--log", "error", "--service-cidr", "198.51.96.0/20"];
+    let around = pair.a.run_command_in(&scratch).args(around).args(free).output().expect("meshd");
+    assert!(
+        one_line(around).contains("--service-cidr 198.51.96.0/20 contains 198.51.100.1 of eth0")
+    );
     assert!(pair.a.status().is_some(), "the first daemon goes on");
 }
 
@@ -220,7 +227,22 @@ fn uninstall_does_not_open_the_guard_under_living_pods_unless_forced() {
     }
     let mut pair = Pair::meshed();
     pair.a.end(Signal::TERM);
-    pair.a.told("ip link add meshp0000000001 type veth peer name inside");
+    attach(&pair.a, "10.244.1.2");
+    let refused = pair.a.uninstall(&[]);
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && told.contains("meshp0000000001"), "{told}");
+    assert!(pair.a.sh("nft list table inet meshd").status.success());
+    let forced = pair.a.uninstall(&["--force"]);
+    assert!(forced.status.success(), "{}", String::from_utf8_lossy(&forced.stderr));
+    let told = String::from_utf8_lossy(&forced.stdout).into_owned();
+    assert!(told.contains("sysctls stay"), "{told}");
+    assert!(!pair.a.sh("nft list table inet meshd").status.success());
+    assert!(!pair.a.sh("ip link show meshp0000000001").status.success());
+}
+
+/// A pod as the plugin leaves it on the host: link and record.
+fn attach(node: &support::Node, address: &str) {
+    node.told("ip link add meshp0000000001 type veth peer name inside");
     let attachment = mesh_types::attachment::Attachment {
         version: mesh_types::attachment::ATTACHMENT_VERSION,
         network: "mesh".into(),
@@ -232,23 +254,35 @@ fn uninstall_does_not_open_the_guard_under_living_pods_unless_forced() {
             .expect("boot id"),
         host_ifname: "meshp0000000001".into(),
         pod_mac: "02:00:00:00:00:01".into(),
-        addresses: vec!["10.244.1.2".parse().expect("address")],
+        addresses: vec![address.parse().expect("address")],
         mtu: None,
     };
-    let records = pair.a.state_dir().join("ipam/mesh");
+    let records = node.state_dir().join("ipam/mesh");
     std::fs::create_dir_all(&records).expect("directories");
     let text = serde_json::to_string(&attachment).expect("JSON");
     std::fs::write(records.join("c1.json"), text).expect("write");
-    let refused = pair.a.uninstall(&[]);
-    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(!refused.status.success() && told.contains("meshp0000000001"), "{told}");
-    assert!(pair.a.sh("nft list table inet meshd").status.success());
-    let forced = pair.a.uninstall(&["--force"]);
-    assert!(forced.status.success(), "{}", String::from_utf8_lossy(&forced.stderr));
-    let told = String::from_utf8_lossy(&forced.stdout).into_owned();
-    assert!(told.contains("sysctls stay"), "{told}");
-    assert!(!pair.a.sh("nft list table inet meshd").status.success());
-    assert!(!pair.a.sh("ip link show meshp0000000001").status.success());
+}
+
+#[test]
+fn an_earlier_prefix_that_a_pod_lives_in_stays_unreachable_without_the_guard() {
+    if !root() {
+        return;
+    }
+    let mut pair = Pair::new();
+    pair.write_roster(&["", ""]);
+    let both = ["--cluster-cidr", "10.99.0.0/16,fd00:99::/48"];
+    pair.a.start_with(&both);
+    let _ = pair.a.key();
+    pair.a.end(Signal::TERM);
+    attach(&pair.a, "10.99.1.2");
+    pair.a.start();
+    let routes = "ip route show table 5190; ip -6 route show table 5190";
+    until("of the earlier prefixes, the one with a pod is left", || {
+        !pair.a.told(routes).contains("fd00:99::/48")
+    });
+    assert!(pair.a.told(routes).contains("unreachable 10.99.0.0/16"));
+    let way = pair.a.sh("nft flush ruleset; ip route get 10.99.7.7");
+    assert!(!way.status.success(), "{}", String::from_utf8_lossy(&way.stdout));
 }
 
 #[test]
@@ -282,6 +316,8 @@ fn what_others_use_of_ours_is_reported_at_start() {
     pair.write_roster(&["", ""]);
     pair.a.told("ip route add 192.0.2.0/24 dev eth0 table 5190 proto 77");
     pair.a.told("ip rule add priority 300 fwmark 0xc/0xc lookup 7");
+    pair.a.told("ip rule add priority 301 to 10.0.0.0/8 lookup main");
+    pair.a.told("ip rule add priority 302 to 192.0.2.0/24 lookup main");
     pair.a.told(
         "nft add table ip filter; \
          nft add chain ip filter FORWARD '{ type filter hook forward priority 0; policy drop; }'",
@@ -292,6 +328,8 @@ fn what_others_use_of_ours_is_reported_at_start() {
     assert!(log.contains("choose another --table"), "{log}");
     assert!(log.contains("choose another --mark"), "{log}");
     assert!(log.contains("chain ip filter FORWARD drops"), "{log}");
+    assert!(log.contains("priority 301 comes before ours"), "{log}");
+    assert!(!log.contains("priority 302"), "{log}");
 }
 
 /// What is left of the default names.

@@ -437,7 +437,7 @@ fn foreign_rule(answer: &RouteNetlinkMessage, protocol: u8) -> Option<(Family, F
             RuleAttribute::Table(value) => table = *value,
             RuleAttribute::Source(source) => rule.source = IpNet::new(*source, header.src_len).ok(),
             RuleAttribute::Destination(to) => {
-                rule.destination = IpNet::new(*to, header.dst_len).ok()
+                rule.destination = IpNet::new(*to, header.dst_len).ok();
             }
             RuleAttribute::Protocol(by) if u8::from(*by) == protocol => return None,
             RuleAttribute::Iifname(_)

@@ -235,7 +235,7 @@ fn a_device_of_another_kind_is_refused_with_what_to_do() {
             Ok((opened, format!("{:#}", tun::remove("meshd0").expect_err("not ours"))))
         });
         for error in [opened, removed] {
-            assert!(error.contains("ip link delete meshd0") && error.contains(what), "{error}");
+            assert!(error.contains("choose another --tun-name") && error.contains(what), "{error}");
         }
         scratch.sh("ip link delete meshd0");
     }
