@@ -1,6 +1,8 @@
 //! The real kernel behind [`Kernel`]: all of it in `netcfg`.
 
+use std::collections::BTreeSet;
 use std::io::ErrorKind;
+use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
@@ -43,6 +45,10 @@ impl Kernel for Linux {
 
     fn pod_link_exists(&self, netns: &Path, name: &str) -> anyhow::Result<bool> {
         netns::visit(Netns::open(netns)?, || self.link_exists(name))
+    }
+
+    fn taken_addresses(&self, own_link: Option<&str>) -> anyhow::Result<BTreeSet<IpAddr>> {
+        pod::taken_addresses(own_link)
     }
 
     fn guard_stands(&self) -> anyhow::Result<bool> {

@@ -1,5 +1,7 @@
 //! The kernel as the verbs see it: a seam, so that they are tested without one.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::path::Path;
 
 use mesh_types::attachment::Attachment;
@@ -22,6 +24,9 @@ pub trait Kernel {
 
     /// Whether the namespace at `netns` has an interface of this name.
     fn pod_link_exists(&self, netns: &Path, name: &str) -> anyhow::Result<bool>;
+
+    /// Addresses the node's kernel leads to pods, but for those behind `own_link`.
+    fn taken_addresses(&self, own_link: Option<&str>) -> anyhow::Result<BTreeSet<IpAddr>>;
 
     /// Whether the guard's table is there.
     fn guard_stands(&self) -> anyhow::Result<bool>;

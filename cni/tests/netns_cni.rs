@@ -280,11 +280,14 @@ fn after_a_reboot_pods_wait_for_meshd_and_old_reservations_are_free() {
         return;
     }
     let node = Node::new(&["10.244.3.0/30"]);
-    node.add("a");
+    let added = node.add("a");
     node.pod("b");
     let full = node.cni("ADD", "b");
     assert_eq!(full.json["code"], 101, "{full:?}");
     assert_eq!(node.cni("STATUS", "b").json["code"], 50);
+    // No link lives through a boot.
+    let link = added["interfaces"][0]["name"].as_str().unwrap();
+    node.run(&format!("ip link del {link}"));
     let early = node.cni_in_boot("second", "ADD", "b");
     assert_eq!(early.json["code"], 11, "{early:?}");
     assert_eq!(node.cni_in_boot("second", "STATUS", "b").json["code"], 50);
@@ -313,6 +316,57 @@ fn a_pod_that_died_without_del_gives_its_address_back() {
     let second = node.add("b");
     assert_eq!(address(&second, false), address(&first, false));
     assert_eq!(node.records().len(), 1);
+}
+
+#[test]
+fn pods_whose_records_were_lost_keep_their_addresses() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&["10.244.3.0/29", "fd00:10:244:3::/64"]);
+    let (a, b) = (node.add("a"), node.add("b"));
+    std::fs::remove_dir_all(node.ipam()).unwrap();
+    let c = node.add("c");
+    for v6 in [false, true] {
+        let mut given = [&a, &b, &c].map(|pod| address(pod, v6));
+        given.sort();
+        assert!(given.windows(2).all(|two| two[0] != two[1]), "{given:?}");
+        // All of them are reached, and are who they say.
+        for (id, pod) in [("a", &a), ("b", &b)] {
+            assert_eq!(connect(&node, "c", id, address(pod, v6)), address(&c, v6));
+            assert_eq!(connect(&node, id, "c", address(&c, v6)), address(pod, v6));
+        }
+    }
+    // Two more fill the prefix; the sixth is told so, and STATUS with it.
+    node.add("d");
+    node.add("e");
+    node.pod("f");
+    let full = node.cni("ADD", "f");
+    assert_eq!(full.json["code"], 101, "{full:?}");
+    assert_eq!(node.cni("STATUS", "f").json["code"], 50);
+    // DEL knows them by their links, and what is freed so can be given again.
+    assert!(node.cni("DEL", "a").ok);
+    assert_eq!(address(&node.cni("ADD", "f").json, false), address(&a, false));
+    for id in ["b", "c", "d", "e", "f"] {
+        assert!(node.cni("DEL", id).ok);
+    }
+    assert_eq!(node.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+fn a_link_left_by_the_same_container_is_no_hindrance_when_its_record_is_lost() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(&["10.244.3.0/30"]);
+    let first = node.add("a");
+    std::fs::remove_dir_all(node.ipam()).unwrap();
+    // The interface went in the pod only by name: the plugin sees none, the host's end stands.
+    node.run_in_pod("a", "ip link set eth0 down");
+    node.run_in_pod("a", "ip link set eth0 name gone0");
+    let again = node.cni("ADD", "a");
+    assert!(again.ok, "{again:?}");
+    assert_eq!(address(&again.json, false), address(&first, false));
 }
 
 #[test]

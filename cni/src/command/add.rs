@@ -1,5 +1,7 @@
 //! ADD: a pod gets its interface.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::path::Path;
 
 use ipam::disk::RealDisk;
@@ -34,7 +36,8 @@ pub(super) fn run<K: Kernel>(
     };
     let store = Store::new(context.disk()?, boot_id);
     refuse_second_home(context, &store, &hash, &template)?;
-    let wish = Wish { hash: &hash, template: &template, pod_cidrs: &node.pod_cidrs };
+    let taken = taken(context, &template.host_ifname, streams);
+    let wish = Wish { hash: &hash, template: &template, pod_cidrs: &node.pod_cidrs, taken: &taken };
     let reservation =
         store.reserve(wish, &PodsInKernel(context.kernel)).map_err(|error| store_error(&error))?;
     for note in &reservation.notes {
@@ -48,6 +51,19 @@ pub(super) fn run<K: Kernel>(
     });
     // The claim on the reservation is held until here: DEL waits for it, nobody takes it for a leftover.
     done.map_err(|error| undo(context, &plan, &store, &hash, error))
+}
+
+/// Addresses of living pods whose records are lost. Without them a doubled address still fails in the kernel: no error.
+fn taken<K: Kernel>(
+    context: &Context<'_, K>,
+    own_link: &str,
+    streams: &mut Streams<'_>,
+) -> BTreeSet<IpAddr> {
+    context.kernel.taken_addresses(Some(own_link)).unwrap_or_else(|error| {
+        let _ =
+            writeln!(streams.stderr, "meshd-cni: cannot tell which addresses pods have: {error:#}");
+        BTreeSet::new()
+    })
 }
 
 /// Reverse order of making. A reservation whose interface could not be removed stays: its address is still in use.

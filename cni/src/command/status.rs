@@ -24,7 +24,9 @@ pub(super) fn run<K: Kernel>(context: &Context<'_, K>) -> Result<(), CniError> {
     let disk = context.disk().map_err(|error| unavailable(error.message))?;
     let store = Store::new(disk, boot_id);
     store.try_writing().map_err(|error| unavailable(error.to_string()))?;
-    let fills = store.fill(&node.pod_cidrs).map_err(|error| store_error(&error))?;
+    // As ADD, which goes on without them.
+    let taken = context.kernel.taken_addresses(None).unwrap_or_default();
+    let fills = store.fill(&node.pod_cidrs, &taken).map_err(|error| store_error(&error))?;
     let Some(family) = [true, false].into_iter().find(|v4| is_full(&fills, *v4)) else {
         return Ok(());
     };

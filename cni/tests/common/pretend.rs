@@ -6,6 +6,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Read, Write};
+use std::net::IpAddr;
 use std::path::Path;
 
 use mesh_types::attachment::Attachment;
@@ -22,6 +23,8 @@ pub(crate) struct Pretend {
     pub(crate) links: RefCell<BTreeSet<String>>,
     pub(crate) pods: RefCell<BTreeSet<(String, String)>>,
     pub(crate) guard: bool,
+    /// Addresses of pods without a record.
+    pub(crate) taken: BTreeSet<IpAddr>,
     /// Namespaces that are gone.
     pub(crate) dead: RefCell<BTreeSet<String>>,
     pub(crate) attach_fails: bool,
@@ -36,6 +39,7 @@ impl Pretend {
             pods: RefCell::default(),
             dead: RefCell::default(),
             guard: true,
+            taken: BTreeSet::new(),
             attach_fails: false,
             vanishes: RefCell::default(),
         }
@@ -70,6 +74,10 @@ impl Kernel for Pretend {
     fn pod_link_exists(&self, netns: &Path, name: &str) -> anyhow::Result<bool> {
         let pod = (netns.display().to_string(), name.to_owned());
         Ok(self.pods.borrow().contains(&pod))
+    }
+
+    fn taken_addresses(&self, _: Option<&str>) -> anyhow::Result<BTreeSet<IpAddr>> {
+        Ok(self.taken.clone())
     }
 
     fn guard_stands(&self) -> anyhow::Result<bool> {

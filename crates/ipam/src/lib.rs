@@ -12,6 +12,9 @@
 //! reads no record. The rename that gives a record its name is the one instant at which an address becomes taken,
 //! the unlink the one at which it becomes free. While ADD works on a pod it holds a lock on the record itself, which
 //! the kernel drops when the process dies, however it dies: a record that is locked is never taken for a leftover.
+//!
+//! Records can be lost, or lie in another folder, while pods live. So addresses the kernel leads to pods are not given either
+//! ([`store::Wish::taken`]), and a pod's route is never put in the place of another pod's.
 
 pub mod choose;
 pub mod disk;

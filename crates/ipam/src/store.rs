@@ -53,6 +53,8 @@ pub struct Wish<'a> {
     pub template: &'a Attachment,
     /// The node's pod CIDRs: one address of each family among them.
     pub pod_cidrs: &'a [IpNet],
+    /// Addresses in use of which the records may know nothing: they were lost, or lie in another folder.
+    pub taken: &'a BTreeSet<IpAddr>,
 }
 
 /// Addresses that are ours until released. Dropping it gives up the claim, not the addresses.
@@ -136,12 +138,12 @@ impl<D: Disk> Store<D> {
         let reused = kept.is_some();
         let addresses = match kept {
             Some(addresses) => addresses,
-            None => match choose_all(wish.pod_cidrs, &records, &cursor.last) {
+            None => match choose_all(wish, &records, &cursor.last) {
                 Ok(addresses) => addresses,
                 Err(_) => {
                     let all = records.len();
                     self.probe(&mut records, &mut cursor, all, pods, &mut notes)?;
-                    choose_all(wish.pod_cidrs, &records, &cursor.last)?
+                    choose_all(wish, &records, &cursor.last)?
                 }
             },
         };
@@ -244,11 +246,15 @@ impl<D: Disk> Store<D> {
         Ok(claims)
     }
 
-    /// How full each prefix is, counting records of this boot only.
-    pub fn fill(&self, pod_cidrs: &[IpNet]) -> Result<Vec<Fill>, StoreError> {
+    /// How full each prefix is, counting records of this boot, and what is `taken` without one.
+    pub fn fill(
+        &self,
+        pod_cidrs: &[IpNet],
+        taken: &BTreeSet<IpAddr>,
+    ) -> Result<Vec<Fill>, StoreError> {
         let _lock = self.disk.lock().map_err(io_at("lock"))?;
         let records = if self.boot_matches()? { self.names()? } else { Vec::new() };
-        Ok(fill(pod_cidrs, &used(&records)))
+        Ok(fill(pod_cidrs, &used(&records, taken)))
     }
 
     /// Removes what a killed writer or another boot left; returns the records that are left.
@@ -306,7 +312,9 @@ impl<D: Disk> Store<D> {
             {
                 return Err(StoreError::Busy);
             }
-            if kept.is_none() && fits(&record.addresses, wish.pod_cidrs) {
+            let usable = fits(&record.addresses, wish.pod_cidrs)
+                && !record.addresses.iter().any(|address| wish.taken.contains(address));
+            if kept.is_none() && usable {
                 kept = Some(record);
             } else {
                 self.disk.remove(&name).map_err(io_at("remove a record"))?;
@@ -451,12 +459,12 @@ fn families(pod_cidrs: &[IpNet]) -> impl Iterator<Item = (&'static str, Vec<IpNe
 }
 
 fn choose_all(
-    pod_cidrs: &[IpNet],
+    wish: Wish<'_>,
     records: &[RecordName],
     last: &[IpAddr],
 ) -> Result<Vec<IpAddr>, StoreError> {
-    let used = used(records);
-    families(pod_cidrs)
+    let used = used(records, wish.taken);
+    families(wish.pod_cidrs)
         .map(|(family, prefixes)| {
             let v4 = family == "IPv4";
             let last = last.iter().copied().find(|address| address.is_ipv4() == v4);
@@ -478,8 +486,9 @@ fn fits(addresses: &[IpAddr], pod_cidrs: &[IpNet]) -> bool {
         && families(pod_cidrs).count() == addresses.len()
 }
 
-fn used(records: &[RecordName]) -> BTreeSet<IpAddr> {
-    records.iter().flat_map(|record| record.addresses.iter().copied()).collect()
+fn used(records: &[RecordName], taken: &BTreeSet<IpAddr>) -> BTreeSet<IpAddr> {
+    let recorded = records.iter().flat_map(|record| record.addresses.iter());
+    recorded.chain(taken).copied().collect()
 }
 
 fn fill(prefixes: &[IpNet], used: &BTreeSet<IpAddr>) -> Vec<Fill> {

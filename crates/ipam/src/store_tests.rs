@@ -56,6 +56,8 @@ struct World {
     pods: FakePods,
     boot: String,
     cidrs: Vec<IpNet>,
+    /// What the kernel leads to pods without records here.
+    taken: BTreeSet<IpAddr>,
 }
 
 impl World {
@@ -65,6 +67,7 @@ impl World {
             pods: FakePods::default(),
             boot: BOOT.into(),
             cidrs: cidrs(texts),
+            taken: BTreeSet::new(),
         }
     }
 
@@ -76,7 +79,8 @@ impl World {
     fn add(&self, id: &str) -> Result<Reservation<crate::fake::FakeFile>, StoreError> {
         self.pods.alive.borrow_mut().insert(id.to_owned());
         let template = template(id, &self.boot);
-        let wish = Wish { hash: &hash_of(id), template: &template, pod_cidrs: &self.cidrs };
+        let (hash, pod_cidrs, taken) = (&hash_of(id), &*self.cidrs, &self.taken);
+        let wish = Wish { hash, template: &template, pod_cidrs, taken };
         self.store().reserve(wish, &self.pods)
     }
 
@@ -104,6 +108,25 @@ fn the_same_owner_gets_the_same_addresses_again() {
     let first = world.addresses("a");
     assert_eq!(world.addresses("a"), first);
     assert_eq!(world.store().records().unwrap().len(), 1);
+}
+
+#[test]
+fn what_living_pods_have_without_a_record_is_not_given_again() {
+    let mut world = World::new(&["10.244.3.0/29", "fd00:0:0:3::/64"]);
+    let own = world.addresses("own");
+    assert_eq!(own, ["10.244.3.2", "fd00:0:0:3::2"].map(|ip| ip.parse::<IpAddr>().unwrap()));
+    world.taken =
+        ["10.244.3.3", "10.244.3.5", "fd00:0:0:3::3"].map(|ip| ip.parse().unwrap()).into();
+    let given: Vec<String> = world.addresses("a").iter().map(ToString::to_string).collect();
+    assert_eq!(given, ["10.244.3.4", "fd00:0:0:3::4"]);
+    assert_eq!(world.addresses("b")[0].to_string(), "10.244.3.6");
+    let error = world.add("c").unwrap_err().to_string();
+    assert!(error.contains("5 of 5 addresses of 10.244.3.0/29"), "{error}");
+    assert_eq!(world.store().fill(&world.cidrs, &world.taken).unwrap()[0].used, 5);
+    // Also what its own record says, where another pod has it: of two folders' records one is wrong.
+    world.die("b");
+    world.taken.insert(own[0]);
+    assert_eq!(world.addresses("own")[0].to_string(), "10.244.3.6");
 }
 
 #[test]

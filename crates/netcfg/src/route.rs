@@ -116,14 +116,31 @@ pub fn route_get(destination: IpAddr, mark: u32) -> io::Result<RouteInfo> {
 
 /// All routes of `table`, both families, whoever made them.
 pub fn list(table: u32) -> io::Result<Vec<KernelRoute>> {
+    let mut request = RouteMessage::default();
+    request.header.table = short_table(table);
+    request.attributes.push(RouteAttribute::Table(table));
+    let mut routes = dump(&request)?;
+    routes.retain(|route| route.table == table);
+    Ok(routes)
+}
+
+/// All routes made by `protocol`, both families, of any table.
+pub fn of_protocol(protocol: u8) -> io::Result<Vec<KernelRoute>> {
+    let mut request = RouteMessage::default();
+    request.header.protocol = RouteProtocol::Other(protocol);
+    let mut routes = dump(&request)?;
+    routes.retain(|route| route.protocol == protocol);
+    Ok(routes)
+}
+
+/// Both families of what `request` asks for, and more where the kernel does not filter.
+fn dump(request: &RouteMessage) -> io::Result<Vec<KernelRoute>> {
     let mut routes = Vec::new();
+    let mut netlink = Netlink::open()?;
+    netlink.filter_dumps();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        let mut request = RouteMessage::default();
+        let mut request = request.clone();
         request.header.address_family = family;
-        request.header.table = short_table(table);
-        request.attributes.push(RouteAttribute::Table(table));
-        let mut netlink = Netlink::open()?;
-        netlink.filter_dumps();
         match netlink.dump(&RouteNetlinkMessage::GetRoute(request)) {
             Ok(answers) => routes.extend(answers.iter().filter_map(from_answer)),
             // A table without a route does not exist.
@@ -138,8 +155,13 @@ pub fn list(table: u32) -> io::Result<Vec<KernelRoute>> {
             Err(error) => return Err(error),
         }
     }
-    routes.retain(|route| route.table == table);
     Ok(routes)
+}
+
+/// Adds a route; an error (`EEXIST`) where one with the same destination, table and metric stands, ours or not.
+pub fn add(route: &KernelRoute) -> io::Result<()> {
+    let request = RouteNetlinkMessage::NewRoute(message(route));
+    Netlink::open()?.ack(request, NLM_F_CREATE | NLM_F_EXCL)
 }
 
 /// Adds a route, or changes the one with the same destination, table and metric to it.

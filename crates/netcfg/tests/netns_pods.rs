@@ -262,6 +262,35 @@ fn an_address_another_node_has_loses_its_way_until_it_is_repaired() {
 }
 
 #[test]
+fn an_address_is_never_taken_from_another_pods_link() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    mesh_rules(&lab);
+    let (one, mut two) = (attach(&lab, "one", 5), attach(&lab, "two", 6));
+    // As a plugin does that has lost its records.
+    two.attachment.addresses.clone_from(&one.attachment.addresses);
+    let lead = |pod: &Pod| {
+        netns::run_in(&lab.node.netns, || pod::attach_host(&pod_config(), &pod.attachment))
+    };
+    let error = format!("{:#}", lead(&two).unwrap_err());
+    assert!(
+        error.contains("10.244.1.5") && error.contains(&one.attachment.host_ifname),
+        "the address and who has it: {error}"
+    );
+    let failures =
+        lab.node.run(|| pod::repair(&pod_config(), std::slice::from_ref(&two.attachment)));
+    assert_eq!(failures.len(), 1);
+    assert_eq!(problems(&lab, &one), Vec::<String>::new(), "the first has lost nothing");
+    // What is no other pod's is put right as ever: its own route, and one that leads nowhere near a pod.
+    lead(&one).unwrap();
+    lab.node.sh("ip route replace 10.244.1.5 dev lo table 5190; ip -6 route del fd00:10:244:1::5 table 5190; ip -6 route add fd00:10:244:1::5 dev lo table 5190");
+    lead(&one).unwrap();
+    assert_eq!(problems(&lab, &one), Vec::<String>::new());
+}
+
+#[test]
 fn detaching_leaves_nothing_and_works_twice() {
     if !privileged() {
         return;

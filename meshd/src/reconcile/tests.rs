@@ -444,7 +444,8 @@ fn pod_made_by_the_plugin(bench: &Bench, container_id: &str, boot_id: &str) -> A
     };
     let disk = RealDisk::create(&bench.dir.path().join("ipam")).expect("directory");
     let pod_cidrs = ["10.244.1.0/24".parse().expect("prefix")];
-    let wish = Wish { hash: &hash, template: &template, pod_cidrs: &pod_cidrs };
+    let taken = BTreeSet::new();
+    let wish = Wish { hash: &hash, template: &template, pod_cidrs: &pod_cidrs, taken: &taken };
     let made = Store::new(disk, boot_id.into()).reserve(wish, &bench.model).expect("an address");
     made.attachment
 }

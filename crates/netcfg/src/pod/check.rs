@@ -3,7 +3,8 @@
 use mesh_types::attachment::Attachment;
 use mesh_types::net::host_prefix;
 
-use super::{HostState, PodConfig, gateway, host_route, host_state, pod_mac, source_table};
+use super::way::host_route;
+use super::{HostState, PodConfig, gateway, host_state, pod_mac, source_table};
 use crate::link::{self, Link};
 use crate::netns::{self, Netns};
 use crate::route::{self, TABLE_MAIN};

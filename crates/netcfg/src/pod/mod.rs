@@ -16,6 +16,7 @@ mod check;
 mod elements;
 mod rules;
 mod table;
+mod way;
 
 use std::io;
 use std::net::IpAddr;
@@ -30,6 +31,7 @@ use mesh_types::net::{ClusterPrefixes, host_prefix};
 use mesh_types::node_file::NodeFile;
 
 pub use check::check;
+pub use way::taken_addresses;
 
 use crate::guard::GuardState;
 use crate::link::{Link, Mac, VethPair};
@@ -312,7 +314,13 @@ pub fn detach(attachment: &Attachment) -> anyhow::Result<()> {
         bail!("{name} is no pod link of ours (they begin with {})", defaults::POD_LINK_PREFIX);
     }
     // First, and closed last: while the link goes, which takes as long, the kernel frees what was in the filter.
-    let filter = forbid(defaults::NFT_TABLE_CNI, attachment);
+    let filter = if attachment.addresses.is_empty() {
+        // The record is lost: what leads to the link tells.
+        let addresses = way::addresses_behind(name)?;
+        forbid(defaults::NFT_TABLE_CNI, &Attachment { addresses, ..attachment.clone() })
+    } else {
+        forbid(defaults::NFT_TABLE_CNI, attachment)
+    };
     // Its routes, its neighbours and the pod's end go with it.
     link::delete_by_name(name).with_context(|| format!("delete {name}"))?;
     filter.map(drop)
@@ -375,14 +383,6 @@ pub(crate) fn gateway(address: IpAddr) -> IpAddr {
 
 pub(crate) fn pod_mac(attachment: &Attachment) -> anyhow::Result<Mac> {
     Ok(attachment.pod_mac.parse::<Mac>()?)
-}
-
-/// Route from the host to one address of a pod.
-pub(crate) fn host_route(config: &PodConfig, address: IpAddr, oif: u32) -> KernelRoute {
-    let mut route = KernelRoute::new(host_prefix(address), config.table, config.protocol);
-    route.oif = Some(oif);
-    route.scope_link = address.is_ipv4();
-    route
 }
 
 fn inside(config: &PodConfig, attachment: &Attachment, host_mac: Mac) -> anyhow::Result<()> {
@@ -479,8 +479,7 @@ fn host_side(config: &PodConfig, attachment: &Attachment) -> anyhow::Result<()> 
     for address in &attachment.addresses {
         neigh::set_permanent(&Neighbour { index: link.index, address: *address, mac: pod_mac })
             .with_context(|| format!("add neighbour {address}"))?;
-        route::replace(&host_route(config, *address, link.index))
-            .with_context(|| format!("add a route to {address}"))?;
+        way::lead(config, *address, &link).with_context(|| format!("add a route to {address}"))?;
     }
     Ok(())
 }
