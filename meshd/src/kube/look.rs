@@ -337,12 +337,14 @@ fn env(container: &Container) -> BTreeMap<String, String> {
     entries.filter_map(|it| Some((it.name.clone(), it.value.clone()?))).collect()
 }
 
-/// What keeps a container from being ready. The line with which it last ended says more than that it is restarted.
+/// What keeps a container from being ready. The line with which it last ended says more than that it is restarted; with the
+/// policy `FallbackToLogsOnError` the message is the end of its log, which that line closes.
 fn container_trouble(status: &ContainerStatus) -> Option<String> {
     let state = status.state.clone().unwrap_or_default();
     let ended = |state: &k8s_openapi::api::core::v1::ContainerState| {
         let ended = state.terminated.clone().filter(|ended| ended.exit_code != 0)?;
-        let said = ended.message.filter(|said| !said.trim().is_empty());
+        let last = |said: String| Some(said.trim_end().lines().next_back()?.trim().to_owned());
+        let said = ended.message.and_then(last).filter(|said| !said.is_empty());
         Some(said.or(ended.reason).unwrap_or_else(|| format!("exit status {}", ended.exit_code)))
     };
     let waiting = state.waiting.as_ref().map(|waiting| {
@@ -406,7 +408,7 @@ mod tests {
             json!({"phase": "Running", "containerStatuses": [{"name": "meshd", "ready": false, "image": "",
                 "imageID": "", "restartCount": 3, "state": state, "lastState": last}]})
         };
-        let ended = json!({"terminated": {"exitCode": 1, "reason": "Error", "message": "no /dev/net/tun\n"}});
+        let ended = json!({"terminated": {"exitCode": 1, "reason": "Error", "message": "starts\nno /dev/net/tun\n\n"}});
         for (status, why) in [
             (
                 json!({"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "False",
