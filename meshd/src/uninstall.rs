@@ -189,10 +189,8 @@ fn found(plan: &Plan) -> anyhow::Result<Vec<String>> {
             && name.to_str().is_some_and(|it| it == host_copy::FOLDER || Paths::is_ours(it))
     };
     if let Some(cni) = &plan.cni {
-        let ours = [cni.conf_dir.join(&cni.conf_name), cni.bin_dir.join(cni_install::PLUGIN)];
-        found.extend(
-            ours.iter().filter(|path| path.exists()).map(|path| path.display().to_string()),
-        );
+        let ours = cni_install::installed(cni).context("look for the CNI configuration")?;
+        found.extend(ours.iter().map(|path| path.display().to_string()));
     }
     if std::fs::read_dir(&paths.state_dir).is_ok_and(|all| all.flatten().any(ours)) {
         found.push(format!("key and state in {}", paths.state_dir.display()));
@@ -218,7 +216,11 @@ fn remove_all(plan: &Plan) -> Vec<String> {
         }
     };
     if let Some(cni) = &plan.cni {
-        step("CNI", cni_install::uninstall(cni).map(drop));
+        let done = cni_install::uninstall(cni);
+        for kept in done.iter().flat_map(|done| &done.kept) {
+            tracing::warn!("{kept}");
+        }
+        step("CNI", done.map(drop));
     }
     for name in &plan.pod_links {
         let gone = netcfg::link::delete_by_name(name).map(drop).map_err(anyhow::Error::from);

@@ -46,10 +46,17 @@ impl Conf {
     /// Written by us, to the letter, under a name we no longer use. What an operator wrote around our plugin is not ours to
     /// remove.
     pub(super) fn is_stale(&self, dir: &Path, wanted: &super::Wanted) -> bool {
+        self.file != wanted.conf_name && self.is_rendered(dir)
+    }
+
+    /// Written by us, to the letter; under our name also what can be read by nobody, as a write of ours that was cut short.
+    pub(super) fn is_our_text(&self, dir: &Path, conf_name: &str) -> bool {
+        (self.file == conf_name && self.content.is_err()) || self.is_rendered(dir)
+    }
+
+    fn is_rendered(&self, dir: &Path) -> bool {
         let text = || files::read_bounded(&dir.join(&self.file)).ok().flatten();
-        self.file != wanted.conf_name
-            && self.plugin_is_ours()
-            && text().is_some_and(|text| super::conflist::is_rendered(&text, &wanted.state_dir))
+        self.plugin_is_ours() && text().is_some_and(|text| super::conflist::is_rendered(&text))
     }
 }
 

@@ -63,9 +63,13 @@ pub fn render(capabilities: &[Capability], state_dir: &Path) -> String {
     format!("{list:#}\n")
 }
 
-/// Whether it is what [`render`] makes, of whatever capabilities.
-pub(super) fn is_rendered(text: &[u8], state_dir: &Path) -> bool {
+/// Whether it is what [`render`] makes, of whatever capabilities and state folder.
+pub(super) fn is_rendered(text: &[u8]) -> bool {
     use Capability::{Bandwidth, PortMappings};
+    let Ok(list) = serde_json::from_slice::<Value>(text) else { return false };
+    let node_file = list.pointer("/plugins/0/nodeFile").and_then(Value::as_str);
+    let state_dir = node_file.and_then(|path| Path::new(path).parent());
+    let state_dir = state_dir.unwrap_or(Path::new(defaults::STATE_DIR));
     let chains: [&[Capability]; 4] =
         [&[], &[PortMappings], &[Bandwidth], &[PortMappings, Bandwidth]];
     chains.iter().any(|chain| render(chain, state_dir).as_bytes() == text)

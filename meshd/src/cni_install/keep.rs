@@ -29,6 +29,19 @@ pub async fn keep(wanted: Wanted, view: Arc<View>) {
     }
 }
 
+/// A folder that belongs to another user is written by the step that installs, which may; the daemon has no right to.
+fn why(error: &anyhow::Error) -> String {
+    let denied = |cause: &std::io::Error| cause.kind() == std::io::ErrorKind::PermissionDenied;
+    let hint = match error.chain().any(|cause| cause.downcast_ref().is_some_and(denied)) {
+        true => {
+            ": the folder belongs to another user, and only the installing step of a start may write there: delete this \
+                 node's meshd pod, so that another one puts it right"
+        }
+        false => "",
+    };
+    format!("{error:#}{hint}")
+}
+
 fn look(wanted: &Wanted) -> Result<(), String> {
     match install(wanted) {
         Ok(done) => {
@@ -36,7 +49,7 @@ fn look(wanted: &Wanted) -> Result<(), String> {
                 tracing::warn!(made, "the CNI configuration was not as it should be");
             }
         }
-        Err(error) => return Err(format!("{error:#}")),
+        Err(error) => return Err(why(&error)),
     }
     match choice(&wanted.conf_dir, &wanted.conf_name) {
         Ok(Choice::Ours) => Ok(()),
@@ -49,5 +62,56 @@ fn look(wanted: &Wanted) -> Result<(), String> {
             other.describe()
         )),
         Err(error) => Err(format!("{error:#}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::chown;
+
+    use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+
+    use super::super::{Others, PLUGIN};
+    use super::*;
+
+    #[test]
+    fn a_folder_of_another_user_is_the_installing_steps_to_mend_and_the_words_say_so() {
+        if !rustix::process::geteuid().is_root() {
+            assert!(std::env::var_os("CI").is_none(), "this test needs root, and CI must run it");
+            return;
+        }
+        let dir = tempfile::tempdir().expect("scratch");
+        let program = dir.path().join("program");
+        std::fs::write(&program, b"\x7fELF").expect("program");
+        let wanted = Wanted {
+            program: Some(program),
+            nft: None,
+            bin_dir: dir.path().join("bin"),
+            conf_dir: dir.path().join("net.d"),
+            conf_name: "10-meshd.conflist".into(),
+            capabilities: Vec::new(),
+            state_dir: "/var/lib/meshd".into(),
+            others: Others::Leave,
+        };
+        install(&wanted).expect("installed");
+        assert!(wanted.bin_dir.join(PLUGIN).exists());
+        chown(&wanted.conf_dir, Some(4_711), Some(4_711)).expect("another's");
+        std::fs::remove_file(wanted.conf_dir.join(&wanted.conf_name)).expect("removed");
+        // Capabilities are a thread's own.
+        let looked = std::thread::spawn({
+            let wanted = wanted.clone();
+            move || {
+                let mut sets = capabilities(None).expect("readable");
+                sets.effective.remove(CapabilitySet::DAC_OVERRIDE);
+                set_capabilities(None, sets).expect("fewer");
+                look(&wanted)
+            }
+        });
+        let why = looked.join().expect("looked").expect_err("it may not write");
+        assert!(
+            why.contains("10-meshd.conflist") && why.contains("delete this node's meshd pod"),
+            "{why}"
+        );
+        assert_eq!(look(&wanted), Ok(()), "with the right it is mended");
     }
 }

@@ -50,7 +50,7 @@ pub fn run_remove(wanted: &Wanted) -> anyhow::Result<()> {
 
 fn report(done: &Done) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    for line in &done.made {
+    for line in done.made.iter().chain(&done.kept) {
         writeln!(out, "{line}").context("print")?;
     }
     Ok(())
@@ -88,6 +88,8 @@ pub enum Others {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Done {
     pub made: Vec<String>,
+    /// Files of somebody else that name our plugin, and what to do about them.
+    pub kept: Vec<String>,
 }
 
 /// Installs. Program before configuration, so that a runtime never starts one that is not there.
@@ -139,13 +141,21 @@ pub fn install(wanted: &Wanted) -> anyhow::Result<Done> {
     Ok(done)
 }
 
-/// Takes configuration and program away, the configuration first, and brings back what was disabled.
+/// Takes configuration and program away, the configuration first, and brings back what was disabled. What an operator wrote
+/// around our plugin stays, and is named.
 pub fn uninstall(wanted: &Wanted) -> anyhow::Result<Done> {
     let mut done = Done::default();
-    for conf in conf_dir::read(&wanted.conf_dir)?.iter().filter(|conf| conf.plugin_is_ours()) {
-        remove(&wanted.conf_dir.join(&conf.file), &mut done)?;
+    for conf in conf_dir::read(&wanted.conf_dir)? {
+        let path = wanted.conf_dir.join(&conf.file);
+        if conf.is_our_text(&wanted.conf_dir, &wanted.conf_name) {
+            remove(&path, &mut done)?;
+        } else if conf.plugin_is_ours() {
+            done.kept.push(format!(
+                "kept {}, which is not as we write it: no pod can be made by it without {PLUGIN}, remove it by hand",
+                path.display()
+            ));
+        }
     }
-    remove(&wanted.conf_dir.join(&wanted.conf_name), &mut done)?;
     done.made.extend(conf_dir::enable_all(&wanted.conf_dir)?);
     remove(&wanted.bin_dir.join(PLUGIN), &mut done)?;
     let bundle = wanted.bin_dir.join(netcfg::OWN_NFT);
@@ -154,6 +164,14 @@ pub fn uninstall(wanted: &Wanted) -> anyhow::Result<Done> {
         done.made.push(format!("removed {}", bundle.display()));
     }
     Ok(done)
+}
+
+/// What [`uninstall`] would remove: programs and configurations.
+pub fn installed(wanted: &Wanted) -> anyhow::Result<Vec<PathBuf>> {
+    let confs = conf_dir::read(&wanted.conf_dir)?.into_iter();
+    let ours = confs.filter(|conf| conf.is_our_text(&wanted.conf_dir, &wanted.conf_name));
+    let program = Some(wanted.bin_dir.join(PLUGIN)).filter(|path| path.exists());
+    Ok(ours.map(|conf| wanted.conf_dir.join(conf.file)).chain(program).collect())
 }
 
 /// Refuses what cannot work, in words that name it.

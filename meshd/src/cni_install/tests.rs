@@ -158,6 +158,27 @@ fn what_an_operator_wrote_around_our_plugin_stays() {
 }
 
 #[test]
+fn an_uninstall_takes_what_we_wrote_and_names_what_an_operator_wrote_around_our_plugin() {
+    let node = Node::new();
+    let own = r#"{"name":"meshd","cniVersion":"1.0.0","plugins":[{"type":"meshd-cni"},{"type":"tuning"}]}"#;
+    node.other("05-own.conflist", own);
+    install(&node.wanted(Others::Leave)).expect("installed");
+    // Of an earlier state folder and name, and one that was cut short.
+    node.other("20-earlier.conflist", &render(&[Capability::Bandwidth], Path::new("/srv/meshd")));
+    node.other("10-meshd.conflist", "{\"name\": \"mes");
+    assert_eq!(installed(&node.wanted(Others::Leave)).expect("readable").len(), 3);
+    let done = uninstall(&node.wanted(Others::Leave)).expect("uninstalled");
+    assert_eq!(node.confs(), ["05-own.conflist"]);
+    assert!(done.kept.len() == 1 && done.kept[0].contains("05-own.conflist"), "{done:?}");
+    assert!(installed(&node.wanted(Others::Leave)).expect("readable").is_empty());
+    // Under our very name, where nobody has installed ours: the chart can leave the configuration to others.
+    fs::rename(node.path("net.d/05-own.conflist"), node.path("net.d/10-meshd.conflist"))
+        .expect("renamed");
+    uninstall(&node.wanted(Others::Leave)).expect("again");
+    assert_eq!(node.confs(), ["10-meshd.conflist"]);
+}
+
+#[test]
 fn a_directory_is_no_configuration_whatever_its_name() {
     let node = Node::new();
     fs::create_dir_all(node.path("net.d/00-multus.conf")).expect("directory");
