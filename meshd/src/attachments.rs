@@ -3,9 +3,11 @@
 //! The plugin owns the layout; we take every `*.json` below the directory that says it is an attachment, two levels
 //! deep (network, attachment). A file that does not is counted and named, and the others go on.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ipam::owner::RecordName;
 use mesh_types::attachment::{ATTACHMENT_VERSION, Attachment};
 
 use crate::files;
@@ -40,6 +42,14 @@ pub fn read(root: &Path, boot_id: &str) -> Attachments {
 /// As [`read`], without those the plugin may still be at work on.
 pub fn read_settled(root: &Path, boot_id: &str) -> Attachments {
     read_older(root, boot_id, SETTLED_AFTER)
+}
+
+/// Host ends that the names of records below `root` speak of, readable or not, of whatever age.
+pub fn recorded_links(root: &Path) -> BTreeSet<String> {
+    let Ok(entries) = std::fs::read_dir(root) else { return BTreeSet::new() };
+    let names = entries.flatten().take(ATTACHMENTS_MAX).map(|entry| entry.file_name());
+    let records = names.filter_map(|name| RecordName::parse(name.to_str()?));
+    records.map(|record| record.owner.host_ifname()).collect()
 }
 
 fn read_older(root: &Path, boot_id: &str, age: Duration) -> Attachments {

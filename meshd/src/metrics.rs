@@ -98,6 +98,9 @@ fn troubles(registry: &mut Registry, snapshot: &Snapshot) {
     let strays = "stray_pods";
     let strays = gauges(registry, strays, "Pods with addresses outside the node's pod CIDRs", None);
     set(&strays, vec![], snapshot.facts.stray_pods as f64);
+    let unrecorded = "unrecorded_pods";
+    let unrecorded = gauges(registry, unrecorded, "Pods' links without an address record", None);
+    set(&unrecorded, vec![], snapshot.facts.unrecorded_pods as f64);
     let refused = "refused_nodes";
     let refused = gauges(registry, refused, "Nodes not or not wholly meshed, by reason", None);
     let mut by_reason: BTreeMap<&str, f64> = BTreeMap::new();
@@ -156,6 +159,7 @@ mod tests {
             r#"meshd_dropped_packets_total{reason="source_not_allowed"} 7"#,
             "meshd_udp_sends_total{} 12",
             "meshd_stray_pods{} 2.0",
+            "meshd_unrecorded_pods{} 3.0",
             r#"meshd_repairs_total{kind="route"} 3"#,
             r#"meshd_refused_nodes{reason="no_pod_cidr"} 1.0"#,
             r#"meshd_refused_endpoints{reason="private_far"} 1.0"#,

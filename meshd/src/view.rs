@@ -36,6 +36,8 @@ pub mod condition {
     pub const NETWORK: &str = "network";
     /// Host side of every pod is as its attachment record says.
     pub const PODS: &str = "pods";
+    /// Always holds; its message tells of pods without an attachment record.
+    pub const POD_RECORDS: &str = "pod-records";
     /// The CNI plugin can make pods.
     pub const NODE_FILE: &str = "node-file";
     /// Container runtimes take our CNI configuration.
@@ -46,8 +48,18 @@ pub mod condition {
     /// Those that wait for somebody else at every start.
     pub(super) const LATER: [&str; 4] = [CLUSTER, OWN_NODE, NODE_FILE, PUBLISHED];
 
-    pub const ALL: [&str; 10] = [
-        GUARD, FORWARDING, DATA_PLANE, CLUSTER, OWN_NODE, NETWORK, PODS, NODE_FILE, CNI, PUBLISHED,
+    pub const ALL: [&str; 11] = [
+        GUARD,
+        FORWARDING,
+        DATA_PLANE,
+        CLUSTER,
+        OWN_NODE,
+        NETWORK,
+        PODS,
+        POD_RECORDS,
+        NODE_FILE,
+        CNI,
+        PUBLISHED,
     ];
 }
 
@@ -73,6 +85,8 @@ pub struct Facts {
     pub endpoints_left_out: BTreeMap<&'static str, u64>,
     /// Pods whose addresses are outside the node's pod CIDRs.
     pub stray_pods: usize,
+    /// Pods' links that no record speaks of.
+    pub unrecorded_pods: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -434,6 +448,7 @@ pub(crate) mod tests {
             }],
             endpoints_left_out: [("private_far", 1)].into(),
             stray_pods: 2,
+            unrecorded_pods: 3,
         });
         view.set_data_source(Answering);
         view

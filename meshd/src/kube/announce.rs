@@ -79,6 +79,12 @@ const CUT_OFF: News = News {
     fine_words: "every pod has an address of this node's pod CIDRs",
 };
 
+const UNRECORDED: News = News {
+    trouble: "PodsWithoutRecord",
+    fine: "AllPodsRecorded",
+    fine_words: "every pod's link has its address record",
+};
+
 /// Tells one Node how its network stands.
 pub struct Announcer {
     desk: Desk,
@@ -88,6 +94,7 @@ pub struct Announcer {
     network: Telling,
     mesh: Telling,
     cut_off: Telling,
+    unrecorded: Telling,
     /// Nothing is written before.
     retry: Option<Instant>,
     pause: Duration,
@@ -110,6 +117,7 @@ impl Announcer {
             network: Telling::new(INTERVAL, true, now),
             mesh: Telling::new(INTERVAL, false, now),
             cut_off: Telling::new(INTERVAL, false, now),
+            unrecorded: Telling::new(INTERVAL, false, now),
             retry: None,
             pause: RETRY_MIN,
             complained: false,
@@ -127,8 +135,11 @@ impl Announcer {
             let (now, verdict) = (Instant::now(), verdict(&conditions()));
             self.network.see(&verdict.pods_lack, now);
             self.mesh.see(&verdict.missing, now);
-            if let Some(words) = verdict.cut_off {
-                self.cut_off.see(&words, now);
+            let pods = [&mut self.cut_off, &mut self.unrecorded];
+            for (telling, words) in pods.into_iter().zip([verdict.cut_off, verdict.unrecorded]) {
+                if let Some(words) = words {
+                    telling.see(&words, now);
+                }
             }
             let wake = self.turn(now).await;
             let alive = tokio::select! {
@@ -178,7 +189,12 @@ impl Announcer {
                 self.network.done(&uid, lack, Instant::now());
             }
         }
-        for (telling, news) in [(&mut self.mesh, &MESH), (&mut self.cut_off, &CUT_OFF)] {
+        let told = [
+            (&mut self.mesh, &MESH),
+            (&mut self.cut_off, &CUT_OFF),
+            (&mut self.unrecorded, &UNRECORDED),
+        ];
+        for (telling, news) in told {
             match telling.due(&uid, now) {
                 Due::Nothing => {}
                 Due::At(later) => wakes.push(later),

@@ -33,6 +33,8 @@ pub(super) struct Verdict {
     pub(super) missing: String,
     /// Pods that are cut off though the node is well; `None` while nobody knows.
     pub(super) cut_off: Option<String>,
+    /// Pods without an address record, as the above.
+    pub(super) unrecorded: Option<String>,
 }
 
 pub(super) fn verdict(conditions: &[Condition]) -> Verdict {
@@ -41,11 +43,15 @@ pub(super) fn verdict(conditions: &[Condition]) -> Verdict {
         let told: Vec<String> = missing.map(|it| format!("{}: {}", it.name, it.message)).collect();
         clip(&told.join("; "), NOTE_BYTES_MAX)
     };
-    let pods = conditions.iter().find(|it| it.ok && it.name == condition::PODS);
+    let noted = |name: &str| {
+        let held = conditions.iter().find(|it| it.ok && it.name == name);
+        held.map(|it| clip(&it.message, NOTE_BYTES_MAX))
+    };
     Verdict {
         pods_lack: words(&|name| PODS_NEED.contains(&name)),
         missing: words(&|_| true),
-        cut_off: pods.map(|it| clip(&it.message, NOTE_BYTES_MAX)),
+        cut_off: noted(condition::PODS),
+        unrecorded: noted(condition::POD_RECORDS),
     }
 }
 
@@ -168,6 +174,7 @@ mod tests {
         let told = verdict(&conditions);
         assert_eq!((told.missing.as_str(), told.pods_lack.as_str()), ("", ""));
         assert_eq!(told.cut_off.as_deref(), Some("2 pods have other addresses"));
+        assert_eq!(told.unrecorded.as_deref(), Some(""));
         let told = verdict(&self::conditions(&[(condition::PODS, "netlink is broken")]));
         assert_eq!(told.cut_off, None);
     }

@@ -24,6 +24,8 @@ pub struct PodsMade {
     pub failed: Vec<String>,
     /// Pods of which nothing is left.
     pub gone: Vec<Attachment>,
+    /// Host ends of all pods' links, whatever records say.
+    pub links: Vec<String>,
 }
 
 /// Every method makes the kernel be as asked, says what it had to do for it, and is free when all is right.

@@ -175,6 +175,7 @@ impl Kernel for Linux {
             |pod: &&Attachment| !state.links.iter().any(|link| link.name == pod.host_ifname);
         let gone: Vec<Attachment> =
             attachments.iter().filter(linkless).filter(|pod| pod::is_gone(pod)).cloned().collect();
+        let links = state.links.iter().map(|link| link.name.clone()).collect();
         // Also without pods: the first finds it whole, and what the node itself sends to Services needs its masquerading.
         let what = match state.table {
             GuardState::Intact => None,
@@ -183,7 +184,7 @@ impl Kernel for Linux {
             GuardState::Altered => Some("nftables table of pods was altered by somebody"),
         };
         if broken.is_empty() && what.is_none() {
-            return Ok(PodsMade { gone, ..PodsMade::default() });
+            return Ok(PodsMade { gone, links, ..PodsMade::default() });
         }
         let failures = pod::repair(&config, &broken)?;
         let failed = |pod: &&Attachment| failures.iter().any(|f| f.host_ifname == pod.host_ifname);
@@ -196,7 +197,7 @@ impl Kernel for Linux {
         let failed = failures
             .iter()
             .map(|f| format!("{} of container {}: {:#}", f.host_ifname, f.container_id, f.error));
-        Ok(PodsMade { made: made.collect(), failed: failed.collect(), gone })
+        Ok(PodsMade { made: made.collect(), failed: failed.collect(), gone, links })
     }
 
     fn pod_is_gone(&self, attachment: &Attachment) -> bool {

@@ -101,6 +101,8 @@ pub struct Reconciler<K, P> {
     pods_kept: bool,
     /// Pods whose addresses are not this node's.
     stray_pods: usize,
+    /// Links of pods without a record.
+    unrecorded_pods: usize,
     /// Pods the last turn could not judge: too young, or seen gone for the first time.
     unsettled_pods: usize,
     /// Whether the last turn put back what somebody took away.
@@ -181,6 +183,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             named_bad_attachments: BTreeSet::new(),
             pods_kept: false,
             stray_pods: 0,
+            unrecorded_pods: 0,
             unsettled_pods: 0,
             repaired: false,
             gone_pods: BTreeSet::new(),

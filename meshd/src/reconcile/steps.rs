@@ -170,11 +170,14 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             }
         }
         self.named_bad_attachments.retain(|path| found.bad.iter().any(|(bad, _)| bad == path));
-        let strays = strays::find(&found.good, &wanted.own.pod_cidrs, &wanted.peers);
+        let own = &wanted.own.pod_cidrs;
+        let strays = strays::find(&found.good, own, &wanted.peers, &self.policy.cluster);
         self.stray_pods = strays.pods;
+        let recorded = attachments::recorded_links(&self.ipam);
         let mtu = wanted.net.link.mtu;
         let outcome = match self.kernel.pods(&found.good, &strays.taken, mtu) {
             Ok(pods) => {
+                self.tell_unrecorded(pods.links, &recorded, &found.good);
                 self.free_gone(&pods.gone, found.earlier > 0);
                 // The first turn makes what is missing; later ones put back what was taken.
                 let repair = std::mem::replace(&mut self.pods_kept, true);
@@ -190,6 +193,27 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             Ok(()) => self.out.view.set_condition_ok(condition::PODS, strays.words()),
             Err(why) => self.out.view.set_condition(condition::PODS, Err(why)),
         }
+    }
+
+    /// Pods whose records were lost, or lie where an earlier state folder was. They keep their addresses and their way; nothing
+    /// of them can be put back, so somebody should know. `recorded` is of before the links were looked at, for a DEL that
+    /// crosses us; for an ADD that does, the folder is looked at once more.
+    fn tell_unrecorded(
+        &mut self,
+        mut links: Vec<String>,
+        recorded: &BTreeSet<String>,
+        found: &[Attachment],
+    ) {
+        links.retain(|link| {
+            !recorded.contains(link) && !found.iter().any(|pod| pod.host_ifname == *link)
+        });
+        if !links.is_empty() {
+            let now = attachments::recorded_links(&self.ipam);
+            links.retain(|link| !now.contains(link));
+        }
+        self.unrecorded_pods = links.len();
+        let words = strays::unrecorded(&links, &self.ipam);
+        self.out.view.set_condition_ok(condition::POD_RECORDS, words);
     }
 
     /// Addresses of pods that vanished without DEL (runtimes lose some, and not all of them call GC): seen gone in two turns,
@@ -267,6 +291,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         }
         let mut facts = facts(wanted, &self.local.endpoints);
         facts.stray_pods = self.stray_pods;
+        facts.unrecorded_pods = self.unrecorded_pods;
         self.log_refusals(&facts.refused);
         self.out.view.set_facts(facts);
         let record = OwnRecord {
@@ -364,6 +389,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
 fn facts(wanted: &Desired, endpoints: &[std::net::SocketAddr]) -> Facts {
     Facts {
         stray_pods: 0,
+        unrecorded_pods: 0,
         site: wanted.own.site.clone(),
         pod_cidrs: wanted.own.pod_cidrs.clone(),
         mtu: wanted.net.link.mtu,

@@ -27,6 +27,7 @@ struct Model {
     paths_asked: usize,
     path_mtu: u32,
     gone: Vec<Attachment>,
+    links: Vec<String>,
     forgotten: Vec<String>,
     taken: Vec<IpAddr>,
 }
@@ -86,7 +87,8 @@ impl Kernel for Shared {
             model.taken = taken.to_vec();
             model.gone.clone()
         });
-        Ok(PodsMade { gone, ..PodsMade::default() })
+        let links = self.with(|model| model.links.clone());
+        Ok(PodsMade { gone, links, ..PodsMade::default() })
     }
 
     fn pod_is_gone(&self, attachment: &Attachment) -> bool {
@@ -503,6 +505,29 @@ fn pods_left_behind_by_a_node_made_anew_are_told_and_give_way_to_the_node_that_h
     assert_eq!(bench.model.with(|model| model.taken.clone()), left.addresses);
     let (_, words) = condition_of(&bench.view, condition::PODS);
     assert!(words.contains("another node has"), "{words}");
+}
+
+#[test]
+fn pods_whose_records_were_lost_are_told_and_counted_and_left_alone() {
+    let mut bench = bench();
+    let young = pod_made_by_the_plugin(&bench, "young", "boot");
+    let lost = pod_made_by_the_plugin(&bench, "lost", "boot");
+    bench.model.with(|model| model.links = vec![young.host_ifname, lost.host_ifname.clone()]);
+    bench.reconciler.turn(Scope::All);
+    assert_eq!(condition_of(&bench.view, condition::POD_RECORDS), (true, String::new()));
+    let folder = bench.dir.path().join("ipam");
+    for file in std::fs::read_dir(folder).expect("directory") {
+        let path = file.expect("entry").path();
+        let name = path.file_name().and_then(|name| name.to_str()).expect("a name").to_owned();
+        if name.ends_with(&format!("_{}.json", lost.addresses[0])) {
+            std::fs::remove_file(path).expect("removed");
+        }
+    }
+    bench.reconciler.turn(Scope::All);
+    let (ok, words) = condition_of(&bench.view, condition::POD_RECORDS);
+    assert!(ok && words.contains(&format!(": 1 ({})", lost.host_ifname)), "{words}");
+    assert_eq!(bench.view.snapshot().facts.unrecorded_pods, 1);
+    assert!(bench.model.with(|model| model.forgotten.is_empty()), "its pod lives");
 }
 
 #[test]

@@ -284,17 +284,22 @@ async fn a_condition_somebody_else_overwrites_comes_back_once_a_minute_at_most()
 }
 
 #[tokio::test(start_paused = true)]
-async fn pods_that_are_cut_off_are_told_by_an_event_of_their_own_and_the_condition_stays() {
-    let mut bench = bench(node_object("u1", &json!([])));
-    bench.fail(&[(condition::PODS, "note: 2 pods have addresses outside")]);
-    bench.announce("u1");
-    assert_eq!(bench.condition().await.1["status"], "False");
-    let (at, event) = bench.event().await;
-    assert_eq!((at, &event["reason"]), (SETTLE, &json!("PodsCutOff")));
-    assert_eq!(event["note"], "note: 2 pods have addresses outside");
-    bench.fail(&[]);
-    assert_eq!(bench.event().await.1["reason"], "NoPodsCutOff");
-    bench.silent().await;
+async fn pods_in_trouble_are_told_by_events_of_their_own_and_the_condition_stays() {
+    for (name, trouble, fine) in [
+        (condition::PODS, "PodsCutOff", "NoPodsCutOff"),
+        (condition::POD_RECORDS, "PodsWithoutRecord", "AllPodsRecorded"),
+    ] {
+        let mut bench = bench(node_object("u1", &json!([])));
+        bench.fail(&[(name, "note: 2 pods have addresses outside")]);
+        bench.announce("u1");
+        assert_eq!(bench.condition().await.1["status"], "False");
+        let (at, event) = bench.event().await;
+        assert_eq!((at, &event["reason"]), (SETTLE, &json!(trouble)));
+        assert_eq!(event["note"], "note: 2 pods have addresses outside");
+        bench.fail(&[]);
+        assert_eq!(bench.event().await.1["reason"], fine);
+        bench.silent().await;
+    }
 }
 
 #[tokio::test(start_paused = true)]
