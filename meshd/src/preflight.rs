@@ -91,7 +91,8 @@ pub fn check_own_addresses(
             let of = if flag == SERVICES { "Services" } else { "pods" };
             bail!(
                 "{flag} {prefix} contains {address} of {interface}, and the guard would cut this machine off: \
-                 {of} need a prefix of their own; if {interface} belongs to {of}, pass --skip-interface {interface}"
+                 {of} need a prefix of their own; if {interface} belongs to {of}, pass --skip-interface {interface}; if it \
+                 is a mesh device that was renamed, delete it (ip link delete {interface})"
             );
         }
     }
@@ -251,8 +252,11 @@ mod tests {
             check_own_addresses(&[Found { interface: interface.into(), address }], &choice, closed)
         };
         let line = told(check("eth0", "10.0.0.5"));
-        assert!(line.contains("--cluster-cidr 10.0.0.0/9"), "{line}");
-        assert!(line.contains("10.0.0.5 of eth0") && line.contains("pods need"), "{line}");
+        for wanted in
+            ["--cluster-cidr 10.0.0.0/9", "10.0.0.5 of eth0", "pods need", "ip link delete eth0"]
+        {
+            assert!(line.contains(wanted), "{line}");
+        }
         let line = told(check("eth0", "10.130.0.5"));
         assert!(line.contains("--service-cidr 10.128.0.0/12"), "{line}");
         assert!(line.contains("10.130.0.5 of eth0") && line.contains("Services need"), "{line}");

@@ -113,6 +113,44 @@ fn what_others_remove_is_put_back_and_counted() {
 }
 
 #[test]
+fn a_renamed_device_goes_when_another_has_taken_its_place() {
+    if !root() {
+        return;
+    }
+    let mut pair = Pair::meshed();
+    until("a reaches b", || pair.a.reaches(&pair.b));
+    let before = objects(&pair.a);
+    pair.a
+        .told("ip link set meshd0 down; ip link set meshd0 name renamed0; ip link set renamed0 up");
+    until("the device is back", || objects(&pair.a) == before);
+    until("the renamed one is gone", || !pair.a.sh("ip link show renamed0").status.success());
+    until("a reaches b by the new one", || pair.a.reaches(&pair.b));
+    let shown = pair.a.told("ip -d link show meshd0; ip -6 addr show dev meshd0");
+    assert!(shown.contains("addrgenmode none") && !shown.contains("fe80"), "{shown}");
+    pair.a.end(Signal::KILL);
+    pair.a.start();
+    until("a reaches b after a start", || pair.a.reaches(&pair.b));
+    assert_eq!(objects(&pair.a), before);
+}
+
+#[test]
+fn a_device_that_lost_ipv6_for_a_while_makes_no_address_of_its_own() {
+    if !root() {
+        return;
+    }
+    let pair = Pair::meshed();
+    until("a reaches b", || pair.a.reaches(&pair.b));
+    let before = objects(&pair.a);
+    // Below 1280 bytes the kernel takes IPv6 off a device, and what was set for it.
+    pair.a.told("ip link set meshd0 mtu 1000");
+    until("the device is as before", || objects(&pair.a) == before);
+    until("the kernel makes no address", || {
+        pair.a.told("ip -d link show meshd0").contains("addrgenmode none")
+    });
+    until("a reaches b", || pair.a.reaches(&pair.b));
+}
+
+#[test]
 fn uninstall_refuses_beside_a_daemon_and_leaves_nothing_behind_it() {
     if !root() {
         return;

@@ -21,7 +21,7 @@ use mesh_types::netstate::{NetState, Route, RouteTarget, Rule, TunLink};
 
 use crate::netlink::Netlink;
 use crate::route::{KernelRoute, RouteKind};
-use crate::{addr, link, route};
+use crate::{addr, link, route, tun};
 
 /// IPv6 has no metric 0; the kernel takes this instead (`IP6_RT_PRIO_USER`).
 const V6_DEFAULT_METRIC: u32 = 1024;
@@ -193,7 +193,7 @@ fn apply_one(
         })
     };
     match change {
-        Change::SetMtu(mtu) => link::set_mtu(index()?, *mtu),
+        Change::SetMtu(mtu) => tun::set_mtu(index()?, *mtu),
         Change::SetUp(true) => link::set_up(index()?),
         Change::SetUp(false) => link::set_down(index()?),
         Change::AddAddress(net) => addr::add(index()?, *net),

@@ -13,13 +13,14 @@
 
 use std::ffi::{c_int, c_uint};
 use std::io::{self, IoSlice};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context as _, anyhow, bail};
 use rustix::fs::{Mode, OFlags};
 
 use crate::link::Link;
-use crate::{link, sys};
+use crate::{addr, link, sys};
 
 /// Bytes of the virtio network header in front of each packet.
 pub const VNET_HEADER_BYTES: usize = 10;
@@ -85,13 +86,10 @@ impl Tun {
         // Below 1280 bytes the kernel takes IPv6 off the device, and with it the setting that follows.
         let mtu = options.mtu.unwrap_or(link.mtu.max(IPV6_MTU_MIN));
         if mtu != link.mtu {
-            link::set_mtu(link.index, mtu)
+            set_mtu(link.index, mtu)
                 .with_context(|| format!("set MTU {mtu} on TUN device {}", options.name))?;
         }
-        // A link-local address of the kernel's own would send router solicitations to every peer.
-        if let Err(error) = link::set_no_address_generation(link.index) {
-            tracing::debug!(%error, "no IPv6 on the TUN device");
-        }
+        make_no_addresses(link.index);
         Ok(Self { fd, name: options.name.clone(), index: link.index, features })
     }
 
@@ -106,6 +104,13 @@ impl Tun {
                 .context("set the vnet header size")?;
         }
         Ok(Self { fd, name: self.name.clone(), index: self.index, features: self.features })
+    }
+
+    /// Lets the device end with its last queue, this one perhaps: another has taken its place. One that is gone is fine.
+    pub fn retire(self) {
+        if let Err(error) = sys::tun_set_persistent(self.fd.as_fd(), false) {
+            tracing::debug!(device = self.name, %error, "the TUN device was gone");
+        }
     }
 
     pub fn name(&self) -> &str {
@@ -176,6 +181,30 @@ pub fn remove(name: &str) -> anyhow::Result<bool> {
     check_kind(&link).context("leaving it alone")?;
     link::delete(link.index).with_context(|| format!("delete TUN device {name}"))?;
     Ok(true)
+}
+
+/// Sets the MTU of a TUN device. Where that brings IPv6 back to one that is up, the kernel has made itself an address before it
+/// can be told not to.
+pub(crate) fn set_mtu(index: u32, mtu: u32) -> io::Result<()> {
+    let before = link::get_by_index(index)?.map_or(mtu, |link| link.mtu);
+    link::set_mtu(index, mtu)?;
+    if before >= IPV6_MTU_MIN || mtu < IPV6_MTU_MIN {
+        return Ok(());
+    }
+    make_no_addresses(index);
+    for address in addr::of_interface(index)? {
+        if matches!(address.net.addr(), IpAddr::V6(it) if it.is_unicast_link_local()) {
+            addr::delete(index, address.net)?;
+        }
+    }
+    Ok(())
+}
+
+/// A link-local address of the kernel's own would send router solicitations to every peer.
+fn make_no_addresses(index: u32) {
+    if let Err(error) = link::set_no_address_generation(index) {
+        tracing::debug!(%error, "no IPv6 on the TUN device");
+    }
 }
 
 const BASE_FLAGS: c_int = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_MULTI_QUEUE;

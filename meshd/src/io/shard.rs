@@ -207,7 +207,10 @@ impl Shard {
         if let Some(tun) = letters.tun {
             self.writer.vnet_hdr = tun.features().vnet_hdr;
             tunnel.set_coalesce(possible(self.config.coalesce, tun.features()));
-            self.tun = Some(tun);
+            // Somebody renamed it: left alone it would keep the overlay addresses for ever.
+            if let Some(before) = self.tun.replace(tun) {
+                before.retire();
+            }
             self.tun_paused_until = MonoTime::ZERO;
         }
         if let Some(peers) = letters.peers {
