@@ -90,7 +90,7 @@ fn conditions(suite: &mut Suite<'_>) -> Result<String> {
 }
 
 fn notes(suite: &mut Suite<'_>) -> Result<String> {
-    let warning = "NetworkPolicies exist";
+    let warning = "NetworkPolic";
     let before = suite.kube.upgrade_chart(&[])?;
     ensure!(!before.contains(warning), "there is none yet: {before}");
     suite.apply(&json!({
@@ -101,7 +101,7 @@ fn notes(suite: &mut Suite<'_>) -> Result<String> {
     let after = suite.kube.upgrade_chart(&[]);
     suite.kube.kubectl(&["-n", NAMESPACE, "delete", "networkpolicy", "deny"])?;
     let after = after?;
-    let told = format!("1 {warning} (namespaces {NAMESPACE}) and meshd does not enforce them");
+    let told = format!("1 {warning}y exists (namespace {NAMESPACE}) and meshd enforces none");
     ensure!(after.contains(&told), "no {told:?} in {after}");
     Ok(String::new())
 }
