@@ -111,7 +111,7 @@ impl Record {
 /// Makes a folder of ours, of a cluster or its logs, anew. One that is there and not ours is left alone.
 pub(super) fn make_dir(dir: &Path) -> Result<()> {
     remove_dir(dir)?;
-    fs::create_dir_all(dir)
+    lab::make_dir(dir)
         .and_then(|()| fs::write(dir.join(MARKER), ""))
         .with_context(|| format!("cannot make {}", dir.display()))
 }
@@ -152,6 +152,19 @@ mod tests {
         remove_dir(&dir).unwrap();
         assert!(!root.path().join("meshd-testbed").exists(), "nothing is left");
         remove_dir(&dir).unwrap();
+
+        let come_and_go = |name: &str| {
+            let dir = root.path().join("meshd-testbed").join(name);
+            for _ in 0..200 {
+                make_dir(&dir).unwrap();
+                remove_dir(&dir).unwrap();
+            }
+        };
+        std::thread::scope(|scope| {
+            for name in ["a", "b"] {
+                scope.spawn(|| come_and_go(name));
+            }
+        });
 
         let foreign = root.path().join("precious");
         fs::create_dir(&foreign).unwrap();

@@ -40,6 +40,7 @@ pub use namespace::{Daemon, Namespace, run_in_netns};
 pub use pod::{CNI_CONFIG, Pod, PodRequest};
 pub use process::ProcessRef;
 use state::Turn;
+pub(crate) use state::make_dir;
 pub use state::{Kind, LinkState, NamespaceState, State};
 pub use topology::{
     API_ADDRESS_V4, API_ADDRESS_V6, CLUSTER_CIDRS, HOME_ADDRESS_V4, Hybrid, NodePlan, Wiring,

@@ -162,7 +162,7 @@ impl Turn {
 }
 
 /// Another lab's `down` removes the common folder when it is empty, perhaps just before ours is made in it.
-fn make_dir(dir: &Path) -> std::io::Result<()> {
+pub(crate) fn make_dir(dir: &Path) -> std::io::Result<()> {
     const ATTEMPTS: u32 = 100;
     for _ in 1..ATTEMPTS {
         match fs::create_dir_all(dir) {
