@@ -140,6 +140,10 @@ fn api_outage(suite: &mut Suite<'_>) -> Result<String> {
         suite.kube.kill(CONTROL, program)?;
         suite.kube.start(CONTROL, program)?;
     }
+    for node in suite.nodes() {
+        suite.kube.kill(&node, "kube-proxy")?;
+        suite.kube.start(&node, "kube-proxy")?;
+    }
     // Nodes whose kubelets come back late are called NotReady for a while, and their pods too.
     suite.wait("every kubelet is heard again", |suite| {
         let now = suite.leases()?;
