@@ -3,6 +3,7 @@ package tests
 // What an operator reads after helm install and upgrade, with a cluster to look at.
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -25,10 +26,10 @@ type cluster struct{ client dynamic.Interface }
 func (c cluster) GetClientFor(apiVersion, kind string) (dynamic.NamespaceableResourceInterface, bool, error) {
 	resources := map[string]string{
 		"Node": "nodes", "Pod": "pods", "Namespace": "namespaces", "NetworkPolicy": "networkpolicies", "Service": "services",
-		"EndpointSlice": "endpointslices", "DaemonSet": "daemonsets",
+		"EndpointSlice": "endpointslices", "DaemonSet": "daemonsets", "ServiceCIDR": "servicecidrs",
 	}
 	version, err := schema.ParseGroupVersion(apiVersion)
-	namespaced := kind != "Node" && kind != "Namespace"
+	namespaced := kind != "Node" && kind != "Namespace" && kind != "ServiceCIDR"
 	return c.client.Resource(version.WithResource(resources[kind])), namespaced, err
 }
 
@@ -43,7 +44,9 @@ func render(t *testing.T, values map[string]any, objects ...runtime.Object) (str
 		values["clusterCIDRs"] = []any{"10.244.0.0/16", "fd00:10:244::/48"}
 	}
 	options := common.ReleaseOptions{Name: "meshd", Namespace: "meshd-system", Revision: 1, IsInstall: true}
-	rendered, err := util.ToRenderValues(chart, values, options, common.DefaultCapabilities)
+	capabilities := *common.DefaultCapabilities
+	capabilities.APIVersions = append(slices.Clone(capabilities.APIVersions), "networking.k8s.io/v1/ServiceCIDR")
+	rendered, err := util.ToRenderValues(chart, values, options, &capabilities)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -99,6 +102,28 @@ func TestNotesOfAGoodClusterWarnOfNothing(t *testing.T) {
 func TestNotesWarnWhereServicesAreNotTold(t *testing.T) {
 	notes, _ := render(t, map[string]any{})
 	has(t, notes, "WARNING: serviceCIDRs is not set", "unencrypted. Set it to what kube-apiserver was given as --service-cluster-ip-range.\n")
+}
+
+func TestNotesNamePrefixesOfServicesThatAreNotTold(t *testing.T) {
+	services := &networkingv1.ServiceCIDR{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "networking.k8s.io/v1", Kind: "ServiceCIDR"},
+		ObjectMeta: metav1.ObjectMeta{Name: "kubernetes"},
+		Spec:       networkingv1.ServiceCIDRSpec{CIDRs: []string{"10.96.0.0/12", "fd00:10:96::/112"}},
+	}
+	told := func(prefixes ...any) string {
+		notes, err := render(t, map[string]any{"serviceCIDRs": prefixes}, services)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return notes
+	}
+	has(t, told("10.96.0.0/16"), "WARNING: serviceCIDRs holds not all of the cluster's prefixes of Services (10.96.0.0/12, fd00:10:96::/112)")
+	has(t, told("10.96.0.0/12"), "prefixes of Services (fd00:10:96::/112)")
+	if notes := told("10.96.0.0/12", "fd00:10:96::/108"); strings.Contains(notes, "serviceCIDRs") {
+		t.Errorf("warns:\n%s", notes)
+	}
+	notes, _ := render(t, map[string]any{}, services)
+	has(t, notes, "Set it: --set 'serviceCIDRs={10.96.0.0/12,fd00:10:96::/112}'")
 }
 
 func TestNotesNameNetworkPoliciesNobodyEnforces(t *testing.T) {

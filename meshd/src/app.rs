@@ -116,9 +116,10 @@ fn check_own_addresses(config: &Config) -> anyhow::Result<()> {
 /// Before the guard stands: behind it, a server among pods is out of reach and nobody could mend it from outside.
 async fn check_api_server(config: &Config) -> anyhow::Result<()> {
     let Source::Kubernetes(kubeconfig) = &config.source else { return Ok(()) };
-    match kube::server_address(kubeconfig.as_deref()).await? {
-        Some(address) => preflight::check_api_server(address, Closed::of(config)),
-        None => Ok(()),
+    match kube::server_address(kubeconfig.as_deref()).await {
+        Ok(Some(address)) => preflight::check_api_server(address, Closed::of(config)),
+        // A source that cannot be opened is told of behind the guard.
+        Ok(None) | Err(_) => Ok(()),
     }
 }
 
@@ -165,6 +166,8 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
         listen_port: config.listen_port,
         prefixes: config.prefixes.clone(),
     }));
+    // Never waited for: its message is what counts.
+    view.set_condition_ok(condition::POD_RECORDS, String::new());
     let admin = tokio::spawn(admin.serve(Arc::clone(&view)));
     match &config.cni {
         Some(wanted) => drop(tokio::spawn(cni_install::keep(wanted.clone(), Arc::clone(&view)))),

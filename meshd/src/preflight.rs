@@ -10,6 +10,7 @@ use anyhow::{Context, bail, ensure};
 use ipnet::IpNet;
 use mesh_types::defaults;
 use mesh_types::net::ClusterPrefixes;
+use mesh_types::netstate::Family;
 use netcfg::route::ForeignRule;
 
 use crate::config::{Config, Kernel};
@@ -88,15 +89,29 @@ pub fn check_own_addresses(
     for Found { interface, address } in found.iter().filter(|found| choice.counts(&found.interface))
     {
         if let Some((flag, prefix)) = closed.around(*address) {
-            let of = if flag == SERVICES { "Services" } else { "pods" };
+            let advice = match flag {
+                SERVICES => "list only the parts of it that hold no node".to_owned(),
+                _ => format!(
+                    "pods need a prefix of their own, or, if {interface} is a bridge of pods, --skip-interface {interface}"
+                ),
+            };
             bail!(
-                "{flag} {prefix} contains {address} of {interface}, and the guard would cut this machine off: \
-                 {of} need a prefix of their own; if {interface} belongs to {of}, pass --skip-interface {interface}; if it \
-                 is a mesh device that was renamed, delete it (ip link delete {interface})"
+                "{flag} {prefix} contains {address} of {interface}, and the guard would cut this machine off: {advice}{}",
+                renamed(interface)
             );
         }
     }
     Ok(())
+}
+
+/// What to do where a mesh device of an earlier start has another name now.
+fn renamed(interface: &str) -> String {
+    match netcfg::link::get(interface) {
+        Ok(Some(link)) if link.kind == "tun" => format!(
+            "; if {interface} is a mesh device that was renamed, delete it (ip link delete {interface})"
+        ),
+        _ => String::new(),
+    }
 }
 
 /// Nor does the API server's address lie among pods. Where a Service leads to it, it lies among Services.
@@ -169,11 +184,13 @@ pub fn clashes(kernel: &Kernel, prefixes: &ClusterPrefixes) -> anyhow::Result<Ve
             "routing table {table} holds {foreign} routes of somebody else: choose another --table"
         ));
     }
-    for (_, rule) in
-        netcfg::route::foreign_rules(defaults::ROUTE_PROTOCOL).context("list routing rules")?
-    {
-        told.extend(rule_in_the_way(&rule, kernel, prefixes));
+    let rules = netcfg::route::foreign_rules(defaults::ROUTE_PROTOCOL);
+    for (family, rule) in rules.context("list routing rules")? {
+        let of_family = |prefix: &&IpNet| prefix.addr().is_ipv4() == (family == Family::V4);
+        let prefixes: Vec<IpNet> = prefixes.as_slice().iter().filter(of_family).copied().collect();
+        told.extend(rule_in_the_way(&rule, kernel, &prefixes));
     }
+    told.dedup();
     match netcfg::forwarding_closed() {
         Ok(chains) => told.extend(chains.iter().map(|chain| closed_chain(chain, tun))),
         // Others' tables may hold what this nft cannot read; ours are looked at by themselves.
@@ -196,11 +213,8 @@ fn closed_chain(chain: &str, tun: &str) -> String {
     )
 }
 
-fn rule_in_the_way(
-    rule: &ForeignRule,
-    kernel: &Kernel,
-    prefixes: &ClusterPrefixes,
-) -> Option<String> {
+/// `prefixes` are those of the rule's family.
+fn rule_in_the_way(rule: &ForeignRule, kernel: &Kernel, prefixes: &[IpNet]) -> Option<String> {
     let ForeignRule { priority, mark, mark_mask, .. } = rule;
     if *priority == kernel.rule_priority {
         return Some(format!(
@@ -214,7 +228,7 @@ fn rule_in_the_way(
         ));
     }
     let first = *priority < kernel.rule_priority;
-    let prefix = prefixes.as_slice().iter().find(|prefix| rule.may_match(**prefix))?;
+    let prefix = prefixes.iter().find(|prefix| rule.may_match(**prefix))?;
     first.then(|| {
         format!(
             "somebody else's routing rule at priority {priority} comes before ours at {}: where it finds a way for {prefix}, \
@@ -252,14 +266,12 @@ mod tests {
             check_own_addresses(&[Found { interface: interface.into(), address }], &choice, closed)
         };
         let line = told(check("eth0", "10.0.0.5"));
-        for wanted in
-            ["--cluster-cidr 10.0.0.0/9", "10.0.0.5 of eth0", "pods need", "ip link delete eth0"]
-        {
+        for wanted in ["--cluster-cidr 10.0.0.0/9", "10.0.0.5 of eth0", "pods need"] {
             assert!(line.contains(wanted), "{line}");
         }
         let line = told(check("eth0", "10.130.0.5"));
         assert!(line.contains("--service-cidr 10.128.0.0/12"), "{line}");
-        assert!(line.contains("10.130.0.5 of eth0") && line.contains("Services need"), "{line}");
+        assert!(line.contains("10.130.0.5 of eth0") && line.contains("only the parts"), "{line}");
         for (interface, address) in [
             ("eth0", "192.0.2.1"),
             ("meshd0", "10.1.0.1"),
@@ -286,8 +298,7 @@ mod tests {
 
     #[test]
     fn only_rules_that_packets_of_pods_meet_before_ours_are_told() {
-        let cluster: ClusterPrefixes =
-            vec!["10.244.0.0/16".parse().expect("prefix")].try_into().expect("prefixes");
+        let cluster: [IpNet; 1] = ["10.244.0.0/16".parse().expect("prefix")];
         let kernel = Kernel {
             tun: "meshd0".into(),
             table: 5190,
@@ -316,6 +327,7 @@ mod tests {
         ] {
             assert_eq!(told(&rule), "", "{rule:?}");
         }
+        assert_eq!(rule_in_the_way(&all, &kernel, &[]), None, "no prefix of its family");
         let same = ForeignRule { priority: 5190, ..all.clone() };
         assert!(told(&same).contains("--rule-priority"));
         let mark = ForeignRule { mark: 0, mark_mask: 0xff, ..all };

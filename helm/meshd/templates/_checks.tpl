@@ -49,7 +49,7 @@ What the schema cannot say. Each refusal is one line that names the value and sa
 {{- range .Values.serviceCIDRs -}}
   {{- $prefix := include "meshd.cidr.parse" . | fromJson -}}
   {{- include "meshd.check.prefix" (dict "prefix" $prefix "value" "serviceCIDRs" "who" "Services") -}}
-  {{- $widest := ternary 12 64 (eq (int $prefix.family) 4) -}}
+  {{- $widest := ternary 8 32 (eq (int $prefix.family) 4) -}}
   {{- if lt (int $prefix.length) $widest -}}
     {{- fail (printf "serviceCIDRs: %s is wider than /%d: the guard drops whatever a node sends there; write what kube-apiserver was given as --service-cluster-ip-range" $prefix.text $widest) -}}
   {{- end -}}

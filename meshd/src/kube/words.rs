@@ -86,8 +86,8 @@ fn of_daemon(error: &Error, what: &str) -> String {
         return said;
     }
     format!(
-        "{said}; in a pod the address is that of the Service `kubernetes`, which kube-proxy leads to the server itself (no \
-         --service-cidr may hold that one's address), or of the chart's values k8sServiceHost and k8sServicePort: set these \
+        "{said}; in a pod the address is that of the Service `kubernetes`, which kube-proxy leads to the server \
+         (whose own address must not lie in --service-cidr), or of the chart's values k8sServiceHost and k8sServicePort: set these \
          to one that every node reaches"
     )
 }

@@ -316,8 +316,9 @@ pub fn detach(attachment: &Attachment) -> anyhow::Result<()> {
     // First, and closed last: while the link goes, which takes as long, the kernel frees what was in the filter.
     let filter = if attachment.addresses.is_empty() {
         // The record is lost: what leads to the link tells.
-        let addresses = way::addresses_behind(name)?;
-        forbid(defaults::NFT_TABLE_CNI, &Attachment { addresses, ..attachment.clone() })
+        way::addresses_behind(name).and_then(|addresses| {
+            forbid(defaults::NFT_TABLE_CNI, &Attachment { addresses, ..attachment.clone() })
+        })
     } else {
         forbid(defaults::NFT_TABLE_CNI, attachment)
     };

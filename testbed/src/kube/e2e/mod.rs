@@ -44,6 +44,9 @@ pub struct E2eOptions {
     /// Only tests of this topic, or whose name holds this text; repeat for more
     #[arg(long)]
     pub only: Vec<String>,
+    /// All but tests of this topic, or whose name holds this text; repeat for more
+    #[arg(long)]
+    pub skip: Vec<String>,
     /// How many seconds the API server is away in the test of that
     #[arg(long, value_name = "SECONDS", default_value_t = 20)]
     pub outage: u64,
@@ -123,22 +126,33 @@ pub(super) fn list() -> Result<()> {
     Ok(())
 }
 
+fn chosen(options: &E2eOptions) -> Result<Vec<&'static Test>> {
+    let holds = |test: &Test, text: &str| {
+        let is_topic = tests().any(|test| test.topic == text);
+        test.topic == text || (!is_topic && test.name.contains(text))
+    };
+    for text in options.only.iter().chain(&options.skip) {
+        ensure!(
+            tests().any(|test| holds(test, text)),
+            "no test is named {text}: --list says which there are"
+        );
+    }
+    let any = |test: &Test, texts: &[String]| texts.iter().any(|text| holds(test, text));
+    let wanted = |test: &&Test| {
+        (options.only.is_empty() || any(test, &options.only)) && !any(test, &options.skip)
+    };
+    let chosen: Vec<&Test> = tests().filter(wanted).collect();
+    ensure!(!chosen.is_empty(), "nothing is left to run");
+    Ok(chosen)
+}
+
 /// Runs the suite; whether everything passed.
 pub(super) fn run(kube: &mut Kube, options: &E2eOptions) -> Result<bool> {
     ensure!(
         kube.record.network == Network::Chart,
         "the suite tests what the chart brings: bring the cluster up with --network chart"
     );
-    let chosen: Vec<&Test> = tests()
-        .filter(|test| {
-            let holds = |text: &String| {
-                let is_topic = tests().any(|test| test.topic == *text);
-                test.topic == *text || (!is_topic && test.name.contains(text.as_str()))
-            };
-            options.only.is_empty() || options.only.iter().any(holds)
-        })
-        .collect();
-    ensure!(!chosen.is_empty(), "no test is named so: --list says which there are");
+    let chosen = chosen(options)?;
     let begin = Instant::now();
     kube.repair()?;
     let mut suite = Suite::prepare(kube, Duration::from_secs(options.outage))?;
