@@ -135,14 +135,16 @@ fn api_outage(suite: &mut Suite<'_>) -> Result<String> {
     suite.wait("the API server answers", |suite| {
         suite.kube.kubectl(&["get", "--raw", "/readyz"]).map(|_| ())
     })?;
-    // They look again after half a minute or more, and what comes next needs them: started anew they look at once.
+    // They look again after a minute at worst, and what comes next needs them: started anew they look at once.
     for program in ["kube-controller-manager", "kube-scheduler"] {
         suite.kube.kill(CONTROL, program)?;
         suite.kube.start(CONTROL, program)?;
     }
     for node in suite.nodes() {
-        suite.kube.kill(&node, "kube-proxy")?;
-        suite.kube.start(&node, "kube-proxy")?;
+        for program in ["kube-proxy", "kubelet"] {
+            suite.kube.kill(&node, program)?;
+            suite.kube.start(&node, program)?;
+        }
     }
     // Nodes whose kubelets come back late are called NotReady for a while, and their pods too.
     suite.wait("every kubelet is heard again", |suite| {
