@@ -77,6 +77,10 @@ impl Kernel for Linux {
         pod::detach(attachment)
     }
 
+    fn detach_served(&self, attachment: &Attachment, tun: &str) -> anyhow::Result<()> {
+        pod::detach_served(attachment, tun)
+    }
+
     fn differences(&self, plan: &Plan) -> anyhow::Result<Vec<String>> {
         let netns = Netns::open(Path::new(&plan.attachment.netns))?;
         pod::check(&config(plan), &plan.attachment, &netns)

@@ -38,6 +38,9 @@ pub trait Kernel {
     /// Removes everything of an attachment; what is gone already is fine.
     fn detach(&self, attachment: &Attachment) -> anyhow::Result<()>;
 
+    /// As [`Kernel::detach`], but a daemon that holds `tun` takes the pod out of the source filter.
+    fn detach_served(&self, attachment: &Attachment, tun: &str) -> anyhow::Result<()>;
+
     /// How the kernel differs from the plan, in words; empty when it does not.
     fn differences(&self, plan: &Plan) -> anyhow::Result<Vec<String>>;
 }

@@ -9,8 +9,8 @@ use mesh_types::attachment::Attachment;
 
 use crate::command::{Context, store_error};
 use crate::kernel::Kernel;
-use crate::plan;
 use crate::spec::error::{CniError, Code};
+use crate::{node, plan};
 
 pub(super) fn run<K: Kernel>(context: &Context<'_, K>, owner: &Owner) -> Result<(), CniError> {
     let hash = OwnerHash::new(&context.config.name, owner);
@@ -62,8 +62,14 @@ fn remove_link_without_record<K: Kernel>(
     Ok(())
 }
 
+/// Without a node file of this boot no daemon serves the node.
 fn detach<K: Kernel>(context: &Context<'_, K>, attachment: &Attachment) -> Result<(), CniError> {
-    context.kernel.detach(attachment).map_err(|error| {
+    let node = node::load(&context.config.node_file()?, &context.boot_id()?);
+    let done = match node {
+        Ok(node) => context.kernel.detach_served(attachment, &node.tun),
+        Err(_) => context.kernel.detach(attachment),
+    };
+    done.map_err(|error| {
         let pod = &attachment.container_id;
         CniError::caused(Code::Kernel, format!("the interface of {pod} cannot be removed"), &error)
     })

@@ -99,6 +99,10 @@ impl Kernel for Pretend {
         Ok(())
     }
 
+    fn detach_served(&self, attachment: &Attachment, _: &str) -> anyhow::Result<()> {
+        self.detach(attachment)
+    }
+
     fn differences(&self, plan: &Plan) -> anyhow::Result<Vec<String>> {
         let there = self.links.borrow().contains(&plan.attachment.host_ifname);
         Ok(if there { Vec::new() } else { vec!["the link is gone".to_owned()] })

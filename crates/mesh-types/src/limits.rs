@@ -115,6 +115,10 @@ pub const UDP_RECV_MESSAGES_MAX: usize = 64;
 /// call per send again. An eighth of the largest mesh behind odd paths at once is a fault elsewhere.
 pub const GSO_REFUSED_DESTINATIONS_MAX: usize = 1_024;
 
+/// Entries of the pods' source filter from which on a new pod looks for those without a link. A node of 250 pods (kubelets
+/// take 110 unless told otherwise) has 500; a daemon keeps it at that.
+pub const SOURCES_UNPRUNED_MAX: usize = 2_048;
+
 /// Links of ours the kernel watch knows by index: pods (a kubelet takes a few hundred) and the TUN. What befalls the
 /// addresses of more is seen at the next slow turn.
 pub const WATCH_LINKS_MAX: usize = 8_192;

@@ -11,6 +11,7 @@ use common::lab::{
     Pod, attach, cluster, lab, listen, mesh_rules, plumb, pod_config, problems, receive, send,
 };
 use common::{Scratch, privileged};
+use mesh_types::limits::SOURCES_UNPRUNED_MAX;
 use mesh_types::net::ClusterPrefixes;
 use netcfg::guard::{self, GuardConfig, GuardState};
 use netcfg::pod::{self, PodConfig};
@@ -233,12 +234,88 @@ fn whoever_lost_its_link_is_taken_out_of_the_source_filter_and_nobody_else() {
     }
     let lab = lab();
     let (one, _two) = (attach(&lab, "one", 5), attach(&lab, "two", 6));
-    lab.node.sh(&format!("ip link del {}", one.attachment.host_ifname));
+    let sources = || lab.node.run(|| pod::host_state(&pod_config())).sources.len();
+    // The lab holds the device as a daemon does.
+    lab.node.run(|| pod::detach_served(&one.attachment, "meshd0"));
+    assert!(!one.scratch.sh("ip link").contains("eth0"), "the pod's end went too");
+    assert_eq!(sources(), 4, "left to the daemon");
     let prune = || lab.node.run(|| pod::prune(&pod_config(), &pod::host_state(&pod_config())?));
     assert_eq!(prune(), 2);
     assert_eq!(prune(), 0);
     let left = lab.node.run(|| pod::host_state(&pod_config()));
     assert_eq!((left.sources.len(), left.table), (2, GuardState::Intact));
+}
+
+#[test]
+fn without_a_daemon_a_pod_is_taken_out_of_the_source_filter_at_once() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    let (one, two) = (attach(&lab, "one", 5), attach(&lab, "two", 6));
+    let sources = || lab.node.run(|| pod::host_state(&pod_config())).sources.len();
+    // A device nobody holds, as a daemon leaves it, and none at all.
+    lab.node.sh("ip tuntap add idle0 mode tun; ip link set idle0 up");
+    lab.node.run(|| pod::detach_served(&one.attachment, "idle0"));
+    assert_eq!(sources(), 2);
+    lab.node.run(|| pod::detach_served(&two.attachment, "nosuch0"));
+    assert_eq!(sources(), 0);
+}
+
+#[test]
+fn what_the_source_filter_knows_of_an_earlier_pod_lets_nobody_send() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    mesh_rules(&lab);
+    let (mut one, two) = (attach(&lab, "one", 5), attach(&lab, "two", 6));
+    lab.node.run(|| pod::detach_served(&one.attachment, "meshd0"));
+    // The same container once more, before anybody pruned, with other addresses.
+    one.attachment.addresses =
+        ["10.244.1.7", "fd00:10:244:1::7"].map(|it| it.parse().unwrap()).into();
+    plumb(&lab, &one);
+    let mut known = lab.node.run(|| pod::host_state(&pod_config())).sources;
+    known.retain(|(name, _)| *name == one.attachment.host_ifname);
+    let known: Vec<_> = known.into_iter().map(|(_, address)| address).collect();
+    assert_eq!(known, one.attachment.addresses);
+    let (v4, v6) =
+        (listen(&two.scratch, "10.244.1.6:7000"), listen(&two.scratch, "[fd00:10:244:1::6]:7000"));
+    one.scratch
+        .sh("ip addr add 10.244.1.5/32 dev eth0; ip addr add fd00:10:244:1::5/128 dev eth0 nodad");
+    for (own, earlier, to) in [
+        ("10.244.1.7", "10.244.1.5", "10.244.1.6:7000"),
+        ("fd00:10:244:1::7", "fd00:10:244:1::5", "[fd00:10:244:1::6]:7000"),
+    ] {
+        send(&one.scratch, earlier, to, b"forged");
+        send(&one.scratch, own, to, b"honest");
+    }
+    assert_eq!((receive(&v4).0, receive(&v6).0), (b"honest".to_vec(), b"honest".to_vec()));
+    assert_eq!(lab.node.run(|| pod::drops("meshd-cni")).spoofed, 2);
+}
+
+#[test]
+fn a_source_filter_that_nobody_prunes_stays_bounded() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    let one = attach(&lab, "one", 5);
+    let gone: Vec<String> = (0..=SOURCES_UNPRUNED_MAX)
+        .map(|number| {
+            format!("\"meshp{number:010x}\" . 10.244.{}.{}", number / 250, number % 250 + 1)
+        })
+        .collect();
+    lab.node.sh(&format!(
+        "printf 'add element inet meshd-cni pods4 {{ %s }}' '{}' | nft -f -",
+        gone.join(", ")
+    ));
+    let sources = || lab.node.run(|| pod::host_state(&pod_config())).sources.len();
+    assert_eq!(sources(), 2 + SOURCES_UNPRUNED_MAX + 1);
+    let two = attach(&lab, "two", 6);
+    assert_eq!(sources(), 4, "the two that live");
+    assert_eq!(problems(&lab, &one), Vec::<String>::new());
+    assert_eq!(problems(&lab, &two), Vec::<String>::new());
 }
 
 #[test]
@@ -302,7 +379,7 @@ fn detaching_leaves_nothing_and_works_twice() {
     let host = lab.node.run(|| pod::host_state(&config));
     assert_eq!((host.links.len(), host.routes.len(), host.sources.len()), (2, 4, 4));
     for _ in 0..2 {
-        lab.node.run(|| pod::detach_host(&config, &one.attachment));
+        lab.node.run(|| pod::detach(&one.attachment));
     }
     let host = lab.node.run(|| pod::host_state(&config));
     assert_eq!((host.links.len(), host.routes.len(), host.sources.len()), (1, 2, 2));
