@@ -123,7 +123,7 @@ pub(super) fn run(options: &CniOptions) -> Result<bool> {
         (ROUNDS_MIN..=ROUNDS_MAX).contains(&options.rounds),
         "--rounds is between {ROUNDS_MIN} and {ROUNDS_MAX}"
     );
-    let node = Node::new(&options.dir)?;
+    let node = Node::new(&options.dir, &beside("meshd")?)?;
     let mut matches = matches(options, &node)?;
     ensure!(!matches.is_empty(), "--only and --families leave nothing to measure");
     let wanted = options.wanted();
@@ -147,11 +147,16 @@ pub(super) fn run(options: &CniOptions) -> Result<bool> {
     Ok(report.holds())
 }
 
+/// A program of ours in the folder of this one.
+fn beside(name: &str) -> Result<PathBuf> {
+    Ok(std::env::current_exe()?.with_file_name(name))
+}
+
 /// Tables, bridges and folders are made once in the life of a node: before anything is timed.
 fn matches(options: &CniOptions, node: &Node) -> Result<Vec<Match>> {
     let ours = match &options.plugin {
         Some(plugin) => plugin.clone(),
-        None => std::env::current_exe()?.with_file_name("meshd-cni"),
+        None => beside("meshd-cni")?,
     };
     let mut matches = Vec::new();
     for families in [Families::Dual, Families::Ipv4] {
