@@ -62,15 +62,19 @@ fn remove_link_without_record<K: Kernel>(
     Ok(())
 }
 
-/// Without a node file of this boot no daemon serves the node.
 fn detach<K: Kernel>(context: &Context<'_, K>, attachment: &Attachment) -> Result<(), CniError> {
-    let node = node::load(&context.config.node_file()?, &context.boot_id()?);
-    let done = match node {
-        Ok(node) => context.kernel.detach_served(attachment, &node.tun),
-        Err(_) => context.kernel.detach(attachment),
+    let done = match tun(context) {
+        Some(tun) => context.kernel.detach_served(attachment, &tun),
+        None => context.kernel.detach(attachment),
     };
     done.map_err(|error| {
         let pod = &attachment.container_id;
         CniError::caused(Code::Kernel, format!("the interface of {pod} cannot be removed"), &error)
     })
+}
+
+/// Which device a daemon would hold. Without a good node file of this boot no daemon serves the node, and that stops no DEL.
+fn tun<K: Kernel>(context: &Context<'_, K>) -> Option<String> {
+    let (path, boot_id) = (context.config.node_file().ok()?, context.boot_id().ok()?);
+    Some(node::load(&path, &boot_id).ok()?.tun)
 }
