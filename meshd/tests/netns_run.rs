@@ -302,6 +302,29 @@ fn attach(node: &support::Node, address: &str) {
 }
 
 #[test]
+fn a_removed_pods_link_takes_its_place_in_the_source_filter_along() {
+    if !root() {
+        return;
+    }
+    let pair = Pair::meshed();
+    let (lives, gone) = ("meshp0000000001", "meshp0000000002");
+    let known = || pair.a.told("nft list set inet meshd-cni pods4");
+    until("the pods' table stands", || {
+        pair.a.sh("nft list set inet meshd-cni pods4").status.success()
+    });
+    pair.a.told(&format!(
+        "ip link add {lives} type veth peer name one; ip link add {gone} type veth peer name two; \
+         nft add element inet meshd-cni pods4 '{{ \"{lives}\" . 10.244.1.8, \"{gone}\" . 10.244.1.9 }}'"
+    ));
+    // As DEL does, which leaves the rest to the daemon.
+    pair.a.told(&format!("ip link del {gone}"));
+    until("the daemon has pruned", || !known().contains(gone));
+    assert!(known().contains(lives), "{}", known());
+    pair.a.told(&format!("ip link del {lives}"));
+    until("the daemon has pruned again", || !known().contains(lives));
+}
+
+#[test]
 fn an_earlier_prefix_that_a_pod_lives_in_stays_unreachable_without_the_guard() {
     if !root() {
         return;
