@@ -241,6 +241,12 @@ fn names(suite: &mut Suite<'_>) -> Result<String> {
     let servers = suite.json(&["-n", "kube-system", "get", "pods", "-l", "k8s-app=kube-dns"])?;
     let servers = servers.get("items").and_then(Value::as_array).cloned().unwrap_or_default();
     let places: BTreeSet<&str> = servers.iter().map(|pod| text(pod, "/spec/nodeName")).collect();
+    // DNS servers that were without the API server for minutes look again up to a minute later.
+    suite.wait("every pod resolves the names", resolved)?;
+    Ok(format!("servers on {}", places.into_iter().collect::<Vec<_>>().join(" and ")))
+}
+
+fn resolved(suite: &Suite<'_>) -> Result<()> {
     for pod in suite.pods("app=tool")? {
         for name in ["named", "named.e2e", "named.e2e.svc.cluster.local"] {
             let target = format!("{name}:{PORT}");
@@ -250,5 +256,5 @@ fn names(suite: &mut Suite<'_>) -> Result<String> {
             }
         }
     }
-    Ok(format!("servers on {}", places.into_iter().collect::<Vec<_>>().join(" and ")))
+    Ok(())
 }
