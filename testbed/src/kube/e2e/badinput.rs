@@ -1,6 +1,8 @@
 //! Bad input and faults of one node: its daemon says what is wrong in one line, an Event on the Node says so, it is not ready,
 //! the other nodes talk on, and all is well once it is put right.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
@@ -259,12 +261,19 @@ fn not_meshed(suite: &Suite<'_>, node: &str, words: &str) -> Result<()> {
 /// Removes a Node and lets its kubelet register it again, or find one with these prefixes. Its pods are not asked.
 fn make_anew(suite: &mut Suite<'_>, node: &str, prefixes: Option<&[&str]>) -> Result<()> {
     suite.kube.stop(node, "kubelet")?;
+    let status = suite.json(&["get", "node", node])?;
     suite.kube.kubectl(&["delete", "node", node, "--timeout=60s"])?;
     if let Some(prefixes) = prefixes {
         suite.apply(&json!({
             "apiVersion": "v1", "kind": "Node", "metadata": {"name": node},
             "spec": {"podCIDR": prefixes.first(), "podCIDRs": prefixes},
         }))?;
+        // A kubelet that finds a Node without room ends its pods (OutOfpods): they are to live on.
+        let room =
+            ["capacity", "allocatable"].map(|it| (it, status.pointer(&format!("/status/{it}"))));
+        let patch = json!({"status": BTreeMap::from(room)}).to_string();
+        let kind = ["--subresource=status", "--type=merge", "-p", &patch];
+        suite.kube.kubectl(&[&["patch", "node", node][..], &kind].concat())?;
     }
     suite.kube.start(node, "kubelet")?;
     suite.wait("the kubelet has its Node", |suite| {
