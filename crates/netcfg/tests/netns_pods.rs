@@ -260,6 +260,10 @@ fn without_a_daemon_a_pod_is_taken_out_of_the_source_filter_at_once() {
     assert_eq!(sources(), 2);
     lab.node.run(|| pod::detach_served(&two.attachment, "nosuch0"));
     assert_eq!(sources(), 0);
+    // What a damaged file may say.
+    let three = attach(&lab, "three", 7);
+    lab.node.run(|| pod::detach_served(&three.attachment, "no/name"));
+    assert_eq!(sources(), 0);
 }
 
 #[test]
