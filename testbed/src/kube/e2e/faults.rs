@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::suite::{FAMILIES, PodFacts, Suite, text};
-use super::{Test, test};
+use super::{Test, services, test};
 use crate::kube::chart;
 use crate::kube::cluster::CONTROL;
 use crate::traffic::{self, Family, Gap, GapProbe, Protocol};
@@ -154,6 +154,7 @@ fn api_outage(suite: &mut Suite<'_>) -> Result<String> {
     })?;
     let (outage, restart) = restart?;
     exchanged?;
+    services::wait_dns(suite)?;
     suite.wait_daemon_ready(&node, true)?;
     ensure!(suite.daemon_process(&node)? != daemon, "the daemon was not killed");
     let outage = at_most(outage, UNSEEN_MS)?;

@@ -241,14 +241,21 @@ fn names(suite: &mut Suite<'_>) -> Result<String> {
     let servers = suite.json(&["-n", "kube-system", "get", "pods", "-l", "k8s-app=kube-dns"])?;
     let servers = servers.get("items").and_then(Value::as_array).cloned().unwrap_or_default();
     let places: BTreeSet<&str> = servers.iter().map(|pod| text(pod, "/spec/nodeName")).collect();
-    // DNS servers that were without the API server for minutes look again up to a minute later.
-    suite.wait("every pod resolves the names", resolved)?;
+    resolved(suite, "named")?;
     Ok(format!("servers on {}", places.into_iter().collect::<Vec<_>>().join(" and ")))
 }
 
-fn resolved(suite: &Suite<'_>) -> Result<()> {
+/// Waits until DNS knows a Service made now: servers that were without the API server for minutes look again up to a minute later.
+pub(super) fn wait_dns(suite: &Suite<'_>) -> Result<()> {
+    const FRESH: &str = "fresh";
+    service(suite, FRESH, &[])?;
+    suite.wait("DNS knows a new Service", |suite| resolved(suite, FRESH))
+}
+
+/// Every pod asks for the Service by each of its names.
+fn resolved(suite: &Suite<'_>, service: &str) -> Result<()> {
     for pod in suite.pods("app=tool")? {
-        for name in ["named", "named.e2e", "named.e2e.svc.cluster.local"] {
+        for name in ["", ".e2e", ".e2e.svc.cluster.local"].map(|rest| format!("{service}{rest}")) {
             let target = format!("{name}:{PORT}");
             let answers = suite.tool_in(&pod, &["ask", &target, "--count", "5"])?;
             for line in answers.lines() {

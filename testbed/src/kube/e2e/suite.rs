@@ -118,10 +118,9 @@ impl<'a> Suite<'a> {
         Ok(items.iter().map(|lease| text(lease, "/spec/renewTime").to_owned()).collect())
     }
 
-    /// Removes the suite's objects, of an earlier run too. Kubelets that could not reach the API server for minutes hear of
-    /// it up to a minute later, and the namespace's end is looked for again half a grace period after each try.
+    /// Removes the suite's objects, of an earlier run too.
     pub(super) fn clean(&self) -> Result<()> {
-        let words = ["delete", "namespace", NAMESPACE, "--ignore-not-found", "--timeout=300s"];
+        let words = ["delete", "namespace", NAMESPACE, "--ignore-not-found", "--timeout=120s"];
         self.kube.kubectl(&words).map(|_| ())
     }
 
