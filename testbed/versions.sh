@@ -9,3 +9,7 @@ helm_version=4.3.1
 coredns_version=1.15.0
 cnitool_version=1.3.1
 cni_plugins_version=1.9.1
+boringtun_version=0.7.1
+gotatun_version=0.10.2
+# 1.11 and later need github.com/DefinedNet/netlink, which not every module proxy has.
+nebula_version=1.10.3

@@ -8,6 +8,50 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::Serialize;
 
+/// Which way is better.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Better {
+    Lower,
+    Higher,
+}
+
+/// What `must` and `aim` are compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Of {
+    Ratio,
+    Value,
+}
+
+/// What a figure has to reach.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Target {
+    of: Of,
+    must: Option<f64>,
+    aim: Option<f64>,
+}
+
+impl Target {
+    pub(super) const NONE: Self = Self { of: Of::Ratio, must: None, aim: None };
+
+    pub(super) const fn ratio(must: f64, aim: f64) -> Self {
+        Self { of: Of::Ratio, must: Some(must), aim: Some(aim) }
+    }
+
+    pub(super) const fn value(must: f64, aim: f64) -> Self {
+        Self { of: Of::Value, must: Some(must), aim: Some(aim) }
+    }
+
+    /// What is left of it where nobody is measured beside us.
+    pub(super) fn without_ratio(self) -> Self {
+        if self.of == Of::Ratio { Self::NONE } else { self }
+    }
+
+    /// What must never happen.
+    fn is_never(self) -> bool {
+        self.of == Of::Value && self.must == Some(0.0)
+    }
+}
+
 /// One figure, beside the peer's where there is one.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Figure {
@@ -19,7 +63,7 @@ pub struct Figure {
     pub peer_value: Option<f64>,
     /// Ours divided by theirs.
     pub ratio: Option<f64>,
-    /// The ratio may be at most this; without a peer, the value.
+    /// What the ratio, or the value itself, may be at most; at least, where higher is better.
     pub must: Option<f64>,
     /// What we would like it to be.
     pub aim: Option<f64>,
@@ -27,6 +71,11 @@ pub struct Figure {
     pub ok: bool,
     #[serde(skip)]
     pub spread: Spread,
+    #[serde(skip)]
+    pub better: Better,
+    /// Whether `must` and `aim` are about the ratio or about the value itself.
+    #[serde(skip)]
+    pub must_of: Of,
 }
 
 /// Lowest and highest of what a figure was made from.
@@ -59,6 +108,8 @@ impl Figure {
             aim,
             ok: must.is_none_or(|must| ratio <= must),
             spread: Spread { ours, peer: Some(theirs) },
+            better: Better::Lower,
+            must_of: Of::Ratio,
         }
     }
 
@@ -80,6 +131,8 @@ impl Figure {
             aim: None,
             ok: true,
             spread: Spread { ours: spread, peer: None },
+            better: Better::Lower,
+            must_of: Of::Value,
         }
     }
 
@@ -96,6 +149,55 @@ impl Figure {
         let low = low.min(high);
         Self { must: Some(must), ok, ..Self::alone(name, unit, high, [low, high]) }
     }
+
+    /// Of one value per round: the median, or the highest of what must never happen.
+    pub(super) fn beside(
+        (name, unit, better): (&'static str, &'static str, Better),
+        ours: &[f64],
+        theirs: Option<(&'static str, &[f64])>,
+        target: Target,
+    ) -> Self {
+        let middle = |rounds: &[f64]| {
+            let mut sorted = rounds.to_vec();
+            sorted.sort_by(f64::total_cmp);
+            let ends = [sorted.first(), sorted.last()].map(|end| end.copied().unwrap_or(0.0));
+            (if target.is_never() { ends[1] } else { median(&sorted) }, ends)
+        };
+        let (value, spread) = middle(ours);
+        let their = theirs.map(|(_, rounds)| middle(rounds));
+        // Nothing is a multiple of nothing.
+        let ratio = their.filter(|(peer, _)| *peer > 0.0).map(|(peer, _)| value / peer);
+        let compared = if target.of == Of::Ratio { ratio } else { Some(value) };
+        let holds = |must: f64| {
+            compared.is_some_and(|compared| match better {
+                Better::Lower => compared <= must,
+                Better::Higher => compared >= must,
+            })
+        };
+        Self {
+            name: name.to_owned(),
+            value,
+            unit,
+            peer: theirs.map(|(peer, _)| peer),
+            peer_value: their.map(|(value, _)| value),
+            ratio,
+            better,
+            must_of: target.of,
+            must: target.must,
+            aim: target.aim,
+            ok: target.must.is_none_or(holds),
+            spread: Spread { ours: spread, peer: their.map(|(_, spread)| spread) },
+        }
+    }
+
+    /// The bound in words, and whether it holds.
+    pub(super) fn verdict(&self) -> String {
+        let Some(must) = self.must else { return String::new() };
+        let sign = if self.better == Better::Lower { "<=" } else { ">=" };
+        let unit = if self.must_of == Of::Value { self.unit } else { "x" };
+        let verdict = if self.ok { "ok" } else { "MISSED" };
+        format!("{sign} {must} {unit} {verdict}")
+    }
 }
 
 /// All figures of a run, and what they were measured on.
@@ -105,6 +207,15 @@ pub struct Report {
     pub processors: usize,
     pub kernel: String,
     pub rounds: usize,
+    /// Of each measurement; none where one is a single call.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<u64>,
+    /// Load average when it began: anything much above zero is somebody else's work on the same processors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub load_before: Option<f64>,
+    /// What could not be measured here, and why.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
     pub figures: Vec<Figure>,
     /// By figure: lowest and highest of the rounds.
     pub spreads: BTreeMap<String, Spread>,
@@ -123,6 +234,9 @@ impl Report {
             processors: std::thread::available_parallelism().map_or(1, usize::from),
             kernel: kernel.trim().to_owned(),
             rounds,
+            seconds: None,
+            load_before: None,
+            left_out: Vec::new(),
             spreads: figures.iter().map(|one| (one.name.clone(), one.spread)).collect(),
             figures,
         }
@@ -145,40 +259,62 @@ impl Report {
         Ok(())
     }
 
+    pub(super) fn of_tunnels(self, seconds: u64, load: Option<f64>, left_out: Vec<String>) -> Self {
+        Self { seconds: Some(seconds), load_before: load, left_out, ..self }
+    }
+
+    /// What it was measured on, in a line.
+    pub(super) fn setting(&self) -> String {
+        let Self { processor, processors, kernel, rounds, .. } = self;
+        let seconds = self.seconds.map_or_else(String::new, |seconds| format!(" of {seconds} s"));
+        let load =
+            self.load_before.map_or_else(String::new, |load| format!(", load before {load}"));
+        format!("{processors} x {processor}, Linux {kernel}, {rounds} rounds{seconds}{load}")
+    }
+
     /// For people. Columns of a peer only where there is one.
     fn table(&self) -> String {
-        let Self { processor, processors, kernel, rounds, figures, .. } = self;
-        let compared = figures.iter().any(|figure| figure.peer.is_some());
-        let mut text = format!("{processors} x {processor}, Linux {kernel}, {rounds} rounds\n\n");
+        let compared = self.figures.iter().any(|figure| figure.peer.is_some());
+        let mut text = format!("{}\n\n", self.setting());
         let mut line = |[name, ours, spread, theirs, their_spread, ratio, must]: [&str; 7]| {
-            let _ = write!(text, "{name:<28} {ours:>10} {spread:>17}");
+            let _ = write!(text, "{name:<28} {ours:>15} {spread:>17}");
             if compared {
-                let _ = write!(text, "  {theirs:>10} {their_spread:>17}  {ratio:>6}");
+                let _ = write!(text, "  {theirs:>28} {their_spread:>17}  {ratio:>6}");
             }
             let _ = writeln!(text, "  {must}");
         };
         let ours = if compared { "ours" } else { "highest" };
-        line(["", ours, "of rounds", "theirs", "of rounds", "ratio", "at most"]);
-        for figure in figures {
-            let number = |value: f64| format!("{value:.1} {}", figure.unit);
-            let range = |[low, high]: [f64; 2]| format!("{low:.1} - {high:.1}");
-            let must = figure.must.map(|must| match figure.peer {
-                Some(_) => format!("{must:.2}"),
-                None => format!("{must:.0} {}", figure.unit),
-            });
+        line(["", ours, "of rounds", "theirs", "of rounds", "ratio", "must be"]);
+        for figure in &self.figures {
+            let number = |value: f64| format!("{} {}", digits(value), figure.unit);
+            let range = |[low, high]: [f64; 2]| format!("{} - {}", digits(low), digits(high));
+            let peer = figure.peer.unwrap_or_default();
             line([
                 &figure.name,
                 &number(figure.value),
                 &range(figure.spread.ours),
-                &figure.peer_value.map_or_else(String::new, number),
+                &figure
+                    .peer_value
+                    .map_or_else(String::new, |value| format!("{peer} {}", number(value))),
                 &figure.spread.peer.map_or_else(String::new, range),
                 &figure.ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}")),
-                &must.map_or_else(String::new, |must| {
-                    format!("{must} {}", if figure.ok { "ok" } else { "MISSED" })
-                }),
+                &figure.verdict(),
             ]);
         }
+        for line in &self.left_out {
+            let _ = writeln!(text, "left out: {line}");
+        }
         text
+    }
+}
+
+/// Three digits that matter.
+pub(super) fn digits(value: f64) -> String {
+    match value.abs() {
+        size if size >= 100.0 => format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.1}"),
+        0.0 => "0".to_owned(),
+        _ => format!("{value:.2}"),
     }
 }
 
@@ -200,17 +336,17 @@ fn sorted(round: &[Duration]) -> Vec<f64> {
 
 /// The middle one of sorted values.
 pub(super) fn median(sorted: &[f64]) -> f64 {
-    rank(sorted, 50)
+    rank(sorted, 500)
 }
 
 /// The value that 99 of 100 do not exceed.
 pub(super) fn p99(sorted: &[f64]) -> f64 {
-    rank(sorted, 99)
+    rank(sorted, 990)
 }
 
 /// Nearest rank; zero for nothing.
-fn rank(sorted: &[f64], percent: usize) -> f64 {
-    let place = (sorted.len() * percent).div_ceil(100);
+pub(super) fn rank(sorted: &[f64], permille: usize) -> f64 {
+    let place = (sorted.len() * permille).div_ceil(1000);
     sorted.get(place.saturating_sub(1)).copied().unwrap_or(0.0)
 }
 
@@ -259,6 +395,21 @@ mod tests {
         let wanted = ["aim", "must", "name", "ok", "peer", "peer_value", "ratio", "unit", "value"];
         assert_eq!(fields, wanted);
         assert!(json["spreads"]["x"]["peer"].is_array());
+    }
+
+    #[test]
+    fn a_figure_may_have_to_be_high_or_low_or_nothing_at_all() {
+        let ok = |better, ours: &[f64], target| {
+            Figure::beside(("x", "s", better), ours, Some(("peer", &[2.0, 2.0])), target).ok
+        };
+        assert!(ok(Better::Higher, &[4.0, 5.0, 6.0], Target::ratio(2.5, 3.0)));
+        assert!(!ok(Better::Higher, &[4.0, 4.9, 6.0], Target::ratio(2.5, 3.0)));
+        assert!(ok(Better::Lower, &[1.0, 0.5, 9.0], Target::ratio(0.5, 0.1)));
+        assert!(ok(Better::Lower, &[16.0], Target::value(16.0, 8.0)));
+        assert!(!ok(Better::Lower, &[0.0, 0.0, 1.0], Target::value(0.0, 0.0)));
+        let never = Target::value(0.0, 0.0);
+        let alone = Figure::beside(("x", "s", Better::Lower), &[0.0, 3.0, 0.0], None, never);
+        assert_eq!((alone.value, alone.ratio, alone.ok), (3.0, None, false));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! cni       rounds of our CNI plugin and the peer's, in turn
 //! node      what a plugin finds on a node, and namespaces for pods
 //! plugin    one call of a plugin, timed
+//! tunnel    rounds of our data plane and others', in turn
 //! figures   what comes of it: a table or JSON
 //! ```
 //!
@@ -13,11 +14,13 @@ mod cni;
 mod figures;
 mod node;
 mod plugin;
+mod tunnel;
 
 use anyhow::Result;
 
 pub use cni::CniOptions;
 pub use figures::{Figure, Report};
+pub use tunnel::{CrowdOptions, TunnelOptions};
 
 #[derive(Debug, Clone, clap::Args)]
 pub struct BenchOptions {
@@ -29,11 +32,18 @@ pub struct BenchOptions {
 enum BenchCommand {
     /// ADD and DEL of our CNI plugin beside `bridge` and `host-local`
     Cni(CniOptions),
+    /// The data plane beside those of others
+    Tunnel(TunnelOptions),
+    /// Peers that only answer
+    #[command(hide = true)]
+    Crowd(CrowdOptions),
 }
 
 /// Runs a benchmark and prints its figures; whether every limit holds.
 pub fn run(options: &BenchOptions) -> Result<bool> {
     match &options.command {
         BenchCommand::Cni(options) => cni::run(options),
+        BenchCommand::Tunnel(options) => tunnel::run(options),
+        BenchCommand::Crowd(options) => tunnel::answer(options).map(|()| true),
     }
 }

@@ -1,0 +1,377 @@
+//! What is measured at a site, and the figures each measurement gives.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use super::cost::{self, Repairs};
+use super::load::{self, Place, Stream, Way};
+use super::site::{Shape, Site};
+use super::subject::Subject;
+
+/// Payload of the small and the large UDP test: an answer of a name server, and what fills a packet of 1,400 bytes.
+const UDP_BYTES: [u32; 2] = [64, 1372];
+
+/// How long a daemon with many peers is left alone before its rest is measured: passive keepalives come after 10 s.
+const SETTLE: Duration = Duration::from_secs(15);
+
+/// The stream runs alone for so long before the latency beside it is measured.
+const LEAD: Duration = Duration::from_millis(500);
+
+/// Values of every figure and subject, one per round.
+#[derive(Debug, Default)]
+pub(super) struct Samples(pub(super) BTreeMap<(&'static str, Subject), Vec<f64>>);
+
+impl Samples {
+    fn push(&mut self, figure: &'static str, subject: Subject, value: f64) {
+        self.0.entry((figure, subject)).or_default().push(value);
+    }
+
+    pub(super) fn of(&self, figure: &'static str, subject: Subject) -> Option<&[f64]> {
+        self.0.get(&(figure, subject)).map(Vec::as_slice)
+    }
+}
+
+/// A measurement: what runs, and the names of what it gives.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Measure {
+    pub(super) figures: &'static [&'static str],
+    kind: Kind,
+    shape: Shape,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Tcp {
+        streams: u8,
+        way: Way,
+        congestion: &'static str,
+        v6: bool,
+        pods: bool,
+    },
+    /// TCP that also counts what it cost.
+    TcpWithCost {
+        congestion: &'static str,
+    },
+    Udp {
+        bytes: u32,
+    },
+    PingIdle,
+    RequestsIdle,
+    UnderLoad,
+    Rest,
+}
+
+const FEW: Shape = Shape { mtu: 1420, peers: 1, pods: true };
+const JUMBO: Shape = Shape { mtu: 8920, peers: 1, pods: false };
+const HUNDRED: Shape = Shape { mtu: 1420, peers: 100, pods: false };
+const THOUSAND: Shape = Shape { mtu: 1420, peers: 1000, pods: false };
+
+/// Every site, in the order they are built.
+pub(super) const SHAPES: [Shape; 4] = [FEW, JUMBO, HUNDRED, THOUSAND];
+
+const fn tcp(
+    figures: &'static [&'static str],
+    streams: u8,
+    way: Way,
+    congestion: &'static str,
+) -> Measure {
+    let kind = Kind::Tcp { streams, way, congestion, v6: false, pods: false };
+    Measure { figures, kind, shape: FEW }
+}
+
+const fn pod(
+    figures: &'static [&'static str],
+    streams: u8,
+    way: Way,
+    congestion: &'static str,
+) -> Measure {
+    let kind = Kind::Tcp { streams, way, congestion, v6: false, pods: true };
+    Measure { figures, kind, shape: FEW }
+}
+
+const fn shaped(figures: &'static [&'static str], streams: u8, shape: Shape) -> Measure {
+    let kind =
+        Kind::Tcp { streams, way: Way::Forward, congestion: "cubic", v6: false, pods: false };
+    Measure { figures, kind, shape }
+}
+
+const fn at(figures: &'static [&'static str], kind: Kind, shape: Shape) -> Measure {
+    Measure { figures, kind, shape }
+}
+
+const V6: Kind =
+    Kind::Tcp { streams: 1, way: Way::Forward, congestion: "cubic", v6: true, pods: false };
+
+/// Costs are taken with cubic, which every kernel has.
+pub(super) const MEASURES: [Measure; 25] = [
+    tcp(&["tcp_1_bbr"], 1, Way::Forward, "bbr"),
+    tcp(&["tcp_4_bbr"], 4, Way::Forward, "bbr"),
+    tcp(&["tcp_reverse_bbr"], 1, Way::Reverse, "bbr"),
+    at(
+        &[
+            "tcp_1_cubic",
+            "cpu_per_gbit",
+            "out_of_order",
+            "retransmits",
+            "decrypt_errors",
+            "resident_few",
+        ],
+        Kind::TcpWithCost { congestion: "cubic" },
+        FEW,
+    ),
+    tcp(&["tcp_4_cubic"], 4, Way::Forward, "cubic"),
+    tcp(&["tcp_reverse_cubic"], 1, Way::Reverse, "cubic"),
+    tcp(&["tcp_both"], 1, Way::Both, "cubic"),
+    at(&["tcp_1_v6"], V6, FEW),
+    pod(&["pod_tcp_1_bbr"], 1, Way::Forward, "bbr"),
+    pod(&["pod_tcp_4_bbr"], 4, Way::Forward, "bbr"),
+    pod(&["pod_tcp_reverse_bbr"], 1, Way::Reverse, "bbr"),
+    pod(&["pod_tcp_1_cubic"], 1, Way::Forward, "cubic"),
+    pod(&["pod_tcp_4_cubic"], 4, Way::Forward, "cubic"),
+    pod(&["pod_tcp_reverse_cubic"], 1, Way::Reverse, "cubic"),
+    at(&["udp_64"], Kind::Udp { bytes: UDP_BYTES[0] }, FEW),
+    at(&["udp_1372"], Kind::Udp { bytes: UDP_BYTES[1] }, FEW),
+    at(&["ping_idle"], Kind::PingIdle, FEW),
+    at(&["rr_idle_p50", "rr_idle_p99", "rr_idle_p99_9"], Kind::RequestsIdle, FEW),
+    at(&["ping_load", "rr_load_p50", "rr_load_p99", "rr_load_p99_9"], Kind::UnderLoad, FEW),
+    at(&["idle_cpu_few"], Kind::Rest, FEW),
+    shaped(&["tcp_1_mtu_8920"], 1, JUMBO),
+    shaped(&["tcp_4_mtu_8920"], 4, JUMBO),
+    shaped(&["tcp_1_peers_100"], 1, HUNDRED),
+    at(&["idle_cpu_1000", "resident_1000"], Kind::Rest, THOUSAND),
+    shaped(&["tcp_1_peers_1000"], 1, THOUSAND),
+];
+
+impl Measure {
+    pub(super) fn shape(self) -> Shape {
+        self.shape
+    }
+
+    /// The congestion control it needs.
+    pub(super) fn congestion(self) -> Option<&'static str> {
+        match self.kind {
+            Kind::Tcp { congestion, .. } | Kind::TcpWithCost { congestion } => Some(congestion),
+            _ => None,
+        }
+    }
+
+    /// Whether it says anything about this subject.
+    pub(super) fn applies_to(self, subject: Subject) -> bool {
+        let of_a_daemon = matches!(self.kind, Kind::Rest);
+        !(of_a_daemon && subject.is_for_scale())
+            && (self.shape.peers == 1 || subject.takes_many_peers())
+    }
+
+    /// What comes before the measurement itself.
+    pub(super) fn settle(self) -> Duration {
+        match self.kind {
+            Kind::Rest => SETTLE,
+            Kind::UnderLoad => LEAD,
+            _ => Duration::ZERO,
+        }
+    }
+
+    /// One round of `time` with this subject.
+    pub(super) fn run(
+        self,
+        subject: Subject,
+        site: &Site,
+        time: Duration,
+        samples: &mut Samples,
+    ) -> Result<()> {
+        self.measure(subject, site, time, samples).with_context(|| {
+            let logs = site.daemons.iter().map(|daemon| crate::lab::last_lines(&daemon.log()));
+            let logs: Vec<String> = logs.collect();
+            format!("{} of {}: daemons say: {}", self.figures[0], subject.name(), logs.join(" | "))
+        })
+    }
+
+    fn measure(
+        self,
+        subject: Subject,
+        site: &Site,
+        time: Duration,
+        samples: &mut Samples,
+    ) -> Result<()> {
+        let nodes = [&site.nodes[0], &site.nodes[1]];
+        let far = nodes[1].v4;
+        match self.kind {
+            Kind::Tcp { streams, way, congestion, v6, pods } => {
+                let places = match &site.pods {
+                    Some([from, to]) if pods => [from, to],
+                    _ => nodes,
+                };
+                let address = if v6 { far_v6(places[1])? } else { places[1].v4 };
+                let stream = Stream::Tcp { streams, way, congestion };
+                let received = load::iperf3(places, address, stream, time)?;
+                samples.push(self.figures[0], subject, received.bits_per_second / 1e9);
+            }
+            Kind::TcpWithCost { congestion } => {
+                self.with_cost(subject, site, congestion, time, samples)?;
+            }
+            Kind::Udp { bytes } => {
+                let received = load::iperf3(nodes, far, Stream::Udp { bytes }, time)?;
+                let value = match bytes {
+                    64 => received.packets_per_second / 1e3,
+                    _ => received.bits_per_second / 1e9,
+                };
+                samples.push(self.figures[0], subject, value);
+            }
+            Kind::PingIdle => {
+                let average = load::ping(nodes[0], far, time)?;
+                samples.push(self.figures[0], subject, average.as_secs_f64() * 1e3);
+            }
+            Kind::RequestsIdle => {
+                let times = load::request_response(nodes, far, time)?;
+                push_ranks(self.figures, subject, &times, samples);
+            }
+            Kind::UnderLoad => self.under_load(subject, nodes, time, samples)?,
+            Kind::Rest => self.rest(subject, site, time, samples)?,
+        }
+        Ok(())
+    }
+
+    /// One stream, and what it cost: figures in the order of the table above.
+    fn with_cost(
+        self,
+        subject: Subject,
+        site: &Site,
+        congestion: &'static str,
+        time: Duration,
+        samples: &mut Samples,
+    ) -> Result<()> {
+        let nodes = [&site.nodes[0], &site.nodes[1]];
+        let bad_before =
+            if subject == Subject::Meshd { Some(site.decrypt_errors()?) } else { None };
+        let before = (processor_time(site)?, repairs(nodes)?);
+        let stream = Stream::Tcp { streams: 1, way: Way::Forward, congestion };
+        let received = load::iperf3(nodes, nodes[1].v4, stream, time)?;
+        let (cost, repaired) = (processor_time(site)? - before.0, repairs(nodes)?.since(before.1));
+        let gbits = received.bits_per_second / 1e9;
+        let mut push = |place: usize, value: f64| samples.push(self.figures[place], subject, value);
+        push(0, gbits);
+        push(2, repaired.out_of_order as f64);
+        push(3, repaired.retransmits as f64);
+        if let Some(before) = bad_before {
+            push(4, site.decrypt_errors()?.saturating_sub(before) as f64);
+        }
+        if !site.daemons.is_empty() {
+            // A tick is 10 ms.
+            push(1, cost.as_secs_f64() * 100.0 / (gbits * time.as_secs_f64()));
+            push(5, resident(site)?);
+        }
+        Ok(())
+    }
+
+    /// Ping and requests beside one stream.
+    fn under_load(
+        self,
+        subject: Subject,
+        nodes: [&Place; 2],
+        time: Duration,
+        samples: &mut Samples,
+    ) -> Result<()> {
+        let far = nodes[1].v4;
+        let stream = Stream::Tcp { streams: 1, way: Way::Forward, congestion: "cubic" };
+        let (ping, times) = std::thread::scope(|scope| {
+            let load = scope.spawn(|| load::iperf3(nodes, far, stream, time + 2 * LEAD));
+            std::thread::sleep(LEAD);
+            let requests = scope.spawn(|| load::request_response(nodes, far, time));
+            let ping = load::ping(nodes[0], far, time)?;
+            let panicked = |_| anyhow::anyhow!("a thread panicked");
+            let times = requests.join().map_err(panicked)??;
+            load.join().map_err(panicked)??;
+            anyhow::Ok((ping, times))
+        })?;
+        samples.push(self.figures[0], subject, ping.as_secs_f64() * 1e3);
+        push_ranks(&self.figures[1..], subject, &times, samples);
+        Ok(())
+    }
+
+    /// What node a's daemon does and holds while nobody speaks.
+    fn rest(
+        self,
+        subject: Subject,
+        site: &Site,
+        time: Duration,
+        samples: &mut Samples,
+    ) -> Result<()> {
+        site.greet_crowd()?;
+        std::thread::sleep(SETTLE);
+        let Some(daemon) = site.daemons.first() else { return Ok(()) };
+        let pid = daemon.process().pid;
+        let before = cost::processor_time(pid)?;
+        std::thread::sleep(time);
+        let spent = cost::processor_time(pid)? - before;
+        samples.push(self.figures[0], subject, spent.as_secs_f64() / time.as_secs_f64() * 100.0);
+        if let Some(name) = self.figures.get(1) {
+            samples.push(name, subject, cost::resident(pid)?);
+        }
+        Ok(())
+    }
+}
+
+fn far_v6(place: &Place) -> Result<IpAddr> {
+    place.v6.context("there is no IPv6 address")
+}
+
+fn processor_time(site: &Site) -> Result<Duration> {
+    site.daemons.iter().map(|daemon| cost::processor_time(daemon.process().pid)).sum()
+}
+
+/// Of the larger end.
+fn resident(site: &Site) -> Result<f64> {
+    let sizes: Result<Vec<f64>> =
+        site.daemons.iter().map(|daemon| cost::resident(daemon.process().pid)).collect();
+    Ok(sizes?.into_iter().fold(0.0, f64::max))
+}
+
+fn repairs(nodes: [&Place; 2]) -> Result<Repairs> {
+    Ok(Repairs::read(&nodes[0].netns)?.plus(Repairs::read(&nodes[1].netns)?))
+}
+
+/// Median, 99 and 99.9 of 100, in microseconds.
+fn push_ranks(
+    figures: &[&'static str],
+    subject: Subject,
+    times: &[Duration],
+    samples: &mut Samples,
+) {
+    let mut sorted: Vec<f64> = times.iter().map(|time| time.as_nanos() as f64 / 1e3).collect();
+    sorted.sort_by(f64::total_cmp);
+    for (name, permille) in figures.iter().zip([500, 990, 999]) {
+        samples.push(name, subject, super::super::figures::rank(&sorted, permille));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::super::goals::{GOALS, named};
+    use super::*;
+
+    #[test]
+    fn every_figure_is_measured_once_and_has_a_goal() {
+        let names: Vec<&str> =
+            MEASURES.iter().flat_map(|measure| measure.figures).copied().collect();
+        let unique: BTreeSet<&str> = names.iter().copied().collect();
+        assert_eq!(names.len(), unique.len());
+        assert_eq!(unique, GOALS.iter().map(|goal| goal.name).collect());
+        assert!(names.iter().all(|name| named(name).is_some()));
+        assert!(MEASURES.iter().all(|measure| SHAPES.contains(&measure.shape())));
+    }
+
+    #[test]
+    fn ranks_of_requests_are_microseconds() {
+        let mut samples = Samples::default();
+        let times: Vec<Duration> = (1..=1000).map(Duration::from_micros).collect();
+        let names = ["rr_idle_p50", "rr_idle_p99", "rr_idle_p99_9"];
+        push_ranks(&names, Subject::Meshd, &times, &mut samples);
+        let of = |name| samples.of(name, Subject::Meshd).map(<[f64]>::to_vec);
+        assert_eq!(names.map(of), [500.0, 990.0, 999.0].map(|value| Some(vec![value])));
+    }
+}

@@ -1,0 +1,94 @@
+//! `docs/performance.md`: what was measured, on what, and how to measure it again.
+
+use std::fmt::Write as _;
+
+use super::super::figures::{Figure, Of, Report, digits};
+
+const HOW: &str = "\
+# How fast the data plane is
+
+Written by `./testbed/bench tunnel --page docs/performance.md --svg docs/performance.svg`: change the program, not this file.
+
+Two network namespaces on one machine, a veth pair between them, the same traffic through each program in turn, round after
+round. Both ends and the traffic share the processors, so throughput here says what a byte costs, not what one end alone
+could do; ratios between programs of the same round are what to look at. Values are medians of the rounds, with the lowest and the
+highest behind them.
+
+- TCP and UDP by iperf3, latency by ping and by one connection with one 64-byte request under way (`rr_…`); `…_load` is beside one
+  TCP stream. `pod_…` is between two pods, whose network our CNI plugin made for every program.
+- Tunnels have MTU 1420 where the name says nothing else; the wire is as wide as that needs. Figures without `bbr` use cubic.
+- `cpu_per_gbit`: processor time of the programs at both ends, in ticks of 10 ms, system calls included, for a Gbit of `tcp_1_cubic`.
+- `…_1000`: node a has 1,000 peers and a session with each. `idle_cpu_…` is its daemon's share of one core while nobody speaks.
+- `out_of_order`, `retransmits`: what TCP at both ends counted during `tcp_1_cubic`, in the worst round.
+- meshd runs as on a node (`meshd run --roster`): control plane, guard and counters are in its figures. nebula uses its default
+  cipher, AES-GCM. vxlan and veth do not encrypt and are measured once, for scale.
+
+To repeat it: `./testbed/bench tunnel`, on any Linux with root, namespaces and a few Debian packages that it installs; it says how
+long it will take. `--only tcp_1_cubic --seconds 3` is a look in a minute, `--json` prints the same figures for programs.
+
+";
+
+/// The page for these figures.
+pub(super) fn write(report: &Report) -> String {
+    let mut text = HOW.to_owned();
+    let _ = writeln!(text, "Measured on {}.\n", report.setting());
+    text.push_str("![Everybody's values](performance.svg)\n\n");
+    text.push_str("| figure | unit | meshd | beside | its value | ratio | must | aim | |\n");
+    text.push_str("|---|---|---|---|---|---|---|---|---|\n");
+    for figure in &report.figures {
+        row(&mut text, figure);
+    }
+    if !report.left_out.is_empty() {
+        text.push_str("\nNot measured here:\n\n");
+        for line in &report.left_out {
+            let _ = writeln!(text, "- {line}");
+        }
+    }
+    text
+}
+
+fn row(text: &mut String, figure: &Figure) {
+    let with_spread = |value: f64, [low, high]: [f64; 2]| {
+        format!("{} ({}–{})", digits(value), digits(low), digits(high))
+    };
+    let theirs = figure.peer_value.zip(figure.spread.peer);
+    let bound = |value: Option<f64>| match (value, figure.must_of) {
+        (Some(value), Of::Ratio) => format!("{value} ×"),
+        (Some(value), Of::Value) => format!("{value} {}", figure.unit),
+        (None, _) => String::new(),
+    };
+    let verdict = match (figure.must, figure.ok) {
+        (None, _) => "",
+        (_, true) => "ok",
+        (_, false) => "**missed**",
+    };
+    let _ = writeln!(
+        text,
+        "| {} | {} | {} | {} | {} | {} | {} | {} | {verdict} |",
+        figure.name,
+        figure.unit,
+        with_spread(figure.value, figure.spread.ours),
+        figure.peer.unwrap_or_default(),
+        theirs.map_or_else(String::new, |(value, spread)| with_spread(value, spread)),
+        figure.ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}")),
+        bound(figure.must),
+        bound(figure.aim),
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::figures::{Better, Target};
+    use super::*;
+
+    #[test]
+    fn the_page_says_what_was_missed_and_what_was_left_out() {
+        let what = ("tcp", "Gbit/s", Better::Higher);
+        let figure = Figure::beside(what, &[1.0], Some(("peer", &[1.0])), Target::ratio(1.7, 2.0));
+        let report =
+            Report::new(1, vec![figure]).of_tunnels(10, None, vec!["bbr: none".to_owned()]);
+        let page = write(&report);
+        assert!(page.contains("| tcp | Gbit/s | 1.00 (1.00–1.00) | peer |"), "{page}");
+        assert!(page.contains("**missed**") && page.ends_with("- bbr: none\n"), "{page}");
+    }
+}

@@ -1,0 +1,123 @@
+//! What is measured: ours, others that encrypt, and two kernel ways that do not, for scale.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+/// One way from a node to another. A further way of ours to run is one more variant here and one arm in `site`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Subject {
+    /// Two `meshd run --roster`.
+    Meshd,
+    WireguardGo,
+    Boringtun,
+    Gotatun,
+    Nebula,
+    /// In the kernel, not encrypted.
+    Vxlan,
+    /// The wire alone.
+    Veth,
+}
+
+impl Subject {
+    pub(super) const ALL: [Self; 7] = [
+        Self::Meshd,
+        Self::WireguardGo,
+        Self::Boringtun,
+        Self::Gotatun,
+        Self::Nebula,
+        Self::Vxlan,
+        Self::Veth,
+    ];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Meshd => "meshd",
+            Self::WireguardGo => "wireguard-go",
+            Self::Boringtun => "boringtun",
+            Self::Gotatun => "gotatun",
+            Self::Nebula => "nebula",
+            Self::Vxlan => "vxlan",
+            Self::Veth => "veth",
+        }
+    }
+
+    pub(super) fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|subject| subject.name() == name)
+    }
+
+    /// Measured once, to show what the machine could do.
+    pub(super) fn is_for_scale(self) -> bool {
+        matches!(self, Self::Vxlan | Self::Veth)
+    }
+
+    /// Configured over the cross-platform socket of WireGuard.
+    pub(super) fn speaks_uapi(self) -> bool {
+        matches!(self, Self::WireguardGo | Self::Boringtun | Self::Gotatun)
+    }
+
+    /// Runs with any number of static peers.
+    pub(super) fn takes_many_peers(self) -> bool {
+        self == Self::Meshd || self.speaks_uapi()
+    }
+
+    fn is_built(self) -> bool {
+        self.speaks_uapi() || self == Self::Nebula
+    }
+}
+
+/// Where the programs of the subjects are, and why some are not.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    pub(super) programs: BTreeMap<Subject, PathBuf>,
+    pub(super) missing: BTreeMap<Subject, String>,
+}
+
+impl Found {
+    /// Reads what `testbed/scripts/tunnel-peers.sh` printed.
+    pub(super) fn read(list: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(list)
+            .with_context(|| format!("cannot read {}", list.display()))?;
+        Ok(Self::parse(&text))
+    }
+
+    fn parse(text: &str) -> Self {
+        let mut found = Self::default();
+        for line in text.lines() {
+            let Some((name, place)) = line.split_once('\t') else { continue };
+            let Some(subject) = Subject::named(name) else { continue };
+            match place.strip_prefix('!') {
+                Some(why) => drop(found.missing.insert(subject, why.to_owned())),
+                None => drop(found.programs.insert(subject, place.into())),
+            }
+        }
+        found
+    }
+
+    /// Everything that can be measured here, ours first.
+    pub(super) fn subjects(&self) -> Vec<Subject> {
+        let all = Subject::ALL.into_iter();
+        all.filter(|subject| !subject.is_built() || self.programs.contains_key(subject)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_that_was_not_built_is_left_out_with_its_reason() {
+        let found = Found::parse("wireguard-go\t/t/wg\nnebula\t!no such module\nother\t/t/x\n");
+        assert_eq!(found.missing[&Subject::Nebula], "no such module");
+        let subjects = found.subjects();
+        assert_eq!(subjects, [Subject::Meshd, Subject::WireguardGo, Subject::Vxlan, Subject::Veth]);
+    }
+
+    #[test]
+    fn names_lead_back() {
+        for subject in Subject::ALL {
+            assert_eq!(Subject::named(subject.name()), Some(subject));
+        }
+    }
+}
