@@ -364,6 +364,10 @@ impl Engine for BoringEngine {
         self.timers.set_keepalive(now, interval);
     }
 
+    fn postpone_keepalive(&mut self, now: MonoTime) {
+        self.timers.postpone_keepalive(now);
+    }
+
     fn retire(&mut self) {
         self.timers.retire();
     }

@@ -110,6 +110,10 @@ impl Timers {
         }
     }
 
+    pub(crate) fn postpone_keepalive(&mut self, now: MonoTime) {
+        self.touch_persistent(now);
+    }
+
     /// Whether an unforced initiation may go: none sent within the last five seconds.
     pub(crate) fn may_initiate(&self, now: MonoTime) -> bool {
         self.last_initiation.is_none_or(|sent| now.since(sent) >= REKEY_TIMEOUT)
@@ -424,6 +428,16 @@ mod tests {
         assert_eq!(timers.next(at(45)), Some(at(70)));
         timers.set_keepalive(at(50), None);
         assert_eq!(timers.next(at(50)), None);
+    }
+
+    #[test]
+    fn a_postponed_keepalive_comes_after_its_interval() {
+        let mut timers = Timers::new(at(0), Some(Duration::from_secs(25)), 7);
+        timers.postpone_keepalive(at(0));
+        assert_eq!(timers.next(at(0)), Some(at(25)));
+        let mut none = Timers::new(at(0), None, 7);
+        none.postpone_keepalive(at(0));
+        assert_eq!(none.next(at(0)), None);
     }
 
     #[test]

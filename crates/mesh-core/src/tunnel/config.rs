@@ -13,6 +13,18 @@ use mesh_types::time::MonoTime;
 use super::engine::OwnKeyId;
 use crate::packet::{CoalesceOptions, Ecn, VnetHeader};
 
+/// What the tunnel is part of, where that changes what it may believe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Setting {
+    /// A node of a mesh. Endpoints are what other nodes wrote about themselves and may name a victim; an inner packet
+    /// may be longer than the way to its peer carries; what comes from the device is from here.
+    #[default]
+    Mesh,
+    /// A WireGuard device of its own. Endpoints are the operator's words, the device's MTU bounds every packet, and
+    /// sources are checked where they arrive only (whitepaper section 2).
+    Device,
+}
+
 /// How one shard's tunnel is set up. The factory handed over beside it holds the own keys.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TunnelConfig {
@@ -23,6 +35,7 @@ pub struct TunnelConfig {
     pub coalesce: CoalesceOptions,
     /// Datagrams in one GSO send; 1 where the socket has no UDP_SEGMENT.
     pub gso_segments_max: usize,
+    pub setting: Setting,
 }
 
 impl Default for TunnelConfig {
@@ -32,6 +45,7 @@ impl Default for TunnelConfig {
             also_own: Vec::new(),
             coalesce: CoalesceOptions::default(),
             gso_segments_max: GSO_SEGMENTS_MAX,
+            setting: Setting::Mesh,
         }
     }
 }
@@ -47,7 +61,7 @@ pub struct PeerConfig {
     pub candidates: Vec<SocketAddr>,
     /// Persistent keepalive, for peers that reach us through a NAT of ours only.
     pub keepalive: Option<Duration>,
-    /// Largest inner packet on the way to this peer, bytes.
+    /// Largest inner packet on the way to this peer, bytes; of a [`Setting::Device`], the device's MTU.
     pub mtu: u32,
 }
 

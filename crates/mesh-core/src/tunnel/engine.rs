@@ -165,6 +165,9 @@ pub trait Engine: Send {
     /// Changes the interval of persistent keepalives without touching sessions.
     fn set_keepalive(&mut self, now: MonoTime, interval: Option<Duration>);
 
+    /// The next persistent keepalive comes after its interval, though one be due.
+    fn postpone_keepalive(&mut self, now: MonoTime);
+
     /// Begins no handshake any more and gives none up: another engine does. What it has lives to its end.
     fn retire(&mut self);
 

@@ -50,7 +50,8 @@ use mesh_types::limits::{EVENTS_MAX, NODES_MAX};
 use mesh_types::time::MonoTime;
 
 pub use config::{
-    Event, PeerConfig, PeerRefusal, PeerSnapshot, Reason, Transmit, TunFrame, TunnelConfig, UdpMeta,
+    Event, PeerConfig, PeerRefusal, PeerSnapshot, Reason, Setting, Transmit, TunFrame,
+    TunnelConfig, UdpMeta,
 };
 pub use counters::{Counters, DropReason};
 
@@ -104,7 +105,7 @@ impl<F: EngineFactory> Tunnel<F> {
             peers: Peers::new(seeds.next()),
             allowed: AllowedIps::new(),
             front: Front::new(seeds.next()),
-            limiter: ProbeLimiter::default(),
+            limiter: ProbeLimiter::new(config.setting == Setting::Mesh),
             staged: StagedBytes::default(),
             draining: VecDeque::new(),
             transmit: TransmitQueue::new(config.gso_segments_max),

@@ -3,7 +3,7 @@
 use mesh_types::time::MonoTime;
 
 use super::Tunnel;
-use super::config::Transmit;
+use super::config::{Setting, Transmit};
 use super::counters::DropReason;
 use super::engine::{Engine, EngineError, EngineFactory};
 use super::path::Endpoint;
@@ -27,7 +27,7 @@ impl<F: EngineFactory> Tunnel<F> {
             self.counters.count_drop(DropReason::NoPeer);
             return;
         };
-        if self.allowed.lookup(ip.source).is_some() {
+        if self.config.setting == Setting::Mesh && self.allowed.lookup(ip.source).is_some() {
             self.counters.count_drop(DropReason::LocalSourceForeign);
             return;
         }
@@ -113,7 +113,7 @@ impl<F: EngineFactory> Tunnel<F> {
 
     fn push_segments(&mut self, now: MonoTime, flow: Flow, segmenter: &Segmenter<'_>) {
         let mtu = self.peers.get(flow.slot).map_or(0, |peer| peer.config.mtu as usize);
-        if segmenter.longest() > mtu {
+        if segmenter.longest() > mtu && self.config.setting == Setting::Mesh {
             self.counters.count_drops(DropReason::PacketTooBig, segmenter.count() as u64);
             return;
         }

@@ -41,6 +41,19 @@ pub struct Member<E> {
     pub retire_at: Option<MonoTime>,
     /// A session was answered and waits for the first packet under it.
     pub unconfirmed: bool,
+    /// Sends nothing any more: it spoke for a key that is no longer ours.
+    pub mute: bool,
+}
+
+impl<E: Engine> Member<E> {
+    pub fn new(engine: E, index: u32, own: OwnKeyId) -> Self {
+        Self { engine, index, own, retire_at: None, unconfirmed: false, mute: false }
+    }
+
+    /// Whether it can seal a packet now.
+    pub fn sends(&self, now: MonoTime) -> bool {
+        !self.mute && self.engine.can_send(now)
+    }
 }
 
 #[derive(Debug)]
@@ -92,7 +105,7 @@ impl<E: Engine> Peer<E> {
 
     /// The newest engine that can send.
     pub fn sender(&self, now: MonoTime) -> Option<&Member<E>> {
-        self.members.iter().rev().find(|member| member.engine.can_send(now))
+        self.members.iter().rev().find(|member| member.sends(now))
     }
 
     pub fn member(&mut self, index: u32) -> Option<&mut Member<E>> {
@@ -109,7 +122,7 @@ impl<E: Engine> Peer<E> {
     pub fn speaks(&self, now: MonoTime, at: usize) -> bool {
         let newer = self.members.get(at + 1..).unwrap_or_default();
         let kept = self.members.get(at).is_some_and(|member| member.retire_at.is_none());
-        newer.is_empty() || (kept && !newer.iter().any(|member| member.engine.can_send(now)))
+        newer.is_empty() || (kept && !newer.iter().any(|member| member.sends(now)))
     }
 
     pub fn speakers(&self, now: MonoTime) -> usize {
@@ -119,7 +132,7 @@ impl<E: Engine> Peer<E> {
     /// Which engine goes first where there are too many: one that was replaced, rather without a session.
     fn dispensable(&self, now: MonoTime) -> usize {
         let replaced = |member: &Member<E>| member.retire_at.is_some();
-        let dead = |member: &Member<E>| replaced(member) && !member.engine.can_send(now);
+        let dead = |member: &Member<E>| replaced(member) && !member.sends(now);
         let of = |what: &dyn Fn(&Member<E>) -> bool| self.members.iter().position(what);
         of(&dead).or_else(|| of(&replaced)).unwrap_or(0)
     }
@@ -304,6 +317,16 @@ impl<E: Engine> Peers<E> {
         }
     }
 
+    /// None of the peer's engines sends any more, and all go when no session of theirs can be alive.
+    pub fn mute(&mut self, now: MonoTime, slot: u32) {
+        let members = self.get_mut(slot).map(|peer| peer.members.as_mut_slice());
+        for member in members.unwrap_or_default() {
+            member.mute = true;
+            member.retire_at.get_or_insert(now + QUARANTINE);
+            member.engine.retire();
+        }
+    }
+
     /// Drops engines whose time is over.
     pub fn retire(&mut self, now: MonoTime, slot: u32) {
         let due = |member: &Member<E>| member.retire_at.is_some_and(|at| at <= now);
@@ -410,7 +433,7 @@ mod tests {
             now,
             EngineConfig { own, peer, preshared: None, keepalive: None, index, seed: 1 },
         );
-        Member { engine, index, own, retire_at: None, unconfirmed: false }
+        Member::new(engine, index, own)
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! Configuration as a live diff: what did not change is not touched, sessions least of all.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 
 use mesh_types::key::PublicKey;
 use mesh_types::time::MonoTime;
 
 use super::Tunnel;
 use super::allowed_ips::InsertError;
-use super::config::{PeerConfig, PeerRefusal};
+use super::config::{PeerConfig, PeerRefusal, Setting};
 use super::counters::DropReason;
 use super::engine::{Engine, EngineConfig, EngineFactory, OwnKeyId};
 use super::peers::{Member, Peer};
@@ -84,6 +85,42 @@ impl<F: EngineFactory> Tunnel<F> {
         }
     }
 
+    /// This side is somebody else from now on: handshakes are begun and answered under own key `own` alone, and nothing
+    /// is sent under another (what still comes under old sessions is taken). New sessions are made when there is
+    /// something to send.
+    pub fn replace_own(&mut self, now: MonoTime, own: OwnKeyId) {
+        self.now = now;
+        self.flush(now);
+        self.config.also_own.clear();
+        self.config.own = own;
+        let slots: Vec<u32> = self.peers.slots().collect();
+        for slot in slots {
+            self.peers.mute(now, slot);
+            self.add_engine(now, slot, own);
+            let Some(peer) = self.peers.get_mut(slot) else { continue };
+            if let Some(newest) = peer.members.last_mut() {
+                newest.engine.postpone_keepalive(now);
+            }
+            if !peer.staged.is_empty() {
+                self.begin_anew(now, slot);
+            }
+        }
+    }
+
+    /// Moves the peer's endpoint, as an authenticated packet from there would.
+    pub fn set_endpoint(&mut self, now: MonoTime, key: &PublicKey, addr: SocketAddr) {
+        self.now = now;
+        self.flush(now);
+        let Some(slot) = self.peers.slot_of(key) else { return };
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        let wants = !peer.staged.is_empty() || peer.config.keepalive.is_some();
+        if peer.path.set_endpoint(addr) && wants && peer.sender(now).is_none() {
+            peer.initiate_at = Some(now);
+            peer.initiate_anew = true;
+            self.peers.reschedule(now, slot);
+        }
+    }
+
     /// Every own key that is answered, the one handshakes begin with last.
     fn own_keys(&self) -> impl Iterator<Item = OwnKeyId> + use<F> {
         let also = self.config.also_own.clone();
@@ -144,7 +181,12 @@ impl<F: EngineFactory> Tunnel<F> {
         }
         if before.preshared != config.preshared {
             self.add_engines(now, slot);
-            self.begin_anew(now, slot);
+            // A device is silent until it has something to say.
+            let speaks =
+                |peer: &Peer<F::Engine>| peer.sender(now).is_some() || !peer.staged.is_empty();
+            if self.config.setting == Setting::Mesh || self.peers.get(slot).is_some_and(speaks) {
+                self.begin_anew(now, slot);
+            }
         }
         self.peers.reschedule(now, slot);
         Some(slot)
@@ -168,8 +210,7 @@ impl<F: EngineFactory> Tunnel<F> {
             seed,
         };
         let engine = self.factory.create(now, config);
-        let member = Member { engine, index, own, retire_at: None, unconfirmed: false };
-        self.peers.add_member(now, slot, member);
+        self.peers.add_member(now, slot, Member::new(engine, index, own));
         self.peers.reschedule(now, slot);
     }
 

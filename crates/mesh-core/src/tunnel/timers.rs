@@ -142,6 +142,7 @@ impl<F: EngineFactory> Tunnel<F> {
                 TimerOutcome::Idle => return,
                 // A replaced engine lives on to receive; its keys are not to be renewed.
                 TimerOutcome::Initiation(_) if !speaks => {}
+                TimerOutcome::Keepalive(_) if member.mute => {}
                 // Another engine carries what is sent; this one begins anew when that ends.
                 TimerOutcome::GaveUp if !newest || peer.sender(now).is_some() => {
                     peer.path.gave_up();

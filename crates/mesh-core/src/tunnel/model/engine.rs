@@ -377,6 +377,11 @@ impl Engine for ModelEngine {
         }
     }
 
+    fn postpone_keepalive(&mut self, now: MonoTime) {
+        self.wants_handshake = false;
+        self.last_traffic = now;
+    }
+
     fn set_keepalive(&mut self, now: MonoTime, interval: Option<Duration>) {
         // A newly wanted keepalive is due at once, as in the kernel.
         let new = interval.is_some() && self.keepalive.is_none();

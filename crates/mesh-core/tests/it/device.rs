@@ -1,0 +1,186 @@
+//! Tunnels of plain WireGuard devices: an operator names endpoints, keys change at once, nobody speaks unasked.
+
+use std::time::Duration;
+
+use mesh_core::tunnel::config::Setting;
+use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
+use mesh_core::tunnel::model::{ModelFactory, public_key};
+use mesh_core::tunnel::{DropReason, PeerConfig, Tunnel, TunnelConfig};
+use mesh_types::key::PrivateKey;
+
+use crate::network::{Network, ipv4, net, preshared};
+
+/// Hosts that know each other's keys and that everything may come from everywhere; endpoints nobody knows.
+fn devices(seed: u64, count: usize) -> Network {
+    let mut network = Network::mesh(seed, count);
+    for host in 0..count {
+        let config = TunnelConfig { setting: Setting::Device, ..TunnelConfig::default() };
+        let factory = ModelFactory::new(&network.hosts[host].private);
+        network.hosts[host].tunnel = Tunnel::new(config, factory, seed + host as u64);
+        let peers = peers_of(&network, host);
+        network.set_peers(host, &peers);
+    }
+    network
+}
+
+fn peers_of(network: &Network, host: usize) -> Vec<PeerConfig> {
+    let bare = |config| PeerConfig { candidates: Vec::new(), ..config };
+    network.peers_of(host).into_iter().map(bare).collect()
+}
+
+fn point(network: &mut Network, from: usize, to: usize) {
+    let (key, addr, now) = (network.hosts[to].key, network.hosts[to].addr, network.now);
+    network.hosts[from].tunnel.set_endpoint(now, &key, addr);
+}
+
+#[test]
+fn an_endpoint_set_by_hand_is_used_until_an_authenticated_packet_moves_it() {
+    let mut net = devices(1, 2);
+    net.send(0, 1, "nowhere");
+    assert_eq!(net.dropped(0, DropReason::NoEndpoint), 1);
+    point(&mut net, 0, 1);
+    net.send(0, 1, "a");
+    net.run_ms(100);
+    assert_eq!(net.texts(1, 0), ["a"]);
+    let (key, now) = (net.hosts[1].key, net.now);
+    let wrong = "203.0.113.9:9".parse().expect("an endpoint");
+    net.hosts[0].tunnel.set_endpoint(now, &key, wrong);
+    assert_eq!(net.snapshot(0, 1).endpoint, Some(wrong));
+    net.send(0, 1, "lost");
+    net.send(1, 0, "b");
+    net.run_ms(100);
+    assert_eq!(net.snapshot(0, 1).endpoint, Some(net.hosts[1].addr), "roamed back");
+    net.send(0, 1, "c");
+    net.run_ms(100);
+    assert_eq!(net.texts(1, 0), ["a", "c"]);
+}
+
+#[test]
+fn a_peer_that_waits_for_an_endpoint_with_a_keepalive_begins_when_it_is_named() {
+    let mut net = devices(2, 2);
+    let mut peers = peers_of(&net, 0);
+    peers[0].keepalive = Some(Duration::from_secs(25));
+    net.set_peers(0, &peers);
+    net.run_s(7);
+    point(&mut net, 0, 1);
+    net.run_ms(500);
+    assert!(net.snapshot(0, 1).session);
+}
+
+#[test]
+fn a_default_route_to_one_peer_carries_packets_from_any_source() {
+    let mut network = devices(3, 2);
+    for (host, other) in [(0, 1), (1, 0)] {
+        let mut peers = peers_of(&network, host);
+        peers[0].allowed_ips = vec![net("0.0.0.0/0")];
+        network.set_peers(host, &peers);
+        point(&mut network, host, other);
+    }
+    network.send_inner(0, &ipv4([192, 168, 7, 7], [8, 8, 8, 8], 0, b"out"));
+    network.run_ms(100);
+    assert_eq!(network.hosts[1].delivered.len(), 1);
+    assert_eq!(network.dropped(0, DropReason::LocalSourceForeign), 0);
+}
+
+#[test]
+fn peers_behind_one_address_need_not_wait_for_each_other() {
+    let mut net = devices(4, 10);
+    let addr = net.hosts[1].addr;
+    for to in 1..10 {
+        let (key, now) = (net.hosts[to].key, net.now);
+        net.hosts[0].tunnel.set_endpoint(now, &key, addr);
+        net.send(0, to, "x");
+    }
+    assert_eq!(net.sent_to(&addr.to_string()), 9);
+}
+
+#[test]
+fn another_own_key_ends_what_is_sent_under_the_old_one_and_nobody_speaks_before_there_is_traffic() {
+    let mut net = devices(5, 2);
+    let mut peers = peers_of(&net, 0);
+    peers[0].keepalive = Some(Duration::from_secs(60));
+    net.set_peers(0, &peers);
+    point(&mut net, 0, 1);
+    net.send(0, 1, "old");
+    net.run_ms(100);
+    let private = PrivateKey::from_bytes([77; 32]);
+    let now = net.now;
+    net.hosts[0].tunnel.factory_mut().set_own_key(OwnKeyId(1), &private);
+    net.hosts[0].tunnel.replace_own(now, OwnKeyId(1));
+    let sent = net.log.len();
+    net.run_s(1);
+    net.send(1, 0, "still under way");
+    net.run_ms(50);
+    assert_eq!(net.texts(0, 1), ["still under way"], "old sessions are read");
+    assert_eq!(net.log.len(), sent + 1, "but no word of ours");
+    // The other side learns the key, and forgets the one before.
+    net.hosts[0].key = public_key(&private);
+    let peers = peers_of(&net, 1);
+    net.set_peers(1, &peers);
+    net.send(0, 1, "new");
+    net.run_ms(100);
+    assert_eq!(net.texts(1, 0), ["old", "new"]);
+    net.run_s(200);
+    net.send(0, 1, "later");
+    net.send(1, 0, "back");
+    net.run_ms(500);
+    assert_eq!(net.texts(1, 0), ["old", "new", "later"]);
+    assert_eq!(net.texts(0, 1), ["still under way", "back"]);
+}
+
+#[test]
+fn a_muted_session_sends_no_keepalive_either() {
+    let mut net = devices(6, 2);
+    point(&mut net, 0, 1);
+    net.send(0, 1, "x");
+    net.run_ms(100);
+    let now = net.now;
+    let private = PrivateKey::from_bytes([78; 32]);
+    net.hosts[0].tunnel.factory_mut().set_own_key(OwnKeyId(1), &private);
+    net.hosts[0].tunnel.replace_own(now, OwnKeyId(1));
+    net.send(1, 0, "asks for an answer within 10 s");
+    let sent = net.log.len();
+    net.run_s(12);
+    assert_eq!(net.log[sent..].iter().filter(|sent| sent.from == net.hosts[0].addr).count(), 0);
+}
+
+#[test]
+fn another_preshared_key_on_an_idle_peer_says_nothing_and_on_a_busy_one_loses_nothing() {
+    let mut net = devices(7, 2);
+    point(&mut net, 0, 1);
+    let with = |net: &mut Network, host: usize, byte: u8| {
+        let mut peers = peers_of(net, host);
+        peers[0].preshared = preshared(byte);
+        net.set_peers(host, &peers);
+    };
+    with(&mut net, 0, 1);
+    with(&mut net, 1, 1);
+    net.run_s(1);
+    assert!(net.log.is_empty());
+    let mut sent = 0;
+    for second in 0..300 {
+        match second {
+            40 => with(&mut net, 0, 2),
+            50 => with(&mut net, 1, 2),
+            _ => {}
+        }
+        net.send(0, 1, "x");
+        net.run_s(1);
+        sent += 1;
+    }
+    assert_eq!(net.texts(1, 0).len(), sent);
+}
+
+#[test]
+fn a_packet_longer_than_the_mtu_last_heard_of_is_carried_without_padding() {
+    let mut net = devices(8, 2);
+    point(&mut net, 0, 1);
+    let mut peers = peers_of(&net, 0);
+    peers[0].mtu = 1_280;
+    net.set_peers(0, &peers);
+    net.send(0, 1, &"y".repeat(1_401));
+    net.run_ms(100);
+    assert_eq!(net.texts(1, 0).len(), 1);
+    let longest = net.log.iter().map(|sent| sent.bytes.len()).max();
+    assert_eq!(longest, Some(32 + 20 + 1_401));
+}
