@@ -39,4 +39,9 @@ pub mod tun;
 pub mod udp;
 pub mod watch;
 
+/// A descriptor of our own for what whoever started us left open as `number`.
+pub fn inherited_descriptor(number: i32) -> std::io::Result<std::os::fd::OwnedFd> {
+    sys::inherited(number)
+}
+
 pub use nft::{OWN_NFT, OWN_NFT_LOADER, find_program as find_nft, forwarding_closed};

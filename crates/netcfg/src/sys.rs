@@ -126,6 +126,30 @@ pub(crate) fn tun_features(fd: BorrowedFd<'_>) -> io::Result<c_uint> {
     Ok(features)
 }
 
+/// `TUNGETIFF`: name and `IFF_*` flags of the interface `fd` is attached to.
+pub(crate) fn tun_attached(fd: BorrowedFd<'_>) -> io::Result<(String, c_int)> {
+    // SAFETY: `ifreq` is plain old data; all zero is a valid value.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    // SAFETY: TUNGETIFF writes one `ifreq`, which outlives the call.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF as _, &raw mut request) })?;
+    let name = request.ifr_name.iter().take_while(|byte| **byte != 0);
+    let name: Vec<u8> = name.map(|byte| byte.cast_unsigned()).collect();
+    // SAFETY: TUNGETIFF fills in the flags of the union.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    let name = String::from_utf8(name).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+    Ok((name, c_int::from(flags)))
+}
+
+// --- descriptors ------------------------------------------------------------------------------------
+
+/// A descriptor of our own for what whoever started us left open as `number`; theirs stays.
+pub(crate) fn inherited(number: c_int) -> io::Result<OwnedFd> {
+    // SAFETY: F_DUPFD_CLOEXEC takes its argument by value and fails where `number` is not open.
+    let fd = check(unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) })?;
+    // SAFETY: the kernel gave us this descriptor just now, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 // --- datagrams --------------------------------------------------------------------------------------
 
 /// Room for a `sockaddr_in6`, the larger of the two we use.

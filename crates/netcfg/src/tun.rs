@@ -42,12 +42,21 @@ pub struct TunOptions {
     pub tso: bool,
     /// UDP super-packets, Linux 6.2; needs `csum`.
     pub uso: bool,
+    /// The device ends with its owner and has one queue, as those of other WireGuard programs; one that others made so
+    /// is taken.
+    pub transient: bool,
 }
 
 impl TunOptions {
     /// Everything the kernel has.
     pub fn new(name: impl Into<String>) -> Self {
-        Self { name: name.into(), mtu: None, vnet_hdr: true, csum: true, tso: true, uso: true }
+        let name = name.into();
+        Self { name, mtu: None, vnet_hdr: true, csum: true, tso: true, uso: true, transient: false }
+    }
+
+    /// The same of a device that ends with its owner.
+    pub fn transient(name: impl Into<String>) -> Self {
+        Self { transient: true, ..Self::new(name) }
     }
 }
 
@@ -75,12 +84,41 @@ impl Tun {
     /// queue, this fails.
     pub fn open(options: &TunOptions) -> anyhow::Result<Self> {
         link::check_name(&options.name)?;
+        if options.transient {
+            // The kernel lets nobody else attach to a single queue.
+            let (fd, vnet_hdr) = attach(options)?;
+            return Self::set_up(fd, vnet_hdr, options);
+        }
         refuse_owned(&options.name, 0)?;
         let (fd, vnet_hdr) = attach(options)?;
         // Another program may have attached since the check; now both see two and neither goes on.
         refuse_owned(&options.name, 1)?;
         sys::tun_set_persistent(fd.as_fd(), true)
             .with_context(|| format!("make TUN device {} persistent", options.name))?;
+        Self::set_up(fd, vnet_hdr, options)
+    }
+
+    /// Takes the device over that whoever started us left open as descriptor `number`; name and vnet header are what they
+    /// are.
+    pub fn inherit(number: i32, options: &TunOptions) -> anyhow::Result<Self> {
+        let (fd, name, flags) = inherited(number)
+            .with_context(|| format!("descriptor {number} is no TUN device we may use"))?;
+        let options = TunOptions { name, ..options.clone() };
+        Self::set_up(fd, flags & libc::IFF_VNET_HDR != 0, &options)
+    }
+
+    /// Whether the device still exists, in whatever network namespace.
+    pub fn is_there(&self) -> bool {
+        sys::tun_attached(self.fd.as_fd()).is_ok()
+    }
+
+    /// The same queue once more: it stays open until both are dropped.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let fd = self.fd.try_clone()?;
+        Ok(Self { fd, name: self.name.clone(), index: self.index, features: self.features })
+    }
+
+    fn set_up(fd: OwnedFd, vnet_hdr: bool, options: &TunOptions) -> anyhow::Result<Self> {
         let features = negotiate(fd.as_fd(), options, vnet_hdr)?;
         let link = link::require(&options.name)?;
         // Below 1280 bytes the kernel takes IPv6 off the device, and with it the setting that follows.
@@ -207,6 +245,13 @@ fn make_no_addresses(index: u32) {
     }
 }
 
+fn inherited(number: i32) -> io::Result<(OwnedFd, String, c_int)> {
+    let fd = sys::inherited(number)?;
+    let (name, flags) = sys::tun_attached(fd.as_fd())?;
+    rustix::fs::fcntl_setfl(&fd, rustix::fs::fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
+    Ok((fd, name, flags))
+}
+
 const BASE_FLAGS: c_int = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_MULTI_QUEUE;
 
 fn open_clone_device() -> anyhow::Result<OwnedFd> {
@@ -228,11 +273,13 @@ fn attach(options: &TunOptions) -> anyhow::Result<(OwnedFd, bool)> {
     let fd = open_clone_device()?;
     let known = sys::tun_features(fd.as_fd()).context("ask the TUN driver what it can do")?;
     let knows = |flag: c_int| known & flag.cast_unsigned() != 0;
-    if !knows(libc::IFF_MULTI_QUEUE) {
+    if !options.transient && !knows(libc::IFF_MULTI_QUEUE) {
         bail!("this kernel's TUN driver has no multi-queue support (Linux 3.8 or newer is needed)");
     }
     let vnet_hdr = options.vnet_hdr && knows(libc::IFF_VNET_HDR);
-    let flags = BASE_FLAGS | if vnet_hdr { libc::IFF_VNET_HDR } else { 0 };
+    let queues = if options.transient { 0 } else { libc::IFF_MULTI_QUEUE };
+    let base = libc::IFF_TUN | libc::IFF_NO_PI | queues;
+    let flags = base | if vnet_hdr { libc::IFF_VNET_HDR } else { 0 };
     sys::tun_attach(fd.as_fd(), &options.name, flags)
         .map_err(|error| explain_attach(&options.name, error))?;
     Ok((fd, vnet_hdr))
@@ -244,13 +291,16 @@ fn explain_attach(name: &str, error: io::Error) -> anyhow::Error {
             "TUN device {name} may not be made or opened: run as root or with CAP_NET_ADMIN"
         ),
         Some(libc::EBUSY) => busy(name),
+        Some(libc::EINVAL) => anyhow::Error::new(error).context(format!(
+            "interface {name} exists and is no TUN device that can be taken: delete it (ip link delete {name}), or choose another name"
+        )),
         _ => anyhow::Error::new(error).context(format!("open TUN device {name}")),
     }
 }
 
 fn busy(name: &str) -> anyhow::Error {
     anyhow!(
-        "TUN device {name} is held by another program: another meshd runs here; stop it, or choose --tun-name"
+        "TUN device {name} is held by another program: another meshd runs here; stop it, or choose another name (--tun-name)"
     )
 }
 

@@ -385,6 +385,11 @@ impl AsFd for UdpSocket {
     }
 }
 
+/// Sets the firewall mark of a socket that another thread may be sending on; 0 takes it away. Needs CAP_NET_ADMIN.
+pub fn set_mark(socket: impl AsFd, mark: u32) -> io::Result<()> {
+    sys::set_option(socket, libc::SOL_SOCKET, libc::SO_MARK, mark.cast_signed())
+}
+
 /// What the kernel says of segments it cannot make on this interface (`EIO`: no checksum offload before Linux 6.11, or
 /// IPsec), or that are longer than the path's MTU.
 fn may_be_of_segments(error: &io::Error) -> bool {
@@ -437,12 +442,12 @@ fn bind(fd: &OwnedFd, dual_stack: bool, port: u16) -> anyhow::Result<()> {
     let any: IpAddr =
         if dual_stack { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
     rustix::net::bind(fd, &SocketAddr::new(any, port)).map_err(|errno| match errno {
-        rustix::io::Errno::ADDRINUSE => anyhow::anyhow!(
+        rustix::io::Errno::ADDRINUSE => anyhow::Error::new(errno).context(format!(
             "UDP port {port} is taken by another program: stop it, or choose --listen-port"
-        ),
-        rustix::io::Errno::ACCESS => anyhow::anyhow!(
+        )),
+        rustix::io::Errno::ACCESS => anyhow::Error::new(errno).context(format!(
             "UDP port {port} needs privileges: run as root, or choose --listen-port above 1023"
-        ),
+        )),
         errno => anyhow::Error::new(errno).context(format!("bind UDP port {port}")),
     })
 }

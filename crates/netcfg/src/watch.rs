@@ -28,8 +28,9 @@ use crate::route::TABLE_LOCAL;
 use crate::{link, sys};
 
 /// Multicast groups (`RTNLGRP_*` in include/uapi/linux/rtnetlink.h, `NFNLGRP_NFTABLES`).
+const LINKS: (u32, &str) = (1, "links");
 const ROUTE_GROUPS: [(u32, &str); 7] = [
-    (1, "links"),
+    LINKS,
     (5, "IPv4 addresses"),
     (7, "IPv4 routes"),
     (8, "IPv4 rules"),
@@ -242,6 +243,30 @@ impl AsFd for Watch {
     /// Readable when [`Self::drain`] has something to read.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.poll.as_fd()
+    }
+}
+
+/// Hears of changes to links alone, without saying which.
+#[derive(Debug)]
+pub struct LinkWatch(Socket);
+
+impl LinkWatch {
+    pub fn open() -> anyhow::Result<Self> {
+        let socket = subscribe(NETLINK_ROUTE)?;
+        let (group, what) = LINKS;
+        socket.add_membership(group).with_context(|| format!("subscribe to changes of {what}"))?;
+        Ok(Self(socket))
+    }
+
+    /// Reads everything that waits, never blocks. Look at the links again after it.
+    pub fn drain(&self) -> io::Result<()> {
+        drain_socket(&self.0, &mut Vec::with_capacity(BUFFER_BYTES), &mut |_, _| {}).map(|_| ())
+    }
+}
+
+impl AsFd for LinkWatch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        std::os::fd::AsFd::as_fd(&self.0)
     }
 }
 
