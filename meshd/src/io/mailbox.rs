@@ -5,12 +5,16 @@
 //! ```
 //! The lock is held for a move, and the shard takes it only after its eventfd woke it: never per packet.
 
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail};
+use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::SNAPSHOT_REQUESTS_MAX;
+use netcfg::udp::UdpSocket;
 use rustix::event::{EventfdFlags, eventfd};
 
 /// Everything posted since the last look.
@@ -20,6 +24,12 @@ pub(super) struct Letters<P, T, S> {
     pub(super) peers: Option<P>,
     /// A device in place of one that is gone.
     pub(super) tun: Option<T>,
+    /// A socket at another port.
+    pub(super) udp: Option<UdpSocket>,
+    /// Who this side is from now on.
+    pub(super) own_key: Option<PrivateKey>,
+    /// Where peers are, as an operator says; of one peer the last word counts, so there are at most as many as peers.
+    pub(super) endpoints: BTreeMap<PublicKey, SocketAddr>,
     pub(super) initiate_all: bool,
     pub(super) initiate_anew: bool,
     pub(super) initiate_forgotten: bool,
@@ -32,6 +42,9 @@ impl<P, T, S> Default for Letters<P, T, S> {
         Self {
             peers: None,
             tun: None,
+            udp: None,
+            own_key: None,
+            endpoints: BTreeMap::new(),
             initiate_all: false,
             initiate_anew: false,
             initiate_forgotten: false,
@@ -39,6 +52,15 @@ impl<P, T, S> Default for Letters<P, T, S> {
             snapshots: Vec::new(),
         }
     }
+}
+
+/// A device configured anew by its operator.
+#[derive(Debug)]
+pub struct Reconfigure<P> {
+    /// Only when it is another one.
+    pub own_key: Option<PrivateKey>,
+    pub peers: P,
+    pub endpoints: BTreeMap<PublicKey, SocketAddr>,
 }
 
 #[derive(Debug)]
@@ -60,6 +82,20 @@ impl<P, T, S> Mailbox<P, T, S> {
 
     pub(super) fn replace_tun(&self, tun: T) {
         self.post(|letters| letters.tun = Some(tun));
+    }
+
+    pub(super) fn replace_udp(&self, udp: UdpSocket) {
+        self.post(|letters| letters.udp = Some(udp));
+    }
+
+    /// Changes who this side is, who the peers are and where: one letter, so that no turn sees a part.
+    pub(super) fn configure(&self, change: Reconfigure<P>) {
+        let Reconfigure { own_key, peers, endpoints } = change;
+        self.post(|letters| {
+            letters.own_key = own_key.or(letters.own_key.take());
+            letters.peers = Some(peers);
+            letters.endpoints.extend(endpoints);
+        });
     }
 
     pub(super) fn initiate_all(&self) {

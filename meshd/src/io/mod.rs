@@ -33,6 +33,7 @@ use netcfg::tun::Tun;
 use netcfg::udp::UdpSocket;
 
 pub use frame::TunCounters;
+pub use mailbox::Reconfigure;
 pub use snapshot::{DataSnapshot, ShardCounters};
 
 /// How long an asker waits for the shard. It answers between two bursts, so within a millisecond; longer
@@ -98,6 +99,16 @@ impl DataPlane {
     /// waits: of sets given in a row the newest counts.
     pub fn set_peers(&self, peers: Vec<PeerConfig>) {
         self.mailbox.set_peers(peers);
+    }
+
+    /// Another own key, other peers, endpoints by hand: in this order, and together.
+    pub fn configure(&self, change: Reconfigure<Vec<PeerConfig>>) {
+        self.mailbox.configure(change);
+    }
+
+    /// Serves `udp` from now on; sessions do not notice.
+    pub fn replace_udp(&self, udp: UdpSocket) {
+        self.mailbox.replace_udp(udp);
     }
 
     /// Begins a handshake with every peer, spread over time: after a start, so that peers with old sessions

@@ -11,7 +11,7 @@ use std::time::Duration;
 use mesh_core::packet::{CoalesceOptions, Ecn, VNET_HEADER_BYTES, VnetHeader};
 use mesh_core::tunnel::Tunnel;
 use mesh_core::tunnel::config::{Event, PeerConfig, TunnelConfig, UdpMeta};
-use mesh_core::tunnel::engine::EngineFactory as _;
+use mesh_core::tunnel::engine::{EngineFactory as _, OwnKeyId};
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::{
     NODES_MAX, TUN_DRAIN_BYTES, TUN_DRAIN_READS, UDP_DRAIN_BUFFERS, UDP_RECV_MESSAGES_MAX,
@@ -156,10 +156,8 @@ impl Shard {
             }
             self.run_timers(&mut tunnel, now);
             while let Some(event) = tunnel.poll_event() {
-                if let Event::EndpointChanged { key, endpoint } = &event
-                    && self.remembered.len() < NODES_MAX
-                {
-                    self.remembered.insert(*key, *endpoint);
+                if let Event::EndpointChanged { key, endpoint } = event {
+                    self.remember(key, endpoint);
                 }
                 (self.on_event)(DataEvent::Tunnel(event));
             }
@@ -213,9 +211,22 @@ impl Shard {
             }
             self.tun_paused_until = MonoTime::ZERO;
         }
+        if let Some(udp) = letters.udp {
+            // What was written for the old one leaves by it.
+            self.transmit(tunnel, now);
+            self.udp = udp;
+            self.udp_paused_until = MonoTime::ZERO;
+        }
+        if let Some(key) = letters.own_key {
+            self.change_own_key(tunnel, key, now);
+        }
         if let Some(peers) = letters.peers {
             self.peers = peers;
             self.apply_peers(tunnel, now);
+        }
+        for (key, endpoint) in letters.endpoints {
+            tunnel.set_endpoint(now, &key, endpoint);
+            self.remember(key, endpoint);
         }
         if letters.initiate_all {
             tunnel.initiate_all(now);
@@ -232,6 +243,22 @@ impl Shard {
             let _ = asker.try_send(self.snapshot(tunnel, now));
         }
         false
+    }
+
+    /// For a tunnel made anew after a panic.
+    fn remember(&mut self, key: PublicKey, endpoint: SocketAddr) {
+        if self.remembered.len() < NODES_MAX || self.remembered.contains_key(&key) {
+            self.remembered.insert(key, endpoint);
+        }
+    }
+
+    /// Two ids take turns: what a third key's predecessor had is over by its own time.
+    fn change_own_key(&mut self, tunnel: &mut BoringTunnel, key: PrivateKey, now: MonoTime) {
+        let id = OwnKeyId(u8::from(self.config.own == OwnKeyId(0)));
+        tunnel.factory_mut().set_own_key(id, &key);
+        tunnel.replace_own(now, id);
+        self.config.own = id;
+        self.own_key = key;
     }
 
     fn apply_peers(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
