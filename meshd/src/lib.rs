@@ -24,6 +24,7 @@
 //! | [`ping`] | measures the way to another node |
 //! | [`inspect`] | `kubectl mesh`, a program of its own that shares what the daemon knows of Nodes |
 //! | [`pod_check`] | what the pods of `helm test` run |
+//! | [`uapi`] | the protocol `wg` configures a device by |
 //! | [`uninstall`] | takes everything of ours away |
 
 pub mod admin;
@@ -62,6 +63,7 @@ pub mod resolver;
 pub mod roster;
 pub mod source;
 pub mod status;
+pub mod uapi;
 pub mod uninstall;
 pub mod view;
 

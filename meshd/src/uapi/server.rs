@@ -1,0 +1,258 @@
+//! The socket: who may ask, one request after the other, and everything bounded.
+
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use mesh_types::limits::{UAPI_CONNECTIONS_MAX, UAPI_LINE_BYTES_MAX, UAPI_LINES_MAX};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use zeroize::Zeroizing;
+
+use super::Refusal;
+use super::line::{self, Line};
+
+/// A client that says nothing for so long is let go.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Pause after a failed accept (no file descriptors left), so that it does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// Who answers. Called off the reactor: may wait for the data plane.
+pub trait Handler: Send + Sync + 'static {
+    /// Everything but `errno`, each line with its end.
+    fn get(&self) -> Result<Zeroizing<String>, Refusal>;
+
+    /// Takes all lines or changes nothing. Not called where [`Self::is_writable`] is false.
+    fn set(&self, lines: Vec<Line>) -> Result<(), Refusal>;
+
+    fn is_writable(&self) -> bool;
+}
+
+/// Where the socket of an interface is.
+pub fn path(dir: &Path, interface: &str) -> PathBuf {
+    dir.join(format!("{interface}.sock"))
+}
+
+/// Binds the socket of `interface`. One a dead program left is replaced; one that somebody answers at is not.
+pub fn listen(dir: &Path, interface: &str) -> anyhow::Result<std::os::unix::net::UnixListener> {
+    let socket = path(dir, interface);
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .with_context(|| format!("create directory {}", dir.display()))?;
+    match std::fs::symlink_metadata(&socket) {
+        Ok(found) => {
+            ensure!(
+                found.file_type().is_socket(),
+                "{} is there and is no socket: remove it",
+                socket.display()
+            );
+            ensure!(
+                std::os::unix::net::UnixStream::connect(&socket).is_err(),
+                "another program answers at {}: stop it first",
+                socket.display()
+            );
+            std::fs::remove_file(&socket)
+                .with_context(|| format!("remove {}", socket.display()))?;
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| format!("look at {}", socket.display())),
+    }
+    let listener = std::os::unix::net::UnixListener::bind(&socket)
+        .with_context(|| format!("listen on {}", socket.display()))?;
+    std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("set {} to mode 0600", socket.display()))?;
+    Ok(listener)
+}
+
+/// Serves until dropped.
+pub async fn serve(listener: UnixListener, handler: Arc<dyn Handler>) {
+    let permits = Arc::new(Semaphore::new(UAPI_CONNECTIONS_MAX));
+    loop {
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        match listener.accept().await {
+            // The mode of the socket says the same; between binding and setting it, it does not.
+            Ok((stream, _)) if is_trusted(&stream) => {
+                let handler = Arc::clone(&handler);
+                tokio::spawn(async move {
+                    let _permit = permit;
+                    converse(stream, &handler).await;
+                });
+            }
+            Ok(_) => tracing::warn!("turned away from the configuration socket: only root may ask"),
+            Err(error) => {
+                tracing::warn!(%error, "configuration socket: accept failed");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn is_trusted(stream: &UnixStream) -> bool {
+    let own = rustix::process::geteuid().as_raw();
+    stream.peer_cred().is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own)
+}
+
+async fn converse(mut stream: UnixStream, handler: &Arc<dyn Handler>) {
+    let (reader, mut writer) = stream.split();
+    let mut reader = BufReader::new(reader);
+    loop {
+        let asked = tokio::time::timeout(IDLE_TIMEOUT, request(&mut reader, handler.is_writable()));
+        let Ok(Ok(asked)) = asked.await else { return };
+        let ends = matches!(asked, Request::End | Request::Nonsense);
+        let answered = match asked {
+            Request::End => return,
+            Request::Nonsense => Err(Refusal::Protocol),
+            Request::Refused(refusal) => Err(refusal),
+            Request::Get => off_reactor(handler, |handler| handler.get()).await,
+            Request::Set(lines) => {
+                let set = off_reactor(handler, |handler| handler.set(lines)).await;
+                set.map(|()| Zeroizing::new(String::new()))
+            }
+        };
+        if let Err(refusal) = &answered {
+            tracing::debug!(%refusal, "configuration socket");
+        }
+        let sent = tokio::time::timeout(IDLE_TIMEOUT, answer(&mut writer, answered));
+        if !matches!(sent.await, Ok(Ok(()))) || ends {
+            return;
+        }
+    }
+}
+
+async fn off_reactor<T: Send + 'static>(
+    handler: &Arc<dyn Handler>,
+    work: impl FnOnce(&dyn Handler) -> Result<T, Refusal> + Send + 'static,
+) -> Result<T, Refusal> {
+    let handler = Arc::clone(handler);
+    let done = tokio::task::spawn_blocking(move || work(&*handler));
+    done.await.unwrap_or(Err(Refusal::Unknown))
+}
+
+async fn answer(
+    writer: &mut (impl AsyncWrite + Unpin),
+    answered: Result<Zeroizing<String>, Refusal>,
+) -> io::Result<()> {
+    let errno = match answered {
+        Ok(lines) => {
+            writer.write_all(lines.as_bytes()).await?;
+            0
+        }
+        Err(refusal) => refusal.errno(),
+    };
+    writer.write_all(format!("errno={errno}\n\n").as_bytes()).await?;
+    writer.flush().await
+}
+
+/// What a client wants.
+#[derive(Debug)]
+pub(super) enum Request {
+    Get,
+    Set(Vec<Line>),
+    Refused(Refusal),
+    /// No request at all: what follows cannot be told apart.
+    Nonsense,
+    End,
+}
+
+/// Reads one request, to its blank line. After a line that is refused the rest is read and forgotten, so that a client
+/// that writes before it reads is not cut off.
+pub(super) async fn request(
+    reader: &mut (impl AsyncBufRead + Unpin),
+    writable: bool,
+) -> io::Result<Request> {
+    let mut text = Zeroizing::new(Vec::with_capacity(UAPI_LINE_BYTES_MAX));
+    match read_line(reader, &mut text).await? {
+        Read::End => return Ok(Request::End),
+        Read::Line if text.as_slice() == b"get=1" => {}
+        Read::Line if text.as_slice() == b"set=1" => {
+            return read_set(reader, &mut text, writable).await;
+        }
+        Read::Line | Read::TooLong | Read::Cut => return Ok(Request::Nonsense),
+    }
+    Ok(match read_line(reader, &mut text).await? {
+        Read::End => Request::End,
+        Read::Line if text.is_empty() => Request::Get,
+        _ => Request::Refused(Refusal::Invalid),
+    })
+}
+
+async fn read_set(
+    reader: &mut (impl AsyncBufRead + Unpin),
+    text: &mut Zeroizing<Vec<u8>>,
+    writable: bool,
+) -> io::Result<Request> {
+    let mut lines = Vec::new();
+    let mut refusal = (!writable).then_some(Refusal::NotPermitted);
+    let mut in_peer = false;
+    loop {
+        let read = match read_line(reader, text).await? {
+            Read::End => break,
+            Read::Line if text.is_empty() => break,
+            _ if refusal.is_some() => continue,
+            Read::TooLong => Err(Refusal::TooLong),
+            Read::Cut => Err(Refusal::Protocol),
+            Read::Line if lines.len() >= UAPI_LINES_MAX => Err(Refusal::TooLong),
+            Read::Line => line::parse(text, in_peer, &zone),
+        };
+        match read {
+            Ok(line) => {
+                in_peer |= matches!(line, Line::PublicKey(_));
+                lines.push(line);
+            }
+            Err(why) => {
+                refusal = Some(why);
+                lines = Vec::new();
+            }
+        }
+    }
+    Ok(refusal.map_or(Request::Set(lines), Request::Refused))
+}
+
+/// The index of the interface an address is behind.
+fn zone(name: &str) -> Option<u32> {
+    netcfg::link::get(name).ok().flatten().map(|link| link.index)
+}
+
+enum Read {
+    /// Without its end.
+    Line,
+    /// Nothing of it is kept.
+    TooLong,
+    /// The client went away within a line.
+    Cut,
+    End,
+}
+
+/// Reads to the end of the line, and keeps no more of it than a line may have.
+async fn read_line(
+    reader: &mut (impl AsyncBufRead + Unpin),
+    text: &mut Zeroizing<Vec<u8>>,
+) -> io::Result<Read> {
+    text.clear();
+    let mut too_long = false;
+    loop {
+        let buffer = reader.fill_buf().await?;
+        if buffer.is_empty() {
+            let nothing = text.is_empty() && !too_long;
+            return Ok(if nothing { Read::End } else { Read::Cut });
+        }
+        let end = buffer.iter().position(|byte| *byte == b'\n');
+        let part = buffer.get(..end.unwrap_or(buffer.len())).unwrap_or_default();
+        too_long |= text.len() + part.len() > UAPI_LINE_BYTES_MAX;
+        if !too_long {
+            text.extend_from_slice(part);
+        }
+        let used = part.len() + usize::from(end.is_some());
+        reader.consume(used);
+        if end.is_some() {
+            return Ok(if too_long { Read::TooLong } else { Read::Line });
+        }
+    }
+}
