@@ -37,7 +37,7 @@ use crate::source::{ClusterEvent, OwnRecord, Published};
 use crate::view::{Identity, View, condition};
 use crate::{
     attachments, cni_install, files, host_copy, installed, kernel_watch, keystore, last_heard,
-    lock, node_file, resolver, uninstall,
+    lock, node_file, resolver, uninstall, wg,
 };
 
 /// Events on their way from the source: a burst waits in the source, not in memory.
@@ -169,6 +169,7 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
     // Never waited for: its message is what counts.
     view.set_condition_ok(condition::POD_RECORDS, String::new());
     let admin = tokio::spawn(admin.serve(Arc::clone(&view)));
+    let wg = wg_socket(config, &view);
     match &config.cni {
         Some(wanted) => drop(tokio::spawn(cni_install::keep(wanted.clone(), Arc::clone(&view)))),
         None => view.set_condition(condition::CNI, Ok(())),
@@ -219,7 +220,22 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
     }
     admin.abort();
     resolver.abort();
+    drop(wg);
     Ok(())
+}
+
+/// `wg show` is a convenience: a node without it is meshed all the same.
+fn wg_socket(config: &Config, view: &Arc<View>) -> Option<wg::MeshSocket> {
+    let dir = config.uapi_dir.as_deref()?;
+    let served = wg::serve_mesh(dir, &config.kernel, Arc::clone(view));
+    served
+        .inspect_err(|error| {
+            tracing::info!(
+                error = format!("{error:#}"),
+                "`wg show` does not see this node: pass another --uapi-dir, or an empty one"
+            );
+        })
+        .ok()
 }
 
 /// Before anything else of ours exists: the guard, and on disk what uninstall has to know. Answers the earlier cluster
@@ -346,20 +362,20 @@ fn spawn_reconciler(
 }
 
 /// Catches signals from the moment it is made: the first process of a container is not ended by one it does not catch.
-struct Signals {
+pub(crate) struct Signals {
     terminate: Signal,
     interrupt: Signal,
 }
 
 impl Signals {
-    fn catch() -> anyhow::Result<Self> {
+    pub(crate) fn catch() -> anyhow::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate()).context("listen for SIGTERM")?,
             interrupt: signal(SignalKind::interrupt()).context("listen for SIGINT")?,
         })
     }
 
-    async fn wait(mut self) {
+    pub(crate) async fn wait(mut self) {
         let name = tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::builder::FalseyValueParser;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use mesh_types::defaults;
@@ -53,6 +54,8 @@ pub enum Command {
     Probe(ProbeArgs),
     /// Exchange with the same check in pods on other nodes, and fail where one sees us at another address: `helm test`.
     PodCheck(PodCheckArgs),
+    /// Be a WireGuard device that wg(8) and wg-quick(8) configure, as wireguard-go is; also under the name meshd-wg.
+    Wg(WgArgs),
     /// Do nothing until told to stop: the container that shows that a node is clean.
     Hold,
 }
@@ -88,6 +91,8 @@ pub struct RunArgs {
     pub places: Places,
     #[command(flatten)]
     pub kernel: KernelArgs,
+    #[command(flatten)]
+    pub uapi: UapiArgs,
     /// UDP port for WireGuard.
     #[arg(long, env = "MESHD_LISTEN_PORT", default_value_t = defaults::UDP_PORT)]
     pub listen_port: u16,
@@ -110,6 +115,56 @@ pub struct RunArgs {
     /// Two sites that reach each other's private addresses, SITE=SITE; repeat or separate by commas.
     #[arg(long = "join-sites", env = "MESHD_JOIN_SITES", value_delimiter = ',')]
     pub joined_sites: Vec<String>,
+}
+
+/// The sockets that `wg` looks for.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct UapiArgs {
+    /// Directory of the sockets wg(8) speaks to, one per device; `meshd run` answers questions there, without keys, and
+    /// nothing where this is empty.
+    #[arg(long, env = "MESHD_UAPI_DIR", default_value = "/var/run/wireguard")]
+    pub uapi_dir: PathBuf,
+}
+
+#[derive(Debug, Clone, ClapArgs)]
+pub struct WgArgs {
+    /// Stay in the foreground instead of going on as a daemon.
+    #[arg(short, long, env = "WG_PROCESS_FOREGROUND", value_parser = FalseyValueParser::new())]
+    pub foreground: bool,
+    #[command(flatten)]
+    pub uapi: UapiArgs,
+    /// An open TUN device to serve, as a descriptor; INTERFACE is then its name.
+    #[arg(long, env = "WG_TUN_FD", hide_env = true, value_parser = clap::value_parser!(i32).range(0..))]
+    pub tun_fd: Option<i32>,
+    /// A listening socket to be configured at, as a descriptor.
+    #[arg(long, env = "WG_UAPI_FD", hide_env = true, value_parser = clap::value_parser!(i32).range(0..))]
+    pub uapi_fd: Option<i32>,
+    /// How much to log, in the words of wireguard-go: verbose, debug, info, error or silent. In place of --log; a daemon
+    /// writes its log only where this is set.
+    #[arg(long, env = "LOG_LEVEL")]
+    pub log_level: Option<String>,
+    /// Options of boringtun-cli that say what is so anyway.
+    #[arg(long, hide = true)]
+    pub disable_drop_privileges: bool,
+    #[arg(long, hide = true)]
+    pub disable_multi_queue: bool,
+    #[arg(long, hide = true)]
+    pub disable_connected_udp: bool,
+    /// Name of the device.
+    #[arg(value_name = "INTERFACE")]
+    pub interface: String,
+}
+
+impl WgArgs {
+    /// The words of wireguard-go as a filter; those it does not know mean errors to it.
+    pub fn filter(&self) -> Option<&'static str> {
+        self.log_level.as_deref().filter(|level| !level.is_empty()).map(|level| match level {
+            "verbose" | "debug" | "trace" => "debug",
+            "info" => "info",
+            "silent" | "off" => "off",
+            _ => "error",
+        })
+    }
 }
 
 /// A feature the daemon decides about unless told.
@@ -318,13 +373,15 @@ pub struct UninstallArgs {
     pub places: Places,
     #[command(flatten)]
     pub kernel: KernelArgs,
+    #[command(flatten)]
+    pub uapi: UapiArgs,
 }
 
 /// Reads the command line. `Err` carries the exit status: help and version were printed, or the one line
 /// that says what is wrong.
 #[allow(clippy::print_stderr)] // Logging is not set up before the command line is read.
 pub fn parse<I: IntoIterator<Item = std::ffi::OsString>>(argv: I) -> Result<Args, ExitCode> {
-    Args::try_parse_from(argv).map_err(|error| {
+    Args::try_parse_from(by_name(argv.into_iter().collect())).map_err(|error| {
         if error.use_stderr() {
             eprintln!("meshd: {}", one_line(&error.render().to_string()));
             return ExitCode::from(2);
@@ -333,6 +390,17 @@ pub fn parse<I: IntoIterator<Item = std::ffi::OsString>>(argv: I) -> Result<Args
         let _ = error.print();
         ExitCode::SUCCESS
     })
+}
+
+/// wg-quick(8) starts one word with the name of the device: under these names that is `meshd wg`.
+const WG_NAMES: [&str; 3] = ["meshd-wg", "wireguard-go", "boringtun-cli"];
+
+fn by_name(mut argv: Vec<std::ffi::OsString>) -> Vec<std::ffi::OsString> {
+    let name = argv.first().map(std::path::Path::new).and_then(std::path::Path::file_name);
+    if name.is_some_and(|name| WG_NAMES.iter().any(|wg| name == *wg)) {
+        argv.insert(1, "wg".into());
+    }
+    argv
 }
 
 /// The report without usage and tips, on one line.
@@ -416,12 +484,30 @@ mod tests {
             (&["run", "--roster", "a", "--kubeconfig", "b"], "--kubeconfig"),
             (&["status", "--xml"], "--xml"),
             (&["ping", "b", "--count", "21"], "--count"),
+            (&["wg"], "INTERFACE"),
+            (&["wg", "wg0", "--tun-fd", "-1"], "--tun-fd"),
         ];
         for (argv, culprit) in table {
             let line = run(argv).expect_err("refused");
             assert!(line.contains(culprit), "{argv:?}: {line}");
             assert!(!line.contains('\n'), "{argv:?}: {line}");
         }
+    }
+
+    #[test]
+    fn under_the_name_of_a_wireguard_program_it_is_one() {
+        let parsed = |words: &[&str]| {
+            let argv = words.iter().map(std::ffi::OsString::from);
+            parse(argv).map(|args| args.command)
+        };
+        for name in ["/usr/local/bin/meshd-wg", "wireguard-go", "boringtun-cli"] {
+            match parsed(&[name, "-f", "wg7"]) {
+                Ok(Command::Wg(wg)) => assert!(wg.foreground && wg.interface == "wg7"),
+                other => panic!("{name}: {other:?}"),
+            }
+        }
+        assert!(matches!(parsed(&["./meshd", "wg", "wg7"]), Ok(Command::Wg(_))));
+        assert!(matches!(parsed(&["/opt/meshd-wg/meshd", "status"]), Ok(Command::Status(_))));
     }
 
     #[test]

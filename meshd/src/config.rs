@@ -10,7 +10,7 @@ use mesh_types::net::{ClusterPrefixes, check_prefix, overlap};
 use mesh_types::node::{NodeName, Site};
 use serde::{Deserialize, Serialize};
 
-use crate::args::{CniInstallArgs, KernelArgs, Places, RunArgs, UninstallArgs};
+use crate::args::{CniInstallArgs, KernelArgs, Places, RunArgs, UapiArgs, UninstallArgs};
 use crate::cni_install;
 
 /// What `meshd run` was told. Holds no secret: it is printed at start.
@@ -35,6 +35,8 @@ pub struct Config {
     pub sysctl_dir: Option<PathBuf>,
     pub boot_id_file: PathBuf,
     pub host_copy_dir: Option<PathBuf>,
+    /// Where `wg` looks for the socket of our device; `None`: it is to find none.
+    pub uapi_dir: Option<PathBuf>,
     /// Our CNI configuration, where we are to look after it.
     pub cni: Option<cni_install::Wanted>,
 }
@@ -188,6 +190,7 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
         sysctl_dir: args.host.sysctl_dir.clone(),
         boot_id_file: args.host.boot_id_file.clone(),
         host_copy_dir: args.host.host_copy_dir.clone(),
+        uapi_dir: uapi_dir(&args.uapi)?,
         cni: cni(args)?,
     })
 }
@@ -250,6 +253,16 @@ fn cni(args: &RunArgs) -> anyhow::Result<Option<cni_install::Wanted>> {
     };
     cni_install::check(&wanted).context("--cni-conf-dir, --cni-conf-name")?;
     Ok(Some(wanted))
+}
+
+/// An empty one is none.
+pub fn uapi_dir(args: &UapiArgs) -> anyhow::Result<Option<PathBuf>> {
+    let dir = &args.uapi_dir;
+    if dir.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    check_socket("--uapi-dir", &dir.join("x".repeat(IFNAME_BYTES_MAX)).with_extension("sock"))?;
+    Ok(Some(dir.clone()))
 }
 
 pub fn paths(places: &Places) -> anyhow::Result<Paths> {
@@ -359,6 +372,7 @@ mod tests {
             ("--cluster-cidr 10.244.0.0/16 --probe-socket here", "--probe-socket"),
             ("--cluster-cidr 10.244.0.0/16 --probe-socket /run/meshd/meshd.sock", "status socket"),
             ("--cluster-cidr 10.244.0.0/16 --cni-conf-dir here", "--cni-conf-dir"),
+            ("--cluster-cidr 10.244.0.0/16 --uapi-dir here", "--uapi-dir"),
             ("--cluster-cidr 10.244.0.0/16 --cni-conf-dir /c --cni-conf-name meshd", ".conflist"),
         ];
         for (flags, culprit) in table {

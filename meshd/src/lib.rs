@@ -24,7 +24,7 @@
 //! | [`ping`] | measures the way to another node |
 //! | [`inspect`] | `kubectl mesh`, a program of its own that shares what the daemon knows of Nodes |
 //! | [`pod_check`] | what the pods of `helm test` run |
-//! | [`uapi`] | the protocol `wg` configures a device by |
+//! | [`wg`], [`uapi`] | a WireGuard device of its own, configured by `wg`; the protocol it is configured by, which a node answers too |
 //! | [`uninstall`] | takes everything of ours away |
 
 pub mod admin;
@@ -66,6 +66,7 @@ pub mod status;
 pub mod uapi;
 pub mod uninstall;
 pub mod view;
+pub mod wg;
 
 /// An error and its causes in one line. Many libraries say the cause in their own text: nothing is said twice.
 pub fn one_line(error: &anyhow::Error) -> String {

@@ -11,7 +11,11 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(status) => return status,
     };
-    if let Err(error) = log(&args.log, args.log_format) {
+    let filter = match &args.command {
+        Command::Wg(wg) => wg.filter().unwrap_or(&args.log),
+        _ => &args.log,
+    };
+    if let Err(error) = log(filter, args.log_format) {
         return fail(&error);
     }
     let result = match &args.command {
@@ -22,6 +26,7 @@ fn main() -> ExitCode {
         Command::CniInstall(install) => cni_install(install),
         Command::Probe(probe) => meshd::probe::run(probe),
         Command::PodCheck(check) => meshd::pod_check::run(check),
+        Command::Wg(wg) => meshd::wg::run(wg),
         Command::Hold => meshd::app::hold(),
     };
     match result {

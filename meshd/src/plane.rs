@@ -159,13 +159,13 @@ async fn greet_anew(greeter: Greeter, forgotten: bool) {
 }
 
 /// A kernel we cannot tell the version of is taken for an old one.
-fn coalesce(kernel: Option<Release>) -> CoalesceOptions {
+pub(crate) fn coalesce(kernel: Option<Release>) -> CoalesceOptions {
     let spare_tunnel_ports = kernel.is_none_or(Release::drops_merged_tunnels);
     CoalesceOptions { spare_tunnel_ports, ..CoalesceOptions::default() }
 }
 
 /// Virtual links hand segments on as they are; only network cards are concerned.
-fn gso_is_sound() -> bool {
+pub(crate) fn gso_is_sound() -> bool {
     let card = |link: &netcfg::link::Link| link.kind.is_empty() && !link.loopback;
     let damaged = Release::running().is_some_and(Release::mangles_udp_segments)
         && netcfg::link::list().is_ok_and(|links| links.iter().any(card));

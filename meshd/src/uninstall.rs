@@ -40,6 +40,8 @@ struct Plan {
     pod_links: Vec<String>,
     /// The plugin and its configuration.
     cni: Option<cni_install::Wanted>,
+    /// Where a daemon that was killed leaves the socket of its device.
+    uapi_dir: Option<PathBuf>,
 }
 
 /// An ADD of the plugin under way ends within this time, or something is wrong with it: kubelets give a pod no more.
@@ -103,7 +105,8 @@ fn plan(args: &UninstallArgs) -> anyhow::Result<Plan> {
         Ok(None) => {}
         Err(error) => tracing::warn!(error = format!("{error:#}"), "going by the flags alone"),
     }
-    Ok(Plan { paths, kernels, pod_links: Vec::new(), cni: config::cni_to_remove(args)? })
+    let uapi_dir = config::uapi_dir(&args.uapi)?;
+    Ok(Plan { paths, kernels, pod_links: Vec::new(), cni: config::cni_to_remove(args)?, uapi_dir })
 }
 
 fn refuse_pods(plan: &Plan, force: bool) -> anyhow::Result<()> {
@@ -229,6 +232,9 @@ fn remove_all(plan: &Plan) -> Vec<String> {
     for kernel in &plan.kernels {
         step("routes and rules", remove_routing(kernel));
         step("TUN device", netcfg::tun::remove(&kernel.tun).map(drop));
+        if let Some(dir) = &plan.uapi_dir {
+            step("socket for wg", remove_wg_socket(dir, &kernel.tun));
+        }
     }
     step("nftables", netcfg::guard::remove(defaults::NFT_TABLE_CNI).map(drop));
     if failures.is_empty()
@@ -242,6 +248,18 @@ fn remove_all(plan: &Plan) -> Vec<String> {
 fn remove_guard_and_state(paths: &Paths) -> anyhow::Result<()> {
     netcfg::guard::remove(defaults::NFT_TABLE).context("guard")?;
     remove_state(paths).context("state")
+}
+
+/// Only a socket that nobody answers at: another WireGuard program may have a device called like ours.
+fn remove_wg_socket(dir: &Path, device: &str) -> anyhow::Result<()> {
+    use std::os::unix::fs::FileTypeExt as _;
+    let path = crate::uapi::server::path(dir, device);
+    let is_socket = std::fs::symlink_metadata(&path).is_ok_and(|it| it.file_type().is_socket());
+    if is_socket && std::os::unix::net::UnixStream::connect(&path).is_err() {
+        ignore_missing(std::fs::remove_file(&path))
+            .with_context(|| format!("remove {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// Our routes, those of the CNI plugin, and the rules that lead to them.

@@ -1,0 +1,279 @@
+//! Between the configuration and the data plane of one device.
+//!
+//! | interface | data plane |
+//! |---|---|
+//! | down | none: no socket, no session; endpoints and counters are kept |
+//! | up | serves; begins where it stopped |
+//! | deleted | the program ends |
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::{Duration, SystemTime};
+
+use mesh_core::tunnel::config::{Setting, TunnelConfig};
+use mesh_types::key::{PrivateKey, PublicKey};
+use mesh_types::time::MonoTime;
+use netcfg::release::Release;
+use netcfg::tun::Tun;
+use netcfg::udp::{self, UdpOptions, UdpSocket};
+use tokio::sync::mpsc;
+use zeroize::Zeroizing;
+
+use crate::io::{DataEvent, DataPlane, DataPlaneOptions, DataSnapshot, Reconfigure};
+use crate::plane;
+use crate::uapi::Refusal;
+use crate::uapi::device::{Change, Device, Figures, Live};
+use crate::uapi::line::{Line, PeerKey};
+
+/// What the interface looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Look {
+    There,
+    Gone,
+}
+
+pub(super) struct Controller {
+    device: Device,
+    tun: Tun,
+    mtu: u32,
+    plane: Option<Plane>,
+    /// Counters and handshakes of data planes before this one.
+    carried: BTreeMap<PeerKey, Figures>,
+    clocks: WallClock,
+    /// Told when the device should be looked at.
+    news: mpsc::Sender<()>,
+    /// A start that failed is told once.
+    complained: bool,
+}
+
+struct Plane {
+    data: DataPlane,
+    port: u16,
+    /// The socket once more, for its mark.
+    udp: OwnedFd,
+}
+
+impl Controller {
+    pub(super) fn new(tun: Tun, news: mpsc::Sender<()>) -> Self {
+        Self {
+            device: Device::default(),
+            tun,
+            mtu: super::MTU,
+            plane: None,
+            carried: BTreeMap::new(),
+            clocks: WallClock::default(),
+            news,
+            complained: false,
+        }
+    }
+
+    /// Looks at the interface and does what follows.
+    pub(super) fn look(&mut self) -> Look {
+        if !self.tun.is_there() {
+            return Look::Gone;
+        }
+        // One that is not here is in another network namespace, where nobody says whether it is up.
+        let link = netcfg::link::get_by_index(self.tun.index()).unwrap_or_default();
+        let (up, mtu) = link.map_or((true, self.mtu), |link| (link.up, link.mtu));
+        let resized = std::mem::replace(&mut self.mtu, mtu) != mtu;
+        match (&self.plane, up) {
+            (None, true) => self.start(),
+            (Some(_), false) => self.stop(),
+            (Some(plane), true) if resized => {
+                plane.data.set_peers(self.device.peer_configs(self.mtu));
+            }
+            _ => {}
+        }
+        Look::There
+    }
+
+    fn start(&mut self) {
+        match self.open() {
+            Ok(plane) => {
+                self.device.listen_port = plane.port;
+                self.plane = Some(plane);
+                self.complained = false;
+            }
+            Err(error) if !self.complained => {
+                self.complained = true;
+                tracing::error!(
+                    error = format!("{error:#}"),
+                    "the interface is up and not served; trying again"
+                );
+            }
+            Err(_) => {}
+        }
+    }
+
+    fn open(&self) -> anyhow::Result<Plane> {
+        let udp = self.open_udp(&self.device)?;
+        let (port, mark) = (udp.local_port(), udp.as_fd().try_clone_to_owned()?);
+        let news = self.news.clone();
+        let options = DataPlaneOptions {
+            tunnel: TunnelConfig {
+                coalesce: plane::coalesce(Release::running()),
+                setting: Setting::Device,
+                ..TunnelConfig::default()
+            },
+            own_key: own_key(&self.device),
+            seed: rand::random(),
+            remembered: BTreeMap::new(),
+            on_event: Box::new(move |event| listen(&news, event)),
+        };
+        let data = DataPlane::start(options, self.tun.try_clone()?, udp)?;
+        data.configure(Reconfigure {
+            own_key: None,
+            peers: self.device.peer_configs(self.mtu),
+            endpoints: self.device.endpoints(),
+        });
+        Ok(Plane { data, port, udp: mark })
+    }
+
+    fn open_udp(&self, device: &Device) -> anyhow::Result<UdpSocket> {
+        UdpSocket::open(&UdpOptions {
+            port: device.listen_port,
+            mark: device.fwmark,
+            gso: plane::gso_is_sound(),
+            ..UdpOptions::default()
+        })
+    }
+
+    /// Ends the data plane and keeps what it knew.
+    pub(super) fn stop(&mut self) {
+        if let Ok(mut live) = self.live() {
+            for (key, figures) in &mut live {
+                if let Some(endpoint) = figures.endpoint.take() {
+                    self.device.move_endpoint(key, endpoint);
+                }
+            }
+            self.carried = live;
+        }
+        let stopped = self.plane.take().map(|plane| plane.data.stop());
+        if let Some(Err(error)) = stopped {
+            tracing::warn!(error = format!("{error:#}"), "stopping the data plane");
+        }
+    }
+
+    pub(super) fn get(&mut self) -> Result<Zeroizing<String>, Refusal> {
+        let live = self.live()?;
+        Ok(self.device.print(&live))
+    }
+
+    /// What the data plane knows, and those before it knew.
+    fn live(&mut self) -> Result<Live, Refusal> {
+        let mut live = self.carried.clone();
+        let Some(plane) = &self.plane else { return Ok(live) };
+        let snapshot = plane.data.snapshot().map_err(|error| unknown(&error))?;
+        self.clocks.forget_others(&snapshot);
+        for peer in &snapshot.peers {
+            let figures = live.entry(peer.key.into()).or_default();
+            figures.endpoint = peer.endpoint;
+            figures.rx_bytes += peer.rx_bytes;
+            figures.tx_bytes += peer.tx_bytes;
+            if let Some(at) = peer.last_handshake {
+                figures.last_handshake = Some(self.clocks.tell(peer.key, at, snapshot.now));
+            }
+        }
+        Ok(live)
+    }
+
+    pub(super) fn set(&mut self, lines: &[Line]) -> Result<(), Refusal> {
+        let mut new = self.device.apply(lines)?;
+        let change = self.device.change_to(&new, lines);
+        self.change_socket(&mut new, &change)?;
+        self.device = new;
+        let device = &self.device;
+        let anew = |key: &PeerKey| key.sound().is_some_and(|key| change.made_anew.contains(&key));
+        self.carried.retain(|key, _| device.contains(key) && !anew(key));
+        let Some(plane) = self.plane.as_ref().filter(|_| change.identities) else { return Ok(()) };
+        let peers = device.peer_configs(self.mtu);
+        if !change.made_anew.is_empty() {
+            let kept = peers.iter().filter(|peer| !change.made_anew.contains(&peer.key));
+            plane.data.set_peers(kept.cloned().collect());
+            in_force(plane)?;
+        }
+        let own_key = change.own_key.then(|| own_key(device));
+        plane.data.configure(Reconfigure { own_key, peers, endpoints: change.endpoints });
+        in_force(plane)
+    }
+
+    /// Port and mark, which may be refused: before anything else is changed.
+    fn change_socket(&mut self, new: &mut Device, change: &Change) -> Result<(), Refusal> {
+        let Some(plane) = &self.plane else { return Ok(()) };
+        if change.port && (new.listen_port == 0 || new.listen_port != plane.port) {
+            let opened = self.open_udp(new).and_then(|udp| {
+                let mark = udp.as_fd().try_clone_to_owned()?;
+                Ok((udp, mark))
+            });
+            let (udp, mark) = opened.map_err(|error| {
+                tracing::warn!(error = format!("{error:#}"), "no socket for the port asked for");
+                Refusal::InUse
+            })?;
+            let Some(plane) = &mut self.plane else { return Ok(()) };
+            new.listen_port = udp.local_port();
+            (plane.port, plane.udp) = (new.listen_port, mark);
+            plane.data.replace_udp(udp);
+        } else if change.fwmark {
+            udp::set_mark(&plane.udp, new.fwmark).map_err(|error| {
+                tracing::warn!(%error, "no such mark for the socket");
+                Refusal::InUse
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Nobody's where there is none: no peer is served then, and no handshake addressed to us verifies.
+fn own_key(device: &Device) -> PrivateKey {
+    device.private_key().cloned().unwrap_or_else(wg_engine::generate_private_key)
+}
+
+/// Waits until the data plane has read its letters, so that whoever asks next sees what was set.
+fn in_force(plane: &Plane) -> Result<(), Refusal> {
+    plane.data.snapshot().map(drop).map_err(|error| unknown(&error))
+}
+
+fn unknown(error: &anyhow::Error) -> Refusal {
+    tracing::warn!(error = format!("{error:#}"), "the data plane does not answer");
+    Refusal::Unknown
+}
+
+/// Runs on the packet thread: never waits.
+fn listen(news: &mpsc::Sender<()>, event: DataEvent) {
+    match event {
+        DataEvent::Tunnel(event) => tracing::debug!(?event, "tunnel"),
+        DataEvent::Refused(refusals) => tracing::warn!(?refusals, "left out by the data plane"),
+        // Full means that somebody is about to look anyway.
+        DataEvent::TunLost => drop(news.try_send(())),
+        DataEvent::Restarted => tracing::warn!("the data plane panicked and was started again"),
+    }
+}
+
+/// Handshakes on the clock of the wall, each translated once: asked again, the answer is the same.
+#[derive(Default)]
+pub(super) struct WallClock {
+    told: BTreeMap<PublicKey, (MonoTime, Duration)>,
+}
+
+impl WallClock {
+    /// The wall clock's time since 1970 of what happened `at`, when the other clock shows `now`.
+    pub(super) fn tell(&mut self, key: PublicKey, at: MonoTime, now: MonoTime) -> Duration {
+        if let Some((told, wall)) = self.told.get(&key)
+            && *told == at
+        {
+            return *wall;
+        }
+        let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let wall = wall.saturating_sub(now.since(at));
+        self.told.insert(key, (at, wall));
+        wall
+    }
+
+    pub(super) fn forget_others(&mut self, snapshot: &DataSnapshot) {
+        self.keep(&snapshot.peers.iter().map(|peer| peer.key).collect());
+    }
+
+    pub(super) fn keep(&mut self, peers: &std::collections::BTreeSet<PublicKey>) {
+        self.told.retain(|key, _| peers.contains(key));
+    }
+}

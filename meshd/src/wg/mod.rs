@@ -1,0 +1,258 @@
+//! `meshd wg INTERFACE`: a WireGuard device in user space on our data plane, configured as wireguard-go is.
+//!
+//! ```text
+//!  wg, wg-quick ──> IFNAME.sock ──> [uapi] ──> Controller ──> data plane (only while the interface is up)
+//!  ip link set up/down/mtu ──> netlink ──────────┘
+//!
+//!  in the background:   this process: TUN, socket ──descriptors──> the same program, --foreground, without terminal
+//! ```
+//! No guard, no routes, no rules: a device, which ends with the program. The program ends when it is told to, when the
+//! interface is deleted (with its network namespace, too), and when its socket is removed.
+
+mod controller;
+mod mesh;
+
+use std::ffi::OsString;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context;
+use netcfg::tun::{Tun, TunOptions};
+use netcfg::watch::LinkWatch;
+use rustix::event::{PollFd, PollFlags, poll};
+use tokio::sync::mpsc;
+
+use crate::app::Signals;
+use crate::args::WgArgs;
+use crate::uapi::server;
+use crate::{config, folder, keystore};
+use controller::{Controller, Look};
+pub use mesh::{MeshSocket, serve_mesh};
+
+/// What wireguard-go gives a device: WireGuard over IPv6 in Ethernet.
+const MTU: u32 = 1420;
+
+/// Set for the process that goes on in the background.
+const DETACHED: &str = "MESHD_WG_DETACHED";
+
+/// How often the interface is looked at, whatever netlink says: a device moved into another network namespace
+/// tells of itself there.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// `meshd wg`.
+pub fn run(args: &WgArgs) -> anyhow::Result<()> {
+    let dir = config::uapi_dir(&args.uapi)?.context("--uapi-dir may not be empty here")?;
+    let tun = match args.tun_fd {
+        Some(number) => Tun::inherit(number, &TunOptions::transient(""))?,
+        None => {
+            Tun::open(&TunOptions { mtu: Some(MTU), ..TunOptions::transient(&args.interface) })?
+        }
+    };
+    let listener = match args.uapi_fd {
+        Some(number) => UnixListener::from(
+            netcfg::inherited_descriptor(number)
+                .with_context(|| format!("descriptor {number} is not open: --uapi-fd"))?,
+        ),
+        None => server::listen(&dir, tun.name())?,
+    };
+    let socket = Socket::at(server::path(&dir, tun.name()));
+    if !args.foreground {
+        return detach(args, &tun, &listener)
+            .inspect_err(|_| socket.remove())
+            .context("go on in the background");
+    }
+    if std::env::var_os(DETACHED).is_some() {
+        // Fails where we lead a session already, which is what we want.
+        let _ = rustix::process::setsid();
+    }
+    keystore::forbid_core_dumps()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the reactor")?;
+    let served = runtime.block_on(serve(tun, listener, &socket));
+    socket.remove();
+    // A request to a data plane that hangs must not hold up the end.
+    runtime.shutdown_background();
+    served
+}
+
+/// Starts this program once more with what is open already, so that whoever started us finds device and socket in place
+/// when we end.
+fn detach(args: &WgArgs, tun: &Tun, listener: &UnixListener) -> anyhow::Result<()> {
+    let mut argv = std::env::args_os();
+    let name = argv.next().unwrap_or_else(|| OsString::from("meshd"));
+    let program = std::env::current_exe().context("find this program")?;
+    let mut command = Command::new(program);
+    command.arg0(name).args(argv).current_dir("/").stdin(Stdio::null());
+    command.env("WG_PROCESS_FOREGROUND", "1").env(DETACHED, "1");
+    for (name, fd) in [("WG_TUN_FD", tun.as_fd()), ("WG_UAPI_FD", listener.as_fd())] {
+        command.env(name, keep_open(fd)?.to_string());
+    }
+    if args.filter().is_none_or(|filter| filter == "off") {
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+    }
+    command.spawn().context("start this program again").map(drop)
+}
+
+/// Lets whom we start have the descriptor.
+fn keep_open(fd: BorrowedFd<'_>) -> anyhow::Result<i32> {
+    rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).context("pass a descriptor on")?;
+    Ok(fd.as_raw_fd())
+}
+
+async fn serve(tun: Tun, listener: UnixListener, socket: &Socket) -> anyhow::Result<()> {
+    let signals = Signals::catch()?.wait();
+    listener.set_nonblocking(true).context("serve the configuration socket")?;
+    let listener = tokio::net::UnixListener::from_std(listener)
+        .context("the descriptor for configuration is no listening socket")?;
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), device = tun.name(), "device starts");
+    let (news_in, news) = mpsc::channel(1);
+    watch_links(news_in.clone())?;
+    let controller = Arc::new(Mutex::new(Controller::new(tun, news_in)));
+    tokio::spawn(server::serve(listener, Arc::new(Configured(Arc::clone(&controller)))));
+    tokio::select! {
+        () = signals => {}
+        () = deleted(news, &controller) => tracing::info!("the interface was deleted"),
+        () = socket.removed() => tracing::info!("the configuration socket was removed"),
+    }
+    controller.lock().unwrap_or_else(PoisonError::into_inner).stop();
+    Ok(())
+}
+
+/// Tells of changes to links from a thread that lives as long as the process; a full channel means that a look is due
+/// anyway.
+fn watch_links(news: mpsc::Sender<()>) -> anyhow::Result<()> {
+    let watch = LinkWatch::open().context("watch the links")?;
+    let next = move || -> std::io::Result<()> {
+        match poll(&mut [PollFd::new(&watch, PollFlags::IN)], None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => watch.drain(),
+            Err(errno) => Err(errno.into()),
+        }
+    };
+    let watching = move || {
+        while !news.is_closed() {
+            if let Err(error) = next() {
+                tracing::warn!(%error, "watching links");
+                std::thread::sleep(LOOK_INTERVAL);
+            }
+            let _ = news.try_send(());
+        }
+    };
+    std::thread::Builder::new()
+        .name("link-watch".into())
+        .spawn(watching)
+        .context("start the link watch")?;
+    Ok(())
+}
+
+/// Follows the interface until it is no more.
+async fn deleted(mut news: mpsc::Receiver<()>, controller: &Mutex<Controller>) {
+    loop {
+        let look = controller.lock().unwrap_or_else(PoisonError::into_inner).look();
+        if look == Look::Gone {
+            return;
+        }
+        tokio::select! {
+            _ = news.recv() => {}
+            () = tokio::time::sleep(LOOK_INTERVAL) => {}
+        }
+    }
+}
+
+/// The controller behind the socket.
+struct Configured(Arc<Mutex<Controller>>);
+
+impl server::Handler for Configured {
+    fn get(&self) -> Result<zeroize::Zeroizing<String>, crate::uapi::Refusal> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get()
+    }
+
+    fn set(&self, lines: Vec<crate::uapi::line::Line>) -> Result<(), crate::uapi::Refusal> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).set(&lines)
+    }
+
+    fn is_writable(&self) -> bool {
+        true
+    }
+}
+
+/// The file of the socket, by its inode: one that somebody else put in its place is not ours to remove.
+struct Socket {
+    path: PathBuf,
+    /// `None`: there is none, as where a descriptor came without a file.
+    inode: Option<(u64, u64)>,
+}
+
+impl Socket {
+    fn at(path: PathBuf) -> Self {
+        let inode = inode(&path);
+        Self { path, inode }
+    }
+
+    fn is_there(&self) -> bool {
+        self.inode.is_some() && inode(&self.path) == self.inode
+    }
+
+    fn remove(&self) {
+        if self.is_there()
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
+            tracing::warn!(socket = %self.path.display(), %error, "cannot be removed");
+        }
+    }
+
+    /// Waits until it is removed.
+    async fn removed(&self) {
+        if self.inode.is_none() {
+            return std::future::pending().await;
+        }
+        let mut changes = folder::Changes::beside(&self.path);
+        while self.is_there() {
+            changes.next().await;
+        }
+    }
+}
+
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|it| (it.dev(), it.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_that_somebody_replaced_is_left_alone() {
+        let dir = tempfile::tempdir().expect("scratch");
+        let first = server::listen(dir.path(), "wg0").expect("a socket");
+        let socket = Socket::at(server::path(dir.path(), "wg0"));
+        assert!(socket.is_there());
+        let refused = server::listen(dir.path(), "wg0").expect_err("somebody answers");
+        assert!(format!("{refused:#}").contains("another program answers"), "{refused:#}");
+        // Moved out of the way first, so that the inode is not given out again.
+        std::fs::rename(&socket.path, dir.path().join("aside")).expect("renamed");
+        let _second = server::listen(dir.path(), "wg0").expect("a socket");
+        assert!(!socket.is_there());
+        socket.remove();
+        assert!(socket.path.exists());
+        drop(first);
+        assert!(server::listen(dir.path(), "aside").is_ok());
+    }
+
+    #[test]
+    fn the_socket_a_dead_program_left_is_replaced_and_a_file_is_not() {
+        let dir = tempfile::tempdir().expect("scratch");
+        drop(server::listen(dir.path(), "wg0").expect("a socket"));
+        let _again = server::listen(dir.path(), "wg0").expect("replaced");
+        std::fs::write(server::path(dir.path(), "wg1"), "x").expect("written");
+        let refused = server::listen(dir.path(), "wg1").expect_err("no socket");
+        assert!(format!("{refused:#}").contains("no socket"), "{refused:#}");
+    }
+}
