@@ -126,6 +126,25 @@ fn everything_crosses(begins: Begins) {
         assert!(result.ok, "{result:?}\n{}\n{}", meshd.log(), theirs.log());
     }
     assert!(!meshd.log().contains(" ERROR "), "{}", meshd.log());
+    wg_shows_the_node(&near, &public_key(&their_key));
+    meshd.terminate(Duration::from_secs(10)).expect("it ends");
+    assert_eq!(near.run(&["ls", "-A", "/run/wireguard"]).expect("a folder"), "");
+}
+
+/// `wg` sees peers and traffic, no key, and changes nothing.
+fn wg_shows_the_node(node: &Namespace, theirs: &PublicKey) {
+    let dump = || node.run(&["wg", "show", "meshd0", "dump"]).expect("a device");
+    let before = dump();
+    let fields: Vec<&str> = before.split(['\t', '\n']).collect();
+    assert_eq!(fields[..4], ["(none)", "(none)", "15190", "0x4"]);
+    let theirs = theirs.to_string();
+    let prefixes = "10.244.2.0/24,fd00:10:244:2::/64";
+    assert_eq!(fields[4..8], [theirs.as_str(), "(none)", "198.51.100.2:15190", prefixes]);
+    assert!(fields[8..11].iter().all(|number| *number != "0"), "{before}");
+    let refused = node.run(&["wg", "set", "meshd0", "peer", &theirs, "remove"]);
+    let refused = format!("{:#}", refused.expect_err("the cluster says who is a peer"));
+    assert!(refused.contains("Operation not permitted"), "{refused}");
+    assert!(dump().contains(&theirs));
 }
 
 #[test]

@@ -1,0 +1,633 @@
+//! `meshd wg`, driven by `wg` and `wg-quick`, against itself and against wireguard-go.
+//!
+//! ```text
+//!   a                                           b
+//!   wg0 10.244.1.1  fd00:10:244:1::1            wg0 10.244.2.1  fd00:10:244:2::1
+//!     | meshd wg, or wireguard-go                 |
+//!   w0 10.9.0.1 fd00:9::1 ------- wire ------- w0 10.9.0.2 fd00:9::2
+//! ```
+#![allow(clippy::expect_used, clippy::panic)] // helpers of a test say what failed by panicking
+
+mod common;
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use common::wireguard_go::{self, hex};
+use mesh_types::key::PrivateKey;
+use testbed::canary::Canary;
+use testbed::lab::{Daemon, Kind, Lab, Namespace};
+use testbed::traffic::{self, Party};
+use wg_engine::{generate_private_key, public_key};
+
+/// /var/run is a link that would lead out of the namespace.
+const SOCKET: &str = "/run/wireguard/wg0.sock";
+
+/// How long anything awaited here may take; all of it takes milliseconds, and one retry of a handshake 5 s.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits until `done`, and fails with what it said last.
+fn wait_for<T>(what: &str, mut done: impl FnMut() -> Result<T, String>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match done() {
+            Ok(value) => return value,
+            Err(why) => assert!(Instant::now() < deadline, "{what}: {why}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn ensure(is_so: bool, otherwise: impl std::fmt::Debug) -> Result<(), String> {
+    if is_so { Ok(()) } else { Err(format!("{otherwise:?}")) }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Program {
+    Meshd,
+    WireguardGo,
+}
+
+struct Node {
+    space: Namespace,
+    number: u8,
+    key: PrivateKey,
+    daemon: Option<Daemon>,
+}
+
+/// Two nodes and the wire between them. What runs on them ends with the lab.
+struct Bench {
+    nodes: [Node; 2],
+    lab: Lab,
+}
+
+impl Bench {
+    fn new(what: &str) -> Self {
+        let lab = Lab::create(&common::lab_name(what), common::programs()).expect("lab");
+        let spaces =
+            ["a", "b"].map(|name| lab.add_namespace(name, Kind::Node).expect("a namespace"));
+        lab.add_link((&spaces[0], "w0"), (&spaces[1], "w0"), true).expect("wire");
+        let mut number = 0;
+        let nodes = spaces.map(|space| {
+            number += 1;
+            let addresses = [
+                format!("addr add 10.9.0.{number}/24 dev w0"),
+                format!("addr add fd00:9::{number}/64 dev w0 nodad"),
+            ];
+            space.ip(&addresses).expect("addresses");
+            space.wait_for_addresses().expect("addresses");
+            Node { space, number, key: generate_private_key(), daemon: None }
+        });
+        Self { nodes, lab }
+    }
+
+    /// Both run, are up, and know each other; the first knows where the second is, too.
+    fn tunnel(what: &str, programs: [Program; 2], underlay: &str) -> Self {
+        let mut bench = Self::new(what);
+        let meshd = bench.meshd();
+        for (node, program) in bench.nodes.iter_mut().zip(programs) {
+            node.start(program, &meshd);
+        }
+        let [a, b] = &bench.nodes;
+        a.set(&format!("listen-port 7001 private-key {}", a.key_file()));
+        b.set(&format!("listen-port 7002 private-key {}", b.key_file()));
+        a.set(&format!("peer {} endpoint {underlay}:7002 allowed-ips {}", b.name(), b.inside()));
+        b.set(&format!("peer {} allowed-ips {}", a.name(), a.inside()));
+        a.bring_up();
+        b.bring_up();
+        bench
+    }
+
+    fn meshd(&self) -> String {
+        self.lab.programs().meshd.display().to_string()
+    }
+
+    fn logs(&self) -> String {
+        let log = |node: &Node| node.daemon.as_ref().map(Daemon::log).unwrap_or_default();
+        self.nodes.iter().map(log).collect::<Vec<_>>().join("\n---\n")
+    }
+
+    /// Everything crosses in both directions.
+    fn check_traffic(&self) {
+        let parties = self.nodes.each_ref().map(Node::party);
+        for result in traffic::matrix(&parties, &Canary::random(), 1, |_| {}) {
+            assert!(result.ok, "{result:?}\n{}", self.logs());
+        }
+    }
+}
+
+impl Node {
+    fn start(&mut self, program: Program, meshd: &str) {
+        let daemon = match program {
+            Program::WireguardGo => wireguard_go::start(&self.space),
+            Program::Meshd => {
+                let mut command = self.space.command(meshd);
+                command.args(["wg", "-f", "wg0"]).env("LOG_LEVEL", "info");
+                self.space.spawn(command, "meshd-wg").expect("meshd wg starts")
+            }
+        };
+        wait_for("the socket", || {
+            let answers = UnixStream::connect(self.space.path(SOCKET)).is_ok();
+            ensure(answers, daemon.log())
+        });
+        self.daemon = Some(daemon);
+    }
+
+    fn daemon(&self) -> &Daemon {
+        self.daemon.as_ref().expect("it was started")
+    }
+
+    fn run(&self, words: &str) -> Result<String, String> {
+        let words: Vec<&str> = words.split_whitespace().collect();
+        self.space.run(&words).map_err(|error| format!("{error:#}"))
+    }
+
+    fn done(&self, words: &str) -> String {
+        self.run(words).unwrap_or_else(|error| panic!("{words}: {error}"))
+    }
+
+    fn set(&self, words: &str) {
+        self.done(&format!("wg set wg0 {words}"));
+    }
+
+    /// One word of `wg show wg0` about the only peer.
+    fn shown(&self, what: &str) -> String {
+        let text = self.done(&format!("wg show wg0 {what}"));
+        text.split_once('\t').map_or(text.trim(), |(_, rest)| rest.trim()).to_owned()
+    }
+
+    /// Bytes received and sent, as `wg` tells.
+    fn transfer(&self) -> (u64, u64) {
+        let text = self.shown("transfer");
+        let number = |text: &str| text.parse().expect("a number");
+        let (rx, tx) = text.split_once('\t').expect("two numbers");
+        (number(rx), number(tx))
+    }
+
+    /// The key, in a file that `wg` can read in the namespace.
+    fn key_file(&self) -> String {
+        self.key_file_of(&self.key)
+    }
+
+    fn key_file_of(&self, key: &PrivateKey) -> String {
+        let path = format!("/run/key-{}", &hex(public_key(key).as_bytes())[..8]);
+        self.space.write(&path, key.to_base64().as_bytes()).expect("a key file");
+        path
+    }
+
+    fn name(&self) -> String {
+        public_key(&self.key).to_string()
+    }
+
+    fn inside(&self) -> String {
+        format!("10.244.{n}.0/24,fd00:10:244:{n}::/64", n = self.number)
+    }
+
+    fn address(&self) -> String {
+        format!("10.244.{}.1", self.number)
+    }
+
+    fn bring_up(&self) {
+        let n = self.number;
+        self.space
+            .ip(&[
+                "link set wg0 up".to_owned(),
+                format!("addr add 10.244.{n}.1/16 dev wg0"),
+                format!("addr add fd00:10:244:{n}::1/48 dev wg0 nodad"),
+            ])
+            .expect("addresses");
+    }
+
+    fn party(&self) -> Party {
+        let addresses = [self.address(), format!("fd00:10:244:{}::1", self.number)];
+        Party {
+            name: self.space.name().to_owned(),
+            netns: self.space.netns(),
+            addresses: addresses.map(|text| text.parse().expect("an address")).to_vec(),
+        }
+    }
+
+    /// Whether the other answers, before a handshake would be tried again.
+    fn ping(&self, to: &Node) -> Result<String, String> {
+        self.run(&format!("ping -n -c 1 -W 4 {}", to.address()))
+    }
+
+    fn cannot_ping(&self, to: &Node, why: &str) {
+        self.run(&format!("ping -n -c 1 -W 1 {}", to.address())).expect_err(why);
+    }
+
+    /// Writes `text` to the socket and reads the answer to its end.
+    fn say(&self, text: &[u8]) -> String {
+        let mut socket = UnixStream::connect(self.space.path(SOCKET)).expect("connected");
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        // Whoever is cut off while it talks nonsense has still to read what it was told.
+        let _ = socket.write_all(text);
+        let _ = socket.shutdown(std::net::Shutdown::Write);
+        let mut answer = String::new();
+        let _ = socket.read_to_string(&mut answer);
+        answer
+    }
+}
+
+fn resident_kib(daemon: &Daemon) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.process().pid));
+    let status = status.expect("it lives");
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("resident memory");
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
+}
+
+#[test]
+fn everything_crosses_between_two_of_ours() {
+    if common::root() {
+        let bench = Bench::tunnel("wg-ours", [Program::Meshd; 2], "10.9.0.2");
+        bench.check_traffic();
+        // Nobody sends any more: what one sent, the other got.
+        let [a, b] = bench.nodes.each_ref().map(Node::transfer);
+        assert_eq!((a.0, a.1), (b.1, b.0));
+    }
+}
+
+/// Both count the same traffic alike, to the byte, whoever began.
+fn counters_agree(bench: &Bench) {
+    let [a, b] = &bench.nodes;
+    wait_for("counters", || {
+        let (a, b) = (a.transfer(), b.transfer());
+        ensure((a.0, a.1) == (b.1, b.0) && a.0 > 0, (a, b))
+    });
+}
+
+#[test]
+fn wireguard_go_answers_us_over_ipv4_and_both_count_alike() {
+    if common::root() {
+        let programs = [Program::Meshd, Program::WireguardGo];
+        let bench = Bench::tunnel("wg-go4", programs, "10.9.0.2");
+        bench.check_traffic();
+        counters_agree(&bench);
+    }
+}
+
+#[test]
+fn we_answer_wireguard_go_over_ipv6_and_both_count_alike() {
+    if common::root() {
+        let programs = [Program::WireguardGo, Program::Meshd];
+        let bench = Bench::tunnel("wg-go6", programs, "[fd00:9::2]");
+        bench.check_traffic();
+        counters_agree(&bench);
+    }
+}
+
+#[test]
+fn ten_pings_cost_what_the_kernel_says_they_cost() {
+    if !common::root() {
+        return;
+    }
+    let bench = Bench::tunnel("wg-count", [Program::Meshd; 2], "10.9.0.2");
+    let [a, b] = &bench.nodes;
+    a.done(&format!("ping -n -q -c 10 -i 0.01 -W 2 {}", b.address()));
+    // netns.sh of the kernel: initiation 148, response 92, ten packets of 84 padded to 96 and 32 around them;
+    // a keepalive of 32 may confirm the session before the first.
+    let (rx, tx) = b.transfer();
+    assert!(rx == 1_428 || rx == 1_460, "{rx}");
+    assert_eq!(tx, 1_372);
+    assert_eq!(a.transfer(), (tx, rx));
+    let handshake: u64 = a.shown("latest-handshakes").parse().expect("seconds");
+    let now =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
+    assert!(now.as_secs().abs_diff(handshake) < 60, "{handshake}");
+}
+
+#[test]
+fn a_device_is_what_wg_made_it() {
+    if !common::root() {
+        return;
+    }
+    let mut bench = Bench::new("wg-show");
+    let meshd = bench.meshd();
+    bench.nodes[0].start(Program::Meshd, &meshd);
+    let [a, b] = &bench.nodes;
+    let (own, other) = (a.key.to_base64().to_string(), b.name());
+    let psk = generate_private_key().to_base64().to_string();
+    let config = format!(
+        "[Interface]\nListenPort = 7005\nFwMark = 0x20\nPrivateKey = {own}\n\n[Peer]\nPublicKey = {other}\n\
+         PresharedKey = {psk}\nAllowedIPs = 10.244.2.0/24, fd00:10:244:2::/64\nEndpoint = 10.9.0.2:7002\n\
+         PersistentKeepalive = 25\n\n"
+    );
+    a.space.write("/run/wg0.conf", &config).expect("a file");
+    a.done("wg setconf wg0 /run/wg0.conf");
+    assert_eq!(a.done("wg show interfaces").trim(), "wg0");
+    assert_eq!(a.done("wg showconf wg0").trim(), config.trim());
+    let dump = format!(
+        "{own}\t{}\t7005\t0x20\n{other}\t{psk}\t10.9.0.2:7002\t10.244.2.0/24,fd00:10:244:2::/64\t0\t0\t0\t25\n",
+        a.name()
+    );
+    assert_eq!(a.done("wg show wg0 dump"), dump);
+    // Up, and changed back and forth: the port in use is shown.
+    a.bring_up();
+    a.done("wg syncconf wg0 /run/wg0.conf");
+    a.set("listen-port 7006 fwmark off");
+    assert_eq!((a.shown("listen-port").as_str(), a.shown("fwmark").as_str()), ("7006", "off"));
+    let bound = a.done("ss -Hlun");
+    assert!(bound.contains(":7006 ") && !bound.contains(":7005 "), "{bound}");
+    a.set("listen-port 0");
+    assert_ne!(a.shown("listen-port"), "0");
+    let _taken =
+        a.space.run_in(|| Ok(std::net::UdpSocket::bind("0.0.0.0:7007")?)).expect("a socket");
+    let refused = a.run("wg set wg0 listen-port 7007").expect_err("taken");
+    assert!(refused.contains("Address already in use"), "{refused}");
+    a.set(&format!(
+        "peer {other} preshared-key /dev/null persistent-keepalive off allowed-ips ::/0"
+    ));
+    let peer = a.done("wg show wg0 dump");
+    assert!(peer.contains(&format!("{other}\t(none)\t10.9.0.2:7002\t::/0\t0\t")), "{peer}");
+    a.set(&format!("peer {other} remove"));
+    a.set("private-key /dev/null");
+    assert!(a.done("wg show wg0 dump").starts_with("(none)\t(none)\t"));
+    // The socket is root's alone.
+    let modes = a.done("stat -c %a /run/wireguard /run/wireguard/wg0.sock");
+    assert_eq!(modes.split_whitespace().collect::<Vec<_>>(), ["700", "600"]);
+}
+
+#[test]
+fn keys_allowed_ips_ports_and_endpoints_change_under_a_living_session() {
+    if !common::root() {
+        return;
+    }
+    let programs = [Program::Meshd, Program::WireguardGo];
+    let bench = Bench::tunnel("wg-live", programs, "10.9.0.2");
+    let [a, b] = &bench.nodes;
+    let (peer_a, peer_b) = (a.name(), b.name());
+    let reached = |what: &str| wait_for(what, || a.ping(b).and_then(|_| b.ping(a)));
+    reached("at first");
+    let session = a.shown("latest-handshakes");
+
+    // What leaves sessions alone: another peer, its allowed IPs, the keepalive, the port, our own endpoint for it.
+    let other = public_key(&generate_private_key()).to_string();
+    a.set(&format!("peer {other} allowed-ips 192.0.2.0/24 endpoint 10.9.0.2:9"));
+    a.set(&format!("peer {peer_b} persistent-keepalive 21 endpoint 10.9.0.2:7002"));
+    a.set("listen-port 7011");
+    a.ping(b).expect("from another port");
+    b.ping(a).expect("which the other side has followed");
+    assert!(b.shown("endpoints").ends_with(":7011"), "{}", b.shown("endpoints"));
+    // Our address goes and another comes, under the source that was pinned.
+    a.space.ip(&["addr del 10.9.0.1/24 dev w0", "addr add 10.9.0.11/24 dev w0"]).expect("moved");
+    a.ping(b).expect("from another address");
+    assert_eq!(b.shown("endpoints"), "10.9.0.11:7011");
+    b.ping(a).expect("which the other side has followed");
+    // An allowed IP moves to the other peer and back.
+    a.set(&format!("peer {other} allowed-ips 10.244.2.0/24"));
+    a.cannot_ping(b, "it belongs to the other");
+    b.cannot_ping(a, "nor is it taken from who had it");
+    a.set(&format!("peer {peer_b} allowed-ips {}", b.inside()));
+    a.set(&format!("peer {other} remove"));
+    a.ping(b).expect("it is back");
+    assert_eq!(a.shown("latest-handshakes"), session, "on the session of the beginning");
+
+    // The preshared key, on one side after the other.
+    let psk = a.key_file_of(&generate_private_key());
+    let copy = std::fs::read(a.space.path(&psk)).expect("the key");
+    b.space.write(&psk, copy).expect("a file");
+    a.set(&format!("peer {peer_b} preshared-key {psk}"));
+    a.ping(b).expect("the old session carries on");
+    b.set(&format!("peer {peer_a} preshared-key {psk}"));
+    a.ping(b).expect("and on");
+    wait_for("a session under the preshared key", || {
+        ensure(a.shown("latest-handshakes") != session, a.shown("latest-handshakes"))
+    });
+    reached("with a preshared key");
+
+    // Our own key: nothing leaves under the old one, and the next packet makes a session under the new one.
+    let key = generate_private_key();
+    a.set(&format!("private-key {}", a.key_file_of(&key)));
+    b.set(&format!("peer {peer_a} remove peer {} allowed-ips {}", public_key(&key), a.inside()));
+    b.set(&format!("peer {} preshared-key {psk}", public_key(&key)));
+    a.ping(b).expect("at once");
+    b.ping(a).expect("both ways");
+    // Their key. Two initiations of one peer within 20 ms are a flood (HandshakeInitationRate of wireguard-go).
+    std::thread::sleep(Duration::from_millis(50));
+    let key = generate_private_key();
+    b.set(&format!("private-key {}", b.key_file_of(&key)));
+    a.set(&format!(
+        "peer {peer_b} remove peer {} allowed-ips {} endpoint 10.9.0.2:7002 preshared-key {psk}",
+        public_key(&key),
+        b.inside()
+    ));
+    a.ping(b).expect("at once");
+    // A peer made anew begins without counters and without a session.
+    a.space
+        .shell("wg showconf wg0 > /run/same.conf && wg setconf wg0 /run/same.conf")
+        .expect("set");
+    assert_eq!((a.transfer(), a.shown("latest-handshakes").as_str()), ((0, 0), "0"));
+    reached("after all");
+    bench.check_traffic();
+}
+
+#[test]
+fn down_is_silent_and_up_goes_on_where_it_stopped() {
+    if !common::root() {
+        return;
+    }
+    let bench = Bench::tunnel("wg-down", [Program::Meshd; 2], "10.9.0.2");
+    let [a, b] = &bench.nodes;
+    wait_for("a session", || a.ping(b));
+    let before = a.transfer();
+    a.space.ip(&["link set wg0 down"]).expect("down");
+    wait_for("the port to be closed", || {
+        let bound = a.done("ss -Hlun");
+        ensure(!bound.contains(":7001 "), bound)
+    });
+    assert_eq!(a.transfer(), before);
+    assert_eq!(a.shown("endpoints"), "10.9.0.2:7002");
+    assert_eq!(a.shown("listen-port"), "7001");
+    a.set(&format!("peer {} persistent-keepalive 1", b.name()));
+    assert_eq!(a.transfer(), before, "not a word");
+    a.space.ip(&["link set wg0 up mtu 1300"]).expect("up");
+    // The keepalive makes a session unasked.
+    wait_for("a session", || ensure(a.transfer().0 > before.0, a.transfer()));
+    wait_for("a ping", || a.ping(b));
+    wait_for("a long ping", || a.run(&format!("ping -n -c 1 -W 1 -s 1272 -M do {}", b.address())));
+}
+
+#[test]
+fn twenty_nine_empty_peers_and_keys_of_low_order_say_nothing() {
+    if !common::root() {
+        return;
+    }
+    let mut bench = Bench::new("wg-many");
+    let meshd = bench.meshd();
+    bench.nodes[0].start(Program::Meshd, &meshd);
+    let [a, b] = &bench.nodes;
+    let port = b.space.run_in(|| Ok(std::net::UdpSocket::bind("10.9.0.2:7999")?)).expect("a port");
+    port.set_nonblocking(true).expect("set");
+    a.set(&format!("private-key {}", a.key_file()));
+    let names: Vec<_> = (0..29).map(|_| public_key(&generate_private_key()).to_string()).collect();
+    a.set(&names.iter().map(|name| format!("peer {name} ")).collect::<String>());
+    assert_eq!(a.done("wg show wg0 peers").lines().collect::<Vec<_>>(), names);
+    a.set(&names.iter().map(|name| format!("peer {name} remove ")).collect::<String>());
+    // RFC 7748, section 6.1: every secret agreed with these is zero.
+    let mut low = vec![[0; 32], [0; 32], [0xff; 32], [0xff; 32]];
+    low[1][0] = 1;
+    (low[2][0], low[2][31]) = (0xec, 0x7f);
+    (low[3][0], low[3][31]) = (0xee, 0xff);
+    for key in &low {
+        let text = format!(
+            "set=1\npublic_key={}\nendpoint=10.9.0.2:7999\npersistent_keepalive_interval=1\n\n",
+            hex(key)
+        );
+        assert_eq!(a.say(text.as_bytes()), "errno=0\n\n");
+    }
+    assert_eq!(a.done("wg show wg0 peers").lines().count(), low.len());
+    // One that may speak, after them: when it has spoken, they would have, too.
+    a.set(&format!("peer {} endpoint 10.9.0.2:7999 persistent-keepalive 1", names[0]));
+    a.bring_up();
+    let mut buffer = [0; 2048];
+    wait_for("the initiation of the sound peer", || {
+        port.recv(&mut buffer).map_err(|error| error.to_string())
+    });
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(port.recv(&mut buffer).is_err(), "a packet for a key of low order");
+}
+
+#[test]
+fn lines_that_make_no_sense_change_nothing_and_cost_nothing() {
+    if !common::root() {
+        return;
+    }
+    let bench = Bench::tunnel("wg-bad", [Program::Meshd; 2], "10.9.0.2");
+    let [a, b] = &bench.nodes;
+    wait_for("a session", || a.ping(b));
+    let before = a.done("wg showconf wg0");
+    let memory = resident_kib(a.daemon());
+    let peer = "00".repeat(32);
+    let table = [
+        ("set=1\nlisten_port=1\nbogus=1\n\n".to_owned(), "errno=-22\n\n"),
+        (
+            format!("set=1\nreplace_peers=true\npublic_key={peer}\nallowed_ip=x\n\n"),
+            "errno=-22\n\n",
+        ),
+        ("set=1\nfwmark\n\n".to_owned(), "errno=-71\n\n"),
+        (format!("set=1\nfwmark={}\n\n", "1".repeat(100_000)), "errno=-5\n\n"),
+        ("set=2\n\n".to_owned(), "errno=-71\n\n"),
+        ("\0\0\0\0\n\n\n".to_owned(), "errno=-71\n\n"),
+    ];
+    for (text, answer) in &table {
+        assert_eq!(a.say(text.as_bytes()), *answer, "{text:.60}");
+    }
+    assert!(a.say(b"get=1\n\nget=1\n\n").matches("errno=0\n\n").count() == 2);
+    for round in 0..200_u32 {
+        let garbage: Vec<u8> = (0..20_000_u32)
+            .map(|at| (at.wrapping_mul(2_654_435_761) >> (round % 24)) as u8)
+            .collect();
+        a.say(&garbage);
+        a.say(&[b"set=1\n", garbage.as_slice()].concat());
+    }
+    assert_eq!(a.done("wg showconf wg0"), before);
+    let grown = resident_kib(a.daemon()).saturating_sub(memory);
+    assert!(grown < 4_096, "{grown} KiB more");
+    a.ping(b).expect("the session did not notice");
+    assert!(!a.daemon().log().contains("panicked"), "{}", a.daemon().log());
+}
+
+#[test]
+fn it_ends_with_interface_namespace_socket_or_signal_and_leaves_nothing() {
+    if !common::root() {
+        return;
+    }
+    let mut bench = Bench::new("wg-end");
+    let meshd = bench.meshd();
+    let node = &mut bench.nodes[0];
+    let endings = [
+        "ip link delete wg0",
+        "ip link set wg0 up; ip link delete wg0",
+        "rm /run/wireguard/wg0.sock",
+        "ip netns add x; ip link set wg0 netns x; ip -n x link set wg0 up; sleep 0.1; ip netns delete x",
+    ];
+    for ending in endings {
+        node.start(Program::Meshd, &meshd);
+        node.space.shell(ending).expect("done");
+        wait_for(ending, || ensure(!node.daemon().is_alive(), node.daemon().log()));
+        assert_eq!(node.done("ls -A /run/wireguard"), "", "{ending}");
+        let links = node.done("ip -br link");
+        assert!(!links.contains("wg0"), "{ending}: {links}");
+    }
+    node.start(Program::Meshd, &meshd);
+    let daemon = node.daemon.take().expect("started");
+    assert!(daemon.terminate(PATIENCE).expect("it ends").success());
+    assert_eq!(node.done("ls -A /run/wireguard"), "");
+    // Killed, it cannot take its socket along: the next one does.
+    node.start(Program::Meshd, &meshd);
+    node.daemon.take().expect("started").kill().expect("killed");
+    node.start(Program::Meshd, &meshd);
+    let second = node.run(&format!("{meshd} wg wg0")).expect_err("held");
+    assert!(second.contains("held by another program"), "{second}");
+    assert_eq!(node.done("wg show interfaces").trim(), "wg0", "which changes nothing");
+}
+
+#[test]
+fn in_the_background_it_is_ready_when_the_command_ends() {
+    if !common::root() {
+        return;
+    }
+    let bench = Bench::new("wg-back");
+    let (meshd, [a, _]) = (bench.meshd(), &bench.nodes);
+    for round in 0..3 {
+        a.done(&format!("{meshd} wg wg0"));
+        a.set(&format!("private-key {} listen-port 70{round}0", a.key_file()));
+        assert_eq!(a.shown("public-key"), a.name());
+        a.done("ip link delete wg0");
+        wait_for("the end", || {
+            let running = a.run("pgrep -x meshd");
+            ensure(running.is_err(), running)
+        });
+        assert_eq!(a.done("ls -A /run/wireguard"), "");
+    }
+    // What cannot be is said by the command, not by its child.
+    a.space.ip(&["link add br7 type bridge"]).expect("a bridge");
+    let refused = a.run(&format!("{meshd} wg br7")).expect_err("no TUN device");
+    assert!(refused.contains("br7 exists and is no TUN device"), "{refused}");
+    let socket = a.space.path("/run/wireguard/wg9.sock");
+    let _other = UnixListener::bind(socket).expect("somebody's socket");
+    let refused = a.run(&format!("{meshd} wg wg9")).expect_err("somebody answers");
+    assert!(refused.contains("another program answers"), "{refused}");
+    assert!(!a.done("ip -br link").contains("wg9"), "nothing is left of the try");
+}
+
+#[test]
+fn wg_quick_brings_it_up_and_takes_it_down() {
+    if !common::root() {
+        return;
+    }
+    if std::path::Path::new("/sys/module/wireguard").exists() {
+        let _ =
+            std::io::stderr().write_all(b"skipped: wg-quick takes this kernel's own WireGuard\n");
+        return;
+    }
+    let bench = Bench::new("wg-quick");
+    let (meshd, [a, b]) = (bench.meshd(), &bench.nodes);
+    for (node, peer, endpoint) in [(a, b, "Endpoint = 10.9.0.2:7002\n"), (b, a, "")] {
+        let (n, key) = (node.number, node.key.to_base64());
+        node.space
+            .write(
+                "/etc/wireguard/wg0.conf",
+                format!(
+                    "[Interface]\nPrivateKey = {}\nListenPort = 700{n}\nAddress = 10.244.{n}.1/24, fd00:10:244:{n}::1/64\n\
+                     MTU = 1380\n\n[Peer]\nPublicKey = {}\nAllowedIPs = 10.244.{m}.0/24, fd00:10:244:{m}::/64\n{endpoint}",
+                    *key,
+                    peer.name(),
+                    m = peer.number
+                ),
+            )
+            .expect("a configuration");
+        // One word is all it starts.
+        node.done(&format!("ln -s {meshd} /opt/meshd-wg"));
+        node.done("env WG_QUICK_USERSPACE_IMPLEMENTATION=/opt/meshd-wg wg-quick up wg0");
+        assert!(node.done("ip link show wg0").contains("mtu 1380"));
+    }
+    bench.check_traffic();
+    for node in [a, b] {
+        node.done("wg-quick down wg0");
+        assert!(!node.done("ip -br link").contains("wg0"));
+        wait_for("the end", || ensure(node.run("pgrep -x meshd").is_err(), "it runs"));
+        assert_eq!(node.done("ls -A /run/wireguard"), "");
+    }
+}
