@@ -134,10 +134,10 @@ pub struct WgArgs {
     #[command(flatten)]
     pub uapi: UapiArgs,
     /// An open TUN device to serve, as a descriptor; INTERFACE is then its name.
-    #[arg(long, env = "WG_TUN_FD", hide_env = true, value_parser = clap::value_parser!(i32).range(0..))]
+    #[arg(long, env = "WG_TUN_FD", hide_env = true, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(0..))]
     pub tun_fd: Option<i32>,
     /// A listening socket to be configured at, as a descriptor.
-    #[arg(long, env = "WG_UAPI_FD", hide_env = true, value_parser = clap::value_parser!(i32).range(0..))]
+    #[arg(long, env = "WG_UAPI_FD", hide_env = true, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(0..))]
     pub uapi_fd: Option<i32>,
     /// How much to log, in the words of wireguard-go: verbose, debug, info, error or silent. In place of --log; a daemon
     /// writes its log only where this is set.
