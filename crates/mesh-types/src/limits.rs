@@ -179,3 +179,22 @@ pub const UAPI_LINES_MAX: usize = 8 * NODES_MAX + ALLOWED_IPS_MAX + 16;
 
 /// Connections to a configuration socket at one time: root's own tools, which ask and leave.
 pub const UAPI_CONNECTIONS_MAX: usize = 16;
+
+/// Threads the data plane may be spread over. Every two have rings between them, so memory and looks into them grow with
+/// the square; sealing saturates a 100 Gbit/s port before this.
+pub const SHARDS_MAX: usize = 16;
+
+/// Bytes gathered before they go to another shard, within one turn: half a super-packet in hand while the next is read
+/// makes no difference to it, and few small packets cost one wake-up together. A parcel holds one more packet, so twice
+/// this at most.
+pub const HANDOVER_PARCEL_BYTES: usize = 64 * 1024;
+
+/// Packets gathered likewise: what one drain of the TUN reads.
+pub const HANDOVER_PARCEL_PACKETS: usize = TUN_DRAIN_READS;
+
+/// Parcels on their way from one shard to another, of each kind: two drains of the TUN, the queue that the kernel
+/// would have held them in otherwise.
+pub const HANDOVER_PARCELS_MAX: usize = 8;
+
+/// Initiations of other shards' peers between two looks of the shard: those of one receive call, 64 to each buffer.
+pub const ADMITTED_MAX: usize = UDP_DRAIN_BUFFERS * GSO_SEGMENTS_MAX;

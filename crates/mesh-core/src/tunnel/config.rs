@@ -11,6 +11,7 @@ use mesh_types::status::PathKind;
 use mesh_types::time::MonoTime;
 
 use super::engine::OwnKeyId;
+use super::steer::Share;
 use crate::packet::{CoalesceOptions, Ecn, VnetHeader};
 
 /// What the tunnel is part of, where that changes what it may believe.
@@ -36,6 +37,8 @@ pub struct TunnelConfig {
     /// Datagrams in one GSO send; 1 where the socket has no UDP_SEGMENT.
     pub gso_segments_max: usize,
     pub setting: Setting,
+    /// Which shard this is, of how many.
+    pub share: Share,
 }
 
 impl Default for TunnelConfig {
@@ -46,6 +49,7 @@ impl Default for TunnelConfig {
             coalesce: CoalesceOptions::default(),
             gso_segments_max: GSO_SEGMENTS_MAX,
             setting: Setting::Mesh,
+            share: Share::default(),
         }
     }
 }
@@ -90,6 +94,16 @@ pub struct UdpMeta {
     /// Length of each datagram but the last; 0 for one datagram alone.
     pub segment_len: usize,
     pub ecn: Ecn,
+}
+
+/// An initiation that passed the front, for the shard that owns its sender.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Admitted {
+    pub shard: usize,
+    /// Who sent it, as far as the front can tell: the engine verifies.
+    pub key: PublicKey,
+    /// Which of our keys it is addressed to.
+    pub own: OwnKeyId,
 }
 
 /// One UDP send: a datagram, or several of `segment_len` bytes (the last may be shorter) by UDP_SEGMENT.

@@ -85,6 +85,8 @@ drops! {
     TunFull => "tun_full",
     /// Events nobody collected.
     EventsFull => "events_full",
+    /// Initiations of another shard's peers that the shard did not collect.
+    AdmittedFull => "admitted_full",
 }
 
 const REASONS: usize = DropReason::ALL.len();
@@ -133,6 +135,42 @@ impl Default for Counters {
 impl Counters {
     pub fn dropped(&self, reason: DropReason) -> u64 {
         self.drops.get(reason as usize).copied().unwrap_or(0)
+    }
+
+    /// Adds what another shard counted.
+    pub fn add(&mut self, other: &Self) {
+        let Self {
+            tx_packets,
+            tx_bytes,
+            rx_packets,
+            rx_bytes,
+            tx_batches,
+            rx_bursts,
+            keepalives_received,
+            initiations_sent,
+            initiations_received,
+            sessions_established,
+            cookies_sent,
+            cookies_received,
+            endpoint_changes,
+            drops,
+        } = other;
+        self.tx_packets += tx_packets;
+        self.tx_bytes += tx_bytes;
+        self.rx_packets += rx_packets;
+        self.rx_bytes += rx_bytes;
+        self.tx_batches += tx_batches;
+        self.rx_bursts += rx_bursts;
+        self.keepalives_received += keepalives_received;
+        self.initiations_sent += initiations_sent;
+        self.initiations_received += initiations_received;
+        self.sessions_established += sessions_established;
+        self.cookies_sent += cookies_sent;
+        self.cookies_received += cookies_received;
+        self.endpoint_changes += endpoint_changes;
+        for (own, other) in self.drops.iter_mut().zip(drops) {
+            *own += other;
+        }
     }
 
     /// Every reason with its count.

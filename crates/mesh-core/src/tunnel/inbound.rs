@@ -3,15 +3,16 @@
 use std::net::IpAddr;
 use std::ops::Range;
 
-use mesh_types::limits::{COALESCE_PACKETS_MAX, RECEIVE_ARENA_BYTES};
+use mesh_types::key::PublicKey;
+use mesh_types::limits::{ADMITTED_MAX, COALESCE_PACKETS_MAX, RECEIVE_ARENA_BYTES};
 use mesh_types::time::MonoTime;
 
 use super::Tunnel;
-use super::config::{Event, TunFrame, UdpMeta};
+use super::config::{Admitted, Event, TunFrame, UdpMeta};
 use super::counters::DropReason;
 use super::engine::{
-    Engine, EngineError, EngineFactory, HandshakeOutcome, MacCheck, OpenBurst, OwnKeyId,
-    TRANSPORT_BYTES_MIN,
+    Engine, EngineError, EngineFactory, HandshakeBuffer, HandshakeOutcome, MacCheck, OpenBurst,
+    OwnKeyId, TRANSPORT_BYTES_MIN,
 };
 use super::front::{Message, Verdict};
 use super::path::Endpoint;
@@ -246,7 +247,64 @@ impl<F: EngineFactory> Tunnel<F> {
         }
         self.counters.initiations_received += 1;
         let key = self.factory.identify(own, datagram).ok_or(DropReason::BadHandshake)?;
-        let slot = self.peers.slot_of(&key).ok_or(DropReason::UnknownPeer)?;
+        if self.foreign.holds(&key) {
+            let shard = self.config.share.owner(&key);
+            return self.admit(Admitted { shard, key, own }, meta, datagram);
+        }
+        self.answer(now, &key, own, meta, datagram)
+    }
+
+    fn admit(
+        &mut self,
+        admitted: Admitted,
+        meta: &UdpMeta,
+        datagram: &[u8],
+    ) -> Result<(), DropReason> {
+        if self.admitted.len() >= ADMITTED_MAX {
+            return Err(DropReason::AdmittedFull);
+        }
+        let datagram = datagram.try_into().map_err(|_| DropReason::UdpMalformed)?;
+        self.admitted.push_back((admitted, *meta, datagram));
+        Ok(())
+    }
+
+    /// The next initiation for another shard, to be given to [`Self::handle_admitted`] there. Collected as
+    /// [`Self::poll_tun`] is.
+    pub fn poll_admitted(&mut self) -> Option<(Admitted, UdpMeta, HandshakeBuffer)> {
+        self.admitted.pop_front()
+    }
+
+    /// Takes an initiation that the front admitted for a peer of ours.
+    pub fn handle_admitted(
+        &mut self,
+        now: MonoTime,
+        admitted: &Admitted,
+        meta: &UdpMeta,
+        datagram: &[u8],
+    ) {
+        self.now = now;
+        // It may have been admitted under a key that is no longer ours.
+        let ours = self.own_keys().any(|own| own == admitted.own);
+        let done = if ours && Message::of(datagram) == Some(Message::Initiation) {
+            self.answer(now, &admitted.key, admitted.own, meta, datagram)
+        } else {
+            Err(DropReason::BadMac)
+        };
+        if let Err(reason) = done {
+            self.counters.count_drop(reason);
+        }
+    }
+
+    /// Lets the engine of peer `key` answer an initiation.
+    fn answer(
+        &mut self,
+        now: MonoTime,
+        key: &PublicKey,
+        own: OwnKeyId,
+        meta: &UdpMeta,
+        datagram: &[u8],
+    ) -> Result<(), DropReason> {
+        let slot = self.peers.slot_of(key).ok_or(DropReason::UnknownPeer)?;
         let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownPeer)?;
         let rate = HANDSHAKES_PER_PEER_PER_SECOND;
         if !peer.initiations.has(now, rate, rate) {

@@ -39,6 +39,7 @@ pub mod path;
 pub mod peers;
 mod setup;
 pub mod staging;
+pub mod steer;
 mod timers;
 pub mod transmit;
 
@@ -50,7 +51,7 @@ use mesh_types::limits::{EVENTS_MAX, NODES_MAX};
 use mesh_types::time::MonoTime;
 
 pub use config::{
-    Event, PeerConfig, PeerRefusal, PeerSnapshot, Reason, Setting, Transmit, TunFrame,
+    Admitted, Event, PeerConfig, PeerRefusal, PeerSnapshot, Reason, Setting, Transmit, TunFrame,
     TunnelConfig, UdpMeta,
 };
 pub use counters::{Counters, DropReason};
@@ -63,6 +64,7 @@ use inbound::Receive;
 use path::{Endpoint, ProbeLimiter};
 use peers::{Peers, SplitMix64};
 use staging::StagedBytes;
+use steer::Foreign;
 use transmit::TransmitQueue;
 
 /// See the module's documentation for the order of calls.
@@ -71,6 +73,10 @@ pub struct Tunnel<F: EngineFactory> {
     factory: F,
     peers: Peers<F::Engine>,
     allowed: AllowedIps,
+    /// Peers of other shards: their prefixes are in the table, too.
+    foreign: Foreign,
+    /// Initiations of theirs that passed the front.
+    admitted: VecDeque<(Admitted, UdpMeta, HandshakeBuffer)>,
     front: Front,
     limiter: ProbeLimiter,
     staged: StagedBytes,
@@ -102,8 +108,10 @@ impl<F: EngineFactory> Tunnel<F> {
         let mut seeds = SplitMix64(seed);
         Self {
             factory,
-            peers: Peers::new(seeds.next()),
+            peers: Peers::new(seeds.next(), config.share),
             allowed: AllowedIps::new(),
+            foreign: Foreign::default(),
+            admitted: VecDeque::new(),
             front: Front::new(seeds.next()),
             limiter: ProbeLimiter::new(config.setting == Setting::Mesh),
             staged: StagedBytes::default(),

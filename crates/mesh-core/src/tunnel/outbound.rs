@@ -12,33 +12,50 @@ use super::transmit::{Flow, padded_len, slot_len};
 use crate::packet::{Segmenter, VnetHeader};
 
 impl<F: EngineFactory> Tunnel<F> {
-    /// Takes one TUN read: a packet or super-packet of one flow, so one lookup serves all its segments.
-    pub fn handle_tun_input(&mut self, now: MonoTime, header: &VnetHeader, packet: &mut [u8]) {
+    /// Takes one TUN read: a packet or super-packet of one flow, so one lookup serves all its segments. Of a peer of
+    /// another shard: names that shard, and leaves the packet as it is, to be given to [`Self::handle_handed_packet`] there.
+    pub fn handle_tun_input(
+        &mut self,
+        now: MonoTime,
+        header: &VnetHeader,
+        packet: &mut [u8],
+    ) -> Option<usize> {
         self.now = now;
         let segmenter = match Segmenter::new(header, packet) {
             Ok(segmenter) => segmenter,
             Err(error) => {
                 self.counters.count_drop(error.into());
-                return;
+                return None;
             }
         };
         let ip = segmenter.ip();
         let Some(slot) = self.allowed.lookup(ip.destination) else {
             self.counters.count_drop(DropReason::NoPeer);
-            return;
+            return None;
         };
         if self.config.setting == Setting::Mesh && self.allowed.lookup(ip.source).is_some() {
             self.counters.count_drop(DropReason::LocalSourceForeign);
-            return;
+            return None;
         }
-        let Some(peer) = self.peers.get(slot) else { return };
+        let Some(peer) = self.peers.get(slot) else {
+            return self.foreign.of(slot).map(|(_, shard)| shard);
+        };
         if peer.staged.is_empty()
             && let Some(flow) = self.flow(now, slot)
         {
             self.push_segments(now, flow, &segmenter);
-            return;
+            return None;
         }
         self.stage(now, slot, header, packet);
+        None
+    }
+
+    /// Takes what another shard read from the TUN for a peer of ours. One that is no longer ours, as of the newest set of
+    /// peers, is nobody's: handed on it could go round for ever.
+    pub fn handle_handed_packet(&mut self, now: MonoTime, header: &VnetHeader, packet: &mut [u8]) {
+        if self.handle_tun_input(now, header, packet).is_some() {
+            self.counters.count_drop(DropReason::NoPeer);
+        }
     }
 
     /// Seals and closes what is gathered. Call when the TUN is drained.

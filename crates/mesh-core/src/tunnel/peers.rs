@@ -26,6 +26,7 @@ use super::engine::{Engine, OwnKeyId};
 use super::front::Bucket;
 use super::path::Path;
 use super::staging::StagedQueue;
+use super::steer::Share;
 
 const QUARANTINE: Duration = Duration::from_secs(INDEX_QUARANTINE_SECONDS);
 const INDEX_MASK: u32 = 0x00ff_ffff;
@@ -184,10 +185,11 @@ pub struct Peers<E> {
     schedule: BTreeSet<(MonoTime, u32)>,
     seed: u64,
     drawn: u64,
+    share: Share,
 }
 
 impl<E: Engine> Peers<E> {
-    pub fn new(seed: u64) -> Self {
+    pub fn new(seed: u64, share: Share) -> Self {
         Self {
             slots: Vec::new(),
             free: Vec::new(),
@@ -197,6 +199,7 @@ impl<E: Engine> Peers<E> {
             schedule: BTreeSet::new(),
             seed,
             drawn: 0,
+            share,
         }
     }
 
@@ -263,7 +266,7 @@ impl<E: Engine> Peers<E> {
         Some(peer)
     }
 
-    /// A random 24-bit index nobody has or had lately, and a seed for the engine.
+    /// A random 24-bit index of this shard's that nobody has or had lately, and a seed for the engine.
     pub fn new_index(&mut self, now: MonoTime) -> (u32, u64) {
         while let Some((until, _)) = self.quarantine.front()
             && *until <= now
@@ -271,8 +274,12 @@ impl<E: Engine> Peers<E> {
             self.quarantine.pop_front();
         }
         loop {
-            // The sets together are bounded to a fraction of 2^24: two draws at most, nearly always.
+            // The sets together are bounded to a fraction of 2^24: two draws at most, nearly always; and of several
+            // shards each allots its share of all.
             let index = u32::try_from(self.draw() >> 40).unwrap_or(0) & INDEX_MASK;
+            if !self.share.allots(index) {
+                continue;
+            }
             let held = self.by_index.binary_search_by_key(&index, |entry| entry.0).is_ok();
             if !held && self.quarantine.iter().all(|(_, resting)| *resting != index) {
                 return (index, self.draw());
@@ -438,7 +445,7 @@ mod tests {
 
     #[test]
     fn an_index_is_not_given_out_again_for_180_s_after_its_peer_is_gone() {
-        let mut peers = Peers::new(7);
+        let mut peers = Peers::new(7, Share::default());
         let slot = peers.insert(Peer::new(config(1))).expect("room");
         let (index, _) = peers.new_index(at(0));
         peers.add_member(at(0), slot, member(at(0), index));
@@ -455,7 +462,8 @@ mod tests {
     #[test]
     fn indexes_differ_between_seeds_and_spread_over_their_range() {
         let mut octants = [0; 8];
-        let (mut one, mut two) = (Peers::<ModelEngine>::new(1), Peers::<ModelEngine>::new(2));
+        let (mut one, mut two) =
+            [1, 2].map(|seed| Peers::<ModelEngine>::new(seed, Share::default())).into();
         for _ in 0..8_000 {
             let (index, _) = one.new_index(at(0));
             assert_ne!(index, two.new_index(at(0)).0);
@@ -466,7 +474,7 @@ mod tests {
 
     #[test]
     fn a_replaced_engine_receives_for_180_s_and_a_set_stays_bounded() {
-        let mut peers = Peers::new(7);
+        let mut peers = Peers::new(7, Share::default());
         let slot = peers.insert(Peer::new(config(1))).expect("room");
         for index in 1..=20 {
             peers.add_member(at(0), slot, member(at(0), index));

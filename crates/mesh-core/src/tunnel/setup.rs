@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use mesh_types::key::PublicKey;
+use mesh_types::limits::NODES_MAX;
 use mesh_types::time::MonoTime;
 
 use super::Tunnel;
@@ -16,7 +17,7 @@ use super::peers::{Member, Peer};
 impl<F: EngineFactory> Tunnel<F> {
     /// Makes `configs` the peers. Candidates, prefixes, keepalive and MTU change under living sessions; another
     /// preshared key makes a new engine beside the old one. Returns what was refused; the rest
-    /// holds.
+    /// holds. Every shard is given all peers, and makes engines for its own.
     pub fn set_peers(&mut self, now: MonoTime, configs: &[PeerConfig]) -> Vec<PeerRefusal> {
         self.now = now;
         self.flush(now);
@@ -27,6 +28,8 @@ impl<F: EngineFactory> Tunnel<F> {
             let key = config.key;
             if own.contains(&key) {
                 refused.push(PeerRefusal::OwnKey { key });
+            } else if self.is_full(&wanted) && !wanted.contains(&key) {
+                refused.push(PeerRefusal::TooMany { key });
             } else if !wanted.insert(key) {
                 refused.push(PeerRefusal::KeyTwice { key });
             }
@@ -36,13 +39,14 @@ impl<F: EngineFactory> Tunnel<F> {
             self.remove_peer(now, slot);
         }
         self.allowed.clear();
+        self.foreign.clear();
         for config in configs {
             // Taken out once used, so that a key listed twice stays with its first entry.
             if !wanted.remove(&config.key) {
                 continue;
             }
-            match self.set_peer(now, config) {
-                Some(slot) => self.allow(slot, config, &mut refused),
+            match self.set_peer_or_note_it(now, config) {
+                Some(owner) => self.allow(owner, config, &mut refused),
                 None => refused.push(PeerRefusal::TooMany { key: config.key }),
             }
         }
@@ -122,7 +126,7 @@ impl<F: EngineFactory> Tunnel<F> {
     }
 
     /// Every own key that is answered, the one handshakes begin with last.
-    fn own_keys(&self) -> impl Iterator<Item = OwnKeyId> + use<F> {
+    pub(super) fn own_keys(&self) -> impl Iterator<Item = OwnKeyId> + use<F> {
         let also = self.config.also_own.clone();
         also.into_iter().chain(std::iter::once(self.config.own))
     }
@@ -130,6 +134,19 @@ impl<F: EngineFactory> Tunnel<F> {
     /// The factory, to give it another own key before [`Self::set_own`].
     pub fn factory_mut(&mut self) -> &mut F {
         &mut self.factory
+    }
+
+    /// Of several shards none knows how many peers all have, but all are told the same: the first count.
+    fn is_full(&self, wanted: &BTreeSet<PublicKey>) -> bool {
+        self.config.share.of() > 1 && wanted.len() >= NODES_MAX
+    }
+
+    /// How the table of allowed IPs names the peer: by its slot, or as another shard's.
+    fn set_peer_or_note_it(&mut self, now: MonoTime, config: &PeerConfig) -> Option<u32> {
+        match self.config.share.owner(&config.key) {
+            shard if shard == self.config.share.index() => self.set_peer(now, config),
+            shard => self.foreign.insert(config.key, shard),
+        }
     }
 
     fn slots_without(&self, wanted: &BTreeSet<PublicKey>) -> Vec<u32> {
@@ -222,21 +239,25 @@ impl<F: EngineFactory> Tunnel<F> {
         self.peers.reschedule(now, slot);
     }
 
-    fn allow(&mut self, slot: u32, config: &PeerConfig, refused: &mut Vec<PeerRefusal>) {
+    fn allow(&mut self, owner: u32, config: &PeerConfig, refused: &mut Vec<PeerRefusal>) {
         for prefix in &config.allowed_ips {
-            let refusal = match self.allowed.insert(*prefix, slot) {
+            let refusal = match self.allowed.insert(*prefix, owner) {
                 Ok(()) => continue,
                 Err(InsertError::TooMany) => PeerRefusal::TooMany { key: config.key },
-                Err(InsertError::Held(holder)) => match self.peers.get(holder) {
-                    Some(holder) => PeerRefusal::PrefixHeld {
-                        key: config.key,
-                        prefix: *prefix,
-                        holder: holder.config.key,
-                    },
+                Err(InsertError::Held(holder)) => match self.key_of(holder) {
+                    Some(holder) => {
+                        PeerRefusal::PrefixHeld { key: config.key, prefix: *prefix, holder }
+                    }
                     None => PeerRefusal::TooMany { key: config.key },
                 },
             };
             refused.push(refusal);
         }
+    }
+
+    /// The peer behind an owner in the table of allowed IPs.
+    fn key_of(&self, owner: u32) -> Option<PublicKey> {
+        let own = self.peers.get(owner).map(|peer| peer.config.key);
+        own.or_else(|| self.foreign.of(owner).map(|(key, _)| key))
     }
 }

@@ -7,4 +7,5 @@ mod network;
 mod paths;
 mod robustness;
 mod sessions;
+mod shards;
 mod traffic;

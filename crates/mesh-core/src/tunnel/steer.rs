@@ -1,0 +1,302 @@
+//! Which of several shards a peer and a datagram belong to: pure functions that every shard and the kernel's socket
+//! filter compute alike.
+//!
+//! ```text
+//!  peer        ─ hash of its public key ──> owner: engines, path, staged packets live there only
+//!  transport   ─┐
+//!  cookie reply ├─ top byte of the receiver index, which the owner chose ──> owner
+//!  response    ─┘
+//!  initiation, anything else ──> shard 0, the front: source limits, load and cookies are in one place, so that they
+//!                                are what they are with one shard; what it admits goes to the owner
+//! ```
+//! With one shard everything is shard 0.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use mesh_types::key::PublicKey;
+use mesh_types::limits::SHARDS_MAX;
+
+use super::engine::{TYPE_COOKIE, TYPE_RESPONSE, TYPE_TRANSPORT};
+
+/// The shard that hears strangers.
+pub const FRONT: usize = 0;
+
+/// Where the top byte of the receiver index stands: little-endian at 4, in a response at 8 (whitepaper section 5.4).
+const INDEX_TOP: usize = 7;
+const RESPONSE_INDEX_TOP: usize = 11;
+
+/// One shard of so many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    index: usize,
+    of: usize,
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Self { index: 0, of: 1 }
+    }
+}
+
+impl Share {
+    /// Shard `index` of `of`; both are brought into what there can be.
+    pub fn new(index: usize, of: usize) -> Self {
+        let of = of.clamp(1, SHARDS_MAX);
+        Self { index: index.min(of - 1), of }
+    }
+
+    pub fn index(self) -> usize {
+        self.index
+    }
+
+    /// Number of shards.
+    pub fn of(self) -> usize {
+        self.of
+    }
+
+    /// The shard that owns the peer with this key. Whoever chooses keys may choose his shard, too, and gains a shard's
+    /// share: what he costs is bounded per peer.
+    pub fn owner(self, key: &PublicKey) -> usize {
+        if self.of == 1 {
+            return 0;
+        }
+        // FNV-1a: the same in every shard, process and release.
+        let hash = key.as_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        // The low bits of FNV mix least.
+        usize::try_from((hash >> 32) % self.of as u64).unwrap_or(0)
+    }
+
+    /// Whether this shard may give out `index` (the caller's 24 bits of a receiver index).
+    pub(super) fn allots(self, index: u32) -> bool {
+        (index >> 16) as usize % self.of == self.index
+    }
+
+    /// The shard that takes this datagram; what [`filter`] makes the kernel do.
+    pub fn taker(self, datagram: &[u8]) -> usize {
+        let at = match datagram.first() {
+            Some(&(TYPE_TRANSPORT | TYPE_COOKIE)) => INDEX_TOP,
+            Some(&TYPE_RESPONSE) => RESPONSE_INDEX_TOP,
+            _ => return FRONT,
+        };
+        datagram.get(at).map_or(FRONT, |top| usize::from(*top) % self.of)
+    }
+
+    /// Cuts a receive buffer of datagrams of `segment_len` into runs for one shard each, in order: the kernel merges
+    /// what comes from one address, and puts it where its first datagram belongs.
+    pub fn runs(self, input: &[u8], segment_len: usize) -> Runs<'_> {
+        let step = if segment_len == 0 { input.len() } else { segment_len };
+        Runs { share: self, input, step: step.max(1), at: 0 }
+    }
+}
+
+/// See [`Share::runs`].
+#[derive(Debug)]
+pub struct Runs<'a> {
+    share: Share,
+    input: &'a [u8],
+    step: usize,
+    at: usize,
+}
+
+impl Runs<'_> {
+    fn datagram(&self, at: usize) -> Option<Range<usize>> {
+        (at < self.input.len()).then(|| at..at.saturating_add(self.step).min(self.input.len()))
+    }
+
+    fn taker(&self, datagram: &Range<usize>) -> usize {
+        self.share.taker(self.input.get(datagram.clone()).unwrap_or(&[]))
+    }
+}
+
+impl Iterator for Runs<'_> {
+    type Item = (usize, Range<usize>);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let first = self.datagram(self.at)?;
+        let (start, mut end, taker) = (first.start, first.end, self.taker(&first));
+        while let Some(next) = self.datagram(end)
+            && self.taker(&next) == taker
+        {
+            end = next.end;
+        }
+        self.at = end;
+        Some((taker, start..end))
+    }
+}
+
+/// One instruction of classic BPF (`struct sock_filter`, include/uapi/linux/filter.h).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Instruction {
+    pub code: u16,
+    pub jump_true: u8,
+    pub jump_false: u8,
+    pub k: u32,
+}
+
+const LOAD_BYTE: u16 = 0x30;
+const JUMP_IF_EQUAL: u16 = 0x15;
+const MODULO: u16 = 0x94;
+const RETURN: u16 = 0x06;
+const RETURN_A: u16 = 0x16;
+
+/// [`Share::taker`] as a filter of a group of sockets bound in the order of their shards
+/// (`SO_ATTACH_REUSEPORT_CBPF`, socket(7)): offset 0 is the UDP payload, a load beyond the end returns 0.
+pub fn filter(shards: usize) -> [Instruction; 11] {
+    let shards = u32::try_from(Share::new(0, shards).of()).unwrap_or(1);
+    let op = |code, k| Instruction { code, jump_true: 0, jump_false: 0, k };
+    let skip_if = |kind: u8, jump_true| Instruction {
+        code: JUMP_IF_EQUAL,
+        jump_true,
+        jump_false: 0,
+        k: u32::from(kind),
+    };
+    [
+        op(LOAD_BYTE, 0),
+        skip_if(TYPE_TRANSPORT, 3),
+        skip_if(TYPE_COOKIE, 2),
+        skip_if(TYPE_RESPONSE, 4),
+        op(RETURN, FRONT as u32),
+        op(LOAD_BYTE, INDEX_TOP as u32),
+        op(MODULO, shards),
+        op(RETURN_A, 0),
+        op(LOAD_BYTE, RESPONSE_INDEX_TOP as u32),
+        op(MODULO, shards),
+        op(RETURN_A, 0),
+    ]
+}
+
+/// Marks an owner in the table of allowed IPs that is no slot of this shard; the rest is a place in [`Foreign`].
+const MARK: u32 = 1 << 31;
+
+/// Peers that other shards own.
+#[derive(Debug, Default)]
+pub(super) struct Foreign {
+    /// With their shards; what a marked owner points at.
+    peers: Vec<(PublicKey, usize)>,
+    keys: BTreeSet<PublicKey>,
+}
+
+impl Foreign {
+    pub(super) fn clear(&mut self) {
+        self.peers.clear();
+        self.keys.clear();
+    }
+
+    /// Adds a peer and returns how the table of allowed IPs names it.
+    pub(super) fn insert(&mut self, key: PublicKey, shard: usize) -> Option<u32> {
+        let place = u32::try_from(self.peers.len()).ok().filter(|place| place & MARK == 0)?;
+        self.peers.push((key, shard));
+        self.keys.insert(key);
+        Some(place | MARK)
+    }
+
+    /// The peer behind an owner that is no slot.
+    pub(super) fn of(&self, owner: u32) -> Option<(PublicKey, usize)> {
+        if owner & MARK == 0 { None } else { self.peers.get((owner & !MARK) as usize).copied() }
+    }
+
+    pub(super) fn holds(&self, key: &PublicKey) -> bool {
+        self.keys.contains(key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_types::key::PrivateKey;
+    use proptest::prelude::*;
+
+    /// What the kernel does with the program.
+    fn run(program: &[Instruction], packet: &[u8]) -> u32 {
+        let (mut at, mut a) = (0, 0);
+        loop {
+            let op = program[at];
+            at += 1;
+            match op.code {
+                LOAD_BYTE => match packet.get(op.k as usize) {
+                    Some(byte) => a = u32::from(*byte),
+                    None => return 0,
+                },
+                JUMP_IF_EQUAL => {
+                    at += usize::from(if a == op.k { op.jump_true } else { op.jump_false });
+                }
+                MODULO => a %= op.k,
+                RETURN => return op.k,
+                RETURN_A => return a,
+                other => panic!("no such instruction: {other:#x}"),
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_filter_does_what_the_shards_do(
+            kind in 0u8..6,
+            rest in proptest::collection::vec(any::<u8>(), 0..40),
+            of in 1..=SHARDS_MAX,
+        ) {
+            let datagram = [vec![kind], rest].concat();
+            let share = Share::new(0, of);
+            let taker = share.taker(&datagram);
+            prop_assert!(taker < of);
+            prop_assert_eq!(run(&filter(of), &datagram) as usize, taker);
+            prop_assert_eq!(run(&filter(of), &datagram[..0]), 0);
+        }
+
+        #[test]
+        fn runs_cover_the_buffer_in_order_and_each_datagram_goes_where_it_would_alone(
+            input in proptest::collection::vec(prop_oneof![1u8..5, any::<u8>()], 0..400),
+            segment_len in 0usize..50,
+            of in 1usize..5,
+        ) {
+            let share = Share::new(0, of);
+            let step = if segment_len == 0 { input.len().max(1) } else { segment_len };
+            let mut at = 0;
+            let mut last = None;
+            for (shard, range) in share.runs(&input, segment_len) {
+                prop_assert_eq!(range.start, at);
+                prop_assert!(last != Some(shard), "two runs that are one");
+                for datagram in input[range.clone()].chunks(step) {
+                    prop_assert_eq!(share.taker(datagram), shard);
+                }
+                (at, last) = (range.end, Some(shard));
+            }
+            prop_assert_eq!(at, input.len());
+        }
+    }
+
+    #[test]
+    fn keys_spread_evenly_and_always_the_same_way() {
+        let share = Share::new(0, 3);
+        let key = |n: u8| crate::tunnel::model::public_key(&PrivateKey::from_bytes([n; 32]));
+        let mut counts = [0; 3];
+        for n in 0..=255 {
+            counts[share.owner(&key(n))] += 1;
+        }
+        assert!(counts.iter().all(|count| (60..110).contains(count)), "{counts:?}");
+        assert!((0..=255).all(|n| Share::default().owner(&key(n)) == 0));
+        // Fixed: a release that hashed otherwise would still work, but nobody should change it unknowingly.
+        let sequence: PublicKey =
+            "AQIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA=".parse().expect("a key");
+        assert_eq!([2, 3, 4, 7].map(|of| Share::new(0, of).owner(&sequence)), [0, 2, 0, 4]);
+    }
+
+    #[test]
+    fn every_index_is_allotted_by_one_shard_which_takes_what_is_sent_to_it() {
+        for of in [1, 2, 3, 4, SHARDS_MAX] {
+            for index in (0..1 << 24).step_by(65_521) {
+                let allots = |at: &usize| Share::new(*at, of).allots(index);
+                let by: Vec<usize> = (0..of).filter(allots).collect();
+                let wire = (index << 8 | 0x7f).to_le_bytes();
+                let transport = [&[TYPE_TRANSPORT, 0, 0, 0], &wire[..]].concat();
+                let response = [&[TYPE_RESPONSE, 0, 0, 0, 9, 9, 9, 9], &wire[..]].concat();
+                let share = Share::new(0, of);
+                assert_eq!(by, [share.taker(&transport)]);
+                assert_eq!(by, [share.taker(&response)]);
+            }
+        }
+    }
+}

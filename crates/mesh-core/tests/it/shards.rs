@@ -1,0 +1,285 @@
+//! Machines whose peers are spread over several tunnels: who takes what, and what they must agree on.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use mesh_core::packet::{Ecn, VnetHeader};
+use mesh_core::tunnel::config::{Admitted, PeerRefusal};
+use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
+use mesh_core::tunnel::model::{ModelFactory, public_key};
+use mesh_core::tunnel::steer::{FRONT, Share};
+use mesh_core::tunnel::{DropReason, PeerConfig, Tunnel, TunnelConfig, UdpMeta};
+use mesh_types::key::{PrivateKey, PublicKey};
+use mesh_types::limits::{ADMITTED_MAX, NODES_MAX};
+use mesh_types::time::MonoTime;
+
+use crate::network::{MTU, inner, net};
+
+type Sent = (SocketAddr, SocketAddr, usize, Vec<u8>);
+
+struct Machine {
+    number: usize,
+    shards: Vec<Tunnel<ModelFactory>>,
+    share: Share,
+    /// (shard that opened it, packet)
+    delivered: Vec<(usize, Vec<u8>)>,
+}
+
+fn private(number: usize) -> PrivateKey {
+    PrivateKey::from_bytes([u8::try_from(number + 1).expect("few machines"); 32])
+}
+
+fn key(number: usize) -> PublicKey {
+    public_key(&private(number))
+}
+
+fn addr(number: usize) -> SocketAddr {
+    SocketAddr::from(([192, 0, 2, u8::try_from(number + 1).expect("few machines")], 15190))
+}
+
+fn config(number: usize) -> PeerConfig {
+    PeerConfig {
+        key: key(number),
+        preshared: None,
+        allowed_ips: vec![net(&format!("10.{number}.0.0/16"))],
+        candidates: vec![addr(number)],
+        keepalive: None,
+        mtu: MTU,
+    }
+}
+
+fn now() -> MonoTime {
+    MonoTime::ZERO + Duration::from_secs(1_000)
+}
+
+fn tunnels(number: usize, of: usize) -> Vec<Tunnel<ModelFactory>> {
+    let one = |index| {
+        let config = TunnelConfig { share: Share::new(index, of), ..TunnelConfig::default() };
+        Tunnel::new(config, ModelFactory::new(&private(number)), (number * 100 + index) as u64)
+    };
+    (0..of).map(one).collect()
+}
+
+impl Machine {
+    fn new(number: usize, of: usize) -> Self {
+        let (shards, share) = (tunnels(number, of), Share::new(0, of));
+        Self { number, shards, share, delivered: Vec::new() }
+    }
+
+    fn set_peers(&mut self, peers: &[PeerConfig]) {
+        for shard in &mut self.shards {
+            assert_eq!(shard.set_peers(now(), peers), []);
+        }
+    }
+
+    /// What the shards' loops do with a packet that came from the TUN queue of shard `queue`.
+    fn send_from(&mut self, queue: usize, packet: &[u8]) {
+        let (plain, mut packet) = (VnetHeader::PLAIN, packet.to_vec());
+        if let Some(owner) = self.shards[queue].handle_tun_input(now(), &plain, &mut packet) {
+            assert_ne!(owner, queue);
+            self.shards[owner].handle_handed_packet(now(), &plain, &mut packet);
+        }
+    }
+
+    fn receive(&mut self, from: SocketAddr, segment_len: usize, bytes: &[u8]) {
+        let local = Some(addr(self.number).ip());
+        let meta = UdpMeta { source: from, local, segment_len, ecn: Ecn::NotEct };
+        for (shard, range) in self.share.runs(bytes, segment_len) {
+            self.shards[shard].handle_udp_input(now(), &meta, &bytes[range]);
+            while let Some((admitted, meta, datagram)) = self.shards[shard].poll_admitted() {
+                assert_eq!(shard, FRONT, "the front alone hears strangers");
+                let owner = &mut self.shards[admitted.shard];
+                owner.handle_admitted(now(), &admitted, &meta, &datagram);
+            }
+        }
+    }
+
+    fn collect(&mut self, out: &mut Vec<Sent>) {
+        for (at, shard) in self.shards.iter_mut().enumerate() {
+            shard.flush(now());
+            while let Some(frame) = shard.poll_tun() {
+                self.delivered.push((at, frame.pieces().flatten().copied().collect()));
+            }
+            while let Some(sent) = shard.poll_transmit() {
+                out.push((addr(self.number), sent.dst, sent.segment_len, sent.bytes.to_vec()));
+            }
+        }
+    }
+
+    fn dropped(&self, reason: DropReason) -> u64 {
+        self.shards.iter().map(|shard| shard.counters().dropped(reason)).sum()
+    }
+
+    fn texts(&self) -> Vec<String> {
+        let text = |(_, packet): &(usize, Vec<u8>)| String::from_utf8_lossy(&packet[20..]).into();
+        self.delivered.iter().map(text).collect()
+    }
+}
+
+/// Machines of so many shards each, who all know each other.
+fn mesh(shards: &[usize]) -> Vec<Machine> {
+    let mut machines: Vec<Machine> =
+        shards.iter().enumerate().map(|(number, of)| Machine::new(number, *of)).collect();
+    for (number, machine) in machines.iter_mut().enumerate() {
+        let others = (0..shards.len()).filter(|other| *other != number).map(config);
+        machine.set_peers(&others.collect::<Vec<_>>());
+    }
+    machines
+}
+
+/// Carries datagrams until there are none.
+fn settle(machines: &mut [Machine]) {
+    for _ in 0..100 {
+        let mut sent = Vec::new();
+        machines.iter_mut().for_each(|machine| machine.collect(&mut sent));
+        if sent.is_empty() {
+            return;
+        }
+        for (from, to, segment_len, bytes) in sent {
+            let machine = machines.iter_mut().find(|machine| addr(machine.number) == to);
+            machine.expect("somebody lives there").receive(from, segment_len, &bytes);
+        }
+    }
+    panic!("they never fall silent");
+}
+
+#[test]
+fn everybody_reaches_everybody_whichever_shard_reads_and_whoever_owns() {
+    let mut machines = mesh(&[3, 2, 1, 4, 1, 1, 1, 1, 1, 1]);
+    for from in 0..machines.len() {
+        for to in (0..machines.len()).filter(|to| *to != from) {
+            let queue = to % machines[from].shards.len();
+            for part in ["a", "b"] {
+                machines[from].send_from(queue, &inner(from, to, &format!("{from}>{to}{part}")));
+            }
+        }
+        settle(&mut machines);
+    }
+    for machine in &machines {
+        let mut texts = machine.texts();
+        texts.sort_unstable();
+        let others = (0..machines.len()).filter(|from| *from != machine.number);
+        let to = machine.number;
+        let wanted: Vec<_> =
+            others.flat_map(|from| ["a", "b"].map(|part| format!("{from}>{to}{part}"))).collect();
+        assert_eq!(texts, wanted);
+        let lost: u64 = machine.shards.iter().flat_map(|s| s.counters().drops()).map(|d| d.1).sum();
+        assert_eq!(lost, 0);
+        let by_owner = machine
+            .delivered
+            .iter()
+            .all(|(shard, packet)| machine.share.owner(&key(usize::from(packet[13]))) == *shard);
+        assert!(by_owner, "each peer's packets are opened by its owner");
+        let mut listed = Vec::new();
+        machine.shards.iter().for_each(|shard| shard.snapshot(now(), &mut listed));
+        assert_eq!(listed.len(), machines.len() - 1, "each peer is listed once");
+        assert!(listed.iter().all(|peer| peer.session));
+    }
+}
+
+#[test]
+fn a_source_that_another_shards_peer_owns_is_foreign() {
+    let mut machines = mesh(&[3, 1, 1, 1, 1, 1, 1]);
+    // Two peers of different shards of machine 0; the first speaks in the second's name.
+    let share = machines[0].share;
+    let liar = 1;
+    let victim = (2..7).find(|n| share.owner(&key(*n)) != share.owner(&key(liar))).expect("one");
+    let forged = inner(victim, 0, "forged");
+    let config_of_zero = config(0);
+    // As the liar's own rules would not let him: a tunnel that knows nobody else.
+    machines[liar].set_peers(&[config_of_zero]);
+    machines[liar].send_from(0, &forged);
+    settle(&mut machines);
+    assert_eq!(machines[0].texts(), Vec::<String>::new());
+    assert_eq!(machines[0].dropped(DropReason::ForeignSource), 1);
+    // Nor does a program here send in the name of another node, whoever owns that one.
+    machines[0].send_from(0, &inner(victim, liar, "spoofed"));
+    machines[0].send_from(1, &inner(victim, liar, "spoofed"));
+    assert_eq!(machines[0].dropped(DropReason::LocalSourceForeign), 2);
+}
+
+#[test]
+fn all_shards_refuse_the_same_and_name_the_same_holder() {
+    let mut shards = tunnels(0, 3);
+    let mut peers: Vec<PeerConfig> = (1..8).map(config).collect();
+    peers.push(config(0));
+    peers.push(config(3));
+    peers[5].allowed_ips.push(net("10.1.0.0/16"));
+    peers[6].allowed_ips.push(net("10.2.0.0/16"));
+    let wanted = [
+        PeerRefusal::OwnKey { key: key(0) },
+        PeerRefusal::KeyTwice { key: key(3) },
+        PeerRefusal::PrefixHeld { key: key(6), prefix: net("10.1.0.0/16"), holder: key(1) },
+        PeerRefusal::PrefixHeld { key: key(7), prefix: net("10.2.0.0/16"), holder: key(2) },
+    ];
+    for shard in &mut shards {
+        assert_eq!(shard.set_peers(now(), &peers), wanted);
+    }
+}
+
+#[test]
+fn there_are_no_more_peers_than_one_shard_may_have() {
+    let many = (0..NODES_MAX + 2).map(|number| {
+        let mut bytes = [7; 32];
+        bytes[..8].copy_from_slice(&(number as u64 + 1).to_le_bytes());
+        let key = PublicKey::from_bytes(bytes).expect("a key");
+        PeerConfig { key, allowed_ips: Vec::new(), ..config(1) }
+    });
+    let many: Vec<_> = many.collect();
+    let beyond: Vec<_> =
+        many[NODES_MAX..].iter().map(|peer| PeerRefusal::TooMany { key: peer.key }).collect();
+    let mut total = 0;
+    for shard in &mut tunnels(0, 2) {
+        assert_eq!(shard.set_peers(now(), &many), beyond);
+        let mut peers = Vec::new();
+        shard.snapshot(now(), &mut peers);
+        total += peers.len();
+    }
+    assert_eq!(total, NODES_MAX);
+}
+
+/// An initiation of machine 1 to machine 0, as it stands on the wire.
+fn initiation(machines: &mut [Machine]) -> Vec<u8> {
+    machines[1].send_from(0, &inner(1, 0, "hello"));
+    let mut sent = Vec::new();
+    machines[1].collect(&mut sent);
+    sent.remove(0).3
+}
+
+#[test]
+fn what_was_admitted_under_a_key_that_is_no_longer_ours_is_not_answered() {
+    let mut machines = mesh(&[2, 1]);
+    let datagram = initiation(&mut machines);
+    let share = machines[0].share;
+    let owner = &mut machines[0].shards[share.owner(&key(1))];
+    owner.factory_mut().set_own_key(OwnKeyId(1), &private(9));
+    owner.replace_own(now(), OwnKeyId(1));
+    let meta = UdpMeta { source: addr(1), local: None, segment_len: 0, ecn: Ecn::NotEct };
+    let admitted = Admitted { shard: share.owner(&key(1)), key: key(1), own: OwnKeyId(0) };
+    owner.handle_admitted(now(), &admitted, &meta, &datagram);
+    owner.handle_admitted(now(), &Admitted { own: OwnKeyId(1), ..admitted }, &meta, &[1, 0, 0, 0]);
+    assert_eq!(owner.counters().dropped(DropReason::BadMac), 2);
+    assert!(owner.poll_transmit().is_none());
+}
+
+#[test]
+fn a_front_that_nobody_collects_from_forgets_what_is_too_much() {
+    // A peer that the front does not own itself.
+    let foreign = (1..20).find(|n| Share::new(0, 2).owner(&key(*n)) != FRONT).expect("one");
+    let mut front = tunnels(0, 2).remove(FRONT);
+    assert_eq!(front.set_peers(now(), &[config(foreign)]), []);
+    let mut sender = Machine::new(foreign, 1);
+    sender.set_peers(&[config(0)]);
+    sender.send_from(0, &inner(foreign, 0, "hello"));
+    let mut sent = Vec::new();
+    sender.collect(&mut sent);
+    for from in 0..ADMITTED_MAX + 3 {
+        // From an address of its own each, or the source limit comes first.
+        let high = u8::try_from(from / 250).expect("few");
+        let source = SocketAddr::from(([198, 51, high, u8::try_from(from % 250).expect("few")], 9));
+        let meta = UdpMeta { source, local: None, segment_len: 0, ecn: Ecn::NotEct };
+        front.handle_udp_input(now(), &meta, &sent[0].3);
+    }
+    assert_eq!(front.counters().dropped(DropReason::AdmittedFull), 3);
+    assert_eq!(std::iter::from_fn(|| front.poll_admitted()).count(), ADMITTED_MAX);
+}
