@@ -77,6 +77,28 @@ pub(crate) fn get_option_words(
     check(result).map(|_| size as usize)
 }
 
+/// `SO_ATTACH_REUSEPORT_CBPF` (socket(7)): chooses among the sockets of a group by what `program` returns, in the order
+/// they were bound.
+pub(crate) fn attach_reuseport_filter(
+    fd: BorrowedFd<'_>,
+    program: &[libc::sock_filter],
+) -> io::Result<()> {
+    let len = libc::c_ushort::try_from(program.len())
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let whole = libc::sock_fprog { len, filter: program.as_ptr().cast_mut() };
+    // SAFETY: `whole` describes the borrowed slice, which the kernel only reads and copies during the call.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_REUSEPORT_CBPF,
+            (&raw const whole).cast::<c_void>(),
+            len_u32(mem::size_of_val(&whole))?,
+        )
+    };
+    check(result).map(|_| ())
+}
+
 // --- TUN --------------------------------------------------------------------------------------------
 
 /// `TUNSETIFF`: attaches `fd` (an open `/dev/net/tun`) to the interface `name`, making it if needed.
@@ -94,6 +116,16 @@ pub(crate) fn tun_attach(fd: BorrowedFd<'_>, name: &str, flags: c_int) -> io::Re
     request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).map_err(|_| invalid())?;
     // SAFETY: TUNSETIFF reads and writes one `ifreq`, which outlives the call.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) })
+        .map(|_| ())
+}
+
+/// `TUNSETQUEUE` with `IFF_DETACH_QUEUE`: nothing is read from this queue any more; what is written to it still arrives.
+pub(crate) fn tun_disable_queue(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: `ifreq` is plain old data; all zero is a valid value.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    request.ifr_ifru.ifru_flags = libc::IFF_DETACH_QUEUE as libc::c_short;
+    // SAFETY: TUNSETQUEUE reads one `ifreq`, which outlives the call.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETQUEUE as _, &raw mut request) })
         .map(|_| ())
 }
 

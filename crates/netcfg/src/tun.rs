@@ -42,21 +42,31 @@ pub struct TunOptions {
     pub tso: bool,
     /// UDP super-packets, Linux 6.2; needs `csum`.
     pub uso: bool,
-    /// The device ends with its owner and has one queue, as those of other WireGuard programs; one that others made so
-    /// is taken.
+    /// The device ends with its owner, as those of other WireGuard programs; one that others made so is taken.
     pub transient: bool,
+    /// More queues can be opened. A transient one that others made keeps what it has.
+    pub multi_queue: bool,
 }
 
 impl TunOptions {
     /// Everything the kernel has.
     pub fn new(name: impl Into<String>) -> Self {
         let name = name.into();
-        Self { name, mtu: None, vnet_hdr: true, csum: true, tso: true, uso: true, transient: false }
+        Self {
+            name,
+            mtu: None,
+            vnet_hdr: true,
+            csum: true,
+            tso: true,
+            uso: true,
+            transient: false,
+            multi_queue: true,
+        }
     }
 
-    /// The same of a device that ends with its owner.
+    /// The same of a device with a single queue that ends with its owner.
     pub fn transient(name: impl Into<String>) -> Self {
-        Self { transient: true, ..Self::new(name) }
+        Self { transient: true, multi_queue: false, ..Self::new(name) }
     }
 }
 
@@ -74,6 +84,9 @@ pub struct TunFeatures {
 #[derive(Debug)]
 pub struct Tun {
     fd: OwnedFd,
+    /// What is written goes here, where several queues are read: see [`Tun::spread`].
+    writer: Option<OwnedFd>,
+    multi_queue: bool,
     name: String,
     index: u32,
     features: TunFeatures,
@@ -84,17 +97,20 @@ impl Tun {
     /// queue, this fails.
     pub fn open(options: &TunOptions) -> anyhow::Result<Self> {
         link::check_name(&options.name)?;
-        if options.transient {
+        if options.transient && !(options.multi_queue && may_have_queues(&options.name)?) {
             // The kernel lets nobody else attach to a single queue.
-            let (fd, vnet_hdr) = attach(options)?;
-            return Self::set_up(fd, vnet_hdr, options);
+            let options = TunOptions { multi_queue: false, ..options.clone() };
+            let (fd, vnet_hdr) = attach(&options)?;
+            return Self::set_up(fd, vnet_hdr, &options);
         }
         refuse_owned(&options.name, 0)?;
         let (fd, vnet_hdr) = attach(options)?;
         // Another program may have attached since the check; now both see two and neither goes on.
         refuse_owned(&options.name, 1)?;
-        sys::tun_set_persistent(fd.as_fd(), true)
-            .with_context(|| format!("make TUN device {} persistent", options.name))?;
+        if !options.transient {
+            sys::tun_set_persistent(fd.as_fd(), true)
+                .with_context(|| format!("make TUN device {} persistent", options.name))?;
+        }
         Self::set_up(fd, vnet_hdr, options)
     }
 
@@ -103,7 +119,8 @@ impl Tun {
     pub fn inherit(number: i32, options: &TunOptions) -> anyhow::Result<Self> {
         let (fd, name, flags) = inherited(number)
             .with_context(|| format!("descriptor {number} is no TUN device we may use"))?;
-        let options = TunOptions { name, ..options.clone() };
+        let multi_queue = flags & libc::IFF_MULTI_QUEUE != 0;
+        let options = TunOptions { name, multi_queue, ..options.clone() };
         Self::set_up(fd, flags & libc::IFF_VNET_HDR != 0, &options)
     }
 
@@ -115,7 +132,8 @@ impl Tun {
     /// The same queue once more: it stays open until both are dropped.
     pub fn try_clone(&self) -> io::Result<Self> {
         let fd = self.fd.try_clone()?;
-        Ok(Self { fd, name: self.name.clone(), index: self.index, features: self.features })
+        let writer = self.writer.as_ref().map(OwnedFd::try_clone).transpose()?;
+        Ok(Self { fd, writer, name: self.name.clone(), ..*self })
     }
 
     fn set_up(fd: OwnedFd, vnet_hdr: bool, options: &TunOptions) -> anyhow::Result<Self> {
@@ -128,7 +146,52 @@ impl Tun {
                 .with_context(|| format!("set MTU {mtu} on TUN device {}", options.name))?;
         }
         make_no_addresses(link.index);
-        Ok(Self { fd, name: options.name.clone(), index: link.index, features })
+        Ok(Self {
+            fd,
+            writer: None,
+            multi_queue: options.multi_queue,
+            name: options.name.clone(),
+            index: link.index,
+            features,
+        })
+    }
+
+    /// Whether [`Self::open_queue`] can work.
+    pub fn is_multi_queue(&self) -> bool {
+        self.multi_queue
+    }
+
+    /// This queue and as many more as make `queues`, for one reader each, over which the kernel spreads flows so that a
+    /// flow never moves.
+    ///
+    /// ```text
+    ///  a packet leaves ──> hash of its flow ──> queue 0, 1, ...        read
+    ///                        ^ unless a packet of the flow was written to a queue lately: then that one
+    ///  what is written ──> a queue that is switched off: delivers, and is no reason to move (tun_get_user)
+    /// ```
+    /// Otherwise a flow would change its queue in the middle, and its reader (`tun_automq_select_queue` in
+    /// drivers/net/tun.c).
+    pub fn spread(self, queues: usize) -> anyhow::Result<Vec<Self>> {
+        if queues <= 1 {
+            return Ok(vec![self]);
+        }
+        let name = self.name.clone();
+        // First, so that the index each had is that of a queue that is there afterwards, too.
+        let mut writers = Vec::with_capacity(queues);
+        for _ in 0..queues {
+            let writer = self.open_queue()?.fd;
+            sys::tun_disable_queue(writer.as_fd())
+                .with_context(|| format!("switch off a queue of TUN device {name}"))?;
+            writers.push(writer);
+        }
+        let mut all = vec![self];
+        while let Some(first) = all.first().filter(|_| all.len() < queues) {
+            all.push(first.open_queue()?);
+        }
+        for (queue, writer) in all.iter_mut().zip(writers) {
+            queue.writer = Some(writer);
+        }
+        Ok(all)
     }
 
     /// Opens one more queue of the same device; the kernel spreads flows over them.
@@ -141,7 +204,7 @@ impl Tun {
             sys::tun_set_vnet_header_bytes(fd.as_fd(), VNET_HEADER_BYTES as c_int)
                 .context("set the vnet header size")?;
         }
-        Ok(Self { fd, name: self.name.clone(), index: self.index, features: self.features })
+        Ok(Self { fd, writer: None, name: self.name.clone(), ..*self })
     }
 
     /// Lets the device end with its last queue, this one perhaps: another has taken its place. One that is gone is fine.
@@ -178,7 +241,7 @@ impl Tun {
     /// Writes one packet or super-packet given in pieces, vnet header first when there is one.
     pub fn write(&self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
         loop {
-            match rustix::io::writev(&self.fd, pieces) {
+            match rustix::io::writev(self.writer.as_ref().unwrap_or(&self.fd), pieces) {
                 Err(rustix::io::Errno::INTR) => {}
                 other => return Ok(other?),
             }
@@ -273,11 +336,11 @@ fn attach(options: &TunOptions) -> anyhow::Result<(OwnedFd, bool)> {
     let fd = open_clone_device()?;
     let known = sys::tun_features(fd.as_fd()).context("ask the TUN driver what it can do")?;
     let knows = |flag: c_int| known & flag.cast_unsigned() != 0;
-    if !options.transient && !knows(libc::IFF_MULTI_QUEUE) {
+    if options.multi_queue && !knows(libc::IFF_MULTI_QUEUE) {
         bail!("this kernel's TUN driver has no multi-queue support (Linux 3.8 or newer is needed)");
     }
     let vnet_hdr = options.vnet_hdr && knows(libc::IFF_VNET_HDR);
-    let queues = if options.transient { 0 } else { libc::IFF_MULTI_QUEUE };
+    let queues = if options.multi_queue { libc::IFF_MULTI_QUEUE } else { 0 };
     let base = libc::IFF_TUN | libc::IFF_NO_PI | queues;
     let flags = base | if vnet_hdr { libc::IFF_VNET_HDR } else { 0 };
     sys::tun_attach(fd.as_fd(), &options.name, flags)
@@ -302,6 +365,12 @@ fn busy(name: &str) -> anyhow::Error {
     anyhow!(
         "TUN device {name} is held by another program: another meshd runs here; stop it, or choose another name (--tun-name)"
     )
+}
+
+/// Whether a device of this name can be taken with several queues: there is none, or it has them.
+fn may_have_queues(name: &str) -> anyhow::Result<bool> {
+    let link = link::get(name).with_context(|| format!("look for TUN device {name}"))?;
+    Ok(link.is_none_or(|link| check_kind(&link).is_ok()))
 }
 
 /// Fails when the interface is none of ours, or when more than `own` queues of it are open.

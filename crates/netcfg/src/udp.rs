@@ -16,6 +16,8 @@
 //! is too long for a link behind the first would vanish, so their answers are heard and we fragment
 //! (`IPV6_PMTUDISC_DONT`); a forged one costs fragments of 1280 bytes at worst.
 
+mod group;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -31,6 +33,8 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use crate::cmsg::{self, ControlWriter};
 use crate::{clock, sys};
+
+pub use group::FilterInstruction;
 
 /// Size of one receive buffer: the largest UDP payload, rounded up to whole pages.
 pub const RECV_BUFFER_BYTES: usize = 64 * 1024;
@@ -170,6 +174,12 @@ impl RecvBatch {
 impl UdpSocket {
     /// Opens and binds the socket: `[::]` for both families, `0.0.0.0` on a kernel without IPv6.
     pub fn open(options: &UdpOptions) -> anyhow::Result<Self> {
+        let mut socket = Self::bound(options, false)?;
+        socket.features.gso = options.gso && gso_works(&socket.fd);
+        Ok(socket)
+    }
+
+    fn bound(options: &UdpOptions, shared: bool) -> anyhow::Result<Self> {
         let (fd, dual_stack) = if options.v4_only {
             (new_socket(AddressFamily::INET)?, false)
         } else {
@@ -183,13 +193,15 @@ impl UdpSocket {
             }
         };
         set_options(&fd, dual_stack, options)?;
+        if shared {
+            group::share_port(&fd)?;
+        }
         bind(&fd, dual_stack, options.port)?;
         let local_port = local_port(&fd)?;
         let gro = options.gro && sys::set_option(&fd, libc::SOL_UDP, libc::UDP_GRO, 1).is_ok();
-        let gso = options.gso && gso_works(&fd);
         Ok(Self {
             fd,
-            features: UdpFeatures { dual_stack, gso, gro },
+            features: UdpFeatures { dual_stack, gso: false, gro },
             local_port,
             counters: UdpCounters::default(),
             gso_refused: BTreeMap::new(),
