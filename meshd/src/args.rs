@@ -8,7 +8,7 @@ use clap::builder::FalseyValueParser;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use mesh_types::defaults;
-use mesh_types::limits::PING_COUNT_MAX;
+use mesh_types::limits::{PING_COUNT_MAX, SHARDS_MAX};
 
 use crate::cni_install::Capability;
 
@@ -100,6 +100,8 @@ pub struct RunArgs {
     /// (Linux 7.0.0 to 7.1.4).
     #[arg(long, env = "MESHD_UDP_GSO", default_value = "auto")]
     pub udp_gso: Switch,
+    #[command(flatten)]
+    pub shards: ShardArgs,
     /// TCP address of /healthz, /readyz and /metrics.
     #[arg(long, env = "MESHD_ADMIN_ADDRESS", default_value_t = SocketAddr::from(([127, 0, 0, 1], defaults::ADMIN_PORT)))]
     pub admin_address: SocketAddr,
@@ -115,6 +117,14 @@ pub struct RunArgs {
     /// Two sites that reach each other's private addresses, SITE=SITE; repeat or separate by commas.
     #[arg(long = "join-sites", env = "MESHD_JOIN_SITES", value_delimiter = ',')]
     pub joined_sites: Vec<String>,
+}
+
+/// How wide the data plane is.
+#[derive(Debug, Clone, Copy, ClapArgs)]
+pub struct ShardArgs {
+    /// Threads that carry packets, 1 to 16; a peer is served by one of them [default: half the cores, 1 to 4].
+    #[arg(long, env = "MESHD_SHARDS", value_parser = clap::value_parser!(u16).range(1..=SHARDS_MAX as i64))]
+    pub shards: Option<u16>,
 }
 
 /// The sockets that `wg` looks for.
@@ -133,6 +143,8 @@ pub struct WgArgs {
     pub foreground: bool,
     #[command(flatten)]
     pub uapi: UapiArgs,
+    #[command(flatten)]
+    pub shards: ShardArgs,
     /// An open TUN device to serve, as a descriptor; INTERFACE is then its name.
     #[arg(long, env = "WG_TUN_FD", hide_env = true, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(0..))]
     pub tun_fd: Option<i32>,

@@ -10,7 +10,9 @@ use mesh_types::net::{ClusterPrefixes, check_prefix, overlap};
 use mesh_types::node::{NodeName, Site};
 use serde::{Deserialize, Serialize};
 
-use crate::args::{CniInstallArgs, KernelArgs, Places, RunArgs, UapiArgs, UninstallArgs};
+use crate::args::{
+    CniInstallArgs, KernelArgs, Places, RunArgs, ShardArgs, UapiArgs, UninstallArgs,
+};
 use crate::cni_install;
 
 /// What `meshd run` was told. Holds no secret: it is printed at start.
@@ -25,6 +27,8 @@ pub struct Config {
     pub listen_port: u16,
     /// Whether the kernel cuts what is sent; `None` leaves it to the kernel's version.
     pub udp_gso: Option<bool>,
+    /// Threads that carry packets.
+    pub shards: usize,
     pub admin_address: SocketAddr,
     pub endpoints: Vec<SocketAddr>,
     pub skip_interfaces: Vec<String>,
@@ -180,6 +184,7 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
         kernel: kernel(&args.kernel)?,
         listen_port: args.listen_port,
         udp_gso: args.udp_gso.told(),
+        shards: shards(args.shards),
         admin_address: args.admin_address,
         endpoints: args.endpoints.clone(),
         skip_interfaces: args.skip_interfaces.clone(),
@@ -193,6 +198,11 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
         uapi_dir: uapi_dir(&args.uapi)?,
         cni: cni(args)?,
     })
+}
+
+/// What was told, or what fits the machine.
+pub fn shards(args: ShardArgs) -> usize {
+    args.shards.map_or_else(crate::io::default_shards, usize::from)
 }
 
 /// What `cni-install` was told.

@@ -11,12 +11,12 @@ use mesh_types::key::PrivateKey;
 use mesh_types::status::Counter;
 use netcfg::release::Release;
 use netcfg::tun::{Tun, TunOptions};
-use netcfg::udp::{UdpOptions, UdpSocket};
+use netcfg::udp::UdpOptions;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::config::{Config, Kernel};
-use crate::io::{DataEvent, DataPlane, DataPlaneOptions, Greeter, Snapshots};
+use crate::io::{self, DataEvent, DataPlane, DataPlaneOptions, Greeter, Snapshots};
 use crate::last_heard::{Endpoints, Recorder};
 use crate::reconcile::Plane;
 use crate::view::{DataFigures, DataSource, View};
@@ -25,12 +25,13 @@ use crate::view::{DataFigures, DataSource, View};
 /// did not answer is asked once a second, so the second comes after that.
 const HEARD_WITHIN: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(1100)];
 
-/// TUN, socket and shard of this node.
+/// TUN, sockets and shards of this node.
 pub struct NodePlane {
     kernel: Kernel,
     listen_port: u16,
     /// As the operator told.
     udp_gso: Option<bool>,
+    shards: usize,
     key: PrivateKey,
     view: Arc<View>,
     /// Wakes the reconciler.
@@ -62,6 +63,7 @@ impl NodePlane {
             kernel: config.kernel.clone(),
             listen_port: config.listen_port,
             udp_gso: config.udp_gso,
+            shards: config.shards,
             key,
             view,
             news,
@@ -72,15 +74,18 @@ impl NodePlane {
     }
 
     fn start(&self) -> anyhow::Result<Running> {
-        let tun = self.open_tun()?;
-        let udp = UdpSocket::open(&UdpOptions {
+        let (tun_index, tuns) = self.open_tun()?;
+        let options = UdpOptions {
             port: self.listen_port,
             mark: self.kernel.mark,
             gso: self.udp_gso.unwrap_or_else(gso_is_sound),
             ..UdpOptions::default()
-        })?;
-        let tun_index = tun.index();
-        tracing::info!(tun = ?tun.features(), udp = ?udp.features(), "data plane starts");
+        };
+        let sockets = io::open_sockets(&options, self.shards)?;
+        if let (Some(tun), Some(udp)) = (tuns.first(), sockets.first()) {
+            let (tun, udp) = (tun.features(), udp.features());
+            tracing::info!(shards = self.shards, ?tun, ?udp, "data plane starts");
+        }
         let options = DataPlaneOptions {
             tunnel: TunnelConfig {
                 coalesce: coalesce(Release::running()),
@@ -91,13 +96,15 @@ impl NodePlane {
             remembered: self.remembered.clone(),
             on_event: Box::new(listener(self.news.clone(), self.recorder.clone())),
         };
-        let data = DataPlane::start(options, tun, udp)?;
+        let data = DataPlane::start_shards(options, tuns, sockets)?;
         self.view.set_data_source(Asked(data.snapshots()));
         Ok(Running { data, tun_index, greeted: false, greeting: None })
     }
 
-    fn open_tun(&self) -> anyhow::Result<Tun> {
-        Tun::open(&TunOptions::new(self.kernel.tun.as_str()))
+    /// The device's index and a queue for each shard.
+    fn open_tun(&self) -> anyhow::Result<(u32, Vec<Tun>)> {
+        let tun = Tun::open(&TunOptions::new(self.kernel.tun.as_str()))?;
+        Ok((tun.index(), tun.spread(self.shards)?))
     }
 }
 
@@ -114,10 +121,10 @@ impl Plane for NodePlane {
         if link.is_some_and(|link| link.index == running.tun_index) {
             return Ok(false);
         }
-        let tun = self.open_tun()?;
+        let (tun_index, tuns) = self.open_tun()?;
         if let Some(running) = &mut self.running {
-            running.tun_index = tun.index();
-            running.data.replace_tun(tun);
+            running.tun_index = tun_index;
+            running.data.replace_tun(tuns);
         }
         Ok(true)
     }
@@ -199,7 +206,7 @@ fn listener(news: mpsc::Sender<()>, recorder: Recorder) -> impl Fn(DataEvent) + 
     }
 }
 
-/// The shard in the hands of whoever asks.
+/// The shards in the hands of whoever asks.
 struct Asked(Snapshots);
 
 impl DataSource for Asked {

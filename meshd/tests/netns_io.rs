@@ -409,7 +409,7 @@ fn a_deleted_tun_is_told_and_a_new_one_takes_over_with_the_sessions() {
     let turns = b.snapshot().shard.turns - lost.shard.turns;
     assert!(turns < 1_000, "a shard without its device spins: {turns} turns");
     let established = b.snapshot().tunnel.sessions_established;
-    b.data().replace_tun(Side::open_tun(&b.netns, b.number, &tun_options()));
+    b.data().replace_tun(vec![Side::open_tun(&b.netns, b.number, &tun_options())]);
     udp_echo(&a, &b, false, 8192);
     tcp_both_ways(&b, &a, true, 1 << 20);
     let after = b.snapshot();

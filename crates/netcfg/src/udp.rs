@@ -98,6 +98,23 @@ pub struct UdpCounters {
     pub gso_bypassed: u64,
 }
 
+impl UdpCounters {
+    /// Adds what another socket counted.
+    pub fn add(&mut self, other: &Self) {
+        self.rx_calls += other.rx_calls;
+        self.rx_messages += other.rx_messages;
+        self.rx_bytes += other.rx_bytes;
+        self.rx_malformed += other.rx_malformed;
+        self.rx_overflow += other.rx_overflow;
+        self.tx_calls += other.tx_calls;
+        self.tx_bytes += other.tx_bytes;
+        self.tx_dropped += other.tx_dropped;
+        self.tx_errors += other.tx_errors;
+        self.gso_refused += other.gso_refused;
+        self.gso_bypassed += other.gso_bypassed;
+    }
+}
+
 /// A UDP socket, owned by one thread.
 #[derive(Debug)]
 pub struct UdpSocket {

@@ -37,6 +37,21 @@ pub struct TunCounters {
     pub split: u64,
 }
 
+impl TunCounters {
+    /// Adds what another shard counted.
+    pub(super) fn add(&mut self, other: &Self) {
+        self.reads += other.reads;
+        self.read_bytes += other.read_bytes;
+        self.read_errors += other.read_errors;
+        self.writes += other.writes;
+        self.write_bytes += other.write_bytes;
+        self.write_no_room += other.write_no_room;
+        self.write_down += other.write_down;
+        self.write_errors += other.write_errors;
+        self.split += other.split;
+    }
+}
+
 /// Whether the device is still there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Device {

@@ -140,9 +140,14 @@ impl<P, T, S> Mailbox<P, T, S> {
 
     fn post<R>(&self, change: impl FnOnce(&mut Letters<P, T, S>) -> R) -> R {
         let result = change(&mut self.letters.lock().unwrap_or_else(PoisonError::into_inner));
+        self.ring();
+        result
+    }
+
+    /// Wakes the shard.
+    pub(super) fn ring(&self) {
         // Fails only when 2^64 - 2 rings are unanswered: the shard is awake then.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-        result
     }
 }
 

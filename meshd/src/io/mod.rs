@@ -13,7 +13,9 @@
 //! and the last peer set survive, the tunnel is made anew, and peers find back by their own
 //! handshakes. Stopping closes the file descriptors only; the persistent TUN, routes and guard stay.
 
+mod exchange;
 mod frame;
+mod handover;
 mod mailbox;
 mod shard;
 mod snapshot;
@@ -21,17 +23,23 @@ mod snapshot;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow, ensure};
 use mesh_core::tunnel::config::{Event, PeerConfig, PeerRefusal, TunnelConfig};
+use mesh_core::tunnel::peers::SplitMix64;
+use mesh_core::tunnel::steer::{self, Share};
 use mesh_types::key::{PrivateKey, PublicKey};
+use mesh_types::limits::SHARDS_MAX;
 use netcfg::tun::Tun;
-use netcfg::udp::UdpSocket;
+use netcfg::udp::{FilterInstruction, UdpOptions, UdpSocket};
 
+use exchange::Exchange;
+pub use exchange::HandoverCounters;
 pub use frame::TunCounters;
 pub use mailbox::Reconfigure;
 pub use snapshot::{DataSnapshot, ShardCounters};
@@ -40,7 +48,7 @@ pub use snapshot::{DataSnapshot, ShardCounters};
 /// than this means it is stuck.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(2);
 
-type Mailbox = mailbox::Mailbox<Vec<PeerConfig>, Tun, DataSnapshot>;
+type Mailbox = mailbox::Mailbox<Arc<Vec<PeerConfig>>, Tun, DataSnapshot>;
 
 /// What the data plane tells control.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,76 +84,127 @@ impl fmt::Debug for DataPlaneOptions {
     }
 }
 
-/// A running shard. Dropping it stops it.
+/// A running data plane. Dropping it stops it.
 #[derive(Debug)]
 pub struct DataPlane {
-    mailbox: Arc<Mailbox>,
-    thread: Option<JoinHandle<()>>,
+    shards: Mailboxes,
+    threads: Vec<JoinHandle<()>>,
+    /// Control was told that the device is gone.
+    tun_lost: Arc<AtomicBool>,
 }
 
 impl DataPlane {
-    /// Starts the shard's thread. It serves no peer until [`Self::set_peers`].
+    /// Starts a data plane of one shard. It serves no peer until [`Self::set_peers`].
     pub fn start(options: DataPlaneOptions, tun: Tun, udp: UdpSocket) -> anyhow::Result<Self> {
-        let mailbox = Arc::new(Mailbox::new()?);
-        let shard = shard::Shard::new(options, tun, udp, Arc::clone(&mailbox));
-        let thread = std::thread::Builder::new()
-            .name("shard-0".to_owned())
-            .spawn(move || shard.run())
-            .context("start the thread of the data plane")?;
-        Ok(Self { mailbox, thread: Some(thread) })
+        Self::start_shards(options, vec![tun], vec![udp])
+    }
+
+    /// Starts a shard's thread for each queue ([`Tun::spread`]) and socket ([`open_sockets`]).
+    pub fn start_shards(
+        options: DataPlaneOptions,
+        tuns: Vec<Tun>,
+        sockets: Vec<UdpSocket>,
+    ) -> anyhow::Result<Self> {
+        let count = tuns.len();
+        ensure!(
+            (1..=SHARDS_MAX).contains(&count) && sockets.len() == count,
+            "the data plane has 1 to {SHARDS_MAX} shards with a TUN queue and a socket each, not {count} with {}",
+            sockets.len()
+        );
+        let mailboxes: anyhow::Result<Vec<_>> =
+            (0..count).map(|_| Mailbox::new().map(Arc::new)).collect();
+        let shards = Mailboxes(mailboxes?.into());
+        let tun_lost = Arc::new(AtomicBool::new(false));
+        let exchanges: Vec<_> = match count {
+            1 => vec![None],
+            _ => Exchange::of_all(&shards.0).into_iter().map(Some).collect(),
+        };
+        let all = share_out(options, count, &tun_lost);
+        let mut plane = Self { shards, threads: Vec::with_capacity(count), tun_lost };
+        let parts = all.into_iter().zip(tuns).zip(sockets).zip(exchanges).enumerate();
+        for (number, (((options, tun), udp), exchange)) in parts {
+            let Some(mailbox) = plane.shards.0.get(number).map(Arc::clone) else { break };
+            let shard = shard::Shard::new(options, tun, udp, mailbox, exchange);
+            let thread = std::thread::Builder::new()
+                .name(format!("shard-{number}"))
+                .spawn(move || shard.run())
+                .context("start a thread of the data plane")?;
+            plane.threads.push(thread);
+        }
+        Ok(plane)
+    }
+
+    /// How many shards there are: as many TUN queues and sockets replace theirs.
+    pub fn shards(&self) -> usize {
+        self.shards.0.len()
     }
 
     /// Replaces the peers. Sessions of peers that stay are kept; the same set twice is free. Never
     /// waits: of sets given in a row the newest counts.
     pub fn set_peers(&self, peers: Vec<PeerConfig>) {
-        self.mailbox.set_peers(peers);
+        let peers = Arc::new(peers);
+        self.shards.each(|shard| shard.set_peers(Arc::clone(&peers)));
     }
 
     /// Another own key, other peers, endpoints by hand: in this order, and together.
     pub fn configure(&self, change: Reconfigure<Vec<PeerConfig>>) {
-        self.mailbox.configure(change);
+        let Reconfigure { own_key, peers, endpoints } = change;
+        let peers = Arc::new(peers);
+        self.shards.each(|shard| {
+            shard.configure(Reconfigure {
+                own_key: own_key.clone(),
+                peers: Arc::clone(&peers),
+                endpoints: endpoints.clone(),
+            });
+        });
     }
 
-    /// Serves `udp` from now on; sessions do not notice.
-    pub fn replace_udp(&self, udp: UdpSocket) {
-        self.mailbox.replace_udp(udp);
+    /// Serves `sockets`, one for each shard, from now on; sessions do not notice.
+    pub fn replace_udp(&self, sockets: Vec<UdpSocket>) {
+        for (shard, udp) in self.shards.0.iter().zip(sockets) {
+            shard.replace_udp(udp);
+        }
     }
 
     /// Begins a handshake with every peer, spread over time: after a start, so that peers with old sessions
     /// of ours notice at once.
     pub fn initiate_all(&self) {
-        self.mailbox.initiate_all();
+        self.shards.each(Mailbox::initiate_all);
     }
 
     /// A handle that only begins handshakes.
     pub fn greeter(&self) -> Greeter {
-        Greeter { mailbox: Arc::clone(&self.mailbox) }
+        Greeter { shards: self.shards.clone() }
     }
 
-    /// Serves `tun` in place of a device that is gone.
-    pub fn replace_tun(&self, tun: Tun) {
-        self.mailbox.replace_tun(tun);
+    /// Serves `queues`, one for each shard, in place of a device that is gone.
+    pub fn replace_tun(&self, queues: Vec<Tun>) {
+        self.tun_lost.store(false, Ordering::SeqCst);
+        for (shard, tun) in self.shards.0.iter().zip(queues) {
+            shard.replace_tun(tun);
+        }
     }
 
-    /// Peers and counters as they stand. Waits for the shard: not for an async thread.
+    /// Peers and counters as they stand, of all shards together. Waits for them: not for an async thread.
     pub fn snapshot(&self) -> anyhow::Result<DataSnapshot> {
-        snapshot(&self.mailbox)
+        self.shards.snapshot()
     }
 
     /// A handle that only asks, for metrics and status.
     pub fn snapshots(&self) -> Snapshots {
-        Snapshots { mailbox: Arc::clone(&self.mailbox) }
+        Snapshots { shards: self.shards.clone() }
     }
 
-    /// Sends what is ready, stops the thread and closes TUN queue and socket. The TUN device stays.
+    /// Sends what is ready, stops the threads and closes TUN queues and sockets. The TUN device stays.
     pub fn stop(mut self) -> anyhow::Result<()> {
         self.join()
     }
 
     fn join(&mut self) -> anyhow::Result<()> {
-        self.mailbox.stop();
-        let Some(thread) = self.thread.take() else { return Ok(()) };
-        thread.join().map_err(|_| anyhow!("the thread of the data plane ended by a panic"))
+        self.shards.each(Mailbox::stop);
+        let ended: Vec<_> = self.threads.drain(..).map(JoinHandle::join).collect();
+        ensure!(ended.iter().all(Result::is_ok), "a thread of the data plane ended by a panic");
+        Ok(())
     }
 }
 
@@ -157,45 +216,110 @@ impl Drop for DataPlane {
     }
 }
 
+/// Shards where nobody asked for a number: one on up to two cores, since the rest of a node wants to run, too; then half
+/// of them, and four at most, which seal more than most network cards carry.
+pub fn default_shards() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    (cores / 2).clamp(1, DEFAULT_SHARDS_MAX)
+}
+
+const DEFAULT_SHARDS_MAX: usize = 4;
+
+/// Sockets for so many shards, each of which gets what its peers send.
+pub fn open_sockets(options: &UdpOptions, shards: usize) -> anyhow::Result<Vec<UdpSocket>> {
+    let filter = steer::filter(shards)
+        .map(|it| FilterInstruction(it.code, it.jump_true, it.jump_false, it.k));
+    UdpSocket::open_group(options, shards, &filter)
+}
+
+/// The options of each of `count` shards. Control hears each event once.
+fn share_out(
+    options: DataPlaneOptions,
+    count: usize,
+    tun_lost: &Arc<AtomicBool>,
+) -> Vec<DataPlaneOptions> {
+    if count == 1 {
+        return vec![options];
+    }
+    let DataPlaneOptions { tunnel, own_key, seed, remembered, on_event } = options;
+    let on_event = Arc::new(Mutex::new(on_event));
+    let mut seeds = SplitMix64(seed);
+    let one = |index| {
+        let (on_event, tun_lost) = (Arc::clone(&on_event), Arc::clone(tun_lost));
+        let share = Share::new(index, count);
+        let remembered = remembered.iter().filter(|(key, _)| share.owner(key) == index);
+        DataPlaneOptions {
+            tunnel: TunnelConfig { share, ..tunnel.clone() },
+            own_key: own_key.clone(),
+            seed: seeds.next(),
+            remembered: remembered.map(|(key, at)| (*key, *at)).collect(),
+            on_event: Box::new(move |event| {
+                if event != DataEvent::TunLost || !tun_lost.swap(true, Ordering::SeqCst) {
+                    on_event.lock().unwrap_or_else(PoisonError::into_inner)(event);
+                }
+            }),
+        }
+    };
+    (0..count).map(one).collect()
+}
+
+/// The mailboxes of all shards.
+#[derive(Debug, Clone)]
+struct Mailboxes(Arc<[Arc<Mailbox>]>);
+
+impl Mailboxes {
+    fn each(&self, tell: impl Fn(&Mailbox)) {
+        self.0.iter().for_each(|shard| tell(shard));
+    }
+
+    fn snapshot(&self) -> anyhow::Result<DataSnapshot> {
+        let asked: anyhow::Result<Vec<_>> =
+            self.0.iter().map(|shard| shard.request_snapshot()).collect();
+        let mut answers = asked?.into_iter().map(|answer| {
+            answer.recv_timeout(SNAPSHOT_TIMEOUT).map_err(|error| match error {
+                RecvTimeoutError::Timeout => {
+                    anyhow!("the data plane did not answer for {} s", SNAPSHOT_TIMEOUT.as_secs())
+                }
+                RecvTimeoutError::Disconnected => {
+                    anyhow!("the data plane stopped or restarted while it was asked")
+                }
+            })
+        });
+        let mut whole = answers.next().context("a data plane without shards")??;
+        for answer in answers {
+            whole.add(answer?);
+        }
+        Ok(whole)
+    }
+}
+
 /// See [`DataPlane::greeter`].
 #[derive(Debug)]
 pub struct Greeter {
-    mailbox: Arc<Mailbox>,
+    shards: Mailboxes,
 }
 
 impl Greeter {
     /// Begins a handshake with every peer that has no session, also with those that were asked before and did not answer.
     pub fn initiate_anew(&self) {
-        self.mailbox.initiate_anew();
+        self.shards.each(Mailbox::initiate_anew);
     }
 
     /// Also with those we have a session with, which they may not have any more.
     pub fn initiate_forgotten(&self) {
-        self.mailbox.initiate_forgotten();
+        self.shards.each(Mailbox::initiate_forgotten);
     }
 }
 
 /// See [`DataPlane::snapshots`].
 #[derive(Debug, Clone)]
 pub struct Snapshots {
-    mailbox: Arc<Mailbox>,
+    shards: Mailboxes,
 }
 
 impl Snapshots {
     /// As [`DataPlane::snapshot`].
     pub fn take(&self) -> anyhow::Result<DataSnapshot> {
-        snapshot(&self.mailbox)
-    }
-}
-
-fn snapshot(mailbox: &Mailbox) -> anyhow::Result<DataSnapshot> {
-    match mailbox.request_snapshot()?.recv_timeout(SNAPSHOT_TIMEOUT) {
-        Ok(snapshot) => Ok(snapshot),
-        Err(RecvTimeoutError::Timeout) => {
-            bail!("the data plane did not answer for {} s", SNAPSHOT_TIMEOUT.as_secs())
-        }
-        Err(RecvTimeoutError::Disconnected) => {
-            bail!("the data plane stopped or restarted while it was asked")
-        }
+        self.shards.snapshot()
     }
 }

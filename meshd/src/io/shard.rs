@@ -1,6 +1,8 @@
 //! The loop of one shard. Run to completion: what one read brings is sealed and sent, or opened and written,
 //! before the next read; nothing is held back for a timer.
 
+mod handed;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -24,6 +26,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use wg_engine::BoringFactory;
 
+use super::exchange::Exchange;
 use super::frame::{Device, FrameWriter, PACKET_BYTES_MAX};
 use super::snapshot::{DataSnapshot, ShardCounters};
 use super::{DataEvent, DataPlaneOptions, Mailbox, OnEvent};
@@ -51,7 +54,7 @@ pub(super) struct Shard {
     seed: u64,
     on_event: OnEvent,
     mailbox: Arc<Mailbox>,
-    peers: Vec<PeerConfig>,
+    peers: Arc<Vec<PeerConfig>>,
     /// Where peers were last heard, in this life or one before.
     remembered: BTreeMap<PublicKey, SocketAddr>,
     tun: Option<Tun>,
@@ -64,6 +67,10 @@ pub(super) struct Shard {
     udp_paused_until: MonoTime,
     batch: RecvBatch,
     counters: ShardCounters,
+    /// Rings to the other shards, if there are any.
+    exchange: Option<Exchange>,
+    /// Whose packets come first in the next turn.
+    handed_next: usize,
 }
 
 /// What poll found.
@@ -80,6 +87,7 @@ impl Shard {
         tun: Tun,
         udp: UdpSocket,
         mailbox: Arc<Mailbox>,
+        exchange: Option<Exchange>,
     ) -> Self {
         let DataPlaneOptions { tunnel, own_key, seed, remembered, on_event } = options;
         let features = tun.features();
@@ -90,7 +98,7 @@ impl Shard {
             seed,
             on_event,
             mailbox,
-            peers: Vec::new(),
+            peers: Arc::default(),
             remembered,
             tun_paused_until: MonoTime::ZERO,
             tun_buffer: vec![0; VNET_HEADER_BYTES + PACKET_BYTES_MAX],
@@ -100,6 +108,8 @@ impl Shard {
             udp_paused_until: MonoTime::ZERO,
             batch: RecvBatch::new(messages),
             counters: ShardCounters::default(),
+            exchange,
+            handed_next: 0,
         }
     }
 
@@ -151,10 +161,14 @@ impl Shard {
             if ready.udp {
                 self.drain_udp(&mut tunnel, now);
             }
+            let spent = self.drain_handed(&mut tunnel, now);
             if ready.tun {
-                self.drain_tun(&mut tunnel, now);
+                self.drain_tun(&mut tunnel, now, spent);
             }
             self.run_timers(&mut tunnel, now);
+            if let Some(exchange) = &mut self.exchange {
+                exchange.send();
+            }
             while let Some(event) = tunnel.poll_event() {
                 if let Event::EndpointChanged { key, endpoint } = event {
                     self.remember(key, endpoint);
@@ -181,8 +195,14 @@ impl Shard {
         ];
         let deadline = tunnel.next_deadline().map(|(at, _)| at);
         let deadline = deadline.into_iter().chain(until.into_iter().flatten()).min();
+        let may_sleep = self.exchange.as_ref().is_none_or(|exchange| exchange.bell().lie_down());
+        let deadline = if may_sleep { deadline } else { Some(now) };
         let timeout = deadline.map(|at| timespec(at.since(now)));
-        match poll(&mut fds, timeout.as_ref()) {
+        let polled = poll(&mut fds, timeout.as_ref());
+        if let Some(exchange) = &self.exchange {
+            exchange.bell().get_up();
+        }
+        match polled {
             Ok(_) => {}
             Err(Errno::INTR) => return Ready { tun: false, udp: false, mail: false },
             Err(error) => {
@@ -263,6 +283,10 @@ impl Shard {
 
     fn apply_peers(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
         let refused = tunnel.set_peers(now, &self.peers);
+        if self.config.share.index() > 0 {
+            // All shards refuse the same: one tells.
+            return;
+        }
         for refusal in &refused {
             tracing::warn!(%refusal, "left out of the mesh");
         }
@@ -279,6 +303,7 @@ impl Shard {
             peers,
             tunnel: tunnel.counters().clone(),
             shard: self.counters,
+            handover: self.exchange.as_ref().map(|it| it.counters).unwrap_or_default(),
             tun: self.writer.counters,
             udp: *self.udp.counters(),
             tun_features: self.tun.as_ref().map(Tun::features),
@@ -310,7 +335,10 @@ impl Shard {
                 segment_len: message.segment_len,
                 ecn: Ecn::from_bits(message.ecn),
             };
-            tunnel.handle_udp_input(now, &meta, message.bytes);
+            match &mut self.exchange {
+                Some(exchange) => exchange.receive(tunnel, now, &meta, message.bytes),
+                None => tunnel.handle_udp_input(now, &meta, message.bytes),
+            }
         }
         if device == Device::Gone {
             self.lose_tun();
@@ -319,8 +347,9 @@ impl Shard {
     }
 
     /// Reads until nothing waits or the budget is spent; full sends leave at once, the rest at the end.
-    fn drain_tun(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
-        let mut drained = 0;
+    /// `spent` of the budget went to what others read for us.
+    fn drain_tun(&mut self, tunnel: &mut BoringTunnel, now: MonoTime, spent: usize) {
+        let mut drained = spent;
         for _ in 0..TUN_DRAIN_READS {
             if drained >= TUN_DRAIN_BYTES {
                 break;
@@ -344,7 +373,11 @@ impl Shard {
                     continue;
                 }
             };
-            tunnel.handle_tun_input(now, &header, packet);
+            if let Some(owner) = tunnel.handle_tun_input(now, &header, packet)
+                && let Some(exchange) = &mut self.exchange
+            {
+                exchange.hand_packet(owner, &header, packet);
+            }
             send_ready(tunnel, &mut self.udp);
         }
         self.transmit(tunnel, now);

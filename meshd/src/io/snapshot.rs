@@ -7,6 +7,7 @@ use mesh_types::time::MonoTime;
 use netcfg::tun::TunFeatures;
 use netcfg::udp::{UdpCounters, UdpFeatures};
 
+use super::exchange::HandoverCounters;
 use super::frame::TunCounters;
 use crate::view::{DataFigures, Total};
 
@@ -31,6 +32,8 @@ pub struct DataSnapshot {
     /// Begins at zero again when the shard restarted.
     pub tunnel: Counters,
     pub shard: ShardCounters,
+    /// All zero with one shard.
+    pub handover: HandoverCounters,
     pub tun: TunCounters,
     pub udp: UdpCounters,
     /// `None` while the device is gone.
@@ -39,6 +42,24 @@ pub struct DataSnapshot {
 }
 
 impl DataSnapshot {
+    /// Adds what another shard tells; peers stay in order of keys.
+    pub(super) fn add(&mut self, other: Self) {
+        self.now = self.now.max(other.now);
+        self.peers.extend(other.peers);
+        self.peers.sort_unstable_by_key(|peer| peer.key);
+        self.tunnel.add(&other.tunnel);
+        let ShardCounters { turns, panics, udp_errors, tun_malformed } = other.shard;
+        self.shard.turns += turns;
+        self.shard.panics += panics;
+        self.shard.udp_errors += udp_errors;
+        self.shard.tun_malformed += tun_malformed;
+        self.handover.add(&other.handover);
+        self.tun.add(&other.tun);
+        self.udp.add(&other.udp);
+        // A device that one shard has lost is gone for all.
+        self.tun_features = self.tun_features.and(other.tun_features);
+    }
+
     /// Everything not passed on, by reason. Reasons that never happened are there with 0, so that a
     /// rate over them is defined from the start.
     pub fn drops(&self) -> Vec<Counter> {
@@ -52,6 +73,9 @@ impl DataSnapshot {
             ("udp_receive_malformed", self.udp.rx_malformed),
             ("udp_send_no_room", self.udp.tx_dropped),
             ("udp_send_error", self.udp.tx_errors),
+            ("handover_handshake", self.handover.handshakes_full),
+            ("handover_datagram", self.handover.datagrams_full),
+            ("handover_packet", self.handover.packets_full),
         ];
         let all = tunnel.chain(here);
         all.map(|(reason, count)| Counter { reason: reason.to_owned(), count }).collect()
@@ -61,6 +85,7 @@ impl DataSnapshot {
     /// receives the datagrams per receive, packets received / TUN writes the packets per write.
     pub fn totals(&self) -> Vec<Total> {
         let (tunnel, tun, udp, shard) = (&self.tunnel, &self.tun, &self.udp, &self.shard);
+        let handover = &self.handover;
         [
             ("sent_packets", "Inner packets sent", tunnel.tx_packets),
             ("received_packets", "Inner packets received", tunnel.rx_packets),
@@ -78,6 +103,9 @@ impl DataSnapshot {
             ("sessions_established", "Sessions begun", tunnel.sessions_established),
             ("cookies_sent", "Cookie replies sent, under load", tunnel.cookies_sent),
             ("endpoint_changes", "Peers that roamed", tunnel.endpoint_changes),
+            ("handed_handshakes", "Handshake messages for other shards", handover.handshakes),
+            ("handed_datagrams", "Datagrams received for other shards", handover.datagrams),
+            ("handed_packets", "Packets read from the TUN for other shards", handover.packets),
             ("data_plane_turns", "Turns of the data plane's loop", shard.turns),
             ("data_plane_panics", "Panics of the data plane survived", shard.panics),
         ]

@@ -19,7 +19,7 @@ use netcfg::udp::{self, UdpOptions, UdpSocket};
 use tokio::sync::mpsc;
 use zeroize::Zeroizing;
 
-use crate::io::{DataEvent, DataPlane, DataPlaneOptions, DataSnapshot, Reconfigure};
+use crate::io::{self, DataEvent, DataPlane, DataPlaneOptions, DataSnapshot, Reconfigure};
 use crate::plane;
 use crate::uapi::Refusal;
 use crate::uapi::device::{Change, Device, Figures, Live};
@@ -34,7 +34,8 @@ pub(super) enum Look {
 
 pub(super) struct Controller {
     device: Device,
-    tun: Tun,
+    /// A queue of the interface for each shard.
+    tuns: Vec<Tun>,
     mtu: u32,
     plane: Option<Plane>,
     /// Counters and handshakes of data planes before this one.
@@ -49,15 +50,15 @@ pub(super) struct Controller {
 struct Plane {
     data: DataPlane,
     port: u16,
-    /// The socket once more, for its mark.
-    udp: OwnedFd,
+    /// The sockets once more, for their mark.
+    sockets: Vec<OwnedFd>,
 }
 
 impl Controller {
-    pub(super) fn new(tun: Tun, news: mpsc::Sender<()>) -> Self {
+    pub(super) fn new(tuns: Vec<Tun>, news: mpsc::Sender<()>) -> Self {
         Self {
             device: Device::default(),
-            tun,
+            tuns,
             mtu: super::MTU,
             plane: None,
             carried: BTreeMap::new(),
@@ -69,11 +70,11 @@ impl Controller {
 
     /// Looks at the interface and does what follows.
     pub(super) fn look(&mut self) -> Look {
-        if !self.tun.is_there() {
+        let Some(tun) = self.tuns.first().filter(|tun| tun.is_there()) else {
             return Look::Gone;
-        }
+        };
         // One that is not here is in another network namespace, where nobody says whether it is up.
-        let link = netcfg::link::get_by_index(self.tun.index()).unwrap_or_default();
+        let link = netcfg::link::get_by_index(tun.index()).unwrap_or_default();
         let (up, mtu) = link.map_or((true, self.mtu), |link| (link.up, link.mtu));
         let resized = std::mem::replace(&mut self.mtu, mtu) != mtu;
         match (&self.plane, up) {
@@ -106,8 +107,7 @@ impl Controller {
     }
 
     fn open(&self) -> anyhow::Result<Plane> {
-        let udp = self.open_udp(&self.device)?;
-        let (port, mark) = (udp.local_port(), udp.as_fd().try_clone_to_owned()?);
+        let (port, sockets, marks) = self.open_udp(&self.device)?;
         let news = self.news.clone();
         let options = DataPlaneOptions {
             tunnel: TunnelConfig {
@@ -120,22 +120,29 @@ impl Controller {
             remembered: BTreeMap::new(),
             on_event: Box::new(move |event| listen(&news, event)),
         };
-        let data = DataPlane::start(options, self.tun.try_clone()?, udp)?;
+        let tuns: std::io::Result<Vec<_>> = self.tuns.iter().map(Tun::try_clone).collect();
+        let data = DataPlane::start_shards(options, tuns?, sockets)?;
         data.configure(Reconfigure {
             own_key: None,
             peers: self.device.peer_configs(self.mtu),
             endpoints: self.device.endpoints(),
         });
-        Ok(Plane { data, port, udp: mark })
+        Ok(Plane { data, port, sockets: marks })
     }
 
-    fn open_udp(&self, device: &Device) -> anyhow::Result<UdpSocket> {
-        UdpSocket::open(&UdpOptions {
+    /// Their port, a socket for each shard, and each once more.
+    fn open_udp(&self, device: &Device) -> anyhow::Result<(u16, Vec<UdpSocket>, Vec<OwnedFd>)> {
+        let options = UdpOptions {
             port: device.listen_port,
             mark: device.fwmark,
             gso: plane::gso_is_sound(),
             ..UdpOptions::default()
-        })
+        };
+        let sockets = io::open_sockets(&options, self.tuns.len())?;
+        let port = sockets.first().map_or(device.listen_port, UdpSocket::local_port);
+        let again = sockets.iter().map(|udp| udp.as_fd().try_clone_to_owned());
+        let again: std::io::Result<_> = again.collect();
+        Ok((port, sockets, again?))
     }
 
     /// Ends the data plane and keeps what it knew.
@@ -201,23 +208,21 @@ impl Controller {
     fn change_socket(&mut self, new: &mut Device, change: &Change) -> Result<(), Refusal> {
         let Some(plane) = &self.plane else { return Ok(()) };
         if change.port && (new.listen_port == 0 || new.listen_port != plane.port) {
-            let opened = self.open_udp(new).and_then(|udp| {
-                let mark = udp.as_fd().try_clone_to_owned()?;
-                Ok((udp, mark))
-            });
-            let (udp, mark) = opened.map_err(|error| {
+            let (port, sockets, marks) = self.open_udp(new).map_err(|error| {
                 tracing::warn!(error = format!("{error:#}"), "no socket for the port asked for");
                 Refusal::InUse
             })?;
             let Some(plane) = &mut self.plane else { return Ok(()) };
-            new.listen_port = udp.local_port();
-            (plane.port, plane.udp) = (new.listen_port, mark);
-            plane.data.replace_udp(udp);
+            new.listen_port = port;
+            (plane.port, plane.sockets) = (port, marks);
+            plane.data.replace_udp(sockets);
         } else if change.fwmark {
-            udp::set_mark(&plane.udp, new.fwmark).map_err(|error| {
-                tracing::warn!(%error, "no such mark for the socket");
-                Refusal::InUse
-            })?;
+            for socket in &plane.sockets {
+                udp::set_mark(socket, new.fwmark).map_err(|error| {
+                    tracing::warn!(%error, "no such mark for the socket");
+                    Refusal::InUse
+                })?;
+            }
         }
         Ok(())
     }

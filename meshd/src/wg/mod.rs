@@ -50,9 +50,11 @@ pub fn run(args: &WgArgs) -> anyhow::Result<()> {
     let dir = config::uapi_dir(&args.uapi)?.context("--uapi-dir may not be empty here")?;
     let tun = match args.tun_fd {
         Some(number) => Tun::inherit(number, &TunOptions::transient(""))?,
-        None => {
-            Tun::open(&TunOptions { mtu: Some(MTU), ..TunOptions::transient(&args.interface) })?
-        }
+        None => Tun::open(&TunOptions {
+            mtu: Some(MTU),
+            multi_queue: config::shards(args.shards) > 1,
+            ..TunOptions::transient(&args.interface)
+        })?,
     };
     let listener = match args.uapi_fd {
         Some(number) => UnixListener::from(
@@ -72,15 +74,32 @@ pub fn run(args: &WgArgs) -> anyhow::Result<()> {
         let _ = rustix::process::setsid();
     }
     keystore::forbid_core_dumps()?;
+    let queues = queues(args, &tun);
+    let tuns = tun.spread(queues)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("start the reactor")?;
-    let served = runtime.block_on(serve(tun, listener, &socket));
+    let served = runtime.block_on(serve(tuns, listener, &socket));
     socket.remove();
     // A request to a data plane that hangs must not hold up the end.
     runtime.shutdown_background();
     served
+}
+
+/// As many as shards are wanted; a device that somebody else made with a single queue has no more.
+fn queues(args: &WgArgs, tun: &Tun) -> usize {
+    let wanted = config::shards(args.shards);
+    if wanted <= 1 || tun.is_multi_queue() {
+        return wanted;
+    }
+    if args.shards.shards.is_some() {
+        tracing::warn!(
+            device = tun.name(),
+            "one shard only: whoever made the device gave it a single queue (ip tuntap add ... multi_queue)"
+        );
+    }
+    1
 }
 
 /// Starts this program once more with what is open already, so that whoever started us finds device and socket in place
@@ -107,15 +126,16 @@ fn keep_open(fd: BorrowedFd<'_>) -> anyhow::Result<i32> {
     Ok(fd.as_raw_fd())
 }
 
-async fn serve(tun: Tun, listener: UnixListener, socket: &Socket) -> anyhow::Result<()> {
+async fn serve(tuns: Vec<Tun>, listener: UnixListener, socket: &Socket) -> anyhow::Result<()> {
     let signals = Signals::catch()?.wait();
     listener.set_nonblocking(true).context("serve the configuration socket")?;
     let listener = tokio::net::UnixListener::from_std(listener)
         .context("the descriptor for configuration is no listening socket")?;
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), device = tun.name(), "device starts");
+    let (version, shards) = (env!("CARGO_PKG_VERSION"), tuns.len());
+    tracing::info!(version, device = tuns.first().map(Tun::name), shards, "device starts");
     let (news_in, news) = mpsc::channel(1);
     watch_links(news_in.clone())?;
-    let controller = Arc::new(Mutex::new(Controller::new(tun, news_in)));
+    let controller = Arc::new(Mutex::new(Controller::new(tuns, news_in)));
     tokio::spawn(server::serve(listener, Arc::new(Configured(Arc::clone(&controller)))));
     tokio::select! {
         () = signals => {}

@@ -18,6 +18,7 @@ use mesh_types::key::PublicKey;
 use mesh_types::limits::SHARDS_MAX;
 
 use super::engine::{TYPE_COOKIE, TYPE_RESPONSE, TYPE_TRANSPORT};
+use super::front::Message;
 
 /// The shard that hears strangers.
 pub const FRONT: usize = 0;
@@ -85,7 +86,8 @@ impl Share {
     }
 
     /// Cuts a receive buffer of datagrams of `segment_len` into runs for one shard each, in order: the kernel merges
-    /// what comes from one address, and puts it where its first datagram belongs.
+    /// what comes from one address, and puts it where its first datagram belongs. What is no message at all is left
+    /// where it is.
     pub fn runs(self, input: &[u8], segment_len: usize) -> Runs<'_> {
         let step = if segment_len == 0 { input.len() } else { segment_len };
         Runs { share: self, input, step: step.max(1), at: 0 }
@@ -106,24 +108,40 @@ impl Runs<'_> {
         (at < self.input.len()).then(|| at..at.saturating_add(self.step).min(self.input.len()))
     }
 
-    fn taker(&self, datagram: &Range<usize>) -> usize {
-        self.share.taker(self.input.get(datagram.clone()).unwrap_or(&[]))
+    fn class(&self, datagram: &Range<usize>) -> (usize, bool) {
+        let datagram = self.input.get(datagram.clone()).unwrap_or(&[]);
+        match Message::of(datagram) {
+            Some(Message::Transport(_)) => (self.share.taker(datagram), true),
+            Some(_) => (self.share.taker(datagram), false),
+            None => (self.share.index, false),
+        }
     }
 }
 
+/// Datagrams of one kind for one shard.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Run {
+    pub taker: usize,
+    /// Transport messages; otherwise messages of handshakes, or none.
+    pub transport: bool,
+    /// Where in the buffer.
+    pub range: Range<usize>,
+}
+
 impl Iterator for Runs<'_> {
-    type Item = (usize, Range<usize>);
+    type Item = Run;
 
     fn next(&mut self) -> Option<Self::Item> {
         let first = self.datagram(self.at)?;
-        let (start, mut end, taker) = (first.start, first.end, self.taker(&first));
+        let (taker, transport) = self.class(&first);
+        let mut end = first.end;
         while let Some(next) = self.datagram(end)
-            && self.taker(&next) == taker
+            && self.class(&next) == (taker, transport)
         {
             end = next.end;
         }
         self.at = end;
-        Some((taker, start..end))
+        Some(Run { taker, transport, range: first.start..end })
     }
 }
 
@@ -248,21 +266,36 @@ mod tests {
 
         #[test]
         fn runs_cover_the_buffer_in_order_and_each_datagram_goes_where_it_would_alone(
-            input in proptest::collection::vec(prop_oneof![1u8..5, any::<u8>()], 0..400),
-            segment_len in 0usize..50,
+            messages in proptest::collection::vec((0u8..6, any::<u8>(), 0u8..2), 0..12),
+            cut in 0usize..200,
+            segment_len in prop_oneof![Just(148), Just(92), Just(64), 0usize..200],
             of in 1usize..5,
         ) {
-            let share = Share::new(0, of);
+            let share = Share::new(1, of);
+            let message = |(kind, top, reserved): &(u8, u8, u8)| {
+                let mut bytes = vec![0; segment_len];
+                let places = [(0, *kind), (1, *reserved), (INDEX_TOP, *top), (RESPONSE_INDEX_TOP, *top)];
+                for (at, byte) in places {
+                    bytes.iter_mut().skip(at).take(1).for_each(|slot| *slot = byte);
+                }
+                bytes
+            };
+            let mut input: Vec<u8> = messages.iter().flat_map(message).collect();
+            input.truncate(input.len().saturating_sub(cut));
             let step = if segment_len == 0 { input.len().max(1) } else { segment_len };
             let mut at = 0;
             let mut last = None;
-            for (shard, range) in share.runs(&input, segment_len) {
+            for Run { taker, transport, range } in share.runs(&input, segment_len) {
                 prop_assert_eq!(range.start, at);
-                prop_assert!(last != Some(shard), "two runs that are one");
+                prop_assert!(last != Some((taker, transport)), "two runs that are one");
                 for datagram in input[range.clone()].chunks(step) {
-                    prop_assert_eq!(share.taker(datagram), shard);
+                    let message = Message::of(datagram);
+                    let wanted = message.map_or(share.index(), |_| share.taker(datagram));
+                    prop_assert_eq!(taker, wanted);
+                    let is_transport = matches!(message, Some(Message::Transport(_)));
+                    prop_assert_eq!(transport, is_transport);
                 }
-                (at, last) = (range.end, Some(shard));
+                (at, last) = (range.end, Some((taker, transport)));
             }
             prop_assert_eq!(at, input.len());
         }

@@ -84,8 +84,9 @@ impl Machine {
     fn receive(&mut self, from: SocketAddr, segment_len: usize, bytes: &[u8]) {
         let local = Some(addr(self.number).ip());
         let meta = UdpMeta { source: from, local, segment_len, ecn: Ecn::NotEct };
-        for (shard, range) in self.share.runs(bytes, segment_len) {
-            self.shards[shard].handle_udp_input(now(), &meta, &bytes[range]);
+        for run in self.share.runs(bytes, segment_len) {
+            let shard = run.taker;
+            self.shards[shard].handle_udp_input(now(), &meta, &bytes[run.range]);
             while let Some((admitted, meta, datagram)) = self.shards[shard].poll_admitted() {
                 assert_eq!(shard, FRONT, "the front alone hears strangers");
                 let owner = &mut self.shards[admitted.shard];

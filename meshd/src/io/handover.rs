@@ -1,0 +1,305 @@
+//! Bounded rings from one shard to another: what one received or read for the other's peers.
+//!
+//! ```text
+//!  push ──> parcel in hand ──send──> ring, `HANDOVER_PARCELS_MAX` ──> take ──> its owner works it off
+//!              ^  └ full: the newest is dropped, counted                         │
+//!              └───────────────── emptied parcels go back ───────────────────────┘
+//! ```
+//! One thread pushes and one takes. The ring is the standard library's bounded channel, an array that is written and read
+//! without locks; parcels go round, so that nothing is allocated once they have their size. What is pushed in one turn
+//! leaves at its end or when a parcel is full: nothing waits for a timer. Rings belong to the shards' threads and not to
+//! their tunnels, so they and what they hold survive a panic.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use mesh_types::limits::{HANDOVER_PARCEL_BYTES, HANDOVER_PARCEL_PACKETS, HANDOVER_PARCELS_MAX};
+
+use super::Mailbox;
+
+/// Packets in one piece of memory, each with what is to be known of it.
+#[derive(Debug)]
+pub(super) struct Parcel<M> {
+    items: Vec<(M, usize)>,
+    bytes: Vec<u8>,
+}
+
+impl<M> Default for Parcel<M> {
+    fn default() -> Self {
+        Self { items: Vec::new(), bytes: Vec::new() }
+    }
+}
+
+impl<M> Parcel<M> {
+    fn is_full(&self) -> bool {
+        self.items.len() >= HANDOVER_PARCEL_PACKETS || self.bytes.len() >= HANDOVER_PARCEL_BYTES
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Every packet, in the order they were pushed.
+    pub(super) fn packets(&mut self) -> impl Iterator<Item = (&M, &mut [u8])> {
+        let mut rest = self.bytes.as_mut_slice();
+        self.items.iter().map_while(move |(meta, len)| {
+            let (packet, behind) = std::mem::take(&mut rest).split_at_mut_checked(*len)?;
+            rest = behind;
+            Some((meta, packet))
+        })
+    }
+
+    fn clear(&mut self) {
+        self.items.clear();
+        self.bytes.clear();
+    }
+}
+
+/// Wakes a shard that sleeps, and no other: a ring costs a system call.
+///
+/// Who sends counts, then looks whether the shard sleeps; the shard says that it sleeps, then looks at the count. All in
+/// one order (`SeqCst`), so that one of the two sees the other.
+#[derive(Debug)]
+pub(super) struct Bell {
+    /// Parcels in all rings to the shard; below zero for a moment when one is taken before it is counted.
+    waiting: AtomicIsize,
+    asleep: AtomicBool,
+    mailbox: Arc<Mailbox>,
+}
+
+impl Bell {
+    pub(super) fn new(mailbox: Arc<Mailbox>) -> Self {
+        Self { waiting: AtomicIsize::new(0), asleep: AtomicBool::new(false), mailbox }
+    }
+
+    fn sent(&self) {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        if self.asleep.swap(false, Ordering::SeqCst) {
+            self.mailbox.ring();
+        }
+    }
+
+    /// Whether the shard may sleep; whoever sends from then on rings.
+    pub(super) fn lie_down(&self) -> bool {
+        self.asleep.store(true, Ordering::SeqCst);
+        self.waiting.load(Ordering::SeqCst) <= 0
+    }
+
+    pub(super) fn get_up(&self) {
+        self.asleep.store(false, Ordering::SeqCst);
+    }
+}
+
+/// The end that gives.
+#[derive(Debug)]
+pub(super) struct Outbox<M> {
+    in_hand: Parcel<M>,
+    ring: SyncSender<Parcel<M>>,
+    emptied: Receiver<Parcel<M>>,
+    bell: Arc<Bell>,
+}
+
+/// The end that takes.
+#[derive(Debug)]
+pub(super) struct Inbox<M> {
+    ring: Receiver<Parcel<M>>,
+    emptied: SyncSender<Parcel<M>>,
+    bell: Arc<Bell>,
+}
+
+/// A ring to the shard with this bell.
+pub(super) fn ring<M>(bell: &Arc<Bell>) -> (Outbox<M>, Inbox<M>) {
+    let (ring_in, ring_out) = sync_channel(HANDOVER_PARCELS_MAX);
+    let (emptied_in, emptied_out) = sync_channel(HANDOVER_PARCELS_MAX);
+    let outbox = Outbox {
+        in_hand: Parcel::default(),
+        ring: ring_in,
+        emptied: emptied_out,
+        bell: Arc::clone(bell),
+    };
+    (outbox, Inbox { ring: ring_out, emptied: emptied_in, bell: Arc::clone(bell) })
+}
+
+impl<M> Outbox<M> {
+    /// Adds a packet; returns how many were dropped since the ring is full.
+    pub(super) fn push(&mut self, meta: M, packet: &[u8]) -> u64 {
+        let dropped = if self.in_hand.is_full() { self.send() } else { 0 };
+        self.in_hand.items.push((meta, packet.len()));
+        self.in_hand.bytes.extend_from_slice(packet);
+        dropped
+    }
+
+    /// Lets go of what is in hand; returns how many packets were dropped since the ring is full.
+    pub(super) fn send(&mut self) -> u64 {
+        if self.in_hand.items.is_empty() {
+            return 0;
+        }
+        let next = self.emptied.try_recv().unwrap_or_default();
+        let parcel = std::mem::replace(&mut self.in_hand, next);
+        match self.ring.try_send(parcel) {
+            Ok(()) => {
+                self.bell.sent();
+                0
+            }
+            // Disconnected: the other shard was told to stop, as we are.
+            Err(error) => {
+                let (std::sync::mpsc::TrySendError::Full(mut parcel)
+                | std::sync::mpsc::TrySendError::Disconnected(mut parcel)) = error;
+                let dropped = parcel.items.len() as u64;
+                parcel.clear();
+                self.in_hand = parcel;
+                dropped
+            }
+        }
+    }
+}
+
+impl<M> Inbox<M> {
+    /// The oldest parcel.
+    pub(super) fn take(&self) -> Option<Parcel<M>> {
+        let parcel = self.ring.try_recv().ok()?;
+        self.bell.waiting.fetch_sub(1, Ordering::SeqCst);
+        Some(parcel)
+    }
+
+    /// Gives a parcel back for use again.
+    pub(super) fn give_back(&self, mut parcel: Parcel<M>) {
+        parcel.clear();
+        // One too many is freed.
+        let _ = self.emptied.try_send(parcel);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    use super::*;
+
+    fn bell() -> Arc<Bell> {
+        Arc::new(Bell::new(Arc::new(Mailbox::new().expect("a mailbox"))))
+    }
+
+    fn rings(bell: &Bell, seconds: i64) -> bool {
+        let mut fds = [PollFd::new(&*bell.mailbox, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: seconds, tv_nsec: 0 })).expect("poll") == 1
+    }
+
+    fn content(parcel: &mut Parcel<u32>) -> Vec<(u32, Vec<u8>)> {
+        parcel.packets().map(|(meta, packet)| (*meta, packet.to_vec())).collect()
+    }
+
+    #[test]
+    fn packets_come_out_as_they_went_in_and_memory_is_used_again() {
+        let bell = bell();
+        let (mut outbox, inbox) = ring(&bell);
+        for round in 0..100 {
+            assert_eq!(outbox.push(round, &[1, 2, 3]), 0);
+            assert_eq!(outbox.push(round + 1, &[]), 0);
+            assert_eq!(outbox.push(round + 2, &[4]), 0);
+            assert!(inbox.take().is_none(), "in hand until sent");
+            assert_eq!(outbox.send(), 0);
+            assert_eq!(outbox.send(), 0, "nothing in hand");
+            let mut parcel = inbox.take().expect("a parcel");
+            let wanted = [(round, vec![1, 2, 3]), (round + 1, vec![]), (round + 2, vec![4])];
+            assert_eq!(content(&mut parcel), wanted);
+            assert!(round < 2 || parcel.bytes.capacity() < 64, "not grown");
+            inbox.give_back(parcel);
+        }
+    }
+
+    #[test]
+    fn a_full_ring_drops_the_newest_and_counts_every_packet() {
+        let bell = bell();
+        let (mut outbox, inbox) = ring(&bell);
+        let packet = vec![0; HANDOVER_PARCEL_BYTES];
+        let pushed = HANDOVER_PARCELS_MAX as u32 + 5;
+        let mut dropped = 0;
+        for number in 0..pushed {
+            dropped += outbox.push(number, &packet);
+        }
+        dropped += outbox.send();
+        assert_eq!(dropped, 5);
+        let mut seen = Vec::new();
+        while let Some(mut parcel) = inbox.take() {
+            assert!(parcel.bytes() <= 2 * HANDOVER_PARCEL_BYTES);
+            seen.extend(content(&mut parcel).into_iter().map(|(number, _)| number));
+            inbox.give_back(parcel);
+        }
+        assert_eq!(seen, (0..HANDOVER_PARCELS_MAX as u32).collect::<Vec<_>>());
+        assert_eq!((outbox.push(1, &[1]), outbox.send()), (0, 0), "there is room again");
+    }
+
+    #[test]
+    fn small_packets_fill_a_parcel_by_number() {
+        let bell = bell();
+        let (mut outbox, inbox) = ring(&bell);
+        for number in 0..=HANDOVER_PARCEL_PACKETS as u32 {
+            assert_eq!(outbox.push(number, &[0]), 0);
+        }
+        let mut parcel = inbox.take().expect("sent when it was full");
+        assert_eq!(parcel.packets().count(), HANDOVER_PARCEL_PACKETS);
+    }
+
+    #[test]
+    fn who_is_awake_is_not_woken_and_who_lies_down_is_once() {
+        let bell = bell();
+        let (mut outbox, inbox) = ring(&bell);
+        let send =
+            |outbox: &mut Outbox<u32>| assert_eq!((outbox.push(1, &[1]), outbox.send()), (0, 0));
+        send(&mut outbox);
+        assert!(!rings(&bell, 0), "awake");
+        assert!(!bell.lie_down(), "something waits");
+        bell.get_up();
+        assert!(inbox.take().is_some());
+        assert!(bell.lie_down());
+        send(&mut outbox);
+        assert!(rings(&bell, 0), "asleep");
+        bell.mailbox.take();
+        send(&mut outbox);
+        assert!(!rings(&bell, 0), "woken already");
+    }
+
+    #[test]
+    fn between_two_threads_nothing_is_lost_reordered_or_left_asleep() {
+        const PACKETS: u32 = 200_000;
+        let bell = bell();
+        let (mut outbox, inbox) = ring(&bell);
+        let sender = std::thread::spawn(move || {
+            let mut dropped = 0;
+            for number in 0..PACKETS {
+                dropped += outbox.push(number, &number.to_le_bytes());
+                if number % 7 == 0 {
+                    dropped += outbox.send();
+                }
+            }
+            // The end is told even if the ring is full for a while.
+            while outbox.push(u32::MAX, &[]) + outbox.send() > 0 {
+                std::thread::yield_now();
+            }
+            dropped
+        });
+        let (mut seen, mut last, mut ended) = (0_u64, None, false);
+        while !ended {
+            if bell.lie_down() {
+                assert!(rings(&bell, 20), "asleep though something was sent");
+                bell.mailbox.take();
+            }
+            bell.get_up();
+            while let Some(mut parcel) = inbox.take() {
+                for (number, bytes) in content(&mut parcel) {
+                    if number == u32::MAX {
+                        ended = true;
+                        continue;
+                    }
+                    assert_eq!(bytes, number.to_le_bytes());
+                    assert!(last < Some(number), "{number} after {last:?}");
+                    (last, seen) = (Some(number), seen + 1);
+                }
+                inbox.give_back(parcel);
+            }
+        }
+        assert_eq!(seen + sender.join().expect("the sender"), u64::from(PACKETS));
+    }
+}

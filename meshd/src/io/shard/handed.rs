@@ -1,0 +1,90 @@
+//! What other shards have handed over, worked off as if it were our own: one parcel of each kind from each of them in a
+//! turn, so that none waits for another.
+
+use mesh_core::tunnel::Tunnel;
+use mesh_core::tunnel::engine::EngineFactory;
+use mesh_types::limits::TUN_DRAIN_BYTES;
+use mesh_types::time::MonoTime;
+
+use super::{BoringTunnel, Device, Shard, deliver, send_ready};
+use crate::io::exchange::Exchange;
+
+/// Packets of other shards have at most this much of a turn's budget before our own TUN queue is read: both may be full
+/// for ever.
+const HANDED_BYTES: usize = TUN_DRAIN_BYTES / 2;
+
+impl Shard {
+    /// Handshakes first, then datagrams, then packets for as much as the budget gives; returns the bytes spent of it.
+    pub(super) fn drain_handed(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) -> usize {
+        let Some(exchange) = &mut self.exchange else { return 0 };
+        let (mut device, mut any) = (Device::There, false);
+        for from in 0..exchange.others() {
+            any |= take_handshakes(exchange, from, tunnel, now);
+        }
+        for from in 0..exchange.others() {
+            if take_datagrams(exchange, from, tunnel, now) {
+                any = true;
+                device = device.and(deliver(tunnel, self.tun.as_ref(), &mut self.writer));
+            }
+        }
+        let mut spent = 0;
+        for at in 0..exchange.others() {
+            if spent >= HANDED_BYTES {
+                break;
+            }
+            let from = (self.handed_next + at) % exchange.others();
+            let Some(inboxes) = exchange.from(from) else { continue };
+            let Some(mut parcel) = inboxes.packets.take() else { continue };
+            spent += parcel.bytes();
+            for (header, packet) in parcel.packets() {
+                tunnel.handle_handed_packet(now, header, packet);
+                send_ready(tunnel, &mut self.udp);
+            }
+            inboxes.packets.give_back(parcel);
+        }
+        self.handed_next = self.handed_next.wrapping_add(1);
+        if device == Device::Gone {
+            self.lose_tun();
+        }
+        if any || spent > 0 {
+            self.transmit(tunnel, now);
+        }
+        spent
+    }
+}
+
+/// Whether there were any.
+fn take_handshakes<F: EngineFactory>(
+    exchange: &mut Exchange,
+    from: usize,
+    tunnel: &mut Tunnel<F>,
+    now: MonoTime,
+) -> bool {
+    let Some(inboxes) = exchange.from(from) else { return false };
+    let Some(mut parcel) = inboxes.handshakes.take() else { return false };
+    for ((meta, admitted), datagram) in parcel.packets() {
+        match admitted {
+            Some(admitted) => tunnel.handle_admitted(now, admitted, meta, datagram),
+            None => tunnel.handle_udp_input(now, meta, datagram),
+        }
+    }
+    inboxes.handshakes.give_back(parcel);
+    exchange.hand_admitted(tunnel);
+    true
+}
+
+/// Whether there were any.
+fn take_datagrams<F: EngineFactory>(
+    exchange: &Exchange,
+    from: usize,
+    tunnel: &mut Tunnel<F>,
+    now: MonoTime,
+) -> bool {
+    let Some(inboxes) = exchange.from(from) else { return false };
+    let Some(mut parcel) = inboxes.datagrams.take() else { return false };
+    for (meta, datagrams) in parcel.packets() {
+        tunnel.handle_udp_input(now, meta, datagrams);
+    }
+    inboxes.datagrams.give_back(parcel);
+    true
+}
