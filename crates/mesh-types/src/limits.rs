@@ -192,8 +192,8 @@ pub const HANDOVER_PARCEL_BYTES: usize = 64 * 1024;
 /// Packets gathered likewise: what one drain of the TUN reads.
 pub const HANDOVER_PARCEL_PACKETS: usize = TUN_DRAIN_READS;
 
-/// Parcels on their way from one shard to another, of each kind: two drains of the TUN, the queue that the kernel
-/// would have held them in otherwise.
+/// Parcels on their way from one shard to another, of each kind: two drains of the TUN, so that its owner has enough to do
+/// while the other reads. What is more waits in the kernel's queue.
 pub const HANDOVER_PARCELS_MAX: usize = 8;
 
 /// Initiations of other shards' peers between two looks of the shard: those of one receive call, 64 to each buffer.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  push ──> parcel in hand ──send──> ring, `HANDOVER_PARCELS_MAX` ──> take ──> its owner works it off
-//!              ^  └ full: the newest is dropped, counted                         │
+//!              ^   └ full: stays in hand; full, too: the newest is dropped       │
 //!              └───────────────── emptied parcels go back ───────────────────────┘
 //! ```
 //! One thread pushes and one takes. The ring is the standard library's bounded channel, an array that is written and read
@@ -12,7 +12,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
 use mesh_types::limits::{HANDOVER_PARCEL_BYTES, HANDOVER_PARCEL_PACKETS, HANDOVER_PARCELS_MAX};
 
@@ -122,35 +122,46 @@ pub(super) fn ring<M>(bell: &Arc<Bell>) -> (Outbox<M>, Inbox<M>) {
 }
 
 impl<M> Outbox<M> {
-    /// Adds a packet; returns how many were dropped since the ring is full.
-    pub(super) fn push(&mut self, meta: M, packet: &[u8]) -> u64 {
-        let dropped = if self.in_hand.is_full() { self.send() } else { 0 };
+    /// Adds a packet; false if it was dropped, since the ring is full and so is the parcel in hand.
+    pub(super) fn push(&mut self, meta: M, packet: &[u8]) -> bool {
+        if self.is_stuck() && !self.send() {
+            return false;
+        }
         self.in_hand.items.push((meta, packet.len()));
         self.in_hand.bytes.extend_from_slice(packet);
-        dropped
+        if self.in_hand.is_full() {
+            self.send();
+        }
+        true
     }
 
-    /// Lets go of what is in hand; returns how many packets were dropped since the ring is full.
-    pub(super) fn send(&mut self) -> u64 {
+    /// No packet can be added before the other shard has taken a parcel.
+    pub(super) fn is_stuck(&self) -> bool {
+        self.in_hand.is_full()
+    }
+
+    pub(super) fn has_unsent(&self) -> bool {
+        !self.in_hand.items.is_empty()
+    }
+
+    /// Lets go of what is in hand; false if it stays there, since the ring is full.
+    pub(super) fn send(&mut self) -> bool {
         if self.in_hand.items.is_empty() {
-            return 0;
+            return true;
         }
-        let next = self.emptied.try_recv().unwrap_or_default();
-        let parcel = std::mem::replace(&mut self.in_hand, next);
+        let parcel = std::mem::take(&mut self.in_hand);
         match self.ring.try_send(parcel) {
             Ok(()) => {
                 self.bell.sent();
-                0
+                self.in_hand = self.emptied.try_recv().unwrap_or_default();
+                true
             }
-            // Disconnected: the other shard was told to stop, as we are.
-            Err(error) => {
-                let (std::sync::mpsc::TrySendError::Full(mut parcel)
-                | std::sync::mpsc::TrySendError::Disconnected(mut parcel)) = error;
-                let dropped = parcel.items.len() as u64;
-                parcel.clear();
+            Err(TrySendError::Full(parcel)) => {
                 self.in_hand = parcel;
-                dropped
+                false
             }
+            // The other shard was told to stop, as we are.
+            Err(TrySendError::Disconnected(_)) => true,
         }
     }
 }
@@ -195,12 +206,12 @@ mod tests {
         let bell = bell();
         let (mut outbox, inbox) = ring(&bell);
         for round in 0..100 {
-            assert_eq!(outbox.push(round, &[1, 2, 3]), 0);
-            assert_eq!(outbox.push(round + 1, &[]), 0);
-            assert_eq!(outbox.push(round + 2, &[4]), 0);
+            assert!(outbox.push(round, &[1, 2, 3]));
+            assert!(outbox.push(round + 1, &[]));
+            assert!(outbox.push(round + 2, &[4]));
             assert!(inbox.take().is_none(), "in hand until sent");
-            assert_eq!(outbox.send(), 0);
-            assert_eq!(outbox.send(), 0, "nothing in hand");
+            assert!(outbox.send());
+            assert!(outbox.send(), "nothing in hand");
             let mut parcel = inbox.take().expect("a parcel");
             let wanted = [(round, vec![1, 2, 3]), (round + 1, vec![]), (round + 2, vec![4])];
             assert_eq!(content(&mut parcel), wanted);
@@ -210,25 +221,23 @@ mod tests {
     }
 
     #[test]
-    fn a_full_ring_drops_the_newest_and_counts_every_packet() {
+    fn a_full_ring_keeps_a_parcel_in_hand_and_then_drops_the_newest() {
         let bell = bell();
         let (mut outbox, inbox) = ring(&bell);
         let packet = vec![0; HANDOVER_PARCEL_BYTES];
-        let pushed = HANDOVER_PARCELS_MAX as u32 + 5;
-        let mut dropped = 0;
-        for number in 0..pushed {
-            dropped += outbox.push(number, &packet);
-        }
-        dropped += outbox.send();
-        assert_eq!(dropped, 5);
+        let room = HANDOVER_PARCELS_MAX as u32 + 1;
+        let kept = (0..room + 5).filter(|number| outbox.push(*number, &packet)).count();
+        assert_eq!(kept, room as usize);
+        assert!(outbox.is_stuck() && !outbox.send());
         let mut seen = Vec::new();
         while let Some(mut parcel) = inbox.take() {
             assert!(parcel.bytes() <= 2 * HANDOVER_PARCEL_BYTES);
             seen.extend(content(&mut parcel).into_iter().map(|(number, _)| number));
             inbox.give_back(parcel);
+            outbox.send();
         }
-        assert_eq!(seen, (0..HANDOVER_PARCELS_MAX as u32).collect::<Vec<_>>());
-        assert_eq!((outbox.push(1, &[1]), outbox.send()), (0, 0), "there is room again");
+        assert_eq!(seen, (0..room).collect::<Vec<_>>());
+        assert!(!outbox.is_stuck() && outbox.push(1, &[1]) && outbox.send(), "there is room again");
     }
 
     #[test]
@@ -236,7 +245,7 @@ mod tests {
         let bell = bell();
         let (mut outbox, inbox) = ring(&bell);
         for number in 0..=HANDOVER_PARCEL_PACKETS as u32 {
-            assert_eq!(outbox.push(number, &[0]), 0);
+            assert!(outbox.push(number, &[0]));
         }
         let mut parcel = inbox.take().expect("sent when it was full");
         assert_eq!(parcel.packets().count(), HANDOVER_PARCEL_PACKETS);
@@ -246,8 +255,7 @@ mod tests {
     fn who_is_awake_is_not_woken_and_who_lies_down_is_once() {
         let bell = bell();
         let (mut outbox, inbox) = ring(&bell);
-        let send =
-            |outbox: &mut Outbox<u32>| assert_eq!((outbox.push(1, &[1]), outbox.send()), (0, 0));
+        let send = |outbox: &mut Outbox<u32>| assert!(outbox.push(1, &[1]) && outbox.send());
         send(&mut outbox);
         assert!(!rings(&bell, 0), "awake");
         assert!(!bell.lie_down(), "something waits");
@@ -267,15 +275,18 @@ mod tests {
         let bell = bell();
         let (mut outbox, inbox) = ring(&bell);
         let sender = std::thread::spawn(move || {
-            let mut dropped = 0;
+            let mut dropped = 0_u64;
             for number in 0..PACKETS {
-                dropped += outbox.push(number, &number.to_le_bytes());
+                dropped += u64::from(!outbox.push(number, &number.to_le_bytes()));
                 if number % 7 == 0 {
-                    dropped += outbox.send();
+                    outbox.send();
                 }
             }
             // The end is told even if the ring is full for a while.
-            while outbox.push(u32::MAX, &[]) + outbox.send() > 0 {
+            while !outbox.push(u32::MAX, &[]) {
+                std::thread::yield_now();
+            }
+            while !outbox.send() {
                 std::thread::yield_now();
             }
             dropped

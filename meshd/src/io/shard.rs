@@ -167,7 +167,7 @@ impl Shard {
             }
             self.run_timers(&mut tunnel, now);
             if let Some(exchange) = &mut self.exchange {
-                exchange.send();
+                exchange.send(now);
             }
             while let Some(event) = tunnel.poll_event() {
                 if let Event::EndpointChanged { key, endpoint } = event {
@@ -187,7 +187,7 @@ impl Shard {
         let until = [self.tun_paused_until, self.udp_paused_until]
             .map(|at| Some(at).filter(|at| *at > now));
         let [tun_until, udp_until] = until;
-        let tun = self.tun.as_ref().filter(|_| tun_until.is_none());
+        let tun = self.tun.as_ref().filter(|_| tun_until.is_none() && !self.is_held_back(now));
         let mut fds = [
             PollFd::new(mailbox, PollFlags::IN),
             if udp_until.is_some() { paused() } else { PollFd::new(&self.udp, PollFlags::IN) },
@@ -195,13 +195,10 @@ impl Shard {
         ];
         let deadline = tunnel.next_deadline().map(|(at, _)| at);
         let deadline = deadline.into_iter().chain(until.into_iter().flatten()).min();
-        let may_sleep = self.exchange.as_ref().is_none_or(|exchange| exchange.bell().lie_down());
-        let deadline = if may_sleep { deadline } else { Some(now) };
+        let deadline = self.rest_until(now, deadline);
         let timeout = deadline.map(|at| timespec(at.since(now)));
         let polled = poll(&mut fds, timeout.as_ref());
-        if let Some(exchange) = &self.exchange {
-            exchange.bell().get_up();
-        }
+        self.get_up();
         match polled {
             Ok(_) => {}
             Err(Errno::INTR) => return Ready { tun: false, udp: false, mail: false },
@@ -351,7 +348,7 @@ impl Shard {
     fn drain_tun(&mut self, tunnel: &mut BoringTunnel, now: MonoTime, spent: usize) {
         let mut drained = spent;
         for _ in 0..TUN_DRAIN_READS {
-            if drained >= TUN_DRAIN_BYTES {
+            if drained >= TUN_DRAIN_BYTES || self.is_held_back(now) {
                 break;
             }
             let Some(tun) = &self.tun else { break };
@@ -376,7 +373,7 @@ impl Shard {
             if let Some(owner) = tunnel.handle_tun_input(now, &header, packet)
                 && let Some(exchange) = &mut self.exchange
             {
-                exchange.hand_packet(owner, &header, packet);
+                exchange.hand_packet(now, owner, &header, packet);
             }
             send_ready(tunnel, &mut self.udp);
         }

@@ -51,6 +51,27 @@ impl Shard {
         }
         spent
     }
+
+    /// Whether the TUN is left alone as another shard cannot take more.
+    pub(super) fn is_held_back(&self, now: MonoTime) -> bool {
+        self.exchange.as_ref().is_some_and(|exchange| exchange.holds_back(now))
+    }
+
+    /// Lies down, if other shards have nothing for us; until when at most.
+    pub(super) fn rest_until(&self, now: MonoTime, deadline: Option<MonoTime>) -> Option<MonoTime> {
+        let Some(exchange) = &self.exchange else { return deadline };
+        if !exchange.bell().lie_down() {
+            return Some(now);
+        }
+        deadline.into_iter().chain(exchange.retry_at(now)).min()
+    }
+
+    /// Others need not wake us.
+    pub(super) fn get_up(&self) {
+        if let Some(exchange) = &self.exchange {
+            exchange.bell().get_up();
+        }
+    }
 }
 
 /// Whether there were any.
