@@ -10,6 +10,8 @@
 
 #[path = "support/forwarded.rs"]
 mod forwarded;
+#[path = "support/shards.rs"]
+mod shards;
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket as StdUdpSocket};
@@ -113,6 +115,10 @@ impl Side {
 
     /// Opens the TUN in the namespace, with addresses and the route to the other side.
     fn open_tun(netns: &Netns, number: u8, options: &TunOptions) -> Tun {
+        Self::open_tuns(netns, number, options, 1).remove(0)
+    }
+
+    fn open_tuns(netns: &Netns, number: u8, options: &TunOptions, shards: usize) -> Vec<Tun> {
         run_in(netns, || {
             let tun = Tun::open(options)?;
             let index = tun.index();
@@ -121,17 +127,28 @@ impl Side {
             }
             link::set_up(index)?;
             add_routes(index, number)?;
-            Ok(tun)
+            tun.spread(shards)
         })
         .expect("a TUN device")
     }
 
     fn start(path: PathBuf, netns: Netns, number: u8, udp: &UdpOptions, tun: &TunOptions) -> Self {
+        let sockets = run_in(&netns, || Ok(vec![UdpSocket::open(udp)?])).expect("a UDP socket");
+        Self::start_with(path, netns, number, sockets, tun)
+    }
+
+    /// With as many shards as there are sockets.
+    fn start_with(
+        path: PathBuf,
+        netns: Netns,
+        number: u8,
+        sockets: Vec<UdpSocket>,
+        tun: &TunOptions,
+    ) -> Self {
         let own_key = PrivateKey::from_bytes([number; 32]);
         let public = wg_engine::public_key(&own_key);
-        let device = Self::open_tun(&netns, number, tun);
-        let socket = run_in(&netns, || UdpSocket::open(udp)).expect("a UDP socket");
-        let port = socket.local_port();
+        let queues = Self::open_tuns(&netns, number, tun, sockets.len());
+        let port = sockets[0].local_port();
         let (sender, events) = sync_channel(64);
         let panic_next = Arc::new(AtomicBool::new(false));
         let panics = Arc::clone(&panic_next);
@@ -145,7 +162,7 @@ impl Side {
                 assert!(!panics.swap(false, Ordering::SeqCst), "asked for by a test");
             }),
         };
-        let data = DataPlane::start(options, device, socket).expect("a data plane");
+        let data = DataPlane::start_shards(options, queues, sockets).expect("a data plane");
         Self {
             number,
             netns,
@@ -171,8 +188,17 @@ fn add_routes(index: u32, number: u8) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Two sides that know each other.
+/// Two sides of one shard each that know each other.
 fn pair(udp: &UdpOptions, tun: &TunOptions) -> [Side; 2] {
+    pair_of([1, 1], |_| Ok(vec![UdpSocket::open(udp)?]), tun)
+}
+
+/// Two sides of so many shards that know each other.
+fn pair_of(
+    shards: [usize; 2],
+    sockets: impl Fn(usize) -> anyhow::Result<Vec<UdpSocket>> + Sync,
+    tun: &TunOptions,
+) -> [Side; 2] {
     static SERIAL: AtomicU32 = AtomicU32::new(0);
     let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
     let name = |side| format!("/run/meshd-io-{}-{serial}-{side}", std::process::id());
@@ -202,9 +228,10 @@ fn pair(udp: &UdpOptions, tun: &TunOptions) -> [Side; 2] {
     let mut number = 0;
     let [a, b] = spaces;
     let [path_a, path_b] = paths;
-    let sides = [(a, path_a), (b, path_b)].map(|(space, path)| {
+    let sides = [(a, path_a, shards[0]), (b, path_b, shards[1])].map(|(space, path, shards)| {
         number += 1;
-        Side::start(path, space, number, udp, tun)
+        let sockets = run_in(&space, || sockets(shards)).expect("UDP sockets");
+        Side::start_with(path, space, number, sockets, tun)
     });
     sides[0].data().set_peers(vec![sides[1].as_peer()]);
     sides[1].data().set_peers(vec![sides[0].as_peer()]);

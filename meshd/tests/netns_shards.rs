@@ -1,0 +1,326 @@
+//! One node of several shards in a namespace and a crowd of peers: flows with numbered packets, of which every one must
+//! arrive, in order, whichever shard reads it and whoever owns the peer.
+//!
+//! ```text
+//!  programs 10.90.0.1 ── mios0, a queue per shard ── shards ── a socket each, one port
+//!                                                                  │ loopback
+//!             tunnels of this test, 10.91.n.1 each ── a socket each, 127.0.1.n
+//! ```
+#![allow(clippy::expect_used, reason = "helpers of tests fail as tests do")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{ErrorKind, Write as _};
+use std::net::{IpAddr, SocketAddr, UdpSocket as StdUdpSocket};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use mesh_core::packet::checksum::checksum;
+use mesh_core::packet::{CoalesceOptions, Ecn, VnetHeader};
+use mesh_core::tunnel::engine::{EngineFactory as _, OwnKeyId};
+use mesh_core::tunnel::steer::Share;
+use mesh_core::tunnel::{PeerConfig, Tunnel, TunnelConfig, UdpMeta};
+use mesh_types::key::{PrivateKey, PublicKey};
+use meshd::io::{DataPlane, DataPlaneOptions, DataSnapshot};
+use netcfg::netns::{self, Netns, run_in};
+use netcfg::route::{KernelRoute, TABLE_MAIN};
+use netcfg::tun::{Tun, TunOptions};
+use netcfg::udp::{RecvBatch, UdpOptions, UdpSocket};
+use netcfg::{addr, clock, link, route};
+use wg_engine::BoringFactory;
+
+const SPOKES: u8 = 18;
+/// Flows of each peer, in each direction.
+const FLOWS: u16 = 2;
+/// Packets of each flow in a round: all flows' together fit any queue on the way.
+const BURST: u64 = 3;
+/// Bounds a wait that should be milliseconds.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Whether the test may run: without root it fails in CI and says so elsewhere.
+fn root() -> bool {
+    if rustix::process::geteuid().is_root() {
+        return true;
+    }
+    assert!(std::env::var_os("CI").is_none(), "namespace tests need root, and CI must run them");
+    let _ = std::io::stderr().write_all(b"skipped: namespace tests need root\n");
+    false
+}
+
+fn key(number: u8) -> PrivateKey {
+    PrivateKey::from_bytes([number + 1; 32])
+}
+
+fn public(number: u8) -> PublicKey {
+    wg_engine::public_key(&key(number))
+}
+
+/// A peer of the node.
+struct Spoke {
+    number: u8,
+    tunnel: Tunnel<BoringFactory>,
+    socket: UdpSocket,
+    batch: RecvBatch,
+    /// Next number expected of each flow, by the port it is sent to.
+    expected: BTreeMap<u16, u64>,
+}
+
+impl Spoke {
+    fn local(number: u8) -> IpAddr {
+        IpAddr::from([127, 0, 1, number])
+    }
+
+    fn new(number: u8, hub: SocketAddr) -> Self {
+        let mut factory = BoringFactory::new();
+        factory.set_own_key(OwnKeyId(0), &key(number));
+        let coalesce = CoalesceOptions { tcp: false, udp: false, ..CoalesceOptions::default() };
+        let config = TunnelConfig { coalesce, ..TunnelConfig::default() };
+        let mut tunnel = Tunnel::new(config, factory, u64::from(number));
+        let peer = PeerConfig {
+            key: public(0),
+            preshared: None,
+            allowed_ips: vec!["10.90.0.0/24".parse().expect("prefix")],
+            candidates: vec![hub],
+            keepalive: None,
+            mtu: 1420,
+        };
+        assert_eq!(tunnel.set_peers(clock::now(), &[peer]), []);
+        let socket = UdpSocket::open(&UdpOptions::default()).expect("a socket");
+        let batch = RecvBatch::new(4);
+        Self { number, tunnel, socket, batch, expected: BTreeMap::new() }
+    }
+
+    fn as_peer(&self) -> PeerConfig {
+        PeerConfig {
+            key: public(self.number),
+            preshared: None,
+            allowed_ips: vec![format!("10.91.{}.0/24", self.number).parse().expect("prefix")],
+            candidates: vec![SocketAddr::new(Self::local(self.number), self.socket.local_port())],
+            keepalive: None,
+            mtu: 1420,
+        }
+    }
+
+    fn send(&mut self, flow: u16, to: u16, number: u64) {
+        let mut packet = vec![0x45, 0, 0, 36, 0, 0, 0x40, 0, 64, 17, 0, 0];
+        packet.extend([10, 91, self.number, 1, 10, 90, 0, 1]);
+        let sum = checksum(&packet);
+        packet[10..12].copy_from_slice(&sum.to_be_bytes());
+        packet.extend(
+            [port(flow).to_be_bytes(), to.to_be_bytes(), 16_u16.to_be_bytes(), [0; 2]].concat(),
+        );
+        packet.extend(number.to_be_bytes());
+        let foreign = self.tunnel.handle_tun_input(clock::now(), &VnetHeader::PLAIN, &mut packet);
+        assert_eq!(foreign, None);
+    }
+
+    /// Takes what came and sends what is ready.
+    fn pump(&mut self) {
+        let now = clock::now();
+        while self.socket.recv(&mut self.batch).expect("receive") > 0 {
+            for message in self.batch.iter() {
+                let ecn = Ecn::from_bits(message.ecn);
+                let (source, segment_len) = (message.source, message.segment_len);
+                let meta = UdpMeta { source, local: message.local, segment_len, ecn };
+                self.tunnel.handle_udp_input(now, &meta, message.bytes);
+                while let Some(frame) = self.tunnel.poll_tun() {
+                    let packet: Vec<u8> = frame.pieces().flatten().copied().collect();
+                    let to = u16::from_be_bytes([packet[22], packet[23]]);
+                    let number = packet[28..].try_into().map(u64::from_be_bytes).ok();
+                    let expected = self.expected.entry(to).or_default();
+                    assert_eq!(number, Some(*expected), "out of order at peer {}", self.number);
+                    *expected += 1;
+                }
+            }
+        }
+        if self.tunnel.next_deadline().is_some_and(|(at, _)| at <= now) {
+            self.tunnel.handle_timeout(now);
+        }
+        self.tunnel.flush(now);
+        while let Some(sent) = self.tunnel.poll_transmit() {
+            let local = Some(Self::local(self.number));
+            let (ecn, len) = (sent.ecn.bits(), sent.segment_len);
+            self.socket.send(sent.dst, local, ecn, len, sent.bytes).expect("send");
+        }
+    }
+}
+
+fn port(flow: u16) -> u16 {
+    7_000 + flow
+}
+
+/// A program on the node that talks to one port of a peer.
+struct Program {
+    socket: StdUdpSocket,
+    spoke: usize,
+    flow: u16,
+    expected: u64,
+}
+
+impl Program {
+    fn pump(&mut self) {
+        let mut buffer = [0; 64];
+        loop {
+            match self.socket.recv(&mut buffer) {
+                Ok(len) => {
+                    let number = buffer[..len].try_into().map(u64::from_be_bytes).ok();
+                    assert_eq!(number, Some(self.expected), "out of order from {}", self.spoke);
+                    self.expected += 1;
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}"),
+            }
+        }
+    }
+}
+
+struct Field {
+    path: PathBuf,
+    netns: Netns,
+    data: Option<DataPlane>,
+    spokes: Vec<Spoke>,
+    programs: Vec<Program>,
+    sent_up: u64,
+    sent_down: u64,
+}
+
+impl Drop for Field {
+    fn drop(&mut self) {
+        drop(self.data.take());
+        let _ = netns::delete(&self.path);
+    }
+}
+
+fn hub_device(shards: usize) -> anyhow::Result<Vec<Tun>> {
+    link::set_up(link::require("lo")?.index)?;
+    let tun = Tun::open(&TunOptions { mtu: Some(1420), ..TunOptions::new("mios0") })?;
+    let index = tun.index();
+    addr::add(index, "10.90.0.1/32".parse()?)?;
+    link::set_up(index)?;
+    let mut to = KernelRoute::new("10.91.0.0/16".parse()?, TABLE_MAIN, 4);
+    (to.oif, to.scope_link) = (Some(index), true);
+    route::replace(&to)?;
+    tun.spread(shards)
+}
+
+impl Field {
+    fn new(shards: usize) -> Self {
+        let path = PathBuf::from(format!("/run/meshd-shards-{}-{shards}", std::process::id()));
+        let netns = Netns::create(&path).expect("a namespace");
+        let (tuns, sockets) = run_in(&netns, || {
+            let tuns = hub_device(shards)?;
+            Ok((tuns, meshd::io::open_sockets(&UdpOptions::default(), shards)?))
+        })
+        .expect("device and sockets");
+        let hub = SocketAddr::from(([127, 0, 0, 1], sockets[0].local_port()));
+        let options = DataPlaneOptions {
+            tunnel: TunnelConfig::default(),
+            own_key: key(0),
+            remembered: BTreeMap::new(),
+            seed: 7,
+            on_event: Box::new(|_| {}),
+        };
+        let data = DataPlane::start_shards(options, tuns, sockets).expect("a data plane");
+        let (spokes, programs) = run_in(&netns, || {
+            let spokes: Vec<_> = (1..=SPOKES).map(|number| Spoke::new(number, hub)).collect();
+            let each =
+                (0..spokes.len()).flat_map(|spoke| (0..FLOWS).map(move |flow| (spoke, flow)));
+            let programs: anyhow::Result<Vec<_>> = each
+                .map(|(spoke, flow)| {
+                    let socket = StdUdpSocket::bind(("10.90.0.1", 0))?;
+                    socket
+                        .connect((IpAddr::from([10, 91, spokes[spoke].number, 1]), port(flow)))?;
+                    socket.set_nonblocking(true)?;
+                    Ok(Program { socket, spoke, flow, expected: 0 })
+                })
+                .collect();
+            Ok((spokes, programs?))
+        })
+        .expect("peers and programs");
+        data.set_peers(spokes.iter().map(Spoke::as_peer).collect());
+        Self { path, netns, data: Some(data), spokes, programs, sent_up: 0, sent_down: 0 }
+    }
+
+    fn snapshot(&self) -> DataSnapshot {
+        self.data.as_ref().expect("running").snapshot().expect("a snapshot")
+    }
+
+    /// Each program sends a burst, where `down`, and each flow of each peer, where `up`; then waits for every packet.
+    fn round(&mut self, burst: u64, up: impl Fn(usize) -> bool, down: impl Fn(usize) -> bool) {
+        for program in &self.programs {
+            let spoke = &mut self.spokes[program.spoke];
+            let next = spoke.expected.get(&port(program.flow)).copied().unwrap_or(0);
+            for number in 0..burst {
+                if down(program.spoke) {
+                    program.socket.send(&(next + number).to_be_bytes()).expect("send");
+                    self.sent_down += 1;
+                }
+                if up(program.spoke) {
+                    let to = program.socket.local_addr().expect("address").port();
+                    spoke.send(program.flow, to, program.expected + number);
+                    self.sent_up += 1;
+                }
+            }
+        }
+        self.wait();
+    }
+
+    fn wait(&mut self) {
+        let begun = Instant::now();
+        loop {
+            self.spokes.iter_mut().for_each(Spoke::pump);
+            self.programs.iter_mut().for_each(Program::pump);
+            let down: u64 = self.spokes.iter().flat_map(|spoke| spoke.expected.values()).sum();
+            let up: u64 = self.programs.iter().map(|program| program.expected).sum();
+            if (up, down) == (self.sent_up, self.sent_down) {
+                return;
+            }
+            if begun.elapsed() > PATIENCE {
+                let sent = (self.sent_up, self.sent_down);
+                let drops = self.snapshot().drops().into_iter().filter(|drop| drop.count > 0);
+                let drops: Vec<_> = drops.collect();
+                assert_eq!((up, down), sent, "lost on the way: {drops:?}");
+            }
+        }
+    }
+}
+
+fn every(_: usize) -> bool {
+    true
+}
+
+#[test]
+fn every_packet_of_every_flow_arrives_in_order_whichever_shard_owns_its_peer() {
+    if !root() {
+        return;
+    }
+    for shards in [1, 2, 3, 4] {
+        let mut field = Field::new(shards);
+        // Of every second peer the node begins the handshake, of the others they do.
+        field.round(1, |spoke| spoke % 2 == 1, |spoke| spoke % 2 == 0);
+        for _ in 0..200 {
+            field.round(BURST, every, every);
+        }
+        for spoke in &mut field.spokes {
+            // Roams: another port, heard of with what comes from there.
+            let moved = run_in(&field.netns, || UdpSocket::open(&UdpOptions::default()));
+            spoke.socket = moved.expect("a socket");
+        }
+        field.round(1, every, |_| false);
+        for _ in 0..50 {
+            field.round(BURST, every, every);
+        }
+        let shot = field.snapshot();
+        let lost: Vec<_> = shot.drops().into_iter().filter(|drop| drop.count > 0).collect();
+        assert_eq!(lost, [], "{shards} shards");
+        let keys: Vec<_> = shot.peers.iter().map(|peer| peer.key).collect();
+        assert!(keys.is_sorted() && keys.len() == usize::from(SPOKES), "each peer once, in order");
+        let share = Share::new(0, shards);
+        let owners: BTreeSet<_> = keys.iter().map(|key| share.owner(key)).collect();
+        assert_eq!(owners.len(), shards, "every shard has peers");
+        assert_eq!(shot.tunnel.endpoint_changes, 2 * u64::from(SPOKES), "first heard, then moved");
+        let handed = shot.handover;
+        assert_eq!(handed.packets > 0, shards > 1, "{handed:?}");
+        assert_eq!(handed.handshakes > 0, shards > 1, "initiations come to the front: {handed:?}");
+        assert_eq!(handed.datagrams, 0, "the kernel's filter steers the rest: {handed:?}");
+    }
+}
