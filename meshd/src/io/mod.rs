@@ -1,4 +1,4 @@
-//! The data plane: one thread with its TUN queue, its UDP socket and its tunnel.
+//! The data plane: threads, each with its TUN queue, its UDP socket and its tunnel.
 //!
 //! ```text
 //!  control                        shard (std::thread, no runtime)
@@ -9,9 +9,20 @@
 //!  on_event  <──────────────── │   time: handle_timeout                                     │
 //!                              └────────────────────────────────────────────────────────────┘
 //! ```
-//! Packets meet no lock, no channel and no allocation. A panic in the loop is caught outside of it: TUN, socket
+//! Packets meet no lock and no allocation. A panic in the loop is caught outside of it: TUN, socket
 //! and the last peer set survive, the tunnel is made anew, and peers find back by their own
 //! handshakes. Stopping closes the file descriptors only; the persistent TUN, routes and guard stay.
+//!
+//! # Several shards
+//!
+//! ```text
+//!  TUN, queue by hash of the flow ──> shard 0 ──┐ bounded rings, a pair each way ┌──> shard 0 ──> its socket, one port
+//!                                     shard 1 ──┤ between every two              ├──> shard 1 ──> its socket
+//!                                      who reads ┘                               └ who owns the peer
+//! ```
+//! A peer is owned by one shard (`mesh_core::tunnel::steer`): only there are its engines. Who reads or receives what is
+//! another's hands it over (`exchange`, `handover`). A flow stays on its queue ([`Tun::spread`]) and a ring is
+//! first in, first out, so no packet overtakes another of its flow. With one shard there is no ring, and nothing else differs.
 
 mod exchange;
 mod frame;
