@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail, ensure};
 use ipnet::IpNet;
@@ -29,6 +30,8 @@ pub struct Config {
     pub udp_gso: Option<bool>,
     /// Threads that carry packets.
     pub shards: usize,
+    /// How long they look for more before they sleep.
+    pub busy_poll: Duration,
     pub admin_address: SocketAddr,
     pub endpoints: Vec<SocketAddr>,
     pub skip_interfaces: Vec<String>,
@@ -185,6 +188,7 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
         listen_port: args.listen_port,
         udp_gso: args.udp_gso.told(),
         shards: shards(args.shards),
+        busy_poll: busy_poll(args.shards),
         admin_address: args.admin_address,
         endpoints: args.endpoints.clone(),
         skip_interfaces: args.skip_interfaces.clone(),
@@ -203,6 +207,11 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
 /// What was told, or what fits the machine.
 pub fn shards(args: ShardArgs) -> usize {
     args.shards.map_or_else(crate::io::default_shards, usize::from)
+}
+
+/// How long the threads of the data plane look for more before they sleep.
+pub fn busy_poll(args: ShardArgs) -> Duration {
+    Duration::from_micros(args.busy_poll_us.into())
 }
 
 /// What `cni-install` was told.

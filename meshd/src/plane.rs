@@ -8,6 +8,7 @@ use mesh_core::packet::CoalesceOptions;
 use mesh_core::tunnel::config::{Event, PeerConfig, TunnelConfig};
 use mesh_types::defaults;
 use mesh_types::key::PrivateKey;
+use mesh_types::limits::TUN_QUEUES_PER_SHARD;
 use mesh_types::status::Counter;
 use netcfg::release::Release;
 use netcfg::tun::{Tun, TunOptions};
@@ -32,6 +33,7 @@ pub struct NodePlane {
     /// As the operator told.
     udp_gso: Option<bool>,
     shards: usize,
+    busy_poll: Duration,
     key: PrivateKey,
     view: Arc<View>,
     /// Wakes the reconciler.
@@ -64,6 +66,7 @@ impl NodePlane {
             listen_port: config.listen_port,
             udp_gso: config.udp_gso,
             shards: config.shards,
+            busy_poll: config.busy_poll,
             key,
             view,
             news,
@@ -93,6 +96,7 @@ impl NodePlane {
             },
             own_key: self.key.clone(),
             seed: rand::random(),
+            busy_poll: self.busy_poll,
             remembered: self.remembered.clone(),
             on_event: Box::new(listener(self.news.clone(), self.recorder.clone())),
         };
@@ -104,7 +108,7 @@ impl NodePlane {
     /// The device's index and a queue for each shard.
     fn open_tun(&self) -> anyhow::Result<(u32, Vec<Tun>)> {
         let tun = Tun::open(&TunOptions::new(self.kernel.tun.as_str()))?;
-        Ok((tun.index(), tun.spread(self.shards)?))
+        Ok((tun.index(), tun.spread(self.shards, TUN_QUEUES_PER_SHARD)?))
     }
 }
 

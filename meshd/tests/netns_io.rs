@@ -127,7 +127,7 @@ impl Side {
             }
             link::set_up(index)?;
             add_routes(index, number)?;
-            tun.spread(shards)
+            tun.spread(shards, mesh_types::limits::TUN_QUEUES_PER_SHARD)
         })
         .expect("a TUN device")
     }
@@ -155,6 +155,7 @@ impl Side {
         let options = DataPlaneOptions {
             tunnel: TunnelConfig::default(),
             own_key,
+            busy_poll: Duration::from_micros(50),
             remembered: std::collections::BTreeMap::new(),
             seed: u64::from(number),
             on_event: Box::new(move |event| {

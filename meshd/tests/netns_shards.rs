@@ -199,7 +199,7 @@ fn hub_device(shards: usize) -> anyhow::Result<Vec<Tun>> {
     let mut to = KernelRoute::new("10.91.0.0/16".parse()?, TABLE_MAIN, 4);
     (to.oif, to.scope_link) = (Some(index), true);
     route::replace(&to)?;
-    tun.spread(shards)
+    tun.spread(shards, mesh_types::limits::TUN_QUEUES_PER_SHARD)
 }
 
 impl Field {
@@ -217,6 +217,7 @@ impl Field {
             own_key: key(0),
             remembered: BTreeMap::new(),
             seed: 7,
+            busy_poll: Duration::from_micros(50),
             on_event: Box::new(|_| {}),
         };
         let data = DataPlane::start_shards(options, tuns, sockets).expect("a data plane");

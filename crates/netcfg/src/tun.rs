@@ -11,13 +11,16 @@
 //! The device stays when its owner dies: packets for the mesh then end in its queue and never take another route. A
 //! single-queue device cannot be reopened as a multi-queue one, so it is multi-queue from the first day.
 
+use std::cell::Cell;
 use std::ffi::{c_int, c_uint};
 use std::io::{self, IoSlice};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context as _, anyhow, bail};
+use mesh_types::limits::{TUN_QUEUE_BYTES, TUN_QUEUE_READS, TUN_QUEUES_PER_SHARD};
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::link::Link;
 use crate::{addr, link, sys};
@@ -80,16 +83,62 @@ pub struct TunFeatures {
     pub uso: bool,
 }
 
-/// One queue of a TUN device.
+/// One or more queues of a TUN device, read in turn.
 #[derive(Debug)]
 pub struct Tun {
     fd: OwnedFd,
+    /// Further queues: see [`Tun::spread`].
+    more: Vec<OwnedFd>,
+    turn: Cell<Turn>,
     /// What is written goes here, where several queues are read: see [`Tun::spread`].
     writer: Option<OwnedFd>,
     multi_queue: bool,
     name: String,
     index: u32,
     features: TunFeatures,
+}
+
+/// Which queue is read, and what it may still give before it is the next one's turn.
+#[derive(Debug, Clone, Copy)]
+struct Turn {
+    /// Those that may have something, a bit each.
+    ready: u32,
+    queue: usize,
+    reads_left: usize,
+    bytes_left: usize,
+}
+
+const _: () = assert!(TUN_QUEUES_PER_SHARD <= u32::BITS as usize);
+
+impl Default for Turn {
+    fn default() -> Self {
+        Self { ready: u32::MAX, queue: 0, reads_left: TUN_QUEUE_READS, bytes_left: TUN_QUEUE_BYTES }
+    }
+}
+
+impl Turn {
+    /// The queue of `count` to read from; `None` when none has anything, and then all may have again.
+    fn next(&mut self, count: usize) -> Option<usize> {
+        for _ in 0..=count {
+            let is_ready = self.ready >> self.queue & 1 != 0;
+            if is_ready && self.reads_left > 0 && self.bytes_left > 0 {
+                return Some(self.queue);
+            }
+            self.queue = (self.queue + 1) % count;
+            (self.reads_left, self.bytes_left) = (TUN_QUEUE_READS, TUN_QUEUE_BYTES);
+        }
+        self.ready = u32::MAX;
+        None
+    }
+
+    fn took(&mut self, bytes: usize) {
+        self.reads_left = self.reads_left.saturating_sub(1);
+        self.bytes_left = self.bytes_left.saturating_sub(bytes);
+    }
+
+    fn nothing(&mut self) {
+        self.ready &= !(1 << self.queue);
+    }
 }
 
 impl Tun {
@@ -133,7 +182,9 @@ impl Tun {
     pub fn try_clone(&self) -> io::Result<Self> {
         let fd = self.fd.try_clone()?;
         let writer = self.writer.as_ref().map(OwnedFd::try_clone).transpose()?;
-        Ok(Self { fd, writer, name: self.name.clone(), ..*self })
+        let more: io::Result<Vec<_>> = self.more.iter().map(OwnedFd::try_clone).collect();
+        let (more, turn) = (more?, Cell::default());
+        Ok(Self { fd, more, turn, writer, name: self.name.clone(), ..*self })
     }
 
     fn set_up(fd: OwnedFd, vnet_hdr: bool, options: &TunOptions) -> anyhow::Result<Self> {
@@ -148,6 +199,8 @@ impl Tun {
         make_no_addresses(link.index);
         Ok(Self {
             fd,
+            more: Vec::new(),
+            turn: Cell::default(),
             writer: None,
             multi_queue: options.multi_queue,
             name: options.name.clone(),
@@ -161,8 +214,11 @@ impl Tun {
         self.multi_queue
     }
 
-    /// This queue and as many more as make `queues`, for one reader each, over which the kernel spreads flows so that a
-    /// flow never moves.
+    /// This queue and as many more as give each of `readers` so many `queues`, over which the kernel spreads flows so that
+    /// a flow never moves. A device with a single queue stays as it is for a single reader.
+    ///
+    /// A reader's queues are read in turn, [`TUN_QUEUE_BYTES`] or [`TUN_QUEUE_READS`] each: a sparse flow does not wait
+    /// behind what a bulk flow has queued, unless both have the same queue (one in `readers * queues`).
     ///
     /// ```text
     ///  a packet leaves ──> hash of its flow ──> queue 0, 1, ...        read
@@ -171,22 +227,29 @@ impl Tun {
     /// ```
     /// Otherwise a flow would change its queue in the middle, and its reader (`tun_automq_select_queue` in
     /// drivers/net/tun.c).
-    pub fn spread(self, queues: usize) -> anyhow::Result<Vec<Self>> {
-        if queues <= 1 {
+    pub fn spread(self, readers: usize, queues: usize) -> anyhow::Result<Vec<Self>> {
+        let queues = if self.multi_queue { queues.max(1) } else { 1 };
+        let count = readers * queues;
+        if count <= 1 {
             return Ok(vec![self]);
         }
         let name = self.name.clone();
         // First, so that the index each had is that of a queue that is there afterwards, too.
-        let mut writers = Vec::with_capacity(queues);
-        for _ in 0..queues {
+        let mut writers = Vec::with_capacity(readers);
+        for _ in 0..readers {
             let writer = self.open_queue()?.fd;
             sys::tun_disable_queue(writer.as_fd())
                 .with_context(|| format!("switch off a queue of TUN device {name}"))?;
             writers.push(writer);
         }
         let mut all = vec![self];
-        while let Some(first) = all.first().filter(|_| all.len() < queues) {
+        while let Some(first) = all.first().filter(|_| all.len() < readers) {
             all.push(first.open_queue()?);
+        }
+        for reader in &mut all {
+            for _ in 1..queues {
+                reader.more.push(reader.open_queue()?.fd);
+            }
         }
         for (queue, writer) in all.iter_mut().zip(writers) {
             queue.writer = Some(writer);
@@ -204,7 +267,8 @@ impl Tun {
             sys::tun_set_vnet_header_bytes(fd.as_fd(), VNET_HEADER_BYTES as c_int)
                 .context("set the vnet header size")?;
         }
-        Ok(Self { fd, writer: None, name: self.name.clone(), ..*self })
+        let (more, turn) = (Vec::new(), Cell::default());
+        Ok(Self { fd, more, turn, writer: None, name: self.name.clone(), ..*self })
     }
 
     /// Lets the device end with its last queue, this one perhaps: another has taken its place. One that is gone is fine.
@@ -227,22 +291,46 @@ impl Tun {
         self.features
     }
 
-    /// Reads one packet or super-packet, vnet header first when there is one. Never blocks:
-    /// `WouldBlock` when nothing waits.
+    /// All queues, to wait for.
+    pub fn queues(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        std::iter::once(&self.fd).chain(&self.more).map(AsFd::as_fd)
+    }
+
+    /// Says which of [`Self::queues`] have something; without it all are looked at. Bit 0 is the first.
+    pub fn set_ready(&self, ready: u32) {
+        self.turn.set(Turn { ready, ..self.turn.get() });
+    }
+
+    /// Reads one packet or super-packet, vnet header first when there is one, from the queue whose turn it is or the next
+    /// that has one. Never blocks: `EAGAIN` when nothing waits in any of them.
     pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            match rustix::io::read(&self.fd, &mut *buffer) {
-                Err(rustix::io::Errno::INTR) => {}
-                other => return Ok(other?),
+        let mut turn = self.turn.get();
+        let outcome = loop {
+            let Some(fd) = turn.next(1 + self.more.len()).and_then(|queue| self.queue(queue))
+            else {
+                break Err(Errno::AGAIN.into());
+            };
+            match read_one(fd, buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => turn.nothing(),
+                outcome => {
+                    turn.took(outcome.as_ref().map_or(0, |bytes| *bytes));
+                    break outcome;
+                }
             }
-        }
+        };
+        self.turn.set(turn);
+        outcome
+    }
+
+    fn queue(&self, number: usize) -> Option<&OwnedFd> {
+        number.checked_sub(1).map_or(Some(&self.fd), |at| self.more.get(at))
     }
 
     /// Writes one packet or super-packet given in pieces, vnet header first when there is one.
     pub fn write(&self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
         loop {
             match rustix::io::writev(self.writer.as_ref().unwrap_or(&self.fd), pieces) {
-                Err(rustix::io::Errno::INTR) => {}
+                Err(Errno::INTR) => {}
                 other => return Ok(other?),
             }
         }
@@ -252,6 +340,15 @@ impl Tun {
 impl AsFd for Tun {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+fn read_one(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match rustix::io::read(fd, &mut *buffer) {
+            Err(Errno::INTR) => {}
+            other => return Ok(other?),
+        }
     }
 }
 
@@ -415,4 +512,47 @@ fn negotiate(
     }
     sys::tun_set_offload(fd, 0).context("switch the TUN device's offloads off")?;
     Ok(TunFeatures { vnet_hdr, ..TunFeatures::default() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Reads `count` times from queues that hold so many packets of so many bytes each; the queues read from.
+    fn read(turn: &mut Turn, held: &mut [usize], bytes: &[usize], count: usize) -> Vec<usize> {
+        let mut from = Vec::new();
+        while from.len() < count {
+            let Some(queue) = turn.next(held.len()) else { break };
+            match held[queue].checked_sub(1) {
+                None => turn.nothing(),
+                Some(left) => {
+                    held[queue] = left;
+                    turn.took(bytes[queue]);
+                    from.push(queue);
+                }
+            }
+        }
+        from
+    }
+
+    #[test]
+    fn queues_take_turns_by_packets_and_by_bytes() {
+        let mut turn = Turn::default();
+        let order = read(&mut turn, &mut [1_000, 3, 1_000], &[100, 100, TUN_QUEUE_BYTES], 70);
+        let mut expected = vec![0; TUN_QUEUE_READS];
+        expected.extend([1, 1, 1, 2]);
+        expected.extend([0; TUN_QUEUE_READS]);
+        expected.push(2);
+        assert_eq!(order, expected[..70]);
+    }
+
+    #[test]
+    fn everything_is_read_whatever_was_said_to_be_ready() {
+        let mut turn = Turn::default();
+        let mut held = [5, 0, 7, 40];
+        turn.ready = 0b0101;
+        assert_eq!(read(&mut turn, &mut held, &[9; 4], 100).len(), 12);
+        assert_eq!(read(&mut turn, &mut held, &[9; 4], 100), [3; 40]);
+        assert_eq!(read(&mut turn, &mut held, &[9; 4], 1), []);
+    }
 }

@@ -9,6 +9,7 @@ use std::net::{SocketAddr, UdpSocket as StdUdpSocket};
 use std::time::Duration;
 
 use common::{Scratch, privileged};
+use mesh_types::limits::{TUN_QUEUE_READS, TUN_QUEUES_PER_SHARD};
 use netcfg::tun::{Tun, TunOptions, VNET_HEADER_BYTES};
 use netcfg::udp::{FilterInstruction, RecvBatch, UdpOptions, UdpSocket};
 use netcfg::{addr, link};
@@ -82,7 +83,7 @@ fn a_flow_stays_on_its_queue_whatever_is_written_to_any() {
         return;
     }
     let scratch = Scratch::new();
-    let queues = queues(&scratch, |tun| tun.spread(4));
+    let queues = queues(&scratch, |tun| tun.spread(4, 1));
     let flows = flows(&scratch);
     let before = queue_of_each(&queues, &flows);
     assert!((0..4).all(|queue| before.contains(&queue)), "all queues are used: {before:?}");
@@ -114,6 +115,64 @@ fn without_a_writer_of_its_own_the_kernel_moves_a_flow() {
     assert!(queue_of_each(&queues, &flows).iter().all(|queue| *queue == 2));
 }
 
+/// The source ports of what waits, in the order it is read.
+fn read_ports(tun: &Tun, reads: usize) -> Vec<u16> {
+    let mut buffer = vec![0; 2_048];
+    let mut ports = Vec::new();
+    for _ in 0..reads {
+        let Ok(len) = tun.read(&mut buffer) else { break };
+        let packet = &buffer[VNET_HEADER_BYTES..len];
+        if packet[9] == 17 {
+            ports.push(u16::from_be_bytes([packet[20], packet[21]]));
+        }
+    }
+    ports
+}
+
+#[test]
+fn a_sparse_flow_does_not_wait_behind_what_a_bulk_flow_has_queued() {
+    if !privileged() {
+        return;
+    }
+    const BULK: usize = 300;
+    let scratch = Scratch::new();
+    let mut queues = queues(&scratch, |tun| tun.spread(1, TUN_QUEUES_PER_SHARD));
+    let tun = queues.pop().expect("one reader");
+    assert_eq!((queues.len(), tun.queues().count()), (0, TUN_QUEUES_PER_SHARD));
+    let flows = flows(&scratch);
+    let (bulk, sparse) = flows.split_first().expect("flows");
+    for _ in 0..BULK {
+        bulk.send_to(b"bulk", ("10.9.0.2", 4_000)).expect("send");
+    }
+    for flow in sparse {
+        flow.send_to(b"sparse", ("10.9.0.2", 4_000)).expect("send");
+    }
+    // A round gives the bulk flow so many and every other queue all it has.
+    let first = read_ports(&tun, TUN_QUEUE_READS + sparse.len() + 8);
+    let early = first.iter().filter(|port| **port != 5_000).count();
+    // Some of 31 share the bulk flow's queue, on average four.
+    assert!(early >= sparse.len() / 2, "{early} of {} came before the bulk's end", sparse.len());
+    let rest = read_ports(&tun, 2 * BULK);
+    assert_eq!(first.len() + rest.len(), BULK + sparse.len(), "nothing is left in any queue");
+    assert_eq!(tun.read(&mut [0; 64]).expect_err("empty").kind(), std::io::ErrorKind::WouldBlock);
+    // What was not said to be ready is not looked at, but then once more.
+    bulk.send_to(b"late", ("10.9.0.2", 4_000)).expect("send");
+    tun.set_ready(0);
+    assert!(read_ports(&tun, 1).is_empty());
+    assert_eq!(read_ports(&tun, 1), [5_000]);
+}
+
+#[test]
+fn a_device_with_a_single_queue_serves_a_single_reader() {
+    if !privileged() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let tun = scratch.run(|| Tun::open(&TunOptions::transient("wg0")));
+    let readers = scratch.run(|| tun.spread(1, TUN_QUEUES_PER_SHARD));
+    assert_eq!(readers.iter().map(|tun| tun.queues().count()).collect::<Vec<_>>(), [1]);
+}
+
 fn link_queues(scratch: &Scratch) -> Option<u32> {
     scratch.run(|| Ok(link::get("meshd0")?.and_then(|link| link.tun).and_then(|tun| tun.queues)))
 }
@@ -128,7 +187,7 @@ fn a_transient_device_has_many_queues_when_asked_and_none_is_left() {
     for _ in 0..2 {
         let first = scratch.run(|| Tun::open(&many));
         assert!(first.is_multi_queue());
-        let second = scratch.run(|| first.try_clone()?.spread(2));
+        let second = scratch.run(|| first.try_clone()?.spread(2, 1));
         assert_eq!(link_queues(&scratch), Some(2));
         drop(second);
         assert_eq!(link_queues(&scratch), Some(1), "those of a data plane that was stopped");

@@ -24,6 +24,7 @@
 //! another's hands it over (`exchange`, `handover`). A flow stays on its queue ([`Tun::spread`]) and a ring is
 //! first in, first out, so no packet overtakes another of its flow. With one shard there is no ring, and nothing else differs.
 
+mod busy_poll;
 mod exchange;
 mod frame;
 mod handover;
@@ -84,6 +85,8 @@ pub struct DataPlaneOptions {
     pub own_key: PrivateKey,
     /// Drawn at random: receiver indexes and jitter come from it.
     pub seed: u64,
+    /// How long a shard looks for more before it sleeps; zero sleeps at once.
+    pub busy_poll: Duration,
     /// Where peers were last heard by an earlier process of this node.
     pub remembered: BTreeMap<PublicKey, SocketAddr>,
     pub on_event: OnEvent,
@@ -252,7 +255,7 @@ fn share_out(
     if count == 1 {
         return vec![options];
     }
-    let DataPlaneOptions { tunnel, own_key, seed, remembered, on_event } = options;
+    let DataPlaneOptions { tunnel, own_key, seed, busy_poll, remembered, on_event } = options;
     let on_event = Arc::new(Mutex::new(on_event));
     let mut seeds = SplitMix64(seed);
     let one = |index| {
@@ -263,6 +266,7 @@ fn share_out(
             tunnel: TunnelConfig { share, ..tunnel.clone() },
             own_key: own_key.clone(),
             seed: seeds.next(),
+            busy_poll,
             remembered: remembered.map(|(key, at)| (*key, *at)).collect(),
             on_event: Box::new(move |event| {
                 if event != DataEvent::TunLost || !tun_lost.swap(true, Ordering::SeqCst) {

@@ -16,7 +16,8 @@ use mesh_core::tunnel::config::{Event, PeerConfig, TunnelConfig, UdpMeta};
 use mesh_core::tunnel::engine::{EngineFactory as _, OwnKeyId};
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::{
-    NODES_MAX, TUN_DRAIN_BYTES, TUN_DRAIN_READS, UDP_DRAIN_BUFFERS, UDP_RECV_MESSAGES_MAX,
+    NODES_MAX, TUN_DRAIN_BYTES, TUN_DRAIN_READS, TUN_QUEUES_PER_SHARD, UDP_DRAIN_BUFFERS,
+    UDP_RECV_MESSAGES_MAX,
 };
 use mesh_types::time::MonoTime;
 use netcfg::clock;
@@ -26,6 +27,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use wg_engine::BoringFactory;
 
+use super::busy_poll::BusyPoll;
 use super::exchange::Exchange;
 use super::frame::{Device, FrameWriter, PACKET_BYTES_MAX};
 use super::snapshot::{DataSnapshot, ShardCounters};
@@ -71,6 +73,7 @@ pub(super) struct Shard {
     exchange: Option<Exchange>,
     /// Whose packets come first in the next turn.
     handed_next: usize,
+    busy_poll: BusyPoll,
 }
 
 /// What poll found.
@@ -81,6 +84,10 @@ struct Ready {
     mail: bool,
 }
 
+impl Ready {
+    const NOTHING: Self = Self { tun: false, udp: false, mail: false };
+}
+
 impl Shard {
     pub(super) fn new(
         options: DataPlaneOptions,
@@ -89,7 +96,7 @@ impl Shard {
         mailbox: Arc<Mailbox>,
         exchange: Option<Exchange>,
     ) -> Self {
-        let DataPlaneOptions { tunnel, own_key, seed, remembered, on_event } = options;
+        let DataPlaneOptions { tunnel, own_key, seed, busy_poll, remembered, on_event } = options;
         let features = tun.features();
         let messages = if udp.features().gro { UDP_DRAIN_BUFFERS } else { UDP_RECV_MESSAGES_MAX };
         Self {
@@ -110,6 +117,7 @@ impl Shard {
             counters: ShardCounters::default(),
             exchange,
             handed_next: 0,
+            busy_poll: BusyPoll::new(busy_poll),
         }
     }
 
@@ -150,9 +158,10 @@ impl Shard {
             tunnel.initiate_all(clock::now());
             (self.on_event)(DataEvent::Restarted);
         }
+        let mut ready = Ready::NOTHING;
         loop {
             self.counters.turns += 1;
-            let ready = self.wait(&tunnel);
+            ready = self.wait(&tunnel, ready);
             let now = clock::now();
             if ready.mail && self.read_mail(&mut tunnel, now) {
                 self.transmit(&mut tunnel, now);
@@ -178,9 +187,13 @@ impl Shard {
         }
     }
 
-    /// Sleeps until something is to be done.
-    fn wait(&self, tunnel: &BoringTunnel) -> Ready {
+    /// Sleeps until something is to be done; after a turn that found traffic not at once.
+    fn wait(&mut self, tunnel: &BoringTunnel, before: Ready) -> Ready {
         let now = clock::now();
+        let look = match before.udp || before.tun {
+            true => self.busy_poll.allowance(now),
+            false => Duration::ZERO,
+        };
         let mailbox = &*self.mailbox;
         // What is not to be read must not be polled: errors are told whatever one waits for.
         let paused = || PollFd::new(mailbox, PollFlags::empty());
@@ -188,20 +201,34 @@ impl Shard {
             .map(|at| Some(at).filter(|at| *at > now));
         let [tun_until, udp_until] = until;
         let tun = self.tun.as_ref().filter(|_| tun_until.is_none() && !self.is_held_back(now));
-        let mut fds = [
-            PollFd::new(mailbox, PollFlags::IN),
-            if udp_until.is_some() { paused() } else { PollFd::new(&self.udp, PollFlags::IN) },
-            tun.map_or_else(paused, |tun| PollFd::new(tun, PollFlags::IN)),
-        ];
+        let mut queues = tun.into_iter().flat_map(Tun::queues);
+        let mut fds: [_; 2 + TUN_QUEUES_PER_SHARD] = std::array::from_fn(|at| match at {
+            0 => PollFd::new(mailbox, PollFlags::IN),
+            1 if udp_until.is_none() => PollFd::new(&self.udp, PollFlags::IN),
+            1 => paused(),
+            _ => {
+                queues.next().map_or_else(paused, |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+            }
+        });
         let deadline = tunnel.next_deadline().map(|(at, _)| at);
         let deadline = deadline.into_iter().chain(until.into_iter().flatten()).min();
         let deadline = self.rest_until(now, deadline);
-        let timeout = deadline.map(|at| timespec(at.since(now)));
-        let polled = poll(&mut fds, timeout.as_ref());
+        let polled =
+            match busily(&mut fds, now, look.min(deadline.map_or(look, |at| at.since(now)))) {
+                (Ok(0), looked) => {
+                    self.busy_poll.spent(looked);
+                    let timeout = deadline.map(|at| timespec(at.since(now + looked)));
+                    poll(&mut fds, timeout.as_ref())
+                }
+                (found, looked) => {
+                    self.busy_poll.spent(looked);
+                    found
+                }
+            };
         self.get_up();
         match polled {
             Ok(_) => {}
-            Err(Errno::INTR) => return Ready { tun: false, udp: false, mail: false },
+            Err(Errno::INTR) => return Ready::NOTHING,
             Err(error) => {
                 // Memory for the call, nothing else: look at everything after a moment.
                 tracing::warn!(%error, "poll failed");
@@ -209,8 +236,12 @@ impl Shard {
                 return Ready { tun: tun.is_some(), udp: udp_until.is_none(), mail: true };
             }
         }
-        let [mail, udp, tun] = fds.map(|fd| !fd.revents().is_empty());
-        Ready { mail, udp, tun }
+        let [mail, udp, tun @ ..] = fds.map(|fd| !fd.revents().is_empty());
+        if let Some(device) = &self.tun {
+            let bits = tun.iter().enumerate().map(|(at, ready)| u32::from(*ready) << at);
+            device.set_ready(bits.sum());
+        }
+        Ready { mail, udp, tun: tun.contains(&true) }
     }
 
     /// Does what control asked; true: stop.
@@ -415,6 +446,25 @@ impl Shard {
             self.lose_tun();
         }
     }
+}
+
+/// Looks for `time` without sleeping, and lets others run in between. Returns how many descriptors are ready and how long it
+/// took; no time is no look.
+fn busily(
+    fds: &mut [PollFd<'_>],
+    begun: MonoTime,
+    time: Duration,
+) -> (rustix::io::Result<usize>, Duration) {
+    let mut looked = Duration::ZERO;
+    while looked < time {
+        let found = poll(fds, Some(&timespec(Duration::ZERO)));
+        looked = clock::now().since(begun);
+        if found != Ok(0) {
+            return (found, looked);
+        }
+        rustix::thread::sched_yield();
+    }
+    (Ok(0), looked)
 }
 
 /// What was asked for as far as the device can take it.

@@ -36,6 +36,7 @@ pub(super) struct Controller {
     device: Device,
     /// A queue of the interface for each shard.
     tuns: Vec<Tun>,
+    busy_poll: Duration,
     mtu: u32,
     plane: Option<Plane>,
     /// Counters and handshakes of data planes before this one.
@@ -55,10 +56,11 @@ struct Plane {
 }
 
 impl Controller {
-    pub(super) fn new(tuns: Vec<Tun>, news: mpsc::Sender<()>) -> Self {
+    pub(super) fn new(tuns: Vec<Tun>, busy_poll: Duration, news: mpsc::Sender<()>) -> Self {
         Self {
             device: Device::default(),
             tuns,
+            busy_poll,
             mtu: super::MTU,
             plane: None,
             carried: BTreeMap::new(),
@@ -117,6 +119,7 @@ impl Controller {
             },
             own_key: own_key(&self.device),
             seed: rand::random(),
+            busy_poll: self.busy_poll,
             remembered: BTreeMap::new(),
             on_event: Box::new(move |event| listen(&news, event)),
         };

@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
+use mesh_types::limits::TUN_QUEUES_PER_SHARD;
 use netcfg::tun::{Tun, TunOptions};
 use netcfg::watch::LinkWatch;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -52,7 +53,7 @@ pub fn run(args: &WgArgs) -> anyhow::Result<()> {
         Some(number) => Tun::inherit(number, &TunOptions::transient(""))?,
         None => Tun::open(&TunOptions {
             mtu: Some(MTU),
-            multi_queue: config::shards(args.shards) > 1,
+            multi_queue: true,
             ..TunOptions::transient(&args.interface)
         })?,
     };
@@ -75,12 +76,12 @@ pub fn run(args: &WgArgs) -> anyhow::Result<()> {
     }
     keystore::forbid_core_dumps()?;
     let queues = queues(args, &tun);
-    let tuns = tun.spread(queues)?;
+    let tuns = tun.spread(queues, TUN_QUEUES_PER_SHARD)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("start the reactor")?;
-    let served = runtime.block_on(serve(tuns, listener, &socket));
+    let served = runtime.block_on(serve(tuns, config::busy_poll(args.shards), listener, &socket));
     socket.remove();
     // A request to a data plane that hangs must not hold up the end.
     runtime.shutdown_background();
@@ -126,7 +127,12 @@ fn keep_open(fd: BorrowedFd<'_>) -> anyhow::Result<i32> {
     Ok(fd.as_raw_fd())
 }
 
-async fn serve(tuns: Vec<Tun>, listener: UnixListener, socket: &Socket) -> anyhow::Result<()> {
+async fn serve(
+    tuns: Vec<Tun>,
+    busy_poll: Duration,
+    listener: UnixListener,
+    socket: &Socket,
+) -> anyhow::Result<()> {
     let signals = Signals::catch()?.wait();
     listener.set_nonblocking(true).context("serve the configuration socket")?;
     let listener = tokio::net::UnixListener::from_std(listener)
@@ -135,7 +141,7 @@ async fn serve(tuns: Vec<Tun>, listener: UnixListener, socket: &Socket) -> anyho
     tracing::info!(version, device = tuns.first().map(Tun::name), shards, "device starts");
     let (news_in, news) = mpsc::channel(1);
     watch_links(news_in.clone())?;
-    let controller = Arc::new(Mutex::new(Controller::new(tuns, news_in)));
+    let controller = Arc::new(Mutex::new(Controller::new(tuns, busy_poll, news_in)));
     tokio::spawn(server::serve(listener, Arc::new(Configured(Arc::clone(&controller)))));
     tokio::select! {
         () = signals => {}
