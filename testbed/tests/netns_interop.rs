@@ -95,7 +95,7 @@ fn serve(tunnel: &mut Tunnel<BoringFactory>, tun: &Tun, mut udp: UdpSocket, stop
                     segment_len: message.segment_len,
                     ecn: Ecn::from_bits(message.ecn),
                 };
-                tunnel.handle_udp_input(now, &meta, message.bytes);
+                tunnel.handle_udp_input(now, &meta, &mut message.bytes.to_vec());
             }
         }
         while let Some(frame) = tunnel.poll_tun() {

@@ -286,6 +286,12 @@ impl ReceiveRing {
             truncated: header.msg_hdr.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0,
         })
     }
+
+    /// The bytes of [`Self::message`], to be written to.
+    pub(crate) fn bytes_mut(&mut self, slot: usize) -> Option<&mut [u8]> {
+        let length = self.message(slot)?.bytes.len();
+        self.storage.get_mut(slot * self.slot_bytes..)?.get_mut(..length)
+    }
 }
 
 /// `sendmsg(2)` of one buffer with a destination and control messages, without waiting.

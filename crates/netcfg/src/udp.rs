@@ -166,6 +166,14 @@ impl RecvBatch {
         (0..self.filled).filter_map(|slot| self.get(slot))
     }
 
+    /// The bytes of the message in `slot`, to be written to until the next receive.
+    pub fn bytes_mut(&mut self, slot: usize) -> Option<&mut [u8]> {
+        if slot >= self.filled {
+            return None;
+        }
+        self.ring.bytes_mut(slot)
+    }
+
     /// The message in `slot`, below what [`UdpSocket::recv`] returned; `None` for a malformed one.
     pub fn get(&self, slot: usize) -> Option<Received<'_>> {
         if slot >= self.filled {

@@ -15,6 +15,8 @@ use mesh_core::tunnel::engine::{
 use mesh_types::key::PublicKey;
 use mesh_types::time::MonoTime;
 
+use crate::index::IndexCipher;
+use crate::macs::{MacKeys, PeerMacs};
 use crate::ring::{COUNTER_LIMIT, REKEY_AFTER_MESSAGES, Ring, Session};
 use crate::timers::{Due, REKEY_AFTER, REKEY_AFTER_ON_RECEIVE, Timers};
 
@@ -26,8 +28,16 @@ const INITIATION_SPACING: Duration = Duration::from_millis(20);
 const TICK_BYTES: usize = 64;
 const _: () = assert!(TICK_BYTES >= TRANSPORT_BYTES_MIN && TICK_BYTES < INITIATION_BYTES);
 
+/// `Tunn` has 256 indexes and begins anew behind them; what is left serves until another engine has a session.
+const INDEXES_USED_MAX: u32 = 192;
+
 /// A keepalive is a slot without plaintext.
 const KEEPALIVE_SLOT: Range<usize> = 0..TRANSPORT_BYTES_MIN;
+
+/// Where the indexes stand (whitepaper sections 5.4.2, 5.4.3, 5.4.6).
+const SENDER_AT: usize = 4;
+const RESPONSE_RECEIVER_AT: usize = 8;
+const TRANSPORT_RECEIVER_AT: usize = 4;
 
 /// Packets `Tunn`'s queue can hold (`MAX_QUEUE_DEPTH`), and one call more to see it empty.
 const QUEUE_DRAIN_MAX: usize = 256 + 1;
@@ -45,6 +55,10 @@ pub struct BoringEngine {
     tunn: Option<Box<Tunn>>,
     ring: Ring,
     timers: Timers,
+    indexes: IndexCipher,
+    macs: PeerMacs,
+    /// Keys of the macs of messages to us.
+    own_macs: MacKeys,
     /// Local index of the initiation `Tunn` waits on; it survives an answer to the one before.
     pending: Option<u32>,
     last_initiation_in: Option<MonoTime>,
@@ -57,11 +71,21 @@ pub struct BoringEngine {
 }
 
 impl BoringEngine {
-    pub(crate) fn new(now: MonoTime, tunn: Option<Box<Tunn>>, config: &EngineConfig<'_>) -> Self {
+    /// `own_macs`: of the own key `tunn` speaks for.
+    pub(crate) fn new(
+        now: MonoTime,
+        tunn: Option<Box<Tunn>>,
+        indexes: IndexCipher,
+        own_macs: MacKeys,
+        config: &EngineConfig<'_>,
+    ) -> Self {
         Self {
             tunn,
             ring: Ring::default(),
             timers: Timers::new(now, config.keepalive, config.seed),
+            indexes,
+            macs: PeerMacs::new(&config.peer),
+            own_macs,
             pending: None,
             last_initiation_in: None,
             last_handshake: None,
@@ -103,9 +127,17 @@ impl BoringEngine {
         if written != INITIATION_BYTES {
             return None;
         }
-        self.pending = read_u32(out, 4);
+        self.pending = read_u32(out, SENDER_AT);
         self.ring.issue(self.pending?);
+        self.dispatch(now, out)?;
         Some(written)
+    }
+
+    /// Makes a handshake message of `Tunn`'s one that may leave: another index, and the macs of that.
+    fn dispatch(&mut self, now: MonoTime, message: &mut [u8]) -> Option<()> {
+        let index = self.indexes.to_wire(read_u32(message, SENDER_AT)?);
+        write_u32(message, SENDER_AT, index)?;
+        self.macs.sign(now, index, message)
     }
 
     fn write_keepalive(&mut self, now: MonoTime, out: &mut HandshakeBuffer) -> Option<usize> {
@@ -133,8 +165,11 @@ impl BoringEngine {
         }
         let tunn = self.tunn.as_mut().ok_or(EngineError::NoSession)?;
         let reply_len = reply(tunn.decapsulate(Some(source), datagram, out), RESPONSE_BYTES)?;
-        let (remote, local) =
-            read_u32(datagram, 4).zip(read_u32(out, 4)).ok_or(EngineError::Malformed)?;
+        let answer = out.get_mut(..reply_len).ok_or(EngineError::NoRoom)?;
+        let (remote, local) = read_u32(datagram, SENDER_AT)
+            .zip(read_u32(answer, SENDER_AT))
+            .ok_or(EngineError::Malformed)?;
+        self.dispatch(now, answer).ok_or(EngineError::Malformed)?;
         self.last_initiation_in = Some(now);
         self.pending = None;
         self.ring.issue(local);
@@ -155,11 +190,21 @@ impl BoringEngine {
         if !ephemeral_is_sound(datagram) {
             return Err(EngineError::BadHandshake);
         }
+        if !self.own_macs.verifies(datagram) {
+            return Err(EngineError::BadMac);
+        }
+        let mut message: [u8; RESPONSE_BYTES] =
+            datagram.try_into().map_err(|_| EngineError::Malformed)?;
+        let (remote, receiver) = read_u32(&message, SENDER_AT)
+            .zip(read_u32(&message, RESPONSE_RECEIVER_AT))
+            .ok_or(EngineError::Malformed)?;
+        let local = self.indexes.to_local(receiver);
+        // `Tunn` verifies mac1, too, over its own index.
+        write_u32(&mut message, RESPONSE_RECEIVER_AT, local).ok_or(EngineError::Malformed)?;
+        self.own_macs.sign(&mut message).ok_or(EngineError::Malformed)?;
         let tunn = self.tunn.as_mut().ok_or(EngineError::NoSession)?;
-        let reply_len = reply(tunn.decapsulate(Some(source), datagram, out), TRANSPORT_BYTES_MIN)?;
+        let reply_len = reply(tunn.decapsulate(Some(source), &message, out), TRANSPORT_BYTES_MIN)?;
         drain_queue(tunn, &mut self.scratch, self.plaintext_max);
-        let (remote, local) =
-            read_u32(datagram, 4).zip(read_u32(datagram, 8)).ok_or(EngineError::Malformed)?;
         self.ring.add_initiator(now, local, remote);
         self.ring.count_sent();
         if self.pending == Some(local) {
@@ -169,20 +214,6 @@ impl BoringEngine {
         self.timers.received(now, false);
         self.timers.sent(now, false);
         Ok(HandshakeOutcome { reply_len, authenticated: true, session_ready: true })
-    }
-
-    fn accept_cookie(
-        &mut self,
-        source: IpAddr,
-        datagram: &[u8],
-        out: &mut HandshakeBuffer,
-    ) -> Result<HandshakeOutcome, EngineError> {
-        let tunn = self.tunn.as_mut().ok_or(EngineError::NoSession)?;
-        match tunn.decapsulate(Some(source), datagram, out) {
-            TunnResult::Done => Ok(HandshakeOutcome::default()),
-            TunnResult::Err(error) => Err(translate(&error)),
-            _ => Err(EngineError::BadHandshake),
-        }
     }
 
     fn established(&mut self, now: MonoTime) {
@@ -216,7 +247,7 @@ impl BoringEngine {
     fn open_one(
         &mut self,
         now: MonoTime,
-        datagram: &[u8],
+        datagram: &mut [u8],
         output: &mut [u8],
         used: &mut usize,
     ) -> Result<Range<usize>, EngineError> {
@@ -225,16 +256,18 @@ impl BoringEngine {
         {
             return Err(EngineError::Malformed);
         }
-        let local = read_u32(datagram, 4).ok_or(EngineError::Malformed)?;
+        let wire = read_u32(datagram, TRANSPORT_RECEIVER_AT).ok_or(EngineError::Malformed)?;
         if read_u64(datagram, 8).ok_or(EngineError::Malformed)? >= COUNTER_LIMIT {
             return Err(EngineError::CounterLimit);
         }
+        let local = self.indexes.to_local(wire);
         let session = self.ring.receiver(now, local)?;
         let room = output.get_mut(*used..).unwrap_or_default();
         if room.len() < datagram.len() - TRANSPORT_HEADER_BYTES {
             return Err(EngineError::NoRoom);
         }
         let tunn = self.tunn.as_mut().ok_or(EngineError::NoSession)?;
+        write_u32(datagram, TRANSPORT_RECEIVER_AT, local).ok_or(EngineError::Malformed)?;
         let opened = match tunn.decapsulate(None, datagram, room) {
             TunnResult::Done => Ok(0),
             TunnResult::WriteToTunnelV4(packet, _) if packet.len() >= IPV4_HEADER_BYTES => {
@@ -294,7 +327,7 @@ impl Engine for BoringEngine {
         } else if is_message(datagram, TYPE_RESPONSE, RESPONSE_BYTES) {
             self.accept_response(now, source, datagram, out)
         } else if is_message(datagram, TYPE_COOKIE, COOKIE_BYTES) {
-            self.accept_cookie(source, datagram, out)
+            self.macs.accept_reply(now, datagram).map(|()| HandshakeOutcome::default())
         } else {
             Err(EngineError::Malformed)
         }
@@ -352,7 +385,7 @@ impl Engine for BoringEngine {
     fn open(&mut self, now: MonoTime, burst: OpenBurst<'_>) {
         let OpenBurst { input, datagrams, output, output_used, results } = burst;
         for range in datagrams {
-            let result = match input.get(range.clone()) {
+            let result = match input.get_mut(range.clone()) {
                 Some(datagram) => self.open_one(now, datagram, output, output_used),
                 None => Err(EngineError::Malformed),
             };
@@ -370,6 +403,10 @@ impl Engine for BoringEngine {
 
     fn retire(&mut self) {
         self.timers.retire();
+    }
+
+    fn spent(&self) -> bool {
+        self.ring.issues() >= INDEXES_USED_MAX
     }
 
     fn status(&self, now: MonoTime) -> EngineStatus {
@@ -426,6 +463,12 @@ fn read_u32(bytes: &[u8], offset: usize) -> Option<u32> {
     bytes.get(offset..)?.first_chunk().map(|chunk| u32::from_le_bytes(*chunk))
 }
 
+fn write_u32(bytes: &mut [u8], offset: usize, value: u32) -> Option<()> {
+    let slot = bytes.get_mut(offset..)?.first_chunk_mut()?;
+    *slot = value.to_le_bytes();
+    Some(())
+}
+
 fn read_u64(bytes: &[u8], offset: usize) -> Option<u64> {
     bytes.get(offset..)?.first_chunk().map(|chunk| u64::from_le_bytes(*chunk))
 }
@@ -455,3 +498,7 @@ fn translate(error: &WireGuardError) -> EngineError {
 #[cfg(test)]
 #[path = "engine_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "conformance_tests.rs"]
+mod conformance;

@@ -9,25 +9,30 @@ use proptest::prelude::*;
 use super::*;
 use crate::factory::{BoringFactory, generate_private_key, public_key};
 
-const OWN: OwnKeyId = OwnKeyId(0);
-const SOURCE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
-const MTU: usize = 1420;
+pub(super) const OWN: OwnKeyId = OwnKeyId(0);
+pub(super) const SOURCE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+pub(super) const MTU: usize = 1420;
 
-struct Side {
-    factory: BoringFactory,
-    key: PrivateKey,
-    engine: BoringEngine,
+pub(super) struct Side {
+    pub(super) factory: BoringFactory,
+    pub(super) key: PrivateKey,
+    pub(super) engine: BoringEngine,
 }
 
-fn at_ms(milliseconds: u64) -> MonoTime {
+pub(super) fn at_ms(milliseconds: u64) -> MonoTime {
     MonoTime::ZERO + Duration::from_millis(milliseconds)
 }
 
-fn at(seconds: u64) -> MonoTime {
+pub(super) fn at(seconds: u64) -> MonoTime {
     at_ms(seconds * 1000)
 }
 
-fn side(key: &PrivateKey, peer: &PrivateKey, preshared: Option<&PresharedKey>, index: u32) -> Side {
+pub(super) fn side(
+    key: &PrivateKey,
+    peer: &PrivateKey,
+    preshared: Option<&PresharedKey>,
+    index: u32,
+) -> Side {
     let mut factory = BoringFactory::new();
     factory.set_own_key(OWN, key);
     let peer = public_key(peer);
@@ -37,23 +42,23 @@ fn side(key: &PrivateKey, peer: &PrivateKey, preshared: Option<&PresharedKey>, i
     Side { factory, key: key.clone(), engine }
 }
 
-fn pair() -> (Side, Side) {
+pub(super) fn pair() -> (Side, Side) {
     let (a, b) = (generate_private_key(), generate_private_key());
     (side(&a, &b, None, 0x00aa_aaaa), side(&b, &a, None, 0x00bb_bbbb))
 }
 
-fn buffer() -> HandshakeBuffer {
+pub(super) fn buffer() -> HandshakeBuffer {
     [0; INITIATION_BYTES]
 }
 
-fn initiation(side: &mut Side, now: MonoTime) -> Vec<u8> {
+pub(super) fn initiation(side: &mut Side, now: MonoTime) -> Vec<u8> {
     let mut out = buffer();
     let written = side.engine.initiate(now, true, &mut out).expect("an initiation");
     out[..written].to_vec()
 }
 
 /// Hands a handshake message over; returns the outcome and the reply.
-fn hand(
+pub(super) fn hand(
     side: &mut Side,
     now: MonoTime,
     message: &[u8],
@@ -63,14 +68,18 @@ fn hand(
     Ok((outcome, out[..outcome.reply_len].to_vec()))
 }
 
-fn open(side: &mut Side, now: MonoTime, datagram: &[u8]) -> Result<Vec<u8>, EngineError> {
+pub(super) fn open(
+    side: &mut Side,
+    now: MonoTime,
+    datagram: &[u8],
+) -> Result<Vec<u8>, EngineError> {
     let mut output = vec![0; datagram.len()];
     let mut used = 0;
     let mut results = Vec::new();
     side.engine.open(
         now,
         OpenBurst {
-            input: datagram,
+            input: &mut datagram.to_vec(),
             datagrams: std::slice::from_ref(&(0..datagram.len())),
             output: &mut output,
             output_used: &mut used,
@@ -85,7 +94,11 @@ fn open(side: &mut Side, now: MonoTime, datagram: &[u8]) -> Result<Vec<u8>, Engi
 }
 
 /// Seals one plaintext, already padded.
-fn seal(side: &mut Side, now: MonoTime, plaintext: &[u8]) -> Result<Vec<u8>, EngineError> {
+pub(super) fn seal(
+    side: &mut Side,
+    now: MonoTime,
+    plaintext: &[u8],
+) -> Result<Vec<u8>, EngineError> {
     let mut buffer = vec![0; plaintext.len() + TRANSPORT_BYTES_MIN];
     let end = TRANSPORT_HEADER_BYTES + plaintext.len();
     buffer[TRANSPORT_HEADER_BYTES..end].copy_from_slice(plaintext);
@@ -96,7 +109,7 @@ fn seal(side: &mut Side, now: MonoTime, plaintext: &[u8]) -> Result<Vec<u8>, Eng
 }
 
 /// Shakes hands, `a` beginning; both can send afterwards.
-fn connect(a: &mut Side, b: &mut Side, now: MonoTime) {
+pub(super) fn connect(a: &mut Side, b: &mut Side, now: MonoTime) {
     let first = initiation(a, now);
     let (_, second) = hand(b, now, &first).expect("initiation accepted");
     let (outcome, keepalive) = hand(a, now, &second).expect("response accepted");
@@ -104,21 +117,21 @@ fn connect(a: &mut Side, b: &mut Side, now: MonoTime) {
     assert_eq!(open(b, now, &keepalive), Ok(Vec::new()));
 }
 
-fn ipv4(total: usize) -> Vec<u8> {
+pub(super) fn ipv4(total: usize) -> Vec<u8> {
     let mut packet = vec![0x5a; total];
     packet[0] = 0x45;
     packet[2..4].copy_from_slice(&(total as u16).to_be_bytes());
     packet
 }
 
-fn ipv6(total: usize) -> Vec<u8> {
+pub(super) fn ipv6(total: usize) -> Vec<u8> {
     let mut packet = vec![0xa5; total];
     packet[0] = 0x60;
     packet[4..6].copy_from_slice(&((total - IPV6_HEADER_BYTES) as u16).to_be_bytes());
     packet
 }
 
-fn padded(mut packet: Vec<u8>) -> Vec<u8> {
+pub(super) fn padded(mut packet: Vec<u8>) -> Vec<u8> {
     packet.resize(packet.len().next_multiple_of(16), 0);
     packet
 }
@@ -154,7 +167,7 @@ fn a_batch_is_sealed_in_place_and_a_burst_opened_slot_by_slot() {
     let mut output = vec![0; buffer.len()];
     let (mut used, mut results) = (0, Vec::new());
     let burst = OpenBurst {
-        input: &buffer,
+        input: &mut buffer,
         datagrams: &slots,
         output: &mut output,
         output_used: &mut used,
@@ -494,9 +507,10 @@ fn an_initiation_is_accepted_once_and_fifty_times_a_second_at_most() {
 fn receiver_indexes_carry_the_callers_24_bits() {
     let (mut a, mut b) = pair();
     let first = initiation(&mut a, at(1));
-    assert_eq!(read_u32(&first, 4).map(|index| index >> 8), Some(0x00aa_aaaa));
+    let behind = |side: &Side, index: Option<u32>| index.map(|i| side.factory.local_index(i) >> 8);
+    assert_eq!(behind(&a, read_u32(&first, 4)), Some(0x00aa_aaaa));
     let (_, second) = hand(&mut b, at(1), &first).expect("accepted");
-    assert_eq!(read_u32(&second, 4).map(|index| index >> 8), Some(0x00bb_bbbb));
+    assert_eq!(behind(&b, read_u32(&second, 4)), Some(0x00bb_bbbb));
     assert_eq!(read_u32(&second, 8), read_u32(&first, 4));
 }
 
@@ -578,7 +592,7 @@ fn a_buffer_too_small_is_an_error_and_not_a_panic() {
         let mut results = Vec::new();
         let (datagram, mut output) = (0..sealed.len(), vec![0; room]);
         let burst = OpenBurst {
-            input: &sealed,
+            input: &mut sealed.clone(),
             datagrams: std::slice::from_ref(&datagram),
             output: &mut output,
             output_used: &mut used,

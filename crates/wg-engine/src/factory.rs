@@ -1,20 +1,19 @@
 //! Own keys, and what the front does with a handshake message before any engine sees it.
 //!
 //! ```text
-//!   datagram -> check_mac (two BLAKE2s) -> [limits] -> identify (one X25519) -> engine
+//!   datagram -> check_mac (three BLAKE2s) -> [limits] -> identify (one X25519) -> engine
 //!                                             |
 //!                                             +------> cookie_reply (never larger than the message)
 //! ```
 
 use std::collections::BTreeMap;
-use std::hash::{BuildHasher, RandomState};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::rate_limiter::RateLimiter;
-use boringtun::noise::{Packet, Tunn, TunnResult};
+use boringtun::noise::{Packet, Tunn};
 use boringtun::x25519;
 use mesh_core::tunnel::engine::{
     COOKIE_BYTES, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, MacCheck,
@@ -24,6 +23,8 @@ use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::time::MonoTime;
 
 use crate::engine::{BoringEngine, ephemeral_is_sound, is_message};
+use crate::index::IndexCipher;
+use crate::macs::{Cookies, MacKeys};
 
 /// `Tunn` has 24 bits for the caller's index.
 const INDEX_MASK: u32 = 0x00ff_ffff;
@@ -47,53 +48,30 @@ struct OwnKey {
     secret: x25519::StaticSecret,
     point: x25519::PublicKey,
     public: PublicKey,
-    /// Always under load: accepts what carries a valid mac2 and writes a cookie reply to the rest.
-    strict: RateLimiter,
-    /// Never under load: engines verify mac1 with it and limit nothing, since the front has.
+    macs: MacKeys,
+    /// Never under load: `Tunn` verifies mac1 with it and limits nothing, since the front has.
     open: Arc<RateLimiter>,
 }
 
 /// Makes [`BoringEngine`]s.
-#[derive(Default)]
 pub struct BoringFactory {
     own: BTreeMap<OwnKeyId, OwnKey>,
-    /// Keys of the address hash cookies are bound to.
-    cookie_hash: [RandomState; 2],
+    cookies: Cookies,
+    indexes: IndexCipher,
+}
+
+impl Default for BoringFactory {
+    fn default() -> Self {
+        Self::of_shards(1)
+    }
 }
 
 impl BoringFactory {
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Asks the strict limiter. On `Err(true)` a cookie reply stands in `reply`.
-    fn verify(
-        &self,
-        id: OwnKeyId,
-        source: SocketAddr,
-        datagram: &[u8],
-        reply: &mut [u8; COOKIE_BYTES],
-    ) -> Result<(), bool> {
-        let own = self.own.get(&id).ok_or(false)?;
-        let handshake = is_message(datagram, TYPE_INITIATION, INITIATION_BYTES)
-            || is_message(datagram, TYPE_RESPONSE, RESPONSE_BYTES);
-        if !handshake {
-            return Err(false);
-        }
-        let bound = self.cookie_address(source);
-        match own.strict.verify_packet(Some(bound), datagram, reply) {
-            Ok(_) => Ok(()),
-            Err(TunnResult::WriteToNetwork(written)) => Err(written.len() == COOKIE_BYTES),
-            Err(_) => Err(false),
-        }
-    }
-
-    /// `RateLimiter` binds a cookie to an IP address only, so that everybody behind one NAT shares it. It is
-    /// given a keyed hash of address and port in place of the address.
-    fn cookie_address(&self, source: SocketAddr) -> IpAddr {
-        let key = (source.ip().to_canonical(), source.port());
-        let [high, low] = self.cookie_hash.each_ref().map(|state| state.hash_one(key));
-        Ipv6Addr::from_bits(u128::from(high) << 64 | u128::from(low)).into()
+    /// Draws the keys of indexes and cookies from the system's random numbers. Of `shards` on one port, each is found by
+    /// its receiver indexes.
+    pub fn of_shards(shards: usize) -> Self {
+        let (cookies, indexes) = (Cookies::default(), IndexCipher::random(shards));
+        Self { own: BTreeMap::new(), cookies, indexes }
     }
 }
 
@@ -107,7 +85,7 @@ impl EngineFactory for BoringFactory {
             secret,
             point,
             public: public_key(key),
-            strict: RateLimiter::new(&point, 0),
+            macs: MacKeys::of(&public_key(key)),
             open: Arc::new(RateLimiter::new(&point, u64::MAX)),
         };
         self.own.insert(id, own);
@@ -122,11 +100,13 @@ impl EngineFactory for BoringFactory {
     fn create(&mut self, now: MonoTime, config: EngineConfig<'_>) -> BoringEngine {
         let Some(own) = self.own.get(&config.own) else {
             tracing::warn!(peer = %config.peer, own = config.own.0, "no own key held under this id: the peer gets no handshakes");
-            return BoringEngine::new(now, None, &config);
+            let macs = MacKeys::of(&config.peer);
+            return BoringEngine::new(now, None, self.indexes.clone(), macs, &config);
         };
+        let (indexes, macs) = (self.indexes.clone(), own.macs.clone());
         if SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).is_err() {
             tracing::warn!(peer = %config.peer, "the wall clock stands before 1970: set it, then restart; the peer gets no handshakes");
-            return BoringEngine::new(now, None, &config);
+            return BoringEngine::new(now, None, indexes, macs, &config);
         }
         let tunn = Tunn::new(
             own.secret.clone(),
@@ -136,20 +116,29 @@ impl EngineFactory for BoringFactory {
             config.index & INDEX_MASK,
             Some(Arc::clone(&own.open)),
         );
-        BoringEngine::new(now, Some(Box::new(tunn)), &config)
+        BoringEngine::new(now, Some(Box::new(tunn)), indexes, macs, &config)
+    }
+
+    fn local_index(&self, wire: u32) -> u32 {
+        self.indexes.to_local(wire)
     }
 
     fn check_mac(
         &mut self,
-        _now: MonoTime,
+        now: MonoTime,
         id: OwnKeyId,
         source: SocketAddr,
         datagram: &[u8],
     ) -> MacCheck {
-        match self.verify(id, source, datagram, &mut [0; COOKIE_BYTES]) {
-            Ok(()) => MacCheck::Proven,
-            Err(true) => MacCheck::Valid,
-            Err(false) => MacCheck::Invalid,
+        let handshake = is_message(datagram, TYPE_INITIATION, INITIATION_BYTES)
+            || is_message(datagram, TYPE_RESPONSE, RESPONSE_BYTES);
+        match self.own.get(&id) {
+            Some(own) if handshake && own.macs.verifies(datagram) => {}
+            _ => return MacCheck::Invalid,
+        }
+        match self.cookies.proves(now, source, datagram) {
+            true => MacCheck::Proven,
+            false => MacCheck::Valid,
         }
     }
 
@@ -167,19 +156,18 @@ impl EngineFactory for BoringFactory {
 
     fn cookie_reply(
         &mut self,
-        _now: MonoTime,
+        now: MonoTime,
         id: OwnKeyId,
         source: SocketAddr,
         datagram: &[u8],
         out: &mut HandshakeBuffer,
     ) -> Option<usize> {
-        let mut reply = [0; COOKIE_BYTES];
-        match self.verify(id, source, datagram, &mut reply) {
-            Err(true) => {
-                out.first_chunk_mut::<COOKIE_BYTES>()?.copy_from_slice(&reply);
-                Some(COOKIE_BYTES)
-            }
-            Ok(()) | Err(false) => None,
+        if self.check_mac(now, id, source, datagram) != MacCheck::Valid {
+            return None;
         }
+        let own = self.own.get(&id)?;
+        let reply = self.cookies.reply(now, &own.macs, source, datagram)?;
+        *out.first_chunk_mut::<COOKIE_BYTES>()? = reply;
+        Some(COOKIE_BYTES)
     }
 }

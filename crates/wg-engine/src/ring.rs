@@ -57,6 +57,8 @@ pub(crate) struct Ring {
     /// The local index `Tunn` gave out last.
     issued: u32,
     established: u64,
+    /// Indexes `Tunn` gave out.
+    issues: u32,
 }
 
 impl Ring {
@@ -74,6 +76,11 @@ impl Ring {
     /// `Tunn` wrote a handshake message with this index.
     pub(crate) fn issue(&mut self, local: u32) {
         self.issued = local;
+        self.issues = self.issues.saturating_add(1);
+    }
+
+    pub(crate) fn issues(&self) -> u32 {
+        self.issues
     }
 
     /// Whether the next handshake answered would take the slot of a session that is in use and alive. It may: each

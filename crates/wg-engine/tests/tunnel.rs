@@ -16,6 +16,11 @@ use wg_engine::{BoringFactory, generate_private_key, public_key};
 /// Turns of sending and receiving after which two tunnels must have nothing left to say.
 const TURNS_MAX: usize = 20;
 
+thread_local! {
+    /// A datagram between two nodes: grows once, so that it does not count as an allocation.
+    static WIRE: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
 struct Node {
     tunnel: Tunnel<BoringFactory>,
     address: SocketAddr,
@@ -85,7 +90,11 @@ fn carry(from: &mut Node, to: &mut Node, now: MonoTime) -> bool {
         let segment_len =
             if transmit.bytes.len() > transmit.segment_len { transmit.segment_len } else { 0 };
         let meta = UdpMeta { source: from.address, local: None, segment_len, ecn: Ecn::NotEct };
-        to.tunnel.handle_udp_input(now, &meta, transmit.bytes);
+        WIRE.with_borrow_mut(|wire| {
+            wire.clear();
+            wire.extend_from_slice(transmit.bytes);
+            to.tunnel.handle_udp_input(now, &meta, wire);
+        });
     }
     any
 }
@@ -288,7 +297,7 @@ fn recorded(a: &mut Node, b: &mut Node, now: MonoTime) -> Vec<(bool, Vec<u8>)> {
                 log.push((from_a, transmit.bytes.to_vec()));
                 let meta =
                     UdpMeta { source: from.address, local: None, segment_len: 0, ecn: Ecn::NotEct };
-                to.tunnel.handle_udp_input(now, &meta, transmit.bytes);
+                to.tunnel.handle_udp_input(now, &meta, &mut transmit.bytes.to_vec());
             }
             received(to);
         }
@@ -353,11 +362,11 @@ proptest! {
             let mut datagram = which.get(&log).1.clone();
             let segment_len = datagram.len();
             damages.iter().for_each(|damage| spoil(&mut datagram, damage, &log));
-            let burst = datagram.repeat(bursts + 1);
+            let mut burst = datagram.repeat(bursts + 1);
             let to = if *to_a { &mut a } else { &mut b };
             let source = SocketAddr::from(([203, 0, 113, 9], 9));
             let meta = UdpMeta { source, local: None, segment_len, ecn: Ecn::Ce };
-            to.tunnel.handle_udp_input(at(2), &meta, &burst);
+            to.tunnel.handle_udp_input(at(2), &meta, &mut burst);
             prop_assert_eq!(received(to), Vec::<Vec<u8>>::new());
             to.tunnel.handle_timeout(at(2));
             to.tunnel.flush(at(2));
@@ -368,4 +377,161 @@ proptest! {
         send(&mut b, at(3), back.clone());
         prop_assert_eq!(settle(&mut a, &mut b, at(3)), (vec![back], vec![there]));
     }
+}
+
+/// What stands in the way of a stranger, and how many of the peer's packets arrived.
+#[derive(Default)]
+struct Flooded {
+    cookies: u64,
+    arrived: usize,
+}
+
+/// Carries what `node` sends: to `peer`, and to nobody what goes to the addresses of a flood.
+fn carry_flooded(node: &mut Node, peer: &mut Node, now: MonoTime, seen: &mut Flooded) {
+    node.tunnel.flush(now);
+    while let Some(transmit) = node.tunnel.poll_transmit() {
+        if transmit.dst != peer.address {
+            assert_eq!(transmit.bytes.len(), 64, "a stranger gets a cookie at most");
+            seen.cookies += 1;
+            continue;
+        }
+        let meta = UdpMeta {
+            source: node.address,
+            local: None,
+            segment_len: transmit.segment_len,
+            ecn: Ecn::NotEct,
+        };
+        peer.tunnel.handle_udp_input(now, &meta, &mut transmit.bytes.to_vec());
+    }
+    seen.arrived += received(peer).len();
+}
+
+/// An initiation of whoever holds `key`, to `to`.
+fn initiation_of(key: &PrivateKey, to: &Node, now: MonoTime) -> Vec<u8> {
+    let mut factory = BoringFactory::new();
+    factory.set_own_key(OwnKeyId(0), key);
+    let tunnel = Tunnel::new(TunnelConfig::default(), factory, 9);
+    let mut node = Node { tunnel, address: to.address, inner: [10, 244, 9, 1], key: key.clone() };
+    introduce(&mut node, to, now, None, false);
+    node.tunnel.initiate_all(now);
+    node.tunnel.handle_timeout(now);
+    node.tunnel.poll_transmit().expect("an initiation").bytes.to_vec()
+}
+
+/// Handshakes of a true peer that one core answers in a second.
+fn capacity(to: &mut Node, from: &Node) -> u64 {
+    const ROUNDS: u32 = 100;
+    let mut spent = Duration::ZERO;
+    for round in 0..ROUNDS {
+        let now = at(1) + Duration::from_millis(u64::from(round) * 60);
+        let mut message = initiation_of(&from.key, to, now);
+        let meta = UdpMeta { source: from.address, local: None, segment_len: 0, ecn: Ecn::NotEct };
+        let begun = std::time::Instant::now();
+        to.tunnel.handle_udp_input(now, &meta, &mut message);
+        spent += begun.elapsed();
+        assert_eq!(to.tunnel.poll_transmit().map(|answer| answer.bytes.len()), Some(92));
+        while to.tunnel.poll_transmit().is_some() {}
+    }
+    (f64::from(ROUNDS) / spent.as_secs_f64()) as u64
+}
+
+#[test]
+fn a_flood_of_ten_times_what_a_core_answers_costs_no_legitimate_packet() {
+    let (measured, mut by) = pair(at(0));
+    let flood = (10 * capacity(&mut by, &measured)).clamp(10_000, 200_000) / 1_000;
+    let (mut a, mut b) = pair(at(0));
+    let hello = packet(&a, &b, 100, 1);
+    send(&mut a, at(30), hello);
+    assert_eq!(settle(&mut a, &mut b, at(30)).1.len(), 1);
+
+    let stranger = initiation_of(&generate_private_key(), &b, at(30));
+    let drops = |node: &Node| node.tunnel.counters().drops().map(|(_, count)| count).sum::<u64>();
+    let (before, looked_at) = (drops(&b), b.tunnel.counters().initiations_received);
+    let (mut at_a, mut at_b) = (Flooded::default(), Flooded::default());
+    for ms in 0..1_000u64 {
+        let now = at(31) + Duration::from_millis(ms);
+        for number in 0..flood {
+            let number = u32::try_from(ms * flood + number).expect("few");
+            let source = SocketAddr::from((std::net::Ipv4Addr::from(0x0b00_0000 + number), 7));
+            let meta = UdpMeta { source, local: None, segment_len: 0, ecn: Ecn::NotEct };
+            b.tunnel.handle_udp_input(now, &meta, &mut stranger.clone());
+        }
+        let (there, back) = (packet(&a, &b, 100, 2), packet(&b, &a, 100, 3));
+        send(&mut a, now, there);
+        send(&mut b, now, back);
+        carry_flooded(&mut a, &mut b, now, &mut at_b);
+        carry_flooded(&mut b, &mut a, now, &mut at_a);
+    }
+    assert_eq!((at_a.arrived, at_b.arrived), (1_000, 1_000));
+    assert_eq!(drops(&b) - before, flood * 1_000, "each is counted, once");
+    // The costly part is bounded, whatever arrives; the rest is answered by a cookie, smaller than what asked.
+    let looked_at = b.tunnel.counters().initiations_received - looked_at;
+    assert!(looked_at <= 2_001, "{looked_at} curve operations");
+    assert_eq!(at_a.cookies + looked_at, flood * 1_000);
+    assert_eq!(at_b.cookies, 0);
+}
+
+#[test]
+fn time_that_stands_still_or_goes_back_ends_nothing() {
+    let (mut a, mut b) = pair(at(1_000));
+    for second in [1_000, 1_000, 1_100, 900, 0, 1_001] {
+        let (there, back) = (packet(&a, &b, 100, 1), packet(&b, &a, 120, 2));
+        send(&mut a, at(second), there.clone());
+        let (_, mut at_b) = settle(&mut a, &mut b, at(second));
+        send(&mut b, at(second), back.clone());
+        let (at_a, more) = settle(&mut a, &mut b, at(second));
+        at_b.extend(more);
+        assert_eq!((at_a, at_b), (vec![back], vec![there]), "{second} s");
+        a.tunnel.handle_timeout(at(second));
+        b.tunnel.handle_timeout(at(second));
+    }
+}
+
+#[test]
+fn no_index_is_seen_twice_in_a_day_of_traffic_and_no_packet_is_lost() {
+    let (mut a, mut b) = pair(at(0));
+    let mut seen = std::collections::BTreeMap::new();
+    let mut note = |node: &mut Node, peer: &mut Node, now: MonoTime| {
+        node.tunnel.flush(now);
+        let mut any = false;
+        while let Some(transmit) = node.tunnel.poll_transmit() {
+            any = true;
+            let mut bytes = transmit.bytes.to_vec();
+            if let (1 | 2, Some(index)) = (bytes[0], bytes[4..].first_chunk()) {
+                *seen.entry(u32::from_le_bytes(*index)).or_insert(0) += 1;
+            }
+            let (source, segment_len) = (node.address, transmit.segment_len);
+            let meta = UdpMeta { source, local: None, segment_len, ecn: Ecn::NotEct };
+            peer.tunnel.handle_udp_input(now, &meta, &mut bytes);
+        }
+        any
+    };
+    let mut arrived = (0, 0);
+    let mut sent = 0;
+    for second in (1..86_400u64).step_by(20) {
+        let now = at(second);
+        for number in 0..2 {
+            if number == 0 {
+                a.tunnel.handle_timeout(now);
+                b.tunnel.handle_timeout(now);
+            } else {
+                let (there, back) = (packet(&a, &b, 60, 1), packet(&b, &a, 60, 2));
+                send(&mut a, now, there);
+                send(&mut b, now, back);
+                sent += 1;
+            }
+            for _ in 0..TURNS_MAX {
+                let any = note(&mut a, &mut b, now) | note(&mut b, &mut a, now);
+                arrived.0 += received(&mut a).len();
+                arrived.1 += received(&mut b).len();
+                if !any {
+                    break;
+                }
+            }
+        }
+    }
+    assert_eq!(arrived, (sent, sent));
+    assert!(seen.len() > 1_200, "{} indexes in a day", seen.len());
+    // 32 bits and a thousand draws: by chance one in 4,000 days.
+    assert!(seen.values().all(|count| *count == 1), "an index came back");
 }

@@ -131,12 +131,14 @@ impl<E: Engine> Asker<E> {
     }
 
     fn answer(&mut self, now: MonoTime, datagram: &[u8]) -> Step {
-        let mut opened = [0; RECEIVE_BYTES];
+        let (mut input, mut opened) = ([0; RECEIVE_BYTES], [0; RECEIVE_BYTES]);
+        let Some(input) = input.get_mut(..datagram.len()) else { return Step::Wait };
+        input.copy_from_slice(datagram);
         let whole = 0..datagram.len();
         let mut used = 0;
         let mut results: Vec<Result<Range<usize>, EngineError>> = Vec::with_capacity(1);
         let burst = OpenBurst {
-            input: datagram,
+            input,
             datagrams: std::slice::from_ref(&whole),
             output: &mut opened,
             output_used: &mut used,

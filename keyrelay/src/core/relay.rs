@@ -262,14 +262,18 @@ impl<F: EngineFactory> Relay<F> {
         index: u32,
         datagram: &[u8],
     ) -> Result<(PublicKey, u64), Refused> {
+        let index = self.factory.local_index(index);
         let peer = *self.by_index.get(&(index >> 8)).ok_or(Refused::Datagram)?;
         let engine = self.members.get_mut(&peer).and_then(|member| member.engine.as_mut());
         let engine = engine.ok_or(Refused::Datagram)?;
+        let mut input = [0; RECEIVE_BYTES];
+        let input = input.get_mut(..datagram.len()).ok_or(Refused::Datagram)?;
+        input.copy_from_slice(datagram);
         let whole = 0..datagram.len();
         let mut used = 0;
         self.results.clear();
         let burst = OpenBurst {
-            input: datagram,
+            input,
             datagrams: std::slice::from_ref(&whole),
             output: self.opened.as_mut_slice(),
             output_used: &mut used,

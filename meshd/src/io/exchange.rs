@@ -137,10 +137,12 @@ impl Exchange {
         tunnel: &mut Tunnel<F>,
         now: MonoTime,
         meta: &UdpMeta,
-        input: &[u8],
+        input: &mut [u8],
     ) {
-        for run in self.share.runs(input, meta.segment_len) {
-            let bytes = input.get(run.range).unwrap_or_default();
+        let mut at = 0;
+        while let Some(run) = self.share.runs(input, meta.segment_len).from(at).next() {
+            at = run.range.end;
+            let bytes = input.get_mut(run.range).unwrap_or_default();
             if run.taker == self.share.index() {
                 tunnel.handle_udp_input(now, meta, bytes);
                 self.hand_admitted(tunnel);

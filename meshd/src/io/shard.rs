@@ -142,7 +142,7 @@ impl Shard {
     }
 
     fn serve(&mut self) {
-        let mut factory = BoringFactory::default();
+        let mut factory = BoringFactory::of_shards(self.config.share.of());
         factory.set_own_key(self.config.own, &self.own_key);
         // Each life draws other receiver indexes than the one before.
         let seed = self.seed.wrapping_add(self.counters.panics);
@@ -341,15 +341,19 @@ impl Shard {
 
     /// One receive call; what it brought goes to the TUN before anything else happens.
     fn drain_udp(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
-        if let Err(error) = self.udp.recv(&mut self.batch) {
-            tracing::debug!(%error, "receive");
-            self.counters.udp_errors += 1;
-            self.udp_paused_until = now + ERROR_PAUSE;
-            return;
-        }
+        let filled = match self.udp.recv(&mut self.batch) {
+            Ok(filled) => filled,
+            Err(error) => {
+                tracing::debug!(%error, "receive");
+                self.counters.udp_errors += 1;
+                self.udp_paused_until = now + ERROR_PAUSE;
+                return;
+            }
+        };
         let mut device = Device::There;
         let mut pending = 0;
-        for message in self.batch.iter() {
+        for slot in 0..filled {
+            let Some(message) = self.batch.get(slot) else { continue };
             // Merged over the whole call, as a super-packet may come in two messages; the tunnel has room
             // for so many bytes between two collections.
             if pending + message.bytes.len() > UDP_DRAIN_BUFFERS * RECV_BUFFER_BYTES {
@@ -363,9 +367,10 @@ impl Shard {
                 segment_len: message.segment_len,
                 ecn: Ecn::from_bits(message.ecn),
             };
+            let Some(bytes) = self.batch.bytes_mut(slot) else { continue };
             match &mut self.exchange {
-                Some(exchange) => exchange.receive(tunnel, now, &meta, message.bytes),
-                None => tunnel.handle_udp_input(now, &meta, message.bytes),
+                Some(exchange) => exchange.receive(tunnel, now, &meta, bytes),
+                None => tunnel.handle_udp_input(now, &meta, bytes),
             }
         }
         if device == Device::Gone {

@@ -115,7 +115,8 @@ pub struct SealBatch<'a> {
 /// in `output`, or why there is none. An empty range is a keepalive.
 #[derive(Debug)]
 pub struct OpenBurst<'a> {
-    pub input: &'a [u8],
+    /// What was received; an engine may write to it.
+    pub input: &'a mut [u8],
     pub datagrams: &'a [Range<usize>],
     /// Where plaintext goes; at least as long as the datagrams together.
     pub output: &'a mut [u8],
@@ -171,6 +172,12 @@ pub trait Engine: Send {
     /// Begins no handshake any more and gives none up: another engine does. What it has lives to its end.
     fn retire(&mut self);
 
+    /// Whether its receiver indexes will soon come back, by which somebody on the way could tell two sessions to be of one
+    /// peer: another engine is to take its place.
+    fn spent(&self) -> bool {
+        false
+    }
+
     fn status(&self, now: MonoTime) -> EngineStatus;
 }
 
@@ -185,7 +192,7 @@ pub struct EngineConfig<'a> {
     pub peer: PublicKey,
     pub preshared: Option<&'a PresharedKey>,
     pub keepalive: Option<Duration>,
-    /// High 24 bits of every receiver index of this engine; unique on this node.
+    /// High 24 bits of every receiver index of this engine (see [`EngineFactory::local_index`]); unique on this node.
     pub index: u32,
     /// Seed for jitter.
     pub seed: u64,
@@ -212,6 +219,12 @@ pub trait EngineFactory: Send {
     fn public_key(&self, id: OwnKeyId) -> Option<PublicKey>;
 
     fn create(&mut self, now: MonoTime, config: EngineConfig<'_>) -> Self::Engine;
+
+    /// What stands behind receiver index `wire` of a datagram: [`EngineConfig::index`] in the high 24 bits, the engine's
+    /// own number in the low ones. On the wire an engine may show it in another form.
+    fn local_index(&self, wire: u32) -> u32 {
+        wire
+    }
 
     /// Checks mac1, and mac2 against the current cookie of `source`, of a handshake message (type 1
     /// or 2) addressed to own key `id`. Cheap: no curve operation.

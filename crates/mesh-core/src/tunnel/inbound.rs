@@ -63,8 +63,9 @@ struct SourceCheck {
 }
 
 impl<F: EngineFactory> Tunnel<F> {
-    /// Takes one receive buffer: a datagram, or a GRO burst of them. What it holds may be anything.
-    pub fn handle_udp_input(&mut self, now: MonoTime, meta: &UdpMeta, input: &[u8]) {
+    /// Takes one receive buffer: a datagram, or a GRO burst of them. What it holds may be anything, and is not to be
+    /// used afterwards.
+    pub fn handle_udp_input(&mut self, now: MonoTime, meta: &UdpMeta, input: &mut [u8]) {
         self.now = now;
         self.counters.rx_bursts += 1;
         let step = if meta.segment_len == 0 { input.len() } else { meta.segment_len };
@@ -73,10 +74,9 @@ impl<F: EngineFactory> Tunnel<F> {
         while at < input.len() {
             let range = at..at.saturating_add(step).min(input.len());
             at = range.end;
-            let datagram = input.get(range.clone()).unwrap_or(&[]);
-            let message = Message::of(datagram);
+            let message = Message::of(input.get(range.clone()).unwrap_or_default());
             let index = match message {
-                Some(Message::Transport(index)) => Some(index >> 8),
+                Some(Message::Transport(index)) => Some(index),
                 _ => None,
             };
             if index != run || self.receive.datagrams.len() >= BURST_MAX {
@@ -85,7 +85,10 @@ impl<F: EngineFactory> Tunnel<F> {
             }
             match message {
                 Some(Message::Transport(_)) => self.receive.datagrams.push(range),
-                Some(message) => self.handle_handshake(now, meta, message, datagram),
+                Some(message) => {
+                    let datagram = input.get(range).unwrap_or_default();
+                    self.handle_handshake(now, meta, message, datagram);
+                }
                 None => self.counters.count_drop(DropReason::UdpMalformed),
             }
         }
@@ -114,13 +117,13 @@ impl<F: EngineFactory> Tunnel<F> {
     }
 
     /// Opens the transport messages gathered for one index and takes in what they carried.
-    fn open_run(&mut self, now: MonoTime, meta: &UdpMeta, input: &[u8], run: Option<u32>) {
-        let Some(index) = run else { return };
+    fn open_run(&mut self, now: MonoTime, meta: &UdpMeta, input: &mut [u8], run: Option<u32>) {
+        let Some(index) = run.map(|wire| self.factory.local_index(wire)) else { return };
         let count = self.receive.datagrams.len() as u64;
         let bytes: usize = self.receive.datagrams.iter().map(ExactSizeIterator::len).sum();
-        let slot = self.peers.slot_of_index(index << 8);
+        let slot = self.peers.slot_of_index(index);
         let peer = slot.and_then(|slot| Some((slot, self.peers.get_mut(slot)?)));
-        let found = peer.and_then(|(slot, peer)| Some((slot, peer.member(index)?)));
+        let found = peer.and_then(|(slot, peer)| Some((slot, peer.member(index >> 8)?)));
         let Some((slot, member)) = found else {
             self.receive.datagrams.clear();
             self.counters.count_drops(DropReason::UnknownIndex, count);
@@ -148,6 +151,9 @@ impl<F: EngineFactory> Tunnel<F> {
         if opened > 0 {
             self.heard(now, slot, meta);
             if confirmed {
+                if let Some(member) = self.peers.get_mut(slot).and_then(|p| p.member(index >> 8)) {
+                    member.met = true;
+                }
                 self.session_ready(now, slot);
             }
             self.release_staged(now, slot);
@@ -314,7 +320,12 @@ impl<F: EngineFactory> Tunnel<F> {
         let buffer = &mut self.buffer;
         let outcome = member.engine.handle_handshake(now, meta.source.ip(), datagram, buffer)?;
         member.unconfirmed |= outcome.authenticated;
+        // An engine knows no initiation from before it was made: the first may be a recorded one.
+        let fresh = member.met || peer.path.endpoint().is_none();
         peer.initiations.take(now, rate, rate);
+        if fresh && outcome.authenticated {
+            self.heard(now, slot, meta);
+        }
         self.finish_handshake(now, slot, meta, datagram.len(), outcome);
         Ok(())
     }
@@ -324,10 +335,11 @@ impl<F: EngineFactory> Tunnel<F> {
         &mut self,
         now: MonoTime,
         meta: &UdpMeta,
-        index: u32,
+        wire: u32,
         datagram: &[u8],
         response: bool,
     ) -> Result<(), DropReason> {
+        let index = self.factory.local_index(wire);
         let slot = self.peers.slot_of_index(index).ok_or(DropReason::UnknownIndex)?;
         let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownIndex)?;
         let member = peer.member(index >> 8).ok_or(DropReason::UnknownIndex)?;
@@ -353,6 +365,9 @@ impl<F: EngineFactory> Tunnel<F> {
         peer.rtt = peer.initiated_at.map(|sent| now.since(sent));
         // Not for an initiation: its source may be forged, but a response has read what we sent there.
         self.limiter.answered(now, meta.source.ip());
+        if outcome.authenticated {
+            self.heard(now, slot, meta);
+        }
         self.finish_handshake(now, slot, meta, datagram.len(), outcome);
         if outcome.session_ready {
             self.session_ready(now, slot);
@@ -368,9 +383,6 @@ impl<F: EngineFactory> Tunnel<F> {
         len: usize,
         outcome: HandshakeOutcome,
     ) {
-        if outcome.authenticated {
-            self.heard(now, slot, meta);
-        }
         self.counters.rx_bytes += len as u64;
         if let Some(peer) = self.peers.get_mut(slot) {
             peer.rx_bytes += len as u64;
@@ -428,6 +440,7 @@ impl<F: EngineFactory> Tunnel<F> {
         let key = peer.config.key;
         self.counters.sessions_established += 1;
         self.event(Event::SessionEstablished { key });
+        self.renew_spent(now, slot);
     }
 }
 

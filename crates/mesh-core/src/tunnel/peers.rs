@@ -42,13 +42,15 @@ pub struct Member<E> {
     pub retire_at: Option<MonoTime>,
     /// A session was answered and waits for the first packet under it.
     pub unconfirmed: bool,
+    /// One was confirmed. From then on an initiation it accepts is newer than one known not to be a replay.
+    pub met: bool,
     /// Sends nothing any more: it spoke for a key that is no longer ours.
     pub mute: bool,
 }
 
 impl<E: Engine> Member<E> {
     pub fn new(engine: E, index: u32, own: OwnKeyId) -> Self {
-        Self { engine, index, own, retire_at: None, unconfirmed: false, mute: false }
+        Self { engine, index, own, retire_at: None, unconfirmed: false, met: false, mute: false }
     }
 
     /// Whether it can seal a packet now.

@@ -231,6 +231,20 @@ impl<F: EngineFactory> Tunnel<F> {
         self.peers.reschedule(now, slot);
     }
 
+    /// Puts new engines beside those of the peer whose indexes are used up; a living session goes on meanwhile.
+    pub(super) fn renew_spent(&mut self, now: MonoTime, slot: u32) {
+        let Some(peer) = self.peers.get(slot) else { return };
+        let kept = peer.members.iter().filter(|member| member.retire_at.is_none());
+        let spent: Vec<_> = kept.filter(|member| member.engine.spent()).map(|m| m.own).collect();
+        let wanted = peer.sender(now).is_some() || !peer.staged.is_empty();
+        for own in &spent {
+            self.add_engine(now, slot, *own);
+        }
+        if wanted && !spent.is_empty() {
+            self.begin_anew(now, slot);
+        }
+    }
+
     /// Under the new keys as soon as may be: an old session lives at most 180 s more.
     fn begin_anew(&mut self, now: MonoTime, slot: u32) {
         if let Some(peer) = self.peers.get_mut(slot) {

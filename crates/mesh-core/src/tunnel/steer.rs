@@ -104,6 +104,12 @@ pub struct Runs<'a> {
 }
 
 impl Runs<'_> {
+    /// Those from `at` on, where a run ended.
+    #[must_use]
+    pub fn from(self, at: usize) -> Self {
+        Self { at, ..self }
+    }
+
     fn datagram(&self, at: usize) -> Option<Range<usize>> {
         (at < self.input.len()).then(|| at..at.saturating_add(self.step).min(self.input.len()))
     }

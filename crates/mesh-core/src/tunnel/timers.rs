@@ -162,12 +162,12 @@ impl<F: EngineFactory> Tunnel<F> {
                         self.send_datagram(Some(slot), to, len);
                     }
                 }
-                TimerOutcome::GaveUp => self.give_up(slot),
+                TimerOutcome::GaveUp => self.give_up(now, slot),
             }
         }
     }
 
-    fn give_up(&mut self, slot: u32) {
+    fn give_up(&mut self, now: MonoTime, slot: u32) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.gave_up = true;
         peer.path.gave_up();
@@ -175,6 +175,7 @@ impl<F: EngineFactory> Tunnel<F> {
         let dropped = peer.staged.clear(&mut self.staged);
         self.counters.count_drops(DropReason::StagedGaveUp, dropped);
         self.event(Event::HandshakeGaveUp { key });
+        self.renew_spent(now, slot);
     }
 
     /// Asks known candidates again while packets come from an address that is none of them. The

@@ -310,7 +310,7 @@ impl Network {
         let local: Option<IpAddr> = Some(to.ip());
         let meta =
             UdpMeta { source: from, local, segment_len: datagram.segment_len, ecn: datagram.ecn };
-        self.hosts[host].tunnel.handle_udp_input(self.now, &meta, &datagram.bytes);
+        self.hosts[host].tunnel.handle_udp_input(self.now, &meta, &mut datagram.bytes.clone());
         self.collect(host);
     }
 

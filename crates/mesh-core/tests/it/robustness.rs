@@ -49,7 +49,7 @@ proptest! {
             let meta = UdpMeta { source, local: None, segment_len, ecn: Ecn::Ce };
             let (now, before) = (net.now, drops(&net));
             let tunnel = &mut net.hosts[0].tunnel;
-            tunnel.handle_udp_input(now, &meta, &bytes);
+            tunnel.handle_udp_input(now, &meta, &mut bytes);
             prop_assert!(tunnel.poll_tun().is_none());
             prop_assert!(tunnel.poll_transmit().is_none(), "a stranger was answered");
             let datagrams = match segment_len {
@@ -143,7 +143,7 @@ impl Insider {
 
     fn give(&self, net: &mut Network, bytes: &[u8], segment_len: usize) {
         let meta = UdpMeta { source: self.source, local: None, segment_len, ecn: Ecn::Ect0 };
-        net.hosts[0].tunnel.handle_udp_input(net.now, &meta, bytes);
+        net.hosts[0].tunnel.handle_udp_input(net.now, &meta, &mut bytes.to_vec());
     }
 
     /// Seals any contents, equally long, as one GRO burst.

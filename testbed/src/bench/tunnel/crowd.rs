@@ -160,7 +160,7 @@ fn serve(one: &mut Answering, now: mesh_types::time::MonoTime) -> Result<()> {
     let mut buffer = [0; 2048];
     while let Ok((length, source)) = one.socket.recv_from(&mut buffer) {
         let meta = UdpMeta { source, local: None, segment_len: 0, ecn: Ecn::from_bits(0) };
-        one.tunnel.handle_udp_input(now, &meta, &buffer[..length]);
+        one.tunnel.handle_udp_input(now, &meta, &mut buffer[..length]);
         while one.tunnel.poll_tun().is_some() {}
     }
     one.tunnel.handle_timeout(now);

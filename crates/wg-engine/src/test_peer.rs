@@ -1,0 +1,113 @@
+//! A peer written from the whitepaper's section 5.4 alone, sharing nothing with `Tunn`: it shows what is on the wire
+//! and does what an honest peer never would.
+
+use blake2::{Blake2s256, Digest};
+use boringtun::x25519::{PublicKey as Point, StaticSecret};
+use chacha20poly1305::{AeadInPlace, ChaCha20Poly1305, KeyInit, Nonce};
+
+use super::*;
+
+type Bytes = [u8; 32];
+
+fn hash(parts: &[&[u8]]) -> Bytes {
+    parts.iter().fold(Blake2s256::new(), |hash, part| hash.chain_update(part)).finalize().into()
+}
+
+/// RFC 2104 over BLAKE2s, whose block has 64 bytes.
+fn hmac(key: &Bytes, parts: &[&[u8]]) -> Bytes {
+    let (mut inner, mut outer) = ([0x36; 64], [0x5c; 64]);
+    for (at, byte) in key.iter().enumerate() {
+        inner[at] ^= byte;
+        outer[at] ^= byte;
+    }
+    hash(&[&outer, &hash(&[&[&inner[..]], parts].concat())])
+}
+
+fn kdf(chain: &Bytes, input: &[u8]) -> [Bytes; 3] {
+    let secret = hmac(chain, &[input]);
+    let first = hmac(&secret, &[&[1]]);
+    let second = hmac(&secret, &[&first, &[2]]);
+    [first, second, hmac(&secret, &[&second, &[3]])]
+}
+
+fn aead(key: &Bytes, counter: u64, plain: &[u8], aad: &[u8]) -> Vec<u8> {
+    let mut sealed = plain.to_vec();
+    let nonce = [[0; 4].as_slice(), &counter.to_le_bytes()].concat();
+    let cipher = ChaCha20Poly1305::new(key.into());
+    let tag = cipher.encrypt_in_place_detached(Nonce::from_slice(&nonce), aad, &mut sealed);
+    sealed.extend_from_slice(&tag.expect("short"));
+    sealed
+}
+
+/// A handshake that waits for its response.
+pub(super) struct Begun {
+    private: StaticSecret,
+    ephemeral: StaticSecret,
+    chain: Bytes,
+    hash: Bytes,
+}
+
+/// What the initiator has of a session.
+pub(super) struct Keys {
+    send: Bytes,
+    their_index: u32,
+}
+
+impl Begun {
+    /// An initiation from `own` to `them` that says `stamp`, with `point` in place of an ephemeral key, if given: it is
+    /// of low order, so that what is agreed with it is zero.
+    pub(super) fn new(
+        own: &PrivateKey,
+        them: &PublicKey,
+        stamp: u64,
+        point: Option<Bytes>,
+    ) -> (Self, Vec<u8>) {
+        let private = StaticSecret::from(*own.expose());
+        let ephemeral = StaticSecret::from(rand::random::<Bytes>());
+        let theirs = Point::from(*them.as_bytes());
+        let shown = point.unwrap_or(Point::from(&ephemeral).to_bytes());
+        let agreed = match point {
+            Some(_) => [0; 32],
+            None => ephemeral.diffie_hellman(&theirs).to_bytes(),
+        };
+        let chain = hash(&[b"Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s"]);
+        let transcript = hash(&[&chain, b"WireGuard v1 zx2c4 Jason@zx2c4.com"]);
+        let transcript = hash(&[&hash(&[&transcript, them.as_bytes()]), &shown]);
+        let [chain, ..] = kdf(&chain, &shown);
+        let [chain, key, _] = kdf(&chain, &agreed);
+        let name = aead(&key, 0, Point::from(&private).as_bytes(), &transcript);
+        let transcript = hash(&[&transcript, &name]);
+        let [chain, key, _] = kdf(&chain, private.diffie_hellman(&theirs).as_bytes());
+        let stamp = [&stamp.to_be_bytes()[..], &[0; 4]].concat();
+        let time = aead(&key, 0, &stamp, &transcript);
+        let transcript = hash(&[&transcript, &time]);
+        let kind = [1, 0, 0, 0];
+        let index = rand::random::<[u8; 4]>();
+        let mut message = [&kind[..], &index, &shown, &name, &time, &[0; 32]].concat();
+        MacKeys::of(them).sign(&mut message).expect("long enough");
+        (Self { private, ephemeral, chain, hash: transcript }, message)
+    }
+
+    /// The session that `response` makes.
+    pub(super) fn answered(&self, response: &[u8]) -> Keys {
+        let theirs: Bytes = response[12..44].try_into().expect("an ephemeral key");
+        let agreed = |secret: &StaticSecret| secret.diffie_hellman(&Point::from(theirs)).to_bytes();
+        let transcript = hash(&[&self.hash, &theirs]);
+        let [chain, ..] = kdf(&self.chain, &theirs);
+        let [chain, ..] = kdf(&chain, &agreed(&self.ephemeral));
+        let [chain, ..] = kdf(&chain, &agreed(&self.private));
+        let [chain, mixed, key] = kdf(&chain, &[0; 32]);
+        let transcript = hash(&[&transcript, &mixed]);
+        assert_eq!(aead(&key, 0, &[], &transcript), response[44..60], "the response verifies");
+        let [send, ..] = kdf(&chain, &[]);
+        Keys { send, their_index: read_u32(response, 4).expect("an index") }
+    }
+}
+
+impl Keys {
+    /// Any content under any counter.
+    pub(super) fn seal(&self, counter: u64, content: &[u8]) -> Vec<u8> {
+        let head = [4u32.to_le_bytes(), self.their_index.to_le_bytes()].concat();
+        [&head, &counter.to_le_bytes()[..], &aead(&self.send, counter, content, &[])].concat()
+    }
+}
