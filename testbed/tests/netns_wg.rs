@@ -489,6 +489,34 @@ fn twenty_nine_empty_peers_and_keys_of_low_order_say_nothing() {
 }
 
 #[test]
+fn an_endpoint_inside_the_tunnel_makes_no_loop() {
+    if !common::root() {
+        return;
+    }
+    let bench = Bench::tunnel("wg-loop", [Program::Meshd; 2], "10.9.0.2");
+    let [a, b] = &bench.nodes;
+    a.ping(b).expect("a session");
+    let other = public_key(&generate_private_key());
+    a.set(&format!("peer {other} endpoint 10.9.0.2:7999 allowed-ips 10.244.9.0/24"));
+    // Led into its own prefix, and into another peer's.
+    for endpoint in ["10.244.2.99:7002", "10.244.9.1:7002"] {
+        let sent = || {
+            let text = a.done("wg show wg0 transfer");
+            let sent = text.lines().filter_map(|line| line.split_whitespace().nth(2));
+            sent.map(|bytes| bytes.parse::<u64>().expect("a number")).sum::<u64>()
+        };
+        let before = sent();
+        a.set(&format!("peer {} endpoint {endpoint}", b.name()));
+        // The kernel's netns.sh sends as many and allows as much.
+        let _ = a.run(&format!("ping -n -q -c 100 -i 0.005 -W 1 {}", b.address()));
+        let spent = sent() - before;
+        assert!(spent < 70_000, "{spent} bytes to {endpoint}");
+    }
+    a.set(&format!("peer {} endpoint 10.9.0.2:7002", b.name()));
+    a.ping(b).expect("it goes on where it stood");
+}
+
+#[test]
 fn lines_that_make_no_sense_change_nothing_and_cost_nothing() {
     if !common::root() {
         return;

@@ -147,6 +147,7 @@ impl Shard {
         // Each life draws other receiver indexes than the one before.
         let seed = self.seed.wrapping_add(self.counters.panics);
         let mut tunnel = Tunnel::new(self.config.clone(), factory, seed);
+        tunnel.set_port(self.udp.local_port());
         let features = self.tun.as_ref().map(Tun::features).unwrap_or_default();
         tunnel.set_coalesce(possible(self.config.coalesce, features));
         tunnel.remember(self.remembered.iter().map(|(key, endpoint)| (*key, *endpoint)));
@@ -263,6 +264,7 @@ impl Shard {
             // What was written for the old one leaves by it.
             self.transmit(tunnel, now);
             self.udp = udp;
+            tunnel.set_port(self.udp.local_port());
             self.udp_paused_until = MonoTime::ZERO;
         }
         if let Some(key) = letters.own_key {

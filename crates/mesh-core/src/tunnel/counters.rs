@@ -35,6 +35,8 @@ drops! {
     NoPeer => "no_peer",
     /// Its source belongs to another node.
     LocalSourceForeign => "local_source_foreign",
+    /// A datagram of ours that a route led back into the device.
+    OwnDatagram => "own_datagram",
     /// Larger than the path to the peer carries.
     PacketTooBig => "packet_too_big",
     /// No session, and the peer has neither endpoint nor candidate.

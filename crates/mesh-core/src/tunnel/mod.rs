@@ -90,6 +90,8 @@ pub struct Tunnel<F: EngineFactory> {
     to_initiate: VecDeque<u32>,
     /// Where peers that are yet to be set were last heard; see [`Tunnel::remember`].
     remembered: BTreeMap<PublicKey, SocketAddr>,
+    /// Port our datagrams leave from; 0: not known.
+    port: u16,
     initiate_next: MonoTime,
     /// Whether they begin although one is unanswered.
     initiate_forced: bool,
@@ -122,6 +124,7 @@ impl<F: EngineFactory> Tunnel<F> {
             events: VecDeque::new(),
             to_initiate: VecDeque::new(),
             remembered: BTreeMap::new(),
+            port: 0,
             initiate_next: MonoTime::ZERO,
             initiate_forced: false,
             forgotten_at: None,
@@ -156,6 +159,12 @@ impl<F: EngineFactory> Tunnel<F> {
     /// Bytes of packets waiting for sessions.
     pub fn staged_bytes(&self) -> usize {
         self.staged.bytes()
+    }
+
+    /// What is sent leaves from this port. A [`Setting::Device`] refuses to carry its own datagrams, which a route may
+    /// lead back to it; in a mesh, marks and rules keep them out.
+    pub fn set_port(&mut self, port: u16) {
+        self.port = port;
     }
 
     /// The socket cannot send several datagrams at once (any more): 1, or can: up to 64.

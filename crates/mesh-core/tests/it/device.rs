@@ -184,3 +184,32 @@ fn a_packet_longer_than_the_mtu_last_heard_of_is_carried_without_padding() {
     let longest = net.log.iter().map(|sent| sent.bytes.len()).max();
     assert_eq!(longest, Some(32 + 20 + 1_401));
 }
+
+#[test]
+fn a_device_does_not_carry_its_own_datagrams() {
+    let mut network = devices(11, 2);
+    point(&mut network, 0, 1);
+    network.send(0, 1, "a");
+    network.run_ms(100);
+    // An operator, or a peer that roams, leads the outer packets into the device.
+    let (key, now) = (network.hosts[1].key, network.now);
+    let inside = "10.1.0.9:7777".parse().expect("an endpoint");
+    let tunnel = &mut network.hosts[0].tunnel;
+    tunnel.set_port(5_555);
+    tunnel.set_endpoint(now, &key, inside);
+    let outer = |from: u16, to: u16| {
+        let ports = [from.to_be_bytes(), to.to_be_bytes(), [0, 16], [0, 0]].concat();
+        let mut packet = ipv4([10, 0, 0, 1], [10, 1, 0, 9], 0, &[&ports[..], &[4; 8]].concat());
+        packet[9] = 17;
+        packet
+    };
+    let sent = network.log.len();
+    network.send_inner(0, &outer(5_555, 7_777));
+    assert_eq!(network.dropped(0, DropReason::OwnDatagram), 1);
+    assert_eq!(network.log.len(), sent, "not a byte leaves");
+    for (from, to) in [(5_556, 7_777), (5_555, 7_778)] {
+        network.send_inner(0, &outer(from, to));
+    }
+    assert_eq!(network.dropped(0, DropReason::OwnDatagram), 1, "others' datagrams are packets");
+    assert_eq!(network.log.len(), sent + 2);
+}
