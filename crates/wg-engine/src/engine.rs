@@ -56,6 +56,8 @@ pub struct BoringEngine {
     ring: Ring,
     timers: Timers,
     indexes: IndexCipher,
+    /// The index received last, and what stands behind it: nearly always that of the next datagram, too.
+    index_last: Option<(u32, u32)>,
     macs: PeerMacs,
     /// Keys of the macs of messages to us.
     own_macs: MacKeys,
@@ -84,6 +86,7 @@ impl BoringEngine {
             ring: Ring::default(),
             timers: Timers::new(now, config.keepalive, config.seed),
             indexes,
+            index_last: None,
             macs: PeerMacs::new(&config.peer),
             own_macs,
             pending: None,
@@ -244,6 +247,17 @@ impl BoringEngine {
         Ok(())
     }
 
+    fn local_of(&mut self, wire: u32) -> u32 {
+        if let Some((last, local)) = self.index_last
+            && last == wire
+        {
+            return local;
+        }
+        let local = self.indexes.to_local(wire);
+        self.index_last = Some((wire, local));
+        local
+    }
+
     fn open_one(
         &mut self,
         now: MonoTime,
@@ -260,7 +274,7 @@ impl BoringEngine {
         if read_u64(datagram, 8).ok_or(EngineError::Malformed)? >= COUNTER_LIMIT {
             return Err(EngineError::CounterLimit);
         }
-        let local = self.indexes.to_local(wire);
+        let local = self.local_of(wire);
         let session = self.ring.receiver(now, local)?;
         let room = output.get_mut(*used..).unwrap_or_default();
         if room.len() < datagram.len() - TRANSPORT_HEADER_BYTES {
