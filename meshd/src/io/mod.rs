@@ -233,7 +233,10 @@ impl Drop for DataPlane {
 /// Shards where nobody asked for a number: one on up to two cores, since the rest of a node wants to run, too; then half
 /// of them, and four at most, which seal more than most network cards carry.
 pub fn default_shards() -> usize {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    shards_for(std::thread::available_parallelism().map_or(1, std::num::NonZero::get))
+}
+
+fn shards_for(cores: usize) -> usize {
     (cores / 2).clamp(1, DEFAULT_SHARDS_MAX)
 }
 
@@ -336,5 +339,16 @@ impl Snapshots {
     /// As [`DataPlane::snapshot`].
     pub fn take(&self) -> anyhow::Result<DataSnapshot> {
         self.shards.snapshot()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_of_the_cores_carry_packets_and_never_more_than_four() {
+        let wanted = [(1, 1), (2, 1), (3, 1), (4, 2), (6, 3), (8, 4), (128, 4)];
+        assert_eq!(wanted.map(|(cores, _)| (cores, shards_for(cores))), wanted);
     }
 }

@@ -30,7 +30,7 @@ use wg_engine::BoringFactory;
 use super::busy_poll::BusyPoll;
 use super::exchange::Exchange;
 use super::frame::{Device, FrameWriter, PACKET_BYTES_MAX};
-use super::snapshot::{DataSnapshot, ShardCounters};
+use super::snapshot::{DataSnapshot, Past, ShardCounters};
 use super::{DataEvent, DataPlaneOptions, Mailbox, OnEvent};
 
 /// First pause after a panic, doubled for each that follows within [`CALM`] up to [`RESTART_PAUSE_MAX`]:
@@ -69,6 +69,7 @@ pub(super) struct Shard {
     udp_paused_until: MonoTime,
     batch: RecvBatch,
     counters: ShardCounters,
+    past: Past,
     /// Rings to the other shards, if there are any.
     exchange: Option<Exchange>,
     /// Whose packets come first in the next turn.
@@ -115,6 +116,7 @@ impl Shard {
             udp_paused_until: MonoTime::ZERO,
             batch: RecvBatch::new(messages),
             counters: ShardCounters::default(),
+            past: Past::default(),
             exchange,
             handed_next: 0,
             busy_poll: BusyPoll::new(busy_poll),
@@ -155,6 +157,7 @@ impl Shard {
             self.apply_peers(&mut tunnel, clock::now());
         }
         if self.counters.panics > 0 {
+            self.past.tunnel_ended();
             // Peers still send on sessions that are gone, and would notice after 15 s only.
             tunnel.initiate_all(clock::now());
             (self.on_event)(DataEvent::Restarted);
@@ -263,6 +266,7 @@ impl Shard {
         if let Some(udp) = letters.udp {
             // What was written for the old one leaves by it.
             self.transmit(tunnel, now);
+            self.past.udp.add(self.udp.counters());
             self.udp = udp;
             tunnel.set_port(self.udp.local_port());
             self.udp_paused_until = MonoTime::ZERO;
@@ -325,17 +329,19 @@ impl Shard {
         }
     }
 
-    fn snapshot(&self, tunnel: &BoringTunnel, now: MonoTime) -> DataSnapshot {
+    fn snapshot(&mut self, tunnel: &BoringTunnel, now: MonoTime) -> DataSnapshot {
         let mut peers = Vec::new();
         tunnel.snapshot(now, &mut peers);
+        let mut udp = self.past.udp;
+        udp.add(self.udp.counters());
         DataSnapshot {
             now,
             peers,
-            tunnel: tunnel.counters().clone(),
+            tunnel: self.past.with(tunnel.counters()),
             shard: self.counters,
             handover: self.exchange.as_ref().map(|it| it.counters).unwrap_or_default(),
             tun: self.writer.counters,
-            udp: *self.udp.counters(),
+            udp,
             tun_features: self.tun.as_ref().map(Tun::features),
             udp_features: self.udp.features(),
         }

@@ -23,13 +23,38 @@ pub struct ShardCounters {
     pub tun_malformed: u64,
 }
 
+/// What tunnels and sockets counted that are no more, so that all figures only grow: of a sum over shards nobody could
+/// tell that one began anew.
+#[derive(Debug, Default)]
+pub(super) struct Past {
+    pub(super) udp: UdpCounters,
+    tunnel: Counters,
+    /// Of the tunnel in use, as told last.
+    told: Counters,
+}
+
+impl Past {
+    /// Everything, with what the tunnel in use has counted.
+    pub(super) fn with(&mut self, counters: &Counters) -> Counters {
+        self.told.clone_from(counters);
+        let mut all = self.tunnel.clone();
+        all.add(counters);
+        all
+    }
+
+    /// The tunnel was lost in a panic.
+    pub(super) fn tunnel_ended(&mut self) {
+        self.tunnel.add(&std::mem::take(&mut self.told));
+    }
+}
+
 /// Peers and counters at one moment.
 #[derive(Debug, Clone)]
 pub struct DataSnapshot {
     /// When it was taken, on the clock of [`PeerSnapshot::last_handshake`].
     pub now: MonoTime,
     pub peers: Vec<PeerSnapshot>,
-    /// Begins at zero again when the shard restarted.
+    /// What was not told before a shard panicked is lost with it.
     pub tunnel: Counters,
     pub shard: ShardCounters,
     /// All zero with one shard.

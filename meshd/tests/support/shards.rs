@@ -127,9 +127,11 @@ fn another_port_is_served_by_all_shards_and_no_session_notices() {
     let [a, b] = pair_of([3, 3], sockets, &tun_options());
     udp_echo(&a, &b, false, 100);
     for _ in 0..3 {
+        let before = b.snapshot().udp.rx_bytes;
         let others = run_in(&b.netns, || sockets(3)).expect("sockets");
         let port = others[0].local_port();
         b.data().replace_udp(others);
+        assert!(b.snapshot().udp.rx_bytes >= before, "counted on");
         // Whoever is moved says so with what he sends.
         udp_echo(&b, &a, false, 100);
         tcp_both_ways(&a, &b, true, 1 << 20);
@@ -151,13 +153,16 @@ fn a_shard_that_panics_costs_its_own_sessions_and_the_rings_go_on() {
         return;
     }
     let [a, b] = pair_of([2, 3], sockets, &tun_options());
+    udp_echo(&a, &b, false, 100);
     for panics in 1..=3 {
+        let before = b.snapshot().tunnel;
         b.panic_next.store(true, Ordering::SeqCst);
         // The session this brings about is the event that panics; packets may be lost with it.
         a.data().greeter().initiate_forgotten();
         b.wait_for(&DataEvent::Restarted);
         let after = b.snapshot();
         assert_eq!((after.shard.panics, after.peers.len()), (panics, 1), "the peer set survives");
+        assert!(after.tunnel.rx_packets >= before.rx_packets, "what was told stays told");
         tcp_both_ways(&a, &b, false, 1 << 20);
         udp_echo(&b, &a, true, 8192);
     }
