@@ -162,9 +162,10 @@ pub struct WgArgs {
     #[arg(long, hide = true)]
     pub disable_drop_privileges: bool,
     #[arg(long, hide = true)]
-    pub disable_multi_queue: bool,
-    #[arg(long, hide = true)]
     pub disable_connected_udp: bool,
+    /// As boringtun-cli calls `--shards 1`.
+    #[arg(long, hide = true)]
+    pub disable_multi_queue: bool,
     /// Name of the device.
     #[arg(value_name = "INTERFACE")]
     pub interface: String,

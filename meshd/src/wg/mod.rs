@@ -88,9 +88,13 @@ pub fn run(args: &WgArgs) -> anyhow::Result<()> {
     served
 }
 
+fn wanted_shards(args: &WgArgs) -> usize {
+    if args.disable_multi_queue { 1 } else { config::shards(args.shards) }
+}
+
 /// As many as shards are wanted; a device that somebody else made with a single queue has no more.
 fn queues(args: &WgArgs, tun: &Tun) -> usize {
-    let wanted = config::shards(args.shards);
+    let wanted = wanted_shards(args);
     if wanted <= 1 || tun.is_multi_queue() {
         return wanted;
     }
