@@ -158,7 +158,15 @@ pub struct WgArgs {
     /// writes its log only where this is set.
     #[arg(long, env = "LOG_LEVEL")]
     pub log_level: Option<String>,
-    /// Options of boringtun-cli that say what is so anyway.
+    /// The same in the words of boringtun-cli.
+    #[arg(short, long, env = "WG_LOG_LEVEL", hide = true)]
+    pub verbosity: Option<String>,
+    /// Where a daemon writes its log.
+    #[arg(short = 'l', long, env = "WG_LOG_FILE")]
+    pub log_file: Option<PathBuf>,
+    /// Options of boringtun-cli that say what is so anyway, or what we decide ourselves.
+    #[arg(short, long, hide = true)]
+    pub threads: Option<u16>,
     #[arg(long, hide = true)]
     pub disable_drop_privileges: bool,
     #[arg(long, hide = true)]
@@ -174,7 +182,8 @@ pub struct WgArgs {
 impl WgArgs {
     /// The words of wireguard-go as a filter; those it does not know mean errors to it.
     pub fn filter(&self) -> Option<&'static str> {
-        self.log_level.as_deref().filter(|level| !level.is_empty()).map(|level| match level {
+        let told = self.log_level.as_deref().or(self.verbosity.as_deref());
+        told.filter(|level| !level.is_empty()).map(|level| match level {
             "verbose" | "debug" | "trace" => "debug",
             "info" => "info",
             "silent" | "off" => "off",
@@ -521,6 +530,24 @@ mod tests {
                 Ok(Command::Wg(wg)) => assert!(wg.foreground && wg.interface == "wg7"),
                 other => panic!("{name}: {other:?}"),
             }
+        }
+        let like_boringtun = [
+            "boringtun-cli",
+            "wg7",
+            "-t",
+            "4",
+            "-v",
+            "debug",
+            "-l",
+            "/tmp/it.log",
+            "--disable-drop-privileges",
+        ];
+        match parsed(&like_boringtun) {
+            Ok(Command::Wg(wg)) => {
+                assert_eq!(wg.filter(), Some("debug"));
+                assert_eq!(wg.log_file, Some(PathBuf::from("/tmp/it.log")));
+            }
+            other => panic!("{other:?}"),
         }
         assert!(matches!(parsed(&["./meshd", "wg", "wg7"]), Ok(Command::Wg(_))));
         assert!(matches!(parsed(&["/opt/meshd-wg/meshd", "status"]), Ok(Command::Status(_))));

@@ -185,8 +185,9 @@ pub const UAPI_LINE_BYTES_MAX: usize = 1024;
 /// Lines of one request: every peer with everything that can be said of it, and all allowed prefixes.
 pub const UAPI_LINES_MAX: usize = 8 * NODES_MAX + ALLOWED_IPS_MAX + 16;
 
-/// Connections to a configuration socket at one time: root's own tools, which ask and leave.
-pub const UAPI_CONNECTIONS_MAX: usize = 16;
+/// Connections to a configuration socket at one time: root's own tools, which ask and leave. Each takes a file
+/// descriptor, of which a process has 1,024 unless told otherwise.
+pub const UAPI_CONNECTIONS_MAX: usize = 256;
 
 /// Threads the data plane may be spread over. Every two have rings between them, so memory and looks into them grow with
 /// the square; sealing saturates a 100 Gbit/s port before this.

@@ -66,6 +66,8 @@ pub struct Change {
     pub identities: bool,
     /// Another private key, or none any more.
     pub own_key: bool,
+    /// A private key where there was none.
+    pub first_key: bool,
     /// Peers that were removed and made again: to be removed first.
     pub made_anew: Vec<PublicKey>,
     /// Endpoints that were named.
@@ -231,6 +233,7 @@ impl Device {
                 .any(|line| !matches!(line, Line::ListenPort(_) | Line::Fwmark(_))),
             own_key: self.private_key.as_ref().map(PrivateKey::expose)
                 != new.private_key.as_ref().map(PrivateKey::expose),
+            first_key: self.private_key.is_none() && new.private_key.is_some(),
             ..Change::default()
         };
         for (key, peer) in &new.peers {

@@ -1,6 +1,6 @@
 //! One line of a `set`: `key=value`, read strictly.
 
-use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::str::FromStr;
 
 use ipnet::IpNet;
@@ -156,7 +156,12 @@ fn endpoint(value: &str, zone: &dyn Fn(&str) -> Option<u32>) -> Option<SocketAdd
     Some(SocketAddr::V6(SocketAddrV6::new(address, port, 0, zone(name)?)))
 }
 
-/// A prefix with its length said; bits behind it are ignored.
+/// A prefix with its length said, without a zero in front; bits behind it are ignored.
 fn prefix(value: &str) -> Result<IpNet, Refusal> {
-    value.parse::<IpNet>().map(|net| net.trunc()).map_err(|_| Refusal::Invalid)
+    let (address, len) = value.split_once('/').ok_or(Refusal::Invalid)?;
+    if len.len() > 1 && len.starts_with('0') {
+        return Err(Refusal::Invalid);
+    }
+    let address: IpAddr = address.parse().map_err(|_| Refusal::Invalid)?;
+    IpNet::new(address, number(len)?).map(|net| net.trunc()).map_err(|_| Refusal::Invalid)
 }

@@ -1,5 +1,6 @@
 //! The socket: who may ask, one request after the other, and everything bounded.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -10,7 +11,8 @@ use anyhow::{Context, ensure};
 use mesh_types::limits::{UAPI_CONNECTIONS_MAX, UAPI_LINE_BYTES_MAX, UAPI_LINES_MAX};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::sync::Mutex;
+use tokio::task::AbortHandle;
 use zeroize::Zeroizing;
 
 use super::Refusal;
@@ -18,6 +20,9 @@ use super::line::{self, Line};
 
 /// A client that says nothing for so long is let go.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long a program that starts may take to answer; it takes milliseconds.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Pause after a failed accept (no file descriptors left), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
@@ -71,19 +76,28 @@ pub fn listen(dir: &Path, interface: &str) -> anyhow::Result<std::os::unix::net:
     Ok(listener)
 }
 
-/// Serves until dropped.
+/// Waits until whoever serves `socket` answers; an error when it goes away, or says nothing for [`ANSWER_TIMEOUT`].
+pub fn wait_for_answer(socket: &Path) -> io::Result<()> {
+    use std::io::{Read as _, Write as _};
+    let mut stream = std::os::unix::net::UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+    stream.write_all(b"get=1\n\n")?;
+    // A key may be among it where somebody was faster than this question.
+    let mut byte = Zeroizing::new([0]);
+    stream.read_exact(&mut *byte)
+}
+
+/// Serves until dropped. Whoever asks is heard: where too many have come, the one who came first has to go.
 pub async fn serve(listener: UnixListener, handler: Arc<dyn Handler>) {
-    let permits = Arc::new(Semaphore::new(UAPI_CONNECTIONS_MAX));
+    let service = Service { handler, turn: Arc::default() };
+    let mut conversations = VecDeque::new();
     loop {
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
         match listener.accept().await {
             // The mode of the socket says the same; between binding and setting it, it does not.
             Ok((stream, _)) if is_trusted(&stream) => {
-                let handler = Arc::clone(&handler);
-                tokio::spawn(async move {
-                    let _permit = permit;
-                    converse(stream, &handler).await;
-                });
+                make_room(&mut conversations);
+                let conversation = tokio::spawn(converse(stream, service.clone()));
+                conversations.push_back(conversation.abort_handle());
             }
             Ok(_) => tracing::warn!("turned away from the configuration socket: only root may ask"),
             Err(error) => {
@@ -94,25 +108,43 @@ pub async fn serve(listener: UnixListener, handler: Arc<dyn Handler>) {
     }
 }
 
+/// Who answers, one request at a time over all connections.
+#[derive(Clone)]
+struct Service {
+    handler: Arc<dyn Handler>,
+    turn: Arc<Mutex<()>>,
+}
+
+fn make_room(conversations: &mut VecDeque<AbortHandle>) {
+    conversations.retain(|conversation| !conversation.is_finished());
+    if conversations.len() >= UAPI_CONNECTIONS_MAX
+        && let Some(oldest) = conversations.pop_front()
+    {
+        tracing::warn!("too many connections to the configuration socket: the oldest is closed");
+        oldest.abort();
+    }
+}
+
 fn is_trusted(stream: &UnixStream) -> bool {
     let own = rustix::process::geteuid().as_raw();
     stream.peer_cred().is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own)
 }
 
-async fn converse(mut stream: UnixStream, handler: &Arc<dyn Handler>) {
+async fn converse(mut stream: UnixStream, service: Service) {
     let (reader, mut writer) = stream.split();
     let mut reader = BufReader::new(reader);
     loop {
-        let asked = tokio::time::timeout(IDLE_TIMEOUT, request(&mut reader, handler.is_writable()));
+        let asked =
+            tokio::time::timeout(IDLE_TIMEOUT, request(&mut reader, service.handler.is_writable()));
         let Ok(Ok(asked)) = asked.await else { return };
         let ends = matches!(asked, Request::End | Request::Nonsense);
         let answered = match asked {
             Request::End => return,
             Request::Nonsense => Err(Refusal::Protocol),
             Request::Refused(refusal) => Err(refusal),
-            Request::Get => off_reactor(handler, |handler| handler.get()).await,
+            Request::Get => off_reactor(&service, |handler| handler.get()).await,
             Request::Set(lines) => {
-                let set = off_reactor(handler, |handler| handler.set(lines)).await;
+                let set = off_reactor(&service, |handler| handler.set(lines)).await;
                 set.map(|()| Zeroizing::new(String::new()))
             }
         };
@@ -127,10 +159,11 @@ async fn converse(mut stream: UnixStream, handler: &Arc<dyn Handler>) {
 }
 
 async fn off_reactor<T: Send + 'static>(
-    handler: &Arc<dyn Handler>,
+    service: &Service,
     work: impl FnOnce(&dyn Handler) -> Result<T, Refusal> + Send + 'static,
 ) -> Result<T, Refusal> {
-    let handler = Arc::clone(handler);
+    let handler = Arc::clone(&service.handler);
+    let _turn = service.turn.lock().await;
     let done = tokio::task::spawn_blocking(move || work(&*handler));
     done.await.unwrap_or(Err(Refusal::Unknown))
 }

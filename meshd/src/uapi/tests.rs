@@ -125,6 +125,8 @@ fn every_wrong_line_has_the_number_of_the_reference() {
         "persistent_keepalive_interval=off",
         "allowed_ip=10.0.0.1",
         "allowed_ip=10.0.0.0/33",
+        "allowed_ip=10.0.0.0/08",
+        "allowed_ip=010.0.0.0/8",
         "allowed_ip=--10.0.0.0/8",
         "protocol_version=2",
         odd.as_str(),
@@ -162,6 +164,8 @@ fn an_allowed_ip_moves_to_who_was_given_it_last_and_goes_only_from_its_owner() {
     assert_eq!(shown(&same), shown(&device), "it is not a's");
     let less = set(&device, &format!("public_key={b}\nallowed_ip=-10.0.0.0/8\n")).expect("good");
     assert!(!shown(&less).contains("10.0.0.0/8"));
+    let bits = set(&device, &format!("public_key={b}\nallowed_ip=-10.9.9.9/8\n")).expect("good");
+    assert_eq!(shown(&bits), shown(&less), "bits behind the prefix say nothing");
     let none = set(&device, &format!("public_key={a}\nreplace_allowed_ips=true\n")).expect("good");
     assert!(!shown(&none).contains("10.1.0.0/16") && shown(&none).contains("10.0.0.0/8"));
 }
@@ -211,6 +215,9 @@ fn a_change_names_what_is_new_and_nothing_else() {
     let change = before.change_to(&after, &asked);
     assert!(change.fwmark && change.identities && !change.port && !change.own_key);
     assert_eq!(change.made_anew, []);
+    let keyed = lines(&format!("private_key={}\n", key(5))).expect("good");
+    assert!(before.change_to(&before.apply(&keyed).expect("good"), &keyed).first_key);
+    assert!(!change.first_key);
     // Named again, though it is the same: the peer may have roamed meanwhile.
     let endpoints: Vec<_> = change.endpoints.values().map(ToString::to_string).collect();
     assert_eq!(endpoints, ["192.0.2.1:1"]);

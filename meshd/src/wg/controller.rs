@@ -150,18 +150,43 @@ impl Controller {
 
     /// Ends the data plane and keeps what it knew.
     pub(super) fn stop(&mut self) {
-        if let Ok(mut live) = self.live() {
-            for (key, figures) in &mut live {
-                if let Some(endpoint) = figures.endpoint.take() {
-                    self.device.move_endpoint(key, endpoint);
-                }
-            }
-            self.carried = live;
-        }
+        self.carry();
+        self.tell_counters();
         let stopped = self.plane.take().map(|plane| plane.data.stop());
         if let Some(Err(error)) = stopped {
             tracing::warn!(error = format!("{error:#}"), "stopping the data plane");
         }
+    }
+
+    /// Keeps what the data plane knows of its peers, which it is about to forget.
+    fn carry(&mut self) {
+        let Ok(mut live) = self.live() else { return };
+        for (key, figures) in &mut live {
+            if let Some(endpoint) = figures.endpoint.take() {
+                self.device.move_endpoint(key, endpoint);
+            }
+        }
+        self.carried = live;
+    }
+
+    /// Counters are nowhere else to be seen.
+    fn tell_counters(&self) {
+        let Some(Ok(snapshot)) = self.plane.as_ref().map(|plane| plane.data.snapshot()) else {
+            return;
+        };
+        let drops = snapshot.drops().into_iter().filter(|drop| drop.count > 0);
+        let drops = drops
+            .map(|drop| format!("{}={}", drop.reason, drop.count))
+            .collect::<Vec<_>>()
+            .join(" ");
+        let tunnel = &snapshot.tunnel;
+        tracing::info!(
+            rx_packets = tunnel.rx_packets,
+            tx_packets = tunnel.tx_packets,
+            sessions = tunnel.sessions_established,
+            drops,
+            "the data plane ends"
+        );
     }
 
     pub(super) fn get(&mut self) -> Result<Zeroizing<String>, Refusal> {
@@ -191,6 +216,15 @@ impl Controller {
         let mut new = self.device.apply(lines)?;
         let change = self.device.change_to(&new, lines);
         self.change_socket(&mut new, &change)?;
+        if change.own_key && new.private_key().is_none() {
+            // Without a key the data plane has no peers; the operator's device still has.
+            self.carry();
+            for (key, endpoint) in self.device.endpoints() {
+                if !change.endpoints.contains_key(&key) && !change.made_anew.contains(&key) {
+                    new.move_endpoint(&key.into(), endpoint);
+                }
+            }
+        }
         self.device = new;
         let device = &self.device;
         let anew = |key: &PeerKey| key.sound().is_some_and(|key| change.made_anew.contains(&key));
@@ -202,8 +236,10 @@ impl Controller {
             plane.data.set_peers(kept.cloned().collect());
             in_force(plane)?;
         }
+        // Without a key the data plane had no peers, and knows no endpoint of before.
+        let endpoints = if change.first_key { device.endpoints() } else { change.endpoints };
         let own_key = change.own_key.then(|| own_key(device));
-        plane.data.configure(Reconfigure { own_key, peers, endpoints: change.endpoints });
+        plane.data.configure(Reconfigure { own_key, peers, endpoints });
         in_force(plane)
     }
 

@@ -14,7 +14,7 @@ mod mesh;
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use mesh_types::limits::TUN_QUEUES_PER_SHARD;
 use netcfg::tun::{Tun, TunOptions};
 use netcfg::watch::LinkWatch;
@@ -53,7 +53,7 @@ pub fn run(args: &WgArgs) -> anyhow::Result<()> {
         Some(number) => Tun::inherit(number, &TunOptions::transient(""))?,
         None => Tun::open(&TunOptions {
             mtu: Some(MTU),
-            multi_queue: true,
+            multi_queue: !args.disable_multi_queue,
             ..TunOptions::transient(&args.interface)
         })?,
     };
@@ -66,7 +66,7 @@ pub fn run(args: &WgArgs) -> anyhow::Result<()> {
     };
     let socket = Socket::at(server::path(&dir, tun.name()));
     if !args.foreground {
-        return detach(args, &tun, &listener)
+        return detach(args, &tun, listener, &socket)
             .inspect_err(|_| socket.remove())
             .context("go on in the background");
     }
@@ -107,9 +107,9 @@ fn queues(args: &WgArgs, tun: &Tun) -> usize {
     1
 }
 
-/// Starts this program once more with what is open already, so that whoever started us finds device and socket in place
-/// when we end.
-fn detach(args: &WgArgs, tun: &Tun, listener: &UnixListener) -> anyhow::Result<()> {
+/// Starts this program once more with what is open already, and waits for its first answer: whoever started us finds a
+/// device that can be configured when we end.
+fn detach(args: &WgArgs, tun: &Tun, listener: UnixListener, socket: &Socket) -> anyhow::Result<()> {
     let mut argv = std::env::args_os();
     let name = argv.next().unwrap_or_else(|| OsString::from("meshd"));
     let program = std::env::current_exe().context("find this program")?;
@@ -119,10 +119,31 @@ fn detach(args: &WgArgs, tun: &Tun, listener: &UnixListener) -> anyhow::Result<(
     for (name, fd) in [("WG_TUN_FD", tun.as_fd()), ("WG_UAPI_FD", listener.as_fd())] {
         command.env(name, keep_open(fd)?.to_string());
     }
-    if args.filter().is_none_or(|filter| filter == "off") {
-        command.stdout(Stdio::null()).stderr(Stdio::null());
+    match &args.log_file {
+        Some(path) => command.stdout(Stdio::null()).stderr(log_file(path)?),
+        None if args.filter().is_none_or(|filter| filter == "off") => {
+            command.stdout(Stdio::null()).stderr(Stdio::null())
+        }
+        None => &mut command,
+    };
+    let mut child = command.spawn().context("start this program again")?;
+    // With ours open, a question to one that has ended would wait for ever.
+    drop(listener);
+    if !socket.is_there() {
+        return Ok(());
     }
-    command.spawn().context("start this program again").map(drop)
+    server::wait_for_answer(&socket.path).or_else(|error| {
+        let ended = child.try_wait().ok().flatten();
+        let ended = ended.map_or_else(|| error.to_string(), |status| status.to_string());
+        let _ = child.kill();
+        bail!("it does not serve its socket ({ended}): start it with --foreground to see why")
+    })
+}
+
+fn log_file(path: &Path) -> anyhow::Result<std::fs::File> {
+    let mut options = std::fs::OpenOptions::new();
+    options.create(true).append(true).mode(0o600);
+    options.open(path).with_context(|| format!("open the log file {}", path.display()))
 }
 
 /// Lets whom we start have the descriptor.
