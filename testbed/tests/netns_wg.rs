@@ -10,237 +10,13 @@
 
 mod common;
 
-use std::io::{Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::time::{Duration, Instant};
+use std::io::Write;
+use std::os::unix::net::UnixListener;
+use std::time::Duration;
 
-use common::wireguard_go::{self, hex};
-use mesh_types::key::PrivateKey;
-use testbed::canary::Canary;
-use testbed::lab::{Daemon, Kind, Lab, Namespace};
-use testbed::traffic::{self, Party};
+use common::wg::{Bench, Node, PATIENCE, Program, ensure, wait_for};
+use common::wireguard_go::hex;
 use wg_engine::{generate_private_key, public_key};
-
-/// /var/run is a link that would lead out of the namespace.
-const SOCKET: &str = "/run/wireguard/wg0.sock";
-
-/// How long anything awaited here may take; all of it takes milliseconds, and one retry of a handshake 5 s.
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Waits until `done`, and fails with what it said last.
-fn wait_for<T>(what: &str, mut done: impl FnMut() -> Result<T, String>) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        match done() {
-            Ok(value) => return value,
-            Err(why) => assert!(Instant::now() < deadline, "{what}: {why}"),
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-fn ensure(is_so: bool, otherwise: impl std::fmt::Debug) -> Result<(), String> {
-    if is_so { Ok(()) } else { Err(format!("{otherwise:?}")) }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Program {
-    Meshd,
-    /// With three shards, whatever the machine.
-    MeshdShards,
-    WireguardGo,
-}
-
-struct Node {
-    space: Namespace,
-    number: u8,
-    key: PrivateKey,
-    daemon: Option<Daemon>,
-}
-
-/// Two nodes and the wire between them. What runs on them ends with the lab.
-struct Bench {
-    nodes: [Node; 2],
-    lab: Lab,
-}
-
-impl Bench {
-    fn new(what: &str) -> Self {
-        let lab = Lab::create(&common::lab_name(what), common::programs()).expect("lab");
-        let spaces =
-            ["a", "b"].map(|name| lab.add_namespace(name, Kind::Node).expect("a namespace"));
-        lab.add_link((&spaces[0], "w0"), (&spaces[1], "w0"), true).expect("wire");
-        let mut number = 0;
-        let nodes = spaces.map(|space| {
-            number += 1;
-            let addresses = [
-                format!("addr add 10.9.0.{number}/24 dev w0"),
-                format!("addr add fd00:9::{number}/64 dev w0 nodad"),
-            ];
-            space.ip(&addresses).expect("addresses");
-            space.wait_for_addresses().expect("addresses");
-            Node { space, number, key: generate_private_key(), daemon: None }
-        });
-        Self { nodes, lab }
-    }
-
-    /// Both run, are up, and know each other; the first knows where the second is, too.
-    fn tunnel(what: &str, programs: [Program; 2], underlay: &str) -> Self {
-        let mut bench = Self::new(what);
-        let meshd = bench.meshd();
-        for (node, program) in bench.nodes.iter_mut().zip(programs) {
-            node.start(program, &meshd);
-        }
-        let [a, b] = &bench.nodes;
-        a.set(&format!("listen-port 7001 private-key {}", a.key_file()));
-        b.set(&format!("listen-port 7002 private-key {}", b.key_file()));
-        a.set(&format!("peer {} endpoint {underlay}:7002 allowed-ips {}", b.name(), b.inside()));
-        b.set(&format!("peer {} allowed-ips {}", a.name(), a.inside()));
-        // The kernel speaks as soon as an interface is up (IPv6 routers, multicast), and whoever knows an endpoint begins a
-        // handshake then: to one that is not up yet it would be lost, though counted.
-        b.bring_up();
-        a.bring_up();
-        bench
-    }
-
-    fn meshd(&self) -> String {
-        self.lab.programs().meshd.display().to_string()
-    }
-
-    fn logs(&self) -> String {
-        let log = |node: &Node| node.daemon.as_ref().map(Daemon::log).unwrap_or_default();
-        self.nodes.iter().map(log).collect::<Vec<_>>().join("\n---\n")
-    }
-
-    /// Everything crosses in both directions.
-    fn check_traffic(&self) {
-        let parties = self.nodes.each_ref().map(Node::party);
-        for result in traffic::matrix(&parties, &Canary::random(), 1, |_| {}) {
-            assert!(result.ok, "{result:?}\n{}", self.logs());
-        }
-    }
-}
-
-impl Node {
-    fn start(&mut self, program: Program, meshd: &str) {
-        let daemon = match program {
-            Program::WireguardGo => wireguard_go::start(&self.space),
-            Program::Meshd | Program::MeshdShards => {
-                let shards = if program == Program::Meshd { "1" } else { "3" };
-                let mut command = self.space.command(meshd);
-                command.args(["wg", "-f", "--shards", shards, "wg0"]).env("LOG_LEVEL", "info");
-                self.space.spawn(command, "meshd-wg").expect("meshd wg starts")
-            }
-        };
-        wait_for("the socket", || {
-            let answers = UnixStream::connect(self.space.path(SOCKET)).is_ok();
-            ensure(answers, daemon.log())
-        });
-        self.daemon = Some(daemon);
-    }
-
-    fn daemon(&self) -> &Daemon {
-        self.daemon.as_ref().expect("it was started")
-    }
-
-    fn run(&self, words: &str) -> Result<String, String> {
-        let words: Vec<&str> = words.split_whitespace().collect();
-        self.space.run(&words).map_err(|error| format!("{error:#}"))
-    }
-
-    fn done(&self, words: &str) -> String {
-        self.run(words).unwrap_or_else(|error| panic!("{words}: {error}"))
-    }
-
-    fn set(&self, words: &str) {
-        self.done(&format!("wg set wg0 {words}"));
-    }
-
-    /// One word of `wg show wg0` about the only peer.
-    fn shown(&self, what: &str) -> String {
-        let text = self.done(&format!("wg show wg0 {what}"));
-        text.split_once('\t').map_or(text.trim(), |(_, rest)| rest.trim()).to_owned()
-    }
-
-    /// Bytes received and sent, as `wg` tells.
-    fn transfer(&self) -> (u64, u64) {
-        let text = self.shown("transfer");
-        let number = |text: &str| text.parse().expect("a number");
-        let (rx, tx) = text.split_once('\t').expect("two numbers");
-        (number(rx), number(tx))
-    }
-
-    /// The key, in a file that `wg` can read in the namespace.
-    fn key_file(&self) -> String {
-        self.key_file_of(&self.key)
-    }
-
-    fn key_file_of(&self, key: &PrivateKey) -> String {
-        let path = format!("/run/key-{}", &hex(public_key(key).as_bytes())[..8]);
-        self.space.write(&path, key.to_base64().as_bytes()).expect("a key file");
-        path
-    }
-
-    fn name(&self) -> String {
-        public_key(&self.key).to_string()
-    }
-
-    fn inside(&self) -> String {
-        format!("10.244.{n}.0/24,fd00:10:244:{n}::/64", n = self.number)
-    }
-
-    fn address(&self) -> String {
-        format!("10.244.{}.1", self.number)
-    }
-
-    fn bring_up(&self) {
-        let n = self.number;
-        self.space
-            .ip(&[
-                "link set wg0 up".to_owned(),
-                format!("addr add 10.244.{n}.1/16 dev wg0"),
-                format!("addr add fd00:10:244:{n}::1/48 dev wg0 nodad"),
-            ])
-            .expect("addresses");
-    }
-
-    fn party(&self) -> Party {
-        let addresses = [self.address(), format!("fd00:10:244:{}::1", self.number)];
-        Party {
-            name: self.space.name().to_owned(),
-            netns: self.space.netns(),
-            addresses: addresses.map(|text| text.parse().expect("an address")).to_vec(),
-        }
-    }
-
-    /// Whether the other answers, before a handshake would be tried again.
-    fn ping(&self, to: &Node) -> Result<String, String> {
-        self.run(&format!("ping -n -c 1 -W 4 {}", to.address()))
-    }
-
-    fn cannot_ping(&self, to: &Node, why: &str) {
-        self.run(&format!("ping -n -c 1 -W 1 {}", to.address())).expect_err(why);
-    }
-
-    /// Writes `text` to the socket and reads the answer to its end.
-    fn say(&self, text: &[u8]) -> String {
-        let mut socket = UnixStream::connect(self.space.path(SOCKET)).expect("connected");
-        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        // Whoever is cut off while it talks nonsense has still to read what it was told.
-        let _ = socket.write_all(text);
-        let _ = socket.shutdown(std::net::Shutdown::Write);
-        let mut answer = String::new();
-        let _ = socket.read_to_string(&mut answer);
-        answer
-    }
-}
-
-fn resident_kib(daemon: &Daemon) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.process().pid));
-    let status = status.expect("it lives");
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("resident memory");
-    line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
-}
 
 #[test]
 fn everything_crosses_between_two_of_ours() {
@@ -565,7 +341,7 @@ fn lines_that_make_no_sense_change_nothing_and_cost_nothing() {
     let [a, b] = &bench.nodes;
     wait_for("a session", || a.ping(b));
     let before = a.done("wg showconf wg0");
-    let memory = resident_kib(a.daemon());
+    let memory = a.resident_kib();
     let peer = "00".repeat(32);
     let table = [
         ("set=1\nlisten_port=1\nbogus=1\n\n".to_owned(), "errno=-22\n\n"),
@@ -590,7 +366,7 @@ fn lines_that_make_no_sense_change_nothing_and_cost_nothing() {
         a.say(&[b"set=1\n", garbage.as_slice()].concat());
     }
     assert_eq!(a.done("wg showconf wg0"), before);
-    let grown = resident_kib(a.daemon()).saturating_sub(memory);
+    let grown = a.resident_kib().saturating_sub(memory);
     assert!(grown < 4_096, "{grown} KiB more");
     a.ping(b).expect("the session did not notice");
     assert!(!a.daemon().log().contains("panicked"), "{}", a.daemon().log());
@@ -657,7 +433,18 @@ fn in_the_background_it_is_ready_when_the_command_ends() {
     let _other = UnixListener::bind(socket).expect("somebody's socket");
     let refused = a.run(&format!("{meshd} wg wg9")).expect_err("somebody answers");
     assert!(refused.contains("another program answers"), "{refused}");
-    assert!(!a.done("ip -br link").contains("wg9"), "nothing is left of the try");
+    let refused = a.run(&format!("{meshd} wg --log-file /none/log wg8")).expect_err("no log");
+    assert!(refused.contains("open the log file /none/log"), "{refused}");
+    // A log that was asked for is written.
+    a.done(&format!("env WG_LOG_LEVEL=info {meshd} wg --log-file /run/wg7.log wg7"));
+    a.done("ip link delete wg7");
+    wait_for("the log", || {
+        let log = a.run("cat /run/wg7.log")?;
+        ensure(log.contains("the interface was deleted"), log)
+    });
+    for left in ["wg7", "wg8", "wg9"] {
+        assert!(!a.done("ip -br link").contains(left), "nothing is left of the try");
+    }
 }
 
 #[test]

@@ -183,6 +183,11 @@ impl Daemon {
         self.process.is_alive()
     }
 
+    /// Where its output goes, on the host; it stays when the program ends.
+    pub fn log_path(&self) -> &Path {
+        &self.log
+    }
+
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }

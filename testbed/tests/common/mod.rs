@@ -7,7 +7,9 @@
 )]
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
+pub(crate) mod kernel;
 pub(crate) mod mesh;
+pub(crate) mod wg;
 pub(crate) mod wireguard_go;
 
 use testbed::lab::Programs;
