@@ -148,7 +148,8 @@ impl Pair {
                 self.ours.iperf3(&format!("-n 4M {way} -c {address}"));
                 let text = self.ours.iperf3(&format!("-u -b 5M -t 1 {way} -J -c {address}"));
                 let report: serde_json::Value = serde_json::from_str(&text).expect("a report");
-                let lost = report["end"]["sum"]["lost_percent"].as_f64().expect("a number");
+                let lost = report["end"]["sum"]["lost_percent"].as_f64();
+                let lost = lost.unwrap_or_else(|| panic!("no figure in {text}"));
                 assert!(lost < 20.0, "{lost} % of a slow stream were lost: {text}");
             }
         }

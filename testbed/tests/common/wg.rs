@@ -267,9 +267,10 @@ impl Node {
 
     /// A test of iperf3. A server may still be ending the last one, and says so, or nothing.
     pub(crate) fn iperf3(&self, options: &str) -> String {
+        let between_tests =
+            ["the server is busy", "Connection reset by peer", "Connection refused"];
         let run = || match self.run(&format!("iperf3 -i 0 {options}")) {
-            Err(why) if why.contains("the server is busy") => Err(why),
-            Err(why) if why.contains("to server: Connection reset by peer") => Err(why),
+            Err(why) | Ok(why) if between_tests.iter().any(|text| why.contains(text)) => Err(why),
             other => Ok(other.unwrap_or_else(|why| panic!("{why}"))),
         };
         wait_for("a free server", run)
