@@ -121,7 +121,8 @@ impl Spoke {
                 let ecn = Ecn::from_bits(message.ecn);
                 let (source, segment_len) = (message.source, message.segment_len);
                 let meta = UdpMeta { source, local: message.local, segment_len, ecn };
-                self.tunnel.handle_udp_input(now, &meta, message.bytes);
+                let mut bytes = message.bytes.to_vec();
+                self.tunnel.handle_udp_input(now, &meta, &mut bytes);
                 while let Some(frame) = self.tunnel.poll_tun() {
                     let packet: Vec<u8> = frame.pieces().flatten().copied().collect();
                     let to = u16::from_be_bytes([packet[22], packet[23]]);

@@ -222,36 +222,6 @@ fn loops_end_by_themselves() {
     reached_both_ways(&bench, "after the loops");
 }
 
-#[test]
-fn a_peer_is_reached_through_another_of_the_same_device() {
-    if !common::root() {
-        return;
-    }
-    let bench = Bench::tunnel("case-onion", OURS, "10.9.0.2");
-    let [a, b] = &bench.nodes;
-    reached_both_ways(&bench, "at first");
-    // A second device of b, whose endpoint is the inner address of the first.
-    let mut command = b.space.command(bench.meshd());
-    command.args(["wg", "-f", "wg1"]);
-    let _second = b.space.spawn(command, "second").expect("it starts");
-    wait_for("the second socket", || b.run("wg show wg1"));
-    let key = generate_private_key();
-    b.done(&format!(
-        "wg set wg1 listen-port 7005 private-key {} peer {} allowed-ips 10.246.0.1/32",
-        b.key_file_of(&key),
-        a.name()
-    ));
-    b.space.ip(&["link set wg1 up mtu 1340", "addr add 10.246.0.2/24 dev wg1"]).expect("set");
-    a.set(&format!(
-        "peer {} allowed-ips 10.246.0.2/32 endpoint {}:7005",
-        public_key(&key),
-        b.address()
-    ));
-    a.space.ip(&["addr add 10.246.0.1/24 dev wg0"]).expect("address");
-    wait_for("through the first", || a.run("ping -n -c 1 -W 4 -s 1200 10.246.0.2"));
-    b.done("ping -n -c 1 -W 4 10.246.0.1");
-}
-
 /// Of two addresses the one that was spoken to answers, until it is gone.
 fn sticks(bench: &Bench, add: [&str; 2], remove: &str, to: &str, first: &str) {
     let [a, b] = &bench.nodes;

@@ -62,11 +62,16 @@ pub struct BoringFactory {
 
 impl Default for BoringFactory {
     fn default() -> Self {
-        Self::of_shards(1)
+        Self::new()
     }
 }
 
 impl BoringFactory {
+    /// For what has its port alone.
+    pub fn new() -> Self {
+        Self::of_shards(1)
+    }
+
     /// Draws the keys of indexes and cookies from the system's random numbers. Of `shards` on one port, each is found by
     /// its receiver indexes.
     pub fn of_shards(shards: usize) -> Self {
