@@ -76,16 +76,16 @@ impl Ours {
         assert_eq!(tunnel.set_peers(clock::now(), std::slice::from_ref(peer)), []);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
-        let thread = std::thread::spawn(move || serve(&mut tunnel, &tun, udp, &stopped));
+        let thread = std::thread::spawn(move || serve(&mut tunnel, tun, udp, &stopped));
         Self { stop, thread: Some(thread) }
     }
 }
 
-fn serve(tunnel: &mut Tunnel<BoringFactory>, tun: &Tun, mut udp: UdpSocket, stop: &AtomicBool) {
+fn serve(tunnel: &mut Tunnel<BoringFactory>, mut tun: Tun, mut udp: UdpSocket, stop: &AtomicBool) {
     let mut batch = RecvBatch::new(4);
     let mut frame = vec![0; TUN_BYTES];
     while !stop.load(Ordering::Relaxed) {
-        wait(tunnel, tun, &udp);
+        wait(tunnel, &tun, &udp);
         let now = clock::now();
         if udp.recv(&mut batch).expect("the socket reads") > 0 {
             for message in batch.iter() {

@@ -11,7 +11,6 @@
 //! The device stays when its owner dies: packets for the mesh then end in its queue and never take another route. A
 //! single-queue device cannot be reopened as a multi-queue one, so it is multi-queue from the first day.
 
-use std::cell::Cell;
 use std::ffi::{c_int, c_uint};
 use std::io::{self, IoSlice};
 use std::net::IpAddr;
@@ -89,7 +88,7 @@ pub struct Tun {
     fd: OwnedFd,
     /// Further queues: see [`Tun::spread`].
     more: Vec<OwnedFd>,
-    turn: Cell<Turn>,
+    turn: Turn,
     /// What is written goes here, where several queues are read: see [`Tun::spread`].
     writer: Option<OwnedFd>,
     multi_queue: bool,
@@ -183,7 +182,7 @@ impl Tun {
         let fd = self.fd.try_clone()?;
         let writer = self.writer.as_ref().map(OwnedFd::try_clone).transpose()?;
         let more: io::Result<Vec<_>> = self.more.iter().map(OwnedFd::try_clone).collect();
-        let (more, turn) = (more?, Cell::default());
+        let (more, turn) = (more?, Turn::default());
         Ok(Self { fd, more, turn, writer, name: self.name.clone(), ..*self })
     }
 
@@ -200,7 +199,7 @@ impl Tun {
         Ok(Self {
             fd,
             more: Vec::new(),
-            turn: Cell::default(),
+            turn: Turn::default(),
             writer: None,
             multi_queue: options.multi_queue,
             name: options.name.clone(),
@@ -267,7 +266,7 @@ impl Tun {
             sys::tun_set_vnet_header_bytes(fd.as_fd(), VNET_HEADER_BYTES as c_int)
                 .context("set the vnet header size")?;
         }
-        let (more, turn) = (Vec::new(), Cell::default());
+        let (more, turn) = (Vec::new(), Turn::default());
         Ok(Self { fd, more, turn, writer: None, name: self.name.clone(), ..*self })
     }
 
@@ -297,29 +296,26 @@ impl Tun {
     }
 
     /// Says which of [`Self::queues`] have something; without it all are looked at. Bit 0 is the first.
-    pub fn set_ready(&self, ready: u32) {
-        self.turn.set(Turn { ready, ..self.turn.get() });
+    pub fn set_ready(&mut self, ready: u32) {
+        self.turn.ready = ready;
     }
 
     /// Reads one packet or super-packet, vnet header first when there is one, from the queue whose turn it is or the next
     /// that has one. Never blocks: `EAGAIN` when nothing waits in any of them.
-    pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut turn = self.turn.get();
-        let outcome = loop {
-            let Some(fd) = turn.next(1 + self.more.len()).and_then(|queue| self.queue(queue))
-            else {
-                break Err(Errno::AGAIN.into());
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let number = self.turn.next(1 + self.more.len());
+            let Some(fd) = number.and_then(|number| self.queue(number)) else {
+                return Err(Errno::AGAIN.into());
             };
             match read_one(fd, buffer) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => turn.nothing(),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.turn.nothing(),
                 outcome => {
-                    turn.took(outcome.as_ref().map_or(0, |bytes| *bytes));
-                    break outcome;
+                    self.turn.took(outcome.as_ref().map_or(0, |bytes| *bytes));
+                    return outcome;
                 }
             }
-        };
-        self.turn.set(turn);
-        outcome
+        }
     }
 
     fn queue(&self, number: usize) -> Option<&OwnedFd> {
@@ -553,6 +549,6 @@ mod tests {
         turn.ready = 0b0101;
         assert_eq!(read(&mut turn, &mut held, &[9; 4], 100).len(), 12);
         assert_eq!(read(&mut turn, &mut held, &[9; 4], 100), [3; 40]);
-        assert_eq!(read(&mut turn, &mut held, &[9; 4], 1), []);
+        assert!(read(&mut turn, &mut held, &[9; 4], 1).is_empty());
     }
 }

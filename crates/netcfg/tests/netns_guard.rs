@@ -273,7 +273,7 @@ fn a_pod_cannot_take_a_peers_flow_by_the_port_of_the_tunnel() {
 }
 
 /// Source of the packet with `payload` that the node gave to the tunnel.
-fn source_in_tunnel(lab: &Lab, payload: &[u8]) -> IpAddr {
+fn source_in_tunnel(lab: &mut Lab, payload: &[u8]) -> IpAddr {
     let mut buffer = vec![0u8; 70_000];
     loop {
         let timeout = rustix::event::Timespec { tv_sec: 5, tv_nsec: 0 };
@@ -296,7 +296,7 @@ fn what_the_node_sends_to_a_service_has_a_source_the_pods_node_accepts_and_a_pod
     if !privileged() {
         return;
     }
-    let lab = lab();
+    let mut lab = lab();
     mesh_rules(&lab);
     lab.node.run(|| guard::ensure(&with_services()));
     lab.node.sh(
@@ -313,9 +313,9 @@ fn what_the_node_sends_to_a_service_has_a_source_the_pods_node_accepts_and_a_pod
     ] {
         let any = if service.starts_with('[') { "::" } else { "0.0.0.0" };
         send(&lab.node, any, service, b"to a service");
-        assert_eq!(source_in_tunnel(&lab, b"to a service"), overlay.parse::<IpAddr>().unwrap());
+        assert_eq!(source_in_tunnel(&mut lab, b"to a service"), overlay.parse::<IpAddr>().unwrap());
         send(&pod.scratch, pods, remote, b"of a pod");
-        assert_eq!(source_in_tunnel(&lab, b"of a pod"), pods.parse::<IpAddr>().unwrap());
+        assert_eq!(source_in_tunnel(&mut lab, b"of a pod"), pods.parse::<IpAddr>().unwrap());
     }
 }
 
@@ -362,7 +362,7 @@ fn a_pods_connection_into_the_tunnel_gets_a_segment_size_that_fits_the_route() {
     if !privileged() {
         return;
     }
-    let lab = lab();
+    let mut lab = lab();
     mesh_rules(&lab);
     lab.node.run(|| guard::ensure(&GuardConfig::new(cluster())));
     lab.node.sh(

@@ -28,7 +28,7 @@ fn queues(scratch: &Scratch, open: fn(Tun) -> anyhow::Result<Vec<Tun>>) -> Vec<T
 }
 
 /// Sends a datagram of each flow and tells on which queue it came out.
-fn queue_of_each(queues: &[Tun], flows: &[StdUdpSocket]) -> Vec<usize> {
+fn queue_of_each(queues: &mut [Tun], flows: &[StdUdpSocket]) -> Vec<usize> {
     let mut buffer = vec![0; 2_048];
     let mut found = Vec::new();
     for flow in flows {
@@ -83,13 +83,13 @@ fn a_flow_stays_on_its_queue_whatever_is_written_to_any() {
         return;
     }
     let scratch = Scratch::new();
-    let queues = queues(&scratch, |tun| tun.spread(4, 1));
+    let mut queues = queues(&scratch, |tun| tun.spread(4, 1));
     let flows = flows(&scratch);
-    let before = queue_of_each(&queues, &flows);
+    let before = queue_of_each(&mut queues, &flows);
     assert!((0..4).all(|queue| before.contains(&queue)), "all queues are used: {before:?}");
     for to in 0..4 {
         assert!(answer_each(&queues, &flows, to), "what is written to queue {to} arrives");
-        assert_eq!(queue_of_each(&queues, &flows), before, "written to {to}");
+        assert_eq!(queue_of_each(&mut queues, &flows), before, "written to {to}");
     }
     assert_eq!(link_queues(&scratch), Some(4), "writers are no queues that are read");
     scratch.run(|| netcfg::tun::remove("meshd0"));
@@ -105,18 +105,18 @@ fn without_a_writer_of_its_own_the_kernel_moves_a_flow() {
         return;
     }
     let scratch = Scratch::new();
-    let queues = queues(&scratch, |tun| {
+    let mut queues = queues(&scratch, |tun| {
         let others = [tun.open_queue()?, tun.open_queue()?, tun.open_queue()?];
         Ok(std::iter::once(tun).chain(others).collect())
     });
     let flows = flows(&scratch);
-    assert!(queue_of_each(&queues, &flows).iter().any(|queue| *queue != 2));
+    assert!(queue_of_each(&mut queues, &flows).iter().any(|queue| *queue != 2));
     assert!(answer_each(&queues, &flows, 2));
-    assert!(queue_of_each(&queues, &flows).iter().all(|queue| *queue == 2));
+    assert!(queue_of_each(&mut queues, &flows).iter().all(|queue| *queue == 2));
 }
 
 /// The source ports of what waits, in the order it is read.
-fn read_ports(tun: &Tun, reads: usize) -> Vec<u16> {
+fn read_ports(tun: &mut Tun, reads: usize) -> Vec<u16> {
     let mut buffer = vec![0; 2_048];
     let mut ports = Vec::new();
     for _ in 0..reads {
@@ -137,7 +137,7 @@ fn a_sparse_flow_does_not_wait_behind_what_a_bulk_flow_has_queued() {
     const BULK: usize = 300;
     let scratch = Scratch::new();
     let mut queues = queues(&scratch, |tun| tun.spread(1, TUN_QUEUES_PER_SHARD));
-    let tun = queues.pop().expect("one reader");
+    let mut tun = queues.pop().expect("one reader");
     assert_eq!((queues.len(), tun.queues().count()), (0, TUN_QUEUES_PER_SHARD));
     let flows = flows(&scratch);
     let (bulk, sparse) = flows.split_first().expect("flows");
@@ -148,18 +148,18 @@ fn a_sparse_flow_does_not_wait_behind_what_a_bulk_flow_has_queued() {
         flow.send_to(b"sparse", ("10.9.0.2", 4_000)).expect("send");
     }
     // A round gives the bulk flow so many and every other queue all it has.
-    let first = read_ports(&tun, TUN_QUEUE_READS + sparse.len() + 8);
+    let first = read_ports(&mut tun, TUN_QUEUE_READS + sparse.len() + 8);
     let early = first.iter().filter(|port| **port != 5_000).count();
     // Some of 31 share the bulk flow's queue, on average four.
     assert!(early >= sparse.len() / 2, "{early} of {} came before the bulk's end", sparse.len());
-    let rest = read_ports(&tun, 2 * BULK);
+    let rest = read_ports(&mut tun, 2 * BULK);
     assert_eq!(first.len() + rest.len(), BULK + sparse.len(), "nothing is left in any queue");
     assert_eq!(tun.read(&mut [0; 64]).expect_err("empty").kind(), std::io::ErrorKind::WouldBlock);
     // What was not said to be ready is not looked at, but then once more.
     bulk.send_to(b"late", ("10.9.0.2", 4_000)).expect("send");
     tun.set_ready(0);
-    assert!(read_ports(&tun, 1).is_empty());
-    assert_eq!(read_ports(&tun, 1), [5_000]);
+    assert!(read_ports(&mut tun, 1).is_empty());
+    assert_eq!(read_ports(&mut tun, 1), [5_000]);
 }
 
 #[test]

@@ -247,7 +247,7 @@ fn packets_go_through_the_tun_with_their_header() {
         return;
     }
     let scratch = Scratch::new();
-    let tun = scratch.run(|| Tun::open(&TunOptions::new("meshd0")));
+    let mut tun = scratch.run(|| Tun::open(&TunOptions::new("meshd0")));
     scratch.sh("ip addr add 10.9.0.1/24 dev meshd0; ip link set meshd0 up");
     scratch.run(|| {
         let socket = std::net::UdpSocket::bind("10.9.0.1:7000")?;

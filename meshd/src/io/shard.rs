@@ -240,8 +240,9 @@ impl Shard {
                 return Ready { tun: tun.is_some(), udp: udp_until.is_none(), mail: true };
             }
         }
+        drop(queues);
         let [mail, udp, tun @ ..] = fds.map(|fd| !fd.revents().is_empty());
-        if let Some(device) = &self.tun {
+        if let Some(device) = &mut self.tun {
             let bits = tun.iter().enumerate().map(|(at, ready)| u32::from(*ready) << at);
             device.set_ready(bits.sum());
         }
@@ -395,7 +396,7 @@ impl Shard {
             if drained >= TUN_DRAIN_BYTES || self.is_held_back(now) {
                 break;
             }
-            let Some(tun) = &self.tun else { break };
+            let Some(tun) = &mut self.tun else { break };
             let read = match tun.read(&mut self.tun_buffer) {
                 Ok(read) => read,
                 Err(error) => {

@@ -86,7 +86,7 @@ impl Machine {
         let meta = UdpMeta { source: from, local, segment_len, ecn: Ecn::NotEct };
         for run in self.share.runs(bytes, segment_len) {
             let shard = run.taker;
-            self.shards[shard].handle_udp_input(now(), &meta, &bytes[run.range]);
+            self.shards[shard].handle_udp_input(now(), &meta, &mut bytes[run.range].to_vec());
             while let Some((admitted, meta, datagram)) = self.shards[shard].poll_admitted() {
                 assert_eq!(shard, FRONT, "the front alone hears strangers");
                 let owner = &mut self.shards[admitted.shard];
@@ -279,7 +279,7 @@ fn a_front_that_nobody_collects_from_forgets_what_is_too_much() {
         let high = u8::try_from(from / 250).expect("few");
         let source = SocketAddr::from(([198, 51, high, u8::try_from(from % 250).expect("few")], 9));
         let meta = UdpMeta { source, local: None, segment_len: 0, ecn: Ecn::NotEct };
-        front.handle_udp_input(now(), &meta, &sent[0].3);
+        front.handle_udp_input(now(), &meta, &mut sent[0].3.clone());
     }
     assert_eq!(front.counters().dropped(DropReason::AdmittedFull), 3);
     assert_eq!(std::iter::from_fn(|| front.poll_admitted()).count(), ADMITTED_MAX);
