@@ -68,6 +68,16 @@ pub(super) fn inside(netns: &Path, program: &str) -> Command {
     command
 }
 
+/// A socket goes on pacing when bbr, which paces, is taken off it again: where bbr is the system's default, no measurement
+/// of another congestion control would be one. Reno is always allowed, and does not pace.
+pub(super) fn begin_unpaced(netns: &Path) -> Result<()> {
+    let mut command = inside(netns, "sysctl");
+    command.args(["-qw", "net.ipv4.tcp_congestion_control=reno"]);
+    let status = command.status().context("cannot start sysctl by nsenter")?;
+    ensure!(status.success(), "cannot set the congestion control of {}", netns.display());
+    Ok(())
+}
+
 /// Runs iperf3 between two places for so long.
 pub(super) fn iperf3(
     [from, to]: [&Place; 2],

@@ -290,6 +290,7 @@ impl Builder {
     fn finish(mut self, subject: Subject, own: Option<PublicKey>) -> Result<Site> {
         let mut places = Vec::new();
         for (place, node) in self.namespaces.iter().enumerate() {
+            load::begin_unpaced(&node.netns())?;
             places.push(Place {
                 netns: node.netns(),
                 v4: format!("10.244.{}.1", place + 1).parse()?,
@@ -339,6 +340,7 @@ impl Builder {
             let request = PodRequest::new(self.lab.name(), node.name(), &name);
             let pod = self.lab.add_pod(node, &request)?;
             let v4 = pod.address(false).context("the pod has no IPv4 address")?;
+            load::begin_unpaced(&pod.netns())?;
             places.push(Place { netns: pod.netns(), v4, v6: pod.address(true) });
         }
         let pods: [Place; 2] =
