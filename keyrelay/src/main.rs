@@ -13,7 +13,6 @@ use keyrelay::core::relay::Relay;
 use keyrelay::{keyfile, members, server, whoami};
 use mesh_types::key::PublicKey;
 use mesh_types::limits::RELAY_CLIENTS_MAX;
-use rustix::process::{Resource, Rlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use wg_engine::{BoringFactory, public_key};
@@ -41,9 +40,7 @@ async fn start(args: Args) -> anyhow::Result<()> {
         // They would go to the stderr that could not be written, and panic there.
         .log_internal_errors(false)
         .init();
-    // A core dump would hold the private key and session keys.
-    let none = Rlimit { current: Some(0), maximum: Some(0) };
-    setrlimit(Resource::Core, none).context("cannot switch core dumps off")?;
+    keyfile::forbid_core_dumps()?;
     match args.command {
         Command::Run(args) => run(args).await,
         Command::Whoami(args) => ask(args).await,
