@@ -68,7 +68,8 @@ pub const HANDSHAKE_SOURCES_MAX: usize = 8_192;
 pub const HANDSHAKES_PER_SECOND_BEFORE_COOKIES: u32 = 2_000;
 
 /// Keys one `keyrelay` serves: a mesh of `NODES_MAX` nodes. Each has an engine from its first handshake on
-/// (about 11 KiB, so 90 MiB at most), which is never dropped, since it remembers the last initiation.
+/// (about 11 KiB, so 90 MiB), which is kept, since it remembers the last initiation. One that has made 192 sessions is
+/// replaced and lives for 180 s more beside the new one, so twice that at most.
 pub const RELAY_CLIENTS_MAX: usize = NODES_MAX;
 
 /// Allowed prefixes over all peers.

@@ -8,9 +8,11 @@
 //! ```
 //!
 //! Nothing is kept for a source that has not proven a member's key, apart from the limiter's fixed table. The
-//! relay never speaks first: what an engine's timers want to send is dropped, they only forget old keys.
+//! relay never speaks first: its engines begin no handshakes, and what their timers want to send is dropped, they only
+//! forget old keys.
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
 use std::ops::Range;
 
@@ -72,8 +74,19 @@ pub struct Relay<F: EngineFactory> {
 struct Member<E> {
     index: u32,
     seed: u64,
-    /// Made by the first handshake and kept: it remembers the last initiation accepted.
+    /// Made by the first handshake and kept until its indexes are used up: it remembers the last initiation accepted.
     engine: Option<E>,
+    /// The one before, under its own index: it answers until its session ends.
+    previous: Option<(u32, E)>,
+}
+
+impl<E> Member<E> {
+    fn engine_at(&mut self, index: u32) -> Option<&mut E> {
+        match &mut self.previous {
+            Some((old, engine)) if *old == index => Some(engine),
+            _ => self.engine.as_mut(),
+        }
+    }
 }
 
 impl<F: EngineFactory> Relay<F> {
@@ -142,9 +155,15 @@ impl<F: EngineFactory> Relay<F> {
     pub fn handle_timeout(&mut self, now: MonoTime) {
         let mut unused: HandshakeBuffer = [0; INITIATION_BYTES];
         for member in self.members.values_mut() {
-            let Some(engine) = &mut member.engine else { continue };
-            if engine.next_timeout(now).is_some_and(|at| at <= now) {
-                engine.handle_timeout(now, &mut unused);
+            let previous = member.previous.as_mut().map(|(_, engine)| engine);
+            for engine in member.engine.iter_mut().chain(previous) {
+                if engine.next_timeout(now).is_some_and(|at| at <= now) {
+                    engine.handle_timeout(now, &mut unused);
+                }
+            }
+            let ended = member.previous.take_if(|(_, engine)| !engine.can_send(now));
+            if let Some((index, _)) = ended {
+                self.by_index.remove(&index);
             }
         }
     }
@@ -153,7 +172,7 @@ impl<F: EngineFactory> Relay<F> {
         if self.members.contains_key(&key) {
             return;
         }
-        // Members fill a two-thousandth of the index space at most, so a free one is found at once.
+        // Members fill a thousandth of the index space at most, so a free one is found at once.
         let index = loop {
             let index = (seeds() as u32) & INDEX_MASK;
             if !self.by_index.contains_key(&index) {
@@ -161,7 +180,7 @@ impl<F: EngineFactory> Relay<F> {
             }
         };
         self.by_index.insert(index, key);
-        self.members.insert(key, Member { index, seed: seeds(), engine: None });
+        self.members.insert(key, Member { index, seed: seeds(), engine: None, previous: None });
     }
 
     fn initiation(
@@ -207,17 +226,20 @@ impl<F: EngineFactory> Relay<F> {
         };
         let engine = match &mut member.engine {
             Some(engine) => engine,
-            none => none.insert(self.factory.create(
-                now,
-                EngineConfig {
+            none => {
+                let config = EngineConfig {
                     own: OWN,
                     peer,
                     preshared: None,
                     keepalive: None,
                     index: member.index,
                     seed: member.seed,
-                },
-            )),
+                };
+                let engine = none.insert(self.factory.create(now, config));
+                // A member that goes silent behind an answer would be sought for 90 s, and lose its session.
+                engine.retire();
+                engine
+            }
         };
         match engine.handle_handshake(now, source.ip(), datagram, reply) {
             Ok(outcome) => {
@@ -239,9 +261,13 @@ impl<F: EngineFactory> Relay<F> {
         datagram: &[u8],
         reply: &mut HandshakeBuffer,
     ) -> Option<usize> {
+        let index = self.factory.local_index(index) >> 8;
         let answered = self.question(now, index, datagram).and_then(|(peer, token)| {
             let address = SocketAddr::new(source.ip().to_canonical(), source.port());
-            self.answer(now, &peer, Frame::YourAddressIs { token, address }, reply)
+            let frame = Frame::YourAddressIs { token, address };
+            let written = self.answer(now, &peer, index, frame, reply);
+            self.renew_spent(peer);
+            written
         });
         match answered {
             Ok(length) => {
@@ -262,9 +288,8 @@ impl<F: EngineFactory> Relay<F> {
         index: u32,
         datagram: &[u8],
     ) -> Result<(PublicKey, u64), Refused> {
-        let index = self.factory.local_index(index);
-        let peer = *self.by_index.get(&(index >> 8)).ok_or(Refused::Datagram)?;
-        let engine = self.members.get_mut(&peer).and_then(|member| member.engine.as_mut());
+        let peer = *self.by_index.get(&index).ok_or(Refused::Datagram)?;
+        let engine = self.members.get_mut(&peer).and_then(|member| member.engine_at(index));
         let engine = engine.ok_or(Refused::Datagram)?;
         let mut input = [0; RECEIVE_BYTES];
         let input = input.get_mut(..datagram.len()).ok_or(Refused::Datagram)?;
@@ -295,11 +320,32 @@ impl<F: EngineFactory> Relay<F> {
         &mut self,
         now: MonoTime,
         peer: &PublicKey,
+        index: u32,
         frame: Frame,
         reply: &mut HandshakeBuffer,
     ) -> Result<usize, Refused> {
-        let engine = self.members.get_mut(peer).and_then(|member| member.engine.as_mut());
+        let engine = self.members.get_mut(peer).and_then(|member| member.engine_at(index));
         seal_frame(engine.ok_or(Refused::Datagram)?, now, frame, reply).ok_or(Refused::Datagram)
+    }
+
+    /// Sets an engine aside whose indexes are used up; the next handshake makes another, under another index. After a
+    /// question alone: initiations may be recorded ones, and a new engine remembers none.
+    fn renew_spent(&mut self, peer: PublicKey) {
+        let Some(member) = self.members.get_mut(&peer) else { return };
+        let Some(engine) = member.engine.take_if(|engine| engine.spent()) else { return };
+        let mut index = member.index;
+        // Seen on the wire, an index must not tell the next one.
+        while self.by_index.contains_key(&index) {
+            let mut hasher = DefaultHasher::new();
+            member.seed.hash(&mut hasher);
+            member.seed = hasher.finish();
+            index = (member.seed >> 40) as u32;
+        }
+        self.by_index.insert(index, peer);
+        let old = std::mem::replace(&mut member.index, index);
+        if let Some((gone, _)) = member.previous.replace((old, engine)) {
+            self.by_index.remove(&gone);
+        }
     }
 }
 

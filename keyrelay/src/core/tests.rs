@@ -1,17 +1,21 @@
 //! Relay and asker in memory, with the real engine and a clock that is a number.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use mesh_core::tunnel::engine::{HandshakeBuffer, INITIATION_BYTES};
+use mesh_core::tunnel::engine::{
+    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId,
+};
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::{HANDSHAKES_PER_SOURCE_BURST, RELAY_CLIENTS_MAX};
+use mesh_types::relay_frame::Frame;
 use mesh_types::time::MonoTime;
 use proptest::prelude::*;
 use wg_engine::{BoringEngine, BoringFactory, generate_private_key, public_key};
 
 use super::asker::{Asker, Step};
-use super::relay::{Outcome, Relay};
+use super::relay::{Outcome, Relay, seal_frame};
 
 const RELAY: &str = "198.51.100.1:15192";
 
@@ -244,4 +248,74 @@ fn a_member_that_was_away_for_ten_minutes_is_served_again() {
     }
     let mut after = asker(&client, public_key(&key));
     assert_eq!(ask(&mut after, &mut relay, at_ms(600_000), source), Some(source));
+}
+
+/// A client with a session, and the relay's index for it as it stands in the response.
+fn connected(
+    key: &PrivateKey,
+    (relay_key, relay): (PublicKey, &mut Relay<BoringFactory>),
+    now: MonoTime,
+    source: SocketAddr,
+) -> (BoringEngine, [u8; 4]) {
+    let mut factory = BoringFactory::new();
+    factory.set_own_key(OwnKeyId(0), key);
+    let config = EngineConfig {
+        own: OwnKeyId(0),
+        peer: relay_key,
+        preshared: None,
+        keepalive: None,
+        index: 7,
+        seed: 7,
+    };
+    let (mut engine, mut out) = (factory.create(now, config), buffer());
+    let length = engine.initiate(now, true, &mut out).expect("an initiation");
+    let response = through(relay, now, source, &out[..length]).expect("a response");
+    let met = engine.handle_handshake(now, source.ip(), &response, &mut out).expect("a session");
+    assert!(met.session_ready);
+    (engine, response[4..8].try_into().expect("an index"))
+}
+
+fn is_answered(
+    engine: &mut BoringEngine,
+    relay: &mut Relay<BoringFactory>,
+    now: MonoTime,
+    source: SocketAddr,
+) -> bool {
+    let mut out = buffer();
+    let question = Frame::WhatIsMyAddress { token: 1 };
+    let length = seal_frame(engine, now, question, &mut out).expect("a living session");
+    through(relay, now, source, &out[..length]).is_some()
+}
+
+#[test]
+fn a_member_that_says_nothing_for_minutes_keeps_its_session() {
+    let (key, client) = (generate_private_key(), generate_private_key());
+    let mut relay = relay(&key, &[public_key(&client)]);
+    let source = address("203.0.113.7:1");
+    let (mut engine, _) = connected(&client, (public_key(&key), &mut relay), at_ms(0), source);
+    assert!(is_answered(&mut engine, &mut relay, at_ms(0), source));
+    for second in 1..=150 {
+        relay.handle_timeout(at_ms(second * 1000));
+    }
+    assert!(is_answered(&mut engine, &mut relay, at_ms(150_000), source));
+}
+
+#[test]
+fn a_member_of_many_handshakes_sees_no_index_twice_and_no_session_cut() {
+    let (key, client) = (generate_private_key(), generate_private_key());
+    let mut relay = relay(&key, &[public_key(&client)]);
+    let source = address("203.0.113.7:1");
+    let mut indexes = BTreeSet::new();
+    let mut before: Option<BoringEngine> = None;
+    for second in 0..300 {
+        let now = at_ms(second * 1000);
+        relay.handle_timeout(now);
+        let (mut engine, index) = connected(&client, (public_key(&key), &mut relay), now, source);
+        assert!(indexes.insert(index), "handshake {second}");
+        assert!(is_answered(&mut engine, &mut relay, now, source), "handshake {second}");
+        if let Some(before) = &mut before {
+            assert!(is_answered(before, &mut relay, now, source), "the session before {second}");
+        }
+        before = Some(engine);
+    }
 }
