@@ -103,7 +103,7 @@ func TestTheDaemonsPrivileges(t *testing.T) {
 		}
 	}
 	got := strings.Join(paths, " ")
-	if want := "/var/lib/meshd /run/meshd /dev/net /proc/sys/net /proc/sys/kernel/random/boot_id /etc/machine-id /opt/cni/bin /etc/cni/net.d"; got != want {
+	if want := "/var/lib/meshd /run/meshd /var/run/wireguard /dev/net /proc/sys/net /proc/sys/kernel/random/boot_id /etc/machine-id /opt/cni/bin /etc/cni/net.d"; got != want {
 		t.Errorf("paths of the host: %s, expected %s", got, want)
 	}
 }

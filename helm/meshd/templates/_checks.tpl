@@ -14,8 +14,8 @@ What the schema cannot say. Each refusal is one line that names the value and sa
 {{/* null takes a default away, and so does --reuse-values with an older chart. A list or a map of the user's may be gone. */}}
 {{- define "meshd.check.given" -}}
 {{- range $path := list "image.repository" "image.tag" "image.digest" "image.pullPolicy" "k8sServiceHost" "k8sServicePort"
-  "cni.install" "cni.binDir" "cni.confDir" "cni.confName" "cni.strict" "cni.removeOthers" "listenPort" "adminPort" "log" "logFormat"
-  "kernel.tunName" "kernel.table" "kernel.rulePriority" "kernel.mark" "stateDir" "runDir" "machineIdFile" "resources" "maxUnavailable"
+  "cni.install" "cni.binDir" "cni.confDir" "cni.confName" "cni.strict" "cni.removeOthers" "listenPort" "shards" "adminPort" "log" "logFormat"
+  "kernel.tunName" "kernel.table" "kernel.rulePriority" "kernel.mark" "stateDir" "runDir" "wireguardDir" "machineIdFile" "resources" "maxUnavailable"
   "privileged" "seLinuxType" "operators.group" "keyrelay.enabled" "keyrelay.port" "keyrelay.stateDir" "keyrelay.resources"
   "metrics.enabled" "metrics.podMonitor.enabled" "metrics.podMonitor.interval" "metrics.scrapeConfig.enabled" "metrics.rules.operator"
   "metrics.rules.configMap" "metrics.dashboard.enabled" "test.nodes" "test.timeoutSeconds" "cleanup.enabled" -}}
@@ -210,7 +210,7 @@ plugin of the next pod too. Where it is now, the DaemonSet of the release says.
 {{/* Our folders are made accessible to root alone, and a cleanup removes them. */}}
 {{- define "meshd.check.folders" -}}
 {{- $v := .Values -}}
-{{- range $name, $path := dict "stateDir" $v.stateDir "runDir" $v.runDir "keyrelay.stateDir" $v.keyrelay.stateDir "cni.binDir" $v.cni.binDir "cni.confDir" $v.cni.confDir "machineIdFile" $v.machineIdFile -}}
+{{- range $name, $path := dict "stateDir" $v.stateDir "runDir" $v.runDir "keyrelay.stateDir" $v.keyrelay.stateDir "cni.binDir" $v.cni.binDir "cni.confDir" $v.cni.confDir "machineIdFile" $v.machineIdFile "wireguardDir" $v.wireguardDir -}}
   {{- if and $path (ne $path (clean $path)) }}{{ fail (printf "%s: %s: write it without . and .." $name $path) }}{{ end -}}
 {{- end -}}
 {{- $taken := list $v.cni.binDir $v.cni.confDir "/etc/kubernetes" "/etc/cni/net.d" "/etc/ssl" "/opt/cni/bin" "/home" "/root" "/tmp" "/srv" "/mnt" "/media" "/run/containerd" "/var/run/containerd" "/var/cache" "/var/log" "/var/tmp" "/var/lib/cni" "/var/lib/containerd" "/var/lib/docker" "/var/lib/etcd" "/var/lib/kubelet" "/var/lib/rancher" -}}

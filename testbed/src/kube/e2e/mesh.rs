@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Result, ensure};
+use mesh_types::defaults::TUN_NAME;
 use serde_json::{Value, json};
 
 use super::suite::{FAMILIES, NAMESPACE, Suite, condition, is_ready, text};
@@ -21,6 +22,11 @@ pub(super) const TESTS: &[Test] = &[
         "mesh",
         "kubectl shows a key of its own, endpoints and overlay addresses of every node",
         keys,
+    ),
+    test(
+        "mesh",
+        "wg show on a node tells of its peers and no secret, and wg set is refused",
+        wg_show,
     ),
     test("mesh", "every node is Ready and its NetworkUnavailable is False", conditions),
     test("mesh", "kubectl exec and logs work on the nodes the API server reaches", exec),
@@ -74,6 +80,20 @@ fn keys(suite: &mut Suite<'_>) -> Result<String> {
     }
     ensure!(keys.len() == suite.nodes().len(), "{} keys:\n{table}", keys.len());
     Ok(format!("{} keys", keys.len()))
+}
+
+fn wg_show(suite: &mut Suite<'_>) -> Result<String> {
+    let nodes = suite.nodes();
+    for name in &nodes {
+        let node = suite.kube.node(name)?;
+        let ask = |what: &str| node.run(&["wg", "show", TUN_NAME, what]);
+        let peers = ask("latest-handshakes")?;
+        let met = peers.lines().filter(|line| !line.ends_with("\t0")).count();
+        ensure!(met + 1 == nodes.len(), "{name} has met {met} peers:\n{peers}");
+        ensure!(ask("private-key")?.trim() == "(none)", "{name} tells its private key");
+        ensure!(node.run(&["wg", "set", TUN_NAME, "listen-port", "7"]).is_err(), "{name} was set");
+    }
+    Ok(format!("{} nodes", nodes.len()))
 }
 
 fn conditions(suite: &mut Suite<'_>) -> Result<String> {
