@@ -350,7 +350,9 @@ impl<F: EngineFactory> Tunnel<F> {
             }
         }
         let rate = HANDSHAKES_PER_PEER_PER_SECOND;
-        if !peer.answers.take(now, rate, rate) {
+        // Of its own: cookie replies can be forged by whoever sees our initiation, and must not use up the room of responses.
+        let bucket = if response { &mut peer.answers } else { &mut peer.cookies };
+        if !bucket.take(now, rate, rate) {
             return Err(DropReason::PeerLimited);
         }
         let member = peer.member(index >> 8).ok_or(DropReason::UnknownIndex)?;

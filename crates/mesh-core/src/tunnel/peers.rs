@@ -66,9 +66,10 @@ pub struct Peer<E> {
     pub members: Vec<Member<E>>,
     pub path: Path,
     pub staged: StagedQueue,
-    /// Initiations accepted, and responses and cookie replies looked at.
+    /// Initiations accepted, responses and cookie replies looked at.
     pub initiations: Bucket,
     pub answers: Bucket,
+    pub cookies: Bucket,
     /// A handshake waits until its destinations may be asked.
     pub initiate_at: Option<MonoTime>,
     /// It replaces one that is unanswered: there are new candidates, or another own key is due.
@@ -93,6 +94,7 @@ impl<E: Engine> Peer<E> {
             staged: StagedQueue::default(),
             initiations: Bucket::default(),
             answers: Bucket::default(),
+            cookies: Bucket::default(),
             initiate_at: None,
             initiate_anew: false,
             initiated_at: None,

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use mesh_core::tunnel::engine::{EngineFactory, INITIATION_BYTES, OwnKeyId};
+use mesh_core::tunnel::engine::{COOKIE_BYTES, EngineFactory, INITIATION_BYTES, OwnKeyId};
 use mesh_core::tunnel::model::ModelFactory;
 use mesh_types::status::PathKind;
 
@@ -102,6 +102,22 @@ fn a_true_cookie_reply_from_elsewhere_is_kept_and_moves_no_endpoint() {
     net.run_s(6);
     let retry = &net.log.last().expect("a retry").bytes;
     assert_ne!(retry[132..], [0; 16], "the retry carries mac2");
+}
+
+#[test]
+fn forged_cookie_replies_do_not_use_up_the_room_of_the_true_answer() {
+    let mut net = Network::mesh(12, 2);
+    net.send(0, 1, "hello");
+    let initiation = net.log[0].bytes.clone();
+    let (from, to) = (net.hosts[1].addr, net.hosts[0].addr);
+    let mut forged = [0x5a; COOKIE_BYTES];
+    forged[..4].copy_from_slice(&[3, 0, 0, 0]);
+    forged[4..8].copy_from_slice(&initiation[4..8]);
+    for _ in 0..1_000 {
+        net.inject(from, to, &forged);
+    }
+    net.run_ms(100);
+    assert_eq!(net.hosts[0].tunnel.counters().sessions_established, 1);
 }
 
 #[test]
