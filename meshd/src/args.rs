@@ -11,6 +11,7 @@ use mesh_types::defaults;
 use mesh_types::limits::{PING_COUNT_MAX, SHARDS_MAX};
 
 use crate::cni_install::Capability;
+use crate::offload::Offload;
 
 /// WireGuard mesh overlay for Kubernetes: the daemon of one node.
 #[derive(Debug, Parser)]
@@ -102,6 +103,8 @@ pub struct RunArgs {
     pub udp_gso: Switch,
     #[command(flatten)]
     pub shards: ShardArgs,
+    #[command(flatten)]
+    pub offloads: OffloadArgs,
     /// TCP address of /healthz, /readyz and /metrics.
     #[arg(long, env = "MESHD_ADMIN_ADDRESS", default_value_t = SocketAddr::from(([127, 0, 0, 1], defaults::ADMIN_PORT)))]
     pub admin_address: SocketAddr,
@@ -130,6 +133,14 @@ pub struct ShardArgs {
     pub busy_poll_us: u16,
 }
 
+/// What of the kernel is not to be used.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct OffloadArgs {
+    /// Offloads to do without, for a kernel or network card that does them badly; repeat or separate by commas.
+    #[arg(long, env = "MESHD_DISABLE_OFFLOAD", value_delimiter = ',', value_enum)]
+    pub disable_offload: Vec<Offload>,
+}
+
 /// The sockets that `wg` looks for.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct UapiArgs {
@@ -148,6 +159,8 @@ pub struct WgArgs {
     pub uapi: UapiArgs,
     #[command(flatten)]
     pub shards: ShardArgs,
+    #[command(flatten)]
+    pub offloads: OffloadArgs,
     /// An open TUN device to serve, as a descriptor; INTERFACE is then its name.
     #[arg(long, env = "WG_TUN_FD", hide_env = true, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(0..))]
     pub tun_fd: Option<i32>,

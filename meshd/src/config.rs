@@ -15,6 +15,7 @@ use crate::args::{
     CniInstallArgs, KernelArgs, Places, RunArgs, ShardArgs, UapiArgs, UninstallArgs,
 };
 use crate::cni_install;
+use crate::offload::Disabled;
 
 /// What `meshd run` was told. Holds no secret: it is printed at start.
 #[derive(Debug, Clone)]
@@ -30,6 +31,8 @@ pub struct Config {
     pub udp_gso: Option<bool>,
     /// Threads that carry packets.
     pub shards: usize,
+    /// What of the kernel is not used.
+    pub disabled: Disabled,
     /// How long they look for more before they sleep.
     pub busy_poll: Duration,
     pub admin_address: SocketAddr,
@@ -188,6 +191,7 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
         listen_port: args.listen_port,
         udp_gso: args.udp_gso.told(),
         shards: shards(args.shards),
+        disabled: Disabled::from(&*args.offloads.disable_offload),
         busy_poll: busy_poll(args.shards),
         admin_address: args.admin_address,
         endpoints: args.endpoints.clone(),

@@ -52,6 +52,7 @@ pub mod lock;
 pub mod metrics;
 pub mod nft_bundle;
 pub mod node_file;
+pub mod offload;
 pub mod ping;
 pub mod plane;
 pub mod pod_check;

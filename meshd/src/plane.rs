@@ -19,6 +19,7 @@ use tokio::task::JoinHandle;
 use crate::config::{Config, Kernel};
 use crate::io::{self, DataEvent, DataPlane, DataPlaneOptions, Greeter, Snapshots};
 use crate::last_heard::{Endpoints, Recorder};
+use crate::offload::Disabled;
 use crate::reconcile::Plane;
 use crate::view::{DataFigures, DataSource, View};
 
@@ -33,6 +34,7 @@ pub struct NodePlane {
     /// As the operator told.
     udp_gso: Option<bool>,
     shards: usize,
+    disabled: Disabled,
     busy_poll: Duration,
     key: PrivateKey,
     view: Arc<View>,
@@ -66,6 +68,7 @@ impl NodePlane {
             listen_port: config.listen_port,
             udp_gso: config.udp_gso,
             shards: config.shards,
+            disabled: config.disabled.clone(),
             busy_poll: config.busy_poll,
             key,
             view,
@@ -84,14 +87,14 @@ impl NodePlane {
             gso: self.udp_gso.unwrap_or_else(gso_is_sound),
             ..UdpOptions::default()
         };
-        let sockets = io::open_sockets(&options, self.shards)?;
+        let sockets = io::open_sockets(&self.disabled.udp(&options), self.shards)?;
         if let (Some(tun), Some(udp)) = (tuns.first(), sockets.first()) {
             let (tun, udp) = (tun.features(), udp.features());
             tracing::info!(shards = self.shards, ?tun, ?udp, "data plane starts");
         }
         let options = DataPlaneOptions {
             tunnel: TunnelConfig {
-                coalesce: coalesce(Release::running()),
+                coalesce: self.disabled.coalesce(coalesce(Release::running())),
                 ..TunnelConfig::default()
             },
             own_key: self.key.clone(),
@@ -107,7 +110,7 @@ impl NodePlane {
 
     /// The device's index and a queue for each shard.
     fn open_tun(&self) -> anyhow::Result<(u32, Vec<Tun>)> {
-        let tun = Tun::open(&TunOptions::new(self.kernel.tun.as_str()))?;
+        let tun = Tun::open(&self.disabled.tun(TunOptions::new(self.kernel.tun.as_str())))?;
         Ok((tun.index(), tun.spread(self.shards, TUN_QUEUES_PER_SHARD)?))
     }
 }

@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use zeroize::Zeroizing;
 
 use crate::io::{self, DataEvent, DataPlane, DataPlaneOptions, DataSnapshot, Reconfigure};
+use crate::offload::Disabled;
 use crate::plane;
 use crate::uapi::Refusal;
 use crate::uapi::device::{Change, Device, Figures, Live};
@@ -37,6 +38,7 @@ pub(super) struct Controller {
     /// A queue of the interface for each shard.
     tuns: Vec<Tun>,
     busy_poll: Duration,
+    disabled: Disabled,
     mtu: u32,
     plane: Option<Plane>,
     /// Counters and handshakes of data planes before this one.
@@ -56,11 +58,17 @@ struct Plane {
 }
 
 impl Controller {
-    pub(super) fn new(tuns: Vec<Tun>, busy_poll: Duration, news: mpsc::Sender<()>) -> Self {
+    pub(super) fn new(
+        tuns: Vec<Tun>,
+        busy_poll: Duration,
+        disabled: Disabled,
+        news: mpsc::Sender<()>,
+    ) -> Self {
         Self {
             device: Device::default(),
             tuns,
             busy_poll,
+            disabled,
             mtu: super::MTU,
             plane: None,
             carried: BTreeMap::new(),
@@ -113,7 +121,7 @@ impl Controller {
         let news = self.news.clone();
         let options = DataPlaneOptions {
             tunnel: TunnelConfig {
-                coalesce: plane::coalesce(Release::running()),
+                coalesce: self.disabled.coalesce(plane::coalesce(Release::running())),
                 setting: Setting::Device,
                 ..TunnelConfig::default()
             },
@@ -141,7 +149,7 @@ impl Controller {
             gso: plane::gso_is_sound(),
             ..UdpOptions::default()
         };
-        let sockets = io::open_sockets(&options, self.tuns.len())?;
+        let sockets = io::open_sockets(&self.disabled.udp(&options), self.tuns.len())?;
         let port = sockets.first().map_or(device.listen_port, UdpSocket::local_port);
         let again = sockets.iter().map(|udp| udp.as_fd().try_clone_to_owned());
         let again: std::io::Result<_> = again.collect();

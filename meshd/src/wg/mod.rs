@@ -31,6 +31,7 @@ use tokio::sync::mpsc;
 
 use crate::app::Signals;
 use crate::args::WgArgs;
+use crate::offload::Disabled;
 use crate::uapi::server;
 use crate::{config, folder, keystore};
 use controller::{Controller, Look};
@@ -50,12 +51,12 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 pub fn run(args: &WgArgs) -> anyhow::Result<()> {
     let dir = config::uapi_dir(&args.uapi)?.context("--uapi-dir may not be empty here")?;
     let tun = match args.tun_fd {
-        Some(number) => Tun::inherit(number, &TunOptions::transient(""))?,
-        None => Tun::open(&TunOptions {
+        Some(number) => Tun::inherit(number, &disabled(args).tun(TunOptions::transient("")))?,
+        None => Tun::open(&disabled(args).tun(TunOptions {
             mtu: Some(MTU),
             multi_queue: !args.disable_multi_queue,
             ..TunOptions::transient(&args.interface)
-        })?,
+        }))?,
     };
     let listener = match args.uapi_fd {
         Some(number) => UnixListener::from(
@@ -81,11 +82,15 @@ pub fn run(args: &WgArgs) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("start the reactor")?;
-    let served = runtime.block_on(serve(tuns, config::busy_poll(args.shards), listener, &socket));
+    let served = runtime.block_on(serve(tuns, args, listener, &socket));
     socket.remove();
     // A request to a data plane that hangs must not hold up the end.
     runtime.shutdown_background();
     served
+}
+
+fn disabled(args: &WgArgs) -> Disabled {
+    Disabled::from(&*args.offloads.disable_offload)
 }
 
 fn wanted_shards(args: &WgArgs) -> usize {
@@ -154,7 +159,7 @@ fn keep_open(fd: BorrowedFd<'_>) -> anyhow::Result<i32> {
 
 async fn serve(
     tuns: Vec<Tun>,
-    busy_poll: Duration,
+    args: &WgArgs,
     listener: UnixListener,
     socket: &Socket,
 ) -> anyhow::Result<()> {
@@ -166,7 +171,12 @@ async fn serve(
     tracing::info!(version, device = tuns.first().map(Tun::name), shards, "device starts");
     let (news_in, news) = mpsc::channel(1);
     watch_links(news_in.clone())?;
-    let controller = Arc::new(Mutex::new(Controller::new(tuns, busy_poll, news_in)));
+    let controller = Arc::new(Mutex::new(Controller::new(
+        tuns,
+        config::busy_poll(args.shards),
+        disabled(args),
+        news_in,
+    )));
     tokio::spawn(server::serve(listener, Arc::new(Configured(Arc::clone(&controller)))));
     tokio::select! {
         () = signals => {}
