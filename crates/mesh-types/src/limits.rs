@@ -97,8 +97,13 @@ pub const TUN_QUEUE_READS: usize = 32;
 /// about 200 us, where 256 KiB of them would take 6 ms.
 pub const TUN_DRAIN_READS: usize = 128;
 
-/// GRO buffers received before the TUN is looked at again.
+/// Buffers of one receive call, where the kernel merges: a bulk flow fills them.
 pub const UDP_DRAIN_BUFFERS: usize = 4;
+
+/// Bytes received before the TUN is looked at again, or [`UDP_RECV_MESSAGES_MAX`] messages. Datagrams that are not merged (many
+/// peers, handshakes, a flood of strangers) come four to a call, and must not have a smaller share than what pods send in
+/// a turn.
+pub const UDP_DRAIN_BYTES: usize = TUN_DRAIN_BYTES;
 
 /// Inner packets one TUN read may stand for: 64 KiB at Linux' smallest segment (`TCP_MIN_SND_MSS`, 48 bytes).
 /// A crafted segment size of 1 must not become 65,000 datagrams.

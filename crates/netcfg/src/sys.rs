@@ -232,6 +232,10 @@ impl ReceiveRing {
         }
     }
 
+    pub(crate) fn messages(&self) -> usize {
+        self.headers.len()
+    }
+
     /// Points every header at its buffers, with their whole lengths.
     fn aim(&mut self) {
         let buffers = self.storage.chunks_exact_mut(self.slot_bytes.max(1));

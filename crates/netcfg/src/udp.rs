@@ -161,6 +161,11 @@ impl RecvBatch {
         Self { ring: sys::ReceiveRing::new(messages, RECV_BUFFER_BYTES), filled: 0 }
     }
 
+    /// How many messages one receive can bring.
+    pub fn room(&self) -> usize {
+        self.ring.messages()
+    }
+
     /// The messages of the last receive. Malformed ones are left out (and counted by the socket).
     pub fn iter(&self) -> impl Iterator<Item = Received<'_>> {
         (0..self.filled).filter_map(|slot| self.get(slot))

@@ -12,6 +12,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail};
+use mesh_core::tunnel::engine::OwnKeyId;
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::SNAPSHOT_REQUESTS_MAX;
 use netcfg::udp::UdpSocket;
@@ -27,7 +28,7 @@ pub(super) struct Letters<P, T, S> {
     /// A socket at another port.
     pub(super) udp: Option<UdpSocket>,
     /// Who this side is from now on.
-    pub(super) own_key: Option<PrivateKey>,
+    pub(super) own_key: Option<(OwnKeyId, PrivateKey)>,
     /// Where peers are, as an operator says; of one peer the last word counts, so there are at most as many as peers.
     pub(super) endpoints: BTreeMap<PublicKey, SocketAddr>,
     pub(super) initiate_all: bool,
@@ -56,9 +57,9 @@ impl<P, T, S> Default for Letters<P, T, S> {
 
 /// A device configured anew by its operator.
 #[derive(Debug)]
-pub struct Reconfigure<P> {
+pub struct Reconfigure<P, K = PrivateKey> {
     /// Only when it is another one.
-    pub own_key: Option<PrivateKey>,
+    pub own_key: Option<K>,
     pub peers: P,
     pub endpoints: BTreeMap<PublicKey, SocketAddr>,
 }
@@ -89,7 +90,7 @@ impl<P, T, S> Mailbox<P, T, S> {
     }
 
     /// Changes who this side is, who the peers are and where: one letter, so that no turn sees a part.
-    pub(super) fn configure(&self, change: Reconfigure<P>) {
+    pub(super) fn configure(&self, change: Reconfigure<P, (OwnKeyId, PrivateKey)>) {
         let Reconfigure { own_key, peers, endpoints } = change;
         self.post(|letters| {
             letters.own_key = own_key.or(letters.own_key.take());

@@ -1,4 +1,4 @@
-//! The data plane: threads, each with its TUN queue, its UDP socket and its tunnel.
+//! The data plane: threads, each with its TUN queues, its UDP socket and its tunnel.
 //!
 //! ```text
 //!  control                        shard (std::thread, no runtime)
@@ -35,7 +35,7 @@ mod snapshot;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -43,6 +43,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
 use mesh_core::tunnel::config::{Event, PeerConfig, PeerRefusal, TunnelConfig};
+use mesh_core::tunnel::engine::OwnKeyId;
 use mesh_core::tunnel::peers::SplitMix64;
 use mesh_core::tunnel::steer::{self, Share};
 use mesh_types::key::{PrivateKey, PublicKey};
@@ -103,6 +104,8 @@ impl fmt::Debug for DataPlaneOptions {
 pub struct DataPlane {
     shards: Mailboxes,
     threads: Vec<JoinHandle<()>>,
+    /// Id of the own key that was last told.
+    own: AtomicU8,
     /// Control was told that the device is gone.
     tun_lost: Arc<AtomicBool>,
 }
@@ -133,8 +136,9 @@ impl DataPlane {
             1 => vec![None],
             _ => Exchange::of_all(&shards.0).into_iter().map(Some).collect(),
         };
+        let own = AtomicU8::new(options.tunnel.own.0);
         let all = share_out(options, count, &tun_lost);
-        let mut plane = Self { shards, threads: Vec::with_capacity(count), tun_lost };
+        let mut plane = Self { shards, threads: Vec::with_capacity(count), own, tun_lost };
         let parts = all.into_iter().zip(tuns).zip(sockets).zip(exchanges).enumerate();
         for (number, (((options, tun), udp), exchange)) in parts {
             let Some(mailbox) = plane.shards.0.get(number).map(Arc::clone) else { break };
@@ -164,6 +168,12 @@ impl DataPlane {
     pub fn configure(&self, change: Reconfigure<Vec<PeerConfig>>) {
         let Reconfigure { own_key, peers, endpoints } = change;
         let peers = Arc::new(peers);
+        // Here and not in the shards, of which one may find two letters in one: they tell each other for which of our keys
+        // an initiation was. Two ids take turns: what a third key's predecessor had is over by its own time.
+        let own_key = own_key.map(|key| {
+            let own = self.own.fetch_xor(1, Ordering::SeqCst) ^ 1;
+            (OwnKeyId(own), key)
+        });
         self.shards.each(|shard| {
             shard.configure(Reconfigure {
                 own_key: own_key.clone(),

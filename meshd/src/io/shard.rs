@@ -17,7 +17,7 @@ use mesh_core::tunnel::engine::{EngineFactory as _, OwnKeyId};
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::{
     NODES_MAX, TUN_DRAIN_BYTES, TUN_DRAIN_READS, TUN_QUEUES_PER_SHARD, UDP_DRAIN_BUFFERS,
-    UDP_RECV_MESSAGES_MAX,
+    UDP_DRAIN_BYTES, UDP_RECV_MESSAGES_MAX,
 };
 use mesh_types::time::MonoTime;
 use netcfg::clock;
@@ -272,8 +272,8 @@ impl Shard {
             tunnel.set_port(self.udp.local_port());
             self.udp_paused_until = MonoTime::ZERO;
         }
-        if let Some(key) = letters.own_key {
-            self.change_own_key(tunnel, key, now);
+        if let Some((id, key)) = letters.own_key {
+            self.change_own_key(tunnel, id, key, now);
         }
         if let Some(peers) = letters.peers {
             self.peers = peers;
@@ -307,9 +307,13 @@ impl Shard {
         }
     }
 
-    /// Two ids take turns: what a third key's predecessor had is over by its own time.
-    fn change_own_key(&mut self, tunnel: &mut BoringTunnel, key: PrivateKey, now: MonoTime) {
-        let id = OwnKeyId(u8::from(self.config.own == OwnKeyId(0)));
+    fn change_own_key(
+        &mut self,
+        tunnel: &mut BoringTunnel,
+        id: OwnKeyId,
+        key: PrivateKey,
+        now: MonoTime,
+    ) {
         tunnel.factory_mut().set_own_key(id, &key);
         tunnel.replace_own(now, id);
         self.config.own = id;
@@ -348,19 +352,32 @@ impl Shard {
         }
     }
 
-    /// One receive call; what it brought goes to the TUN before anything else happens.
+    /// Receives until nothing waits or the budget is spent. What a call brought goes to the TUN before the next.
     fn drain_udp(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
+        let (mut messages, mut bytes) = (0, 0);
+        while messages < UDP_RECV_MESSAGES_MAX && bytes < UDP_DRAIN_BYTES {
+            let Some((filled, received)) = self.receive(tunnel, now) else { return };
+            if filled < self.batch.room() {
+                return;
+            }
+            messages += filled;
+            bytes += received;
+        }
+    }
+
+    /// One receive call; how many messages and bytes it brought, `None` after an error.
+    fn receive(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) -> Option<(usize, usize)> {
         let filled = match self.udp.recv(&mut self.batch) {
             Ok(filled) => filled,
             Err(error) => {
                 tracing::debug!(%error, "receive");
                 self.counters.udp_errors += 1;
                 self.udp_paused_until = now + ERROR_PAUSE;
-                return;
+                return None;
             }
         };
         let mut device = Device::There;
-        let mut pending = 0;
+        let (mut pending, mut received) = (0, 0);
         for slot in 0..filled {
             let Some(message) = self.batch.get(slot) else { continue };
             // Merged over the whole call, as a super-packet may come in two messages; the tunnel has room
@@ -370,6 +387,7 @@ impl Shard {
                 device = device.and(deliver(tunnel, self.tun.as_ref(), &mut self.writer));
             }
             pending += message.bytes.len();
+            received += message.bytes.len();
             let meta = UdpMeta {
                 source: message.source,
                 local: message.local,
@@ -386,6 +404,7 @@ impl Shard {
             self.lose_tun();
         }
         self.transmit(tunnel, now);
+        Some((filled, received))
     }
 
     /// Reads until nothing waits or the budget is spent; full sends leave at once, the rest at the end.

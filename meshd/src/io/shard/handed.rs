@@ -3,7 +3,7 @@
 
 use mesh_core::tunnel::Tunnel;
 use mesh_core::tunnel::engine::EngineFactory;
-use mesh_types::limits::TUN_DRAIN_BYTES;
+use mesh_types::limits::{COALESCE_PACKETS_MAX, TUN_DRAIN_BYTES};
 use mesh_types::time::MonoTime;
 
 use super::{BoringTunnel, Device, Shard, deliver, send_ready};
@@ -22,10 +22,10 @@ impl Shard {
             any |= take_handshakes(exchange, from, tunnel, now);
         }
         for from in 0..exchange.others() {
-            if take_datagrams(exchange, from, tunnel, now) {
-                any = true;
-                device = device.and(deliver(tunnel, self.tun.as_ref(), &mut self.writer));
-            }
+            let (tun, writer) = (self.tun.as_ref(), &mut self.writer);
+            any |= take_datagrams(exchange, from, tunnel, now, |tunnel| {
+                device = device.and(deliver(tunnel, tun, writer));
+            });
         }
         let mut spent = 0;
         for at in 0..exchange.others() {
@@ -94,18 +94,27 @@ fn take_handshakes<F: EngineFactory>(
     true
 }
 
-/// Whether there were any.
+/// Whether there were any. Delivers what they carried before it is more than the tunnel holds.
 fn take_datagrams<F: EngineFactory>(
     exchange: &Exchange,
     from: usize,
     tunnel: &mut Tunnel<F>,
     now: MonoTime,
+    mut deliver: impl FnMut(&mut Tunnel<F>),
 ) -> bool {
     let Some(inboxes) = exchange.from(from) else { return false };
     let Some(mut parcel) = inboxes.datagrams.take() else { return false };
+    let mut pending = 0;
     for (meta, datagrams) in parcel.packets() {
+        let count = datagrams.len().div_ceil(meta.segment_len.max(1));
+        if pending + count > COALESCE_PACKETS_MAX {
+            pending = 0;
+            deliver(tunnel);
+        }
+        pending += count;
         tunnel.handle_udp_input(now, meta, datagrams);
     }
+    deliver(tunnel);
     inboxes.datagrams.give_back(parcel);
     true
 }
