@@ -34,7 +34,7 @@ const fn at_most(name: &'static str, unit: &'static str, must: f64, aim: f64) ->
 
 const GBIT: &str = "Gbit/s";
 
-pub(super) const GOALS: [Goal; 36] = [
+pub(super) const GOALS: [Goal; 37] = [
     more("tcp_1_bbr", GBIT, 1.7, 2.0),
     more("tcp_4_bbr", GBIT, 1.7, 2.0),
     more("tcp_reverse_bbr", GBIT, 1.7, 2.0),
@@ -63,6 +63,7 @@ pub(super) const GOALS: [Goal; 36] = [
     at_most("out_of_order", "segments", 0.0, 0.0),
     at_most("retransmits", "segments", 0.0, 0.0),
     at_most("decrypt_errors", "datagrams", 0.0, 0.0),
+    at_most("flood_loss", "%", 1.0, 0.1),
     at_most("resident_few", "MiB", 16.0, 8.0),
     ahead("tcp_1_mtu_8920", GBIT, Better::Higher),
     ahead("tcp_4_mtu_8920", GBIT, Better::Higher),

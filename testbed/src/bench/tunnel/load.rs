@@ -46,8 +46,16 @@ pub(super) enum Way {
 /// What iperf3 is asked for.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Stream {
-    Tcp { streams: u8, way: Way, congestion: &'static str },
-    Udp { bytes: u32 },
+    Tcp {
+        streams: u8,
+        way: Way,
+        congestion: &'static str,
+    },
+    /// As fast as it goes where there is no bit rate.
+    Udp {
+        bytes: u32,
+        bitrate: &'static str,
+    },
 }
 
 /// A process that ends with this value.
@@ -101,8 +109,8 @@ pub(super) fn iperf3(
                 Way::Both => drop(client.arg("--bidir")),
             }
         }
-        Stream::Udp { bytes } => {
-            client.args(["--udp", "--bitrate", "0", "--length", &bytes.to_string()]);
+        Stream::Udp { bytes, bitrate } => {
+            client.args(["--udp", "--bitrate", bitrate, "--length", &bytes.to_string()]);
         }
     }
     let end = Instant::now() + PATIENCE;

@@ -1,14 +1,15 @@
 //! What is measured at a site, and the figures each measurement gives.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddrV4};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use super::cost::{self, Repairs};
+use super::flood;
 use super::load::{self, Place, Stream, Way};
-use super::site::{Shape, Site};
+use super::site::{PORT, Shape, Site, WIRE};
 use super::subject::Subject;
 
 /// Payload of the small and the large UDP test: an answer of a name server, and what fills a packet of 1,400 bytes.
@@ -61,6 +62,7 @@ enum Kind {
     PingIdle,
     RequestsIdle,
     UnderLoad,
+    Flood,
     Rest,
 }
 
@@ -106,7 +108,7 @@ const V6: Kind =
     Kind::Tcp { streams: 1, way: Way::Forward, congestion: "cubic", v6: true, pods: false };
 
 /// Costs are taken with cubic, which every kernel has.
-pub(super) const MEASURES: [Measure; 25] = [
+pub(super) const MEASURES: [Measure; 26] = [
     tcp(&["tcp_1_bbr"], 1, Way::Forward, "bbr"),
     tcp(&["tcp_4_bbr"], 4, Way::Forward, "bbr"),
     tcp(&["tcp_reverse_bbr"], 1, Way::Reverse, "bbr"),
@@ -137,6 +139,7 @@ pub(super) const MEASURES: [Measure; 25] = [
     at(&["ping_idle"], Kind::PingIdle, FEW),
     at(&["rr_idle_p50", "rr_idle_p99", "rr_idle_p99_9"], Kind::RequestsIdle, FEW),
     at(&["ping_load", "rr_load_p50", "rr_load_p99", "rr_load_p99_9"], Kind::UnderLoad, FEW),
+    at(&["flood_loss"], Kind::Flood, FEW),
     at(&["idle_cpu_few"], Kind::Rest, FEW),
     shaped(&["tcp_1_mtu_8920"], 1, JUMBO),
     shaped(&["tcp_4_mtu_8920"], 4, JUMBO),
@@ -161,7 +164,9 @@ impl Measure {
     /// Whether it says anything about this subject.
     pub(super) fn applies_to(self, subject: Subject) -> bool {
         let of_a_daemon = matches!(self.kind, Kind::Rest);
+        let of_wireguard = matches!(self.kind, Kind::Flood);
         !(of_a_daemon && subject.is_for_scale())
+            && (!of_wireguard || subject.takes_many_peers())
             && (self.shape.peers == 1 || subject.takes_many_peers())
     }
 
@@ -213,7 +218,7 @@ impl Measure {
                 self.with_cost(subject, site, congestion, time, samples)?;
             }
             Kind::Udp { bytes } => {
-                let received = load::iperf3(nodes, far, Stream::Udp { bytes }, time)?;
+                let received = load::iperf3(nodes, far, Stream::Udp { bytes, bitrate: "0" }, time)?;
                 let value = match bytes {
                     64 => received.packets_per_second / 1e3,
                     _ => received.bits_per_second / 1e9,
@@ -227,6 +232,10 @@ impl Measure {
             Kind::RequestsIdle => {
                 let times = load::request_response(nodes, far, time)?;
                 push_ranks(self.figures, subject, &times, samples);
+            }
+            Kind::Flood => {
+                let lost = self.flooded(site, time)?;
+                samples.push(self.figures[0], subject, lost);
             }
             Kind::UnderLoad => self.under_load(subject, nodes, time, samples)?,
             Kind::Rest => self.rest(subject, site, time, samples)?,
@@ -289,6 +298,22 @@ impl Measure {
         samples.push(self.figures[0], subject, ping.as_secs_f64() * 1e3);
         push_ranks(&self.figures[1..], subject, &times, samples);
         Ok(())
+    }
+
+    /// Packets of 200 bytes that node a loses, 5,000 a second, while it is flooded; in percent.
+    fn flooded(self, site: &Site, time: Duration) -> Result<f64> {
+        let [a, b] = &site.nodes;
+        let key = site.key.context("this subject has no key")?;
+        let to = SocketAddrV4::new(WIRE[0].parse()?, PORT);
+        std::thread::scope(|scope| {
+            let flood = scope.spawn(|| flood::initiations(&b.netns, key, to, time + 2 * LEAD));
+            std::thread::sleep(LEAD);
+            let stream = Stream::Udp { bytes: 200, bitrate: "8M" };
+            let received = load::iperf3([b, a], a.v4, stream, time)?;
+            let rate = flood.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+            ensure!(rate > 50e3, "only {rate:.0} initiations a second could be sent");
+            Ok(received.lost_percent)
+        })
     }
 
     /// What node a's daemon does and holds while nobody speaks.

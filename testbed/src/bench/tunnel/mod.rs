@@ -11,6 +11,7 @@
 //! subject    what is measured            goals     what each figure must reach
 //! site       two nodes and a wire        measures  what runs at a site
 //! crowd      peers that only answer      load      iperf3, ping, request and response
+//! flood      handshakes of strangers
 //! uapi, nebula  configuration            cost      processor time, memory, retransmits
 //! chart, page   what people look at      parsed    what the programs print
 //! ```
@@ -18,6 +19,7 @@
 mod chart;
 mod cost;
 mod crowd;
+mod flood;
 mod goals;
 mod load;
 mod measures;

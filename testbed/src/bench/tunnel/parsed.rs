@@ -10,6 +10,8 @@ use serde_json::Value;
 pub(super) struct Received {
     pub(super) bits_per_second: f64,
     pub(super) packets_per_second: f64,
+    /// Of those sent, 0 to 100.
+    pub(super) lost_percent: f64,
 }
 
 /// The document of `iperf3 --json`; both directions together where there were two.
@@ -29,6 +31,7 @@ pub(super) fn iperf3(text: &str) -> Result<Received> {
             && seconds > 0.0
         {
             received.packets_per_second += (packets - lost) / seconds;
+            received.lost_percent = 100.0 * lost / packets.max(1.0);
         }
     }
     if received.bits_per_second == 0.0 {
@@ -64,7 +67,7 @@ mod tests {
         let text = r#"{"end": {"sum_received": {"bits_per_second": 2e9, "seconds": 1},
             "sum_received_bidir_reverse": {"bits_per_second": 1e9, "seconds": 1}}}"#;
         let received = iperf3(text).expect("figures");
-        assert_eq!(received, Received { bits_per_second: 3e9, packets_per_second: 0.0 });
+        assert_eq!(received, Received { bits_per_second: 3e9, ..Received::default() });
     }
 
     #[test]

@@ -67,6 +67,8 @@ pub(super) struct Site {
     /// One pod on each node.
     pub(super) pods: Option<[Place; 2]>,
     crowd: Option<Daemon>,
+    /// Of node a, where a subject has one.
+    pub(super) key: Option<PublicKey>,
     namespaces: [Namespace; 2],
     meshd: PathBuf,
     // Last: everything above dies with it.
@@ -305,7 +307,7 @@ impl Builder {
         }
         let pods = if self.shape.pods { Some(self.pods(subject, &nodes)?) } else { None };
         let Self { lab, namespaces, meshd, daemons, .. } = self;
-        Ok(Site { daemons, nodes, pods, crowd, namespaces, meshd, _lab: lab })
+        Ok(Site { daemons, nodes, pods, crowd, key: own, namespaces, meshd, _lab: lab })
     }
 
     fn wait_for(&self, from: &Place, address: IpAddr) -> Result<()> {
