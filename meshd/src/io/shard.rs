@@ -75,6 +75,8 @@ pub(super) struct Shard {
     /// Whose packets come first in the next turn.
     handed_next: usize,
     busy_poll: BusyPoll,
+    /// When the last turn began.
+    woke: MonoTime,
 }
 
 /// What poll found.
@@ -120,6 +122,7 @@ impl Shard {
             exchange,
             handed_next: 0,
             busy_poll: BusyPoll::new(busy_poll),
+            woke: MonoTime::ZERO,
         }
     }
 
@@ -167,6 +170,7 @@ impl Shard {
             self.counters.turns += 1;
             ready = self.wait(&tunnel, ready);
             let now = clock::now();
+            self.woke = now;
             if ready.mail && self.read_mail(&mut tunnel, now) {
                 self.transmit(&mut tunnel, now);
                 return;
@@ -195,7 +199,7 @@ impl Shard {
     fn wait(&mut self, tunnel: &BoringTunnel, before: Ready) -> Ready {
         let now = clock::now();
         let look = match before.udp || before.tun {
-            true => self.busy_poll.allowance(now),
+            true => self.busy_poll.allowance(now, now.since(self.woke)),
             false => Duration::ZERO,
         };
         let mailbox = &*self.mailbox;
