@@ -165,7 +165,8 @@ pub(crate) fn tun_attached(fd: BorrowedFd<'_>) -> io::Result<(String, c_int)> {
     // SAFETY: TUNGETIFF writes one `ifreq`, which outlives the call.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF as _, &raw mut request) })?;
     let name = request.ifr_name.iter().take_while(|byte| **byte != 0);
-    let name: Vec<u8> = name.map(|byte| byte.cast_unsigned()).collect();
+    // `c_char` has a sign on some processors.
+    let name: Vec<u8> = name.flat_map(|byte| byte.to_ne_bytes()).collect();
     // SAFETY: TUNGETIFF fills in the flags of the union.
     let flags = unsafe { request.ifr_ifru.ifru_flags };
     let name = String::from_utf8(name).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
