@@ -7,7 +7,6 @@ use std::path::Path;
 
 use anyhow::{Context, ensure};
 use mesh_types::key::PrivateKey;
-use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use wg_engine::generate_private_key;
 use zeroize::Zeroizing;
 
@@ -19,14 +18,6 @@ const KEY_FILE_BYTES_MAX: u64 = 256;
 pub enum Origin {
     Kept,
     Made,
-}
-
-/// Keeps the private key and session keys of this process out of core dumps. Before a key is read.
-pub fn forbid_core_dumps() -> anyhow::Result<()> {
-    let none = Rlimit { current: Some(0), maximum: Some(0) };
-    setrlimit(Resource::Core, none).context("cannot switch core dumps off")?;
-    // The limit does not hold where dumps go into a program (core(5)).
-    set_dumpable_behavior(DumpableBehavior::NotDumpable).context("cannot switch core dumps off")
 }
 
 /// Reads the key, or makes one (and its folder) where there is no file.
@@ -106,15 +97,6 @@ fn make(path: &Path) -> anyhow::Result<(PrivateKey, Origin)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_process_with_keys_leaves_no_core_dump() {
-        forbid_core_dumps().expect("switched off");
-        let limit = rustix::process::getrlimit(Resource::Core);
-        assert_eq!((limit.current, limit.maximum), (Some(0), Some(0)));
-        let dumpable = rustix::process::dumpable_behavior().expect("told");
-        assert_eq!(dumpable, DumpableBehavior::NotDumpable);
-    }
 
     #[test]
     fn the_first_start_makes_a_key_for_its_owner_only_and_the_next_keeps_it() {

@@ -40,7 +40,7 @@ async fn start(args: Args) -> anyhow::Result<()> {
         // They would go to the stderr that could not be written, and panic there.
         .log_internal_errors(false)
         .init();
-    keyfile::forbid_core_dumps()?;
+    wg_engine::forbid_core_dumps().context("cannot switch core dumps off")?;
     match args.command {
         Command::Run(args) => run(args).await,
         Command::Whoami(args) => ask(args).await,

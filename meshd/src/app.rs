@@ -90,7 +90,7 @@ fn run_checked(config: &Config) -> anyhow::Result<()> {
     if let Some(dir) = &config.host_copy_dir {
         host_copy::keep(dir);
     }
-    keystore::forbid_core_dumps()?;
+    wg_engine::forbid_core_dumps().context("cannot switch core dumps off")?;
     let key = own_key(config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(REACTOR_THREADS)

@@ -20,7 +20,6 @@ use anyhow::{Context, bail, ensure};
 use mesh_types::key::{KEY_LEN, PrivateKey};
 use mesh_types::node::NodeName;
 use rand::TryRng;
-use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, Zeroizing};
 
@@ -48,14 +47,6 @@ pub enum Origin {
     Made,
     /// The file belonged to somebody else or could not be read; the text says which.
     Replaced(String),
-}
-
-/// Keeps the private key and session keys of this process out of core dumps. Before a key is read.
-pub fn forbid_core_dumps() -> anyhow::Result<()> {
-    let none = Rlimit { current: Some(0), maximum: Some(0) };
-    setrlimit(Resource::Core, none).context("switch core dumps off")?;
-    // The limit does not hold where dumps go into a program (core(5)).
-    set_dumpable_behavior(DumpableBehavior::NotDumpable).context("switch core dumps off")
 }
 
 /// Reads the key of `owner` from `path`, or makes one.
@@ -227,15 +218,6 @@ mod tests {
     use std::fs;
 
     use super::*;
-
-    #[test]
-    fn a_process_with_keys_leaves_no_core_dump() {
-        forbid_core_dumps().expect("switched off");
-        let limit = rustix::process::getrlimit(Resource::Core);
-        assert_eq!((limit.current, limit.maximum), (Some(0), Some(0)));
-        let dumpable = rustix::process::dumpable_behavior().expect("told");
-        assert_eq!(dumpable, DumpableBehavior::NotDumpable);
-    }
 
     fn owner(node: &str, machine: &str) -> Owner {
         Owner { node: node.parse().expect("a name"), machine_id: machine.into() }

@@ -43,6 +43,7 @@
 //! WireGuard whitepaper sections 5.4 (messages) and 6 (timers), constants as in the kernel's
 //! `drivers/net/wireguard/messages.h`.
 
+mod dumps;
 mod engine;
 mod factory;
 mod index;
@@ -50,5 +51,6 @@ mod macs;
 mod ring;
 mod timers;
 
+pub use dumps::forbid_core_dumps;
 pub use engine::BoringEngine;
 pub use factory::{BoringFactory, generate_private_key, public_key};

@@ -33,7 +33,7 @@ use crate::app::Signals;
 use crate::args::WgArgs;
 use crate::offload::Disabled;
 use crate::uapi::server;
-use crate::{config, folder, keystore};
+use crate::{config, folder};
 use controller::{Controller, Look};
 pub use mesh::{MeshSocket, serve_mesh};
 
@@ -75,7 +75,7 @@ pub fn run(args: &WgArgs) -> anyhow::Result<()> {
         // Fails where we lead a session already, which is what we want.
         let _ = rustix::process::setsid();
     }
-    keystore::forbid_core_dumps()?;
+    wg_engine::forbid_core_dumps().context("cannot switch core dumps off")?;
     let queues = queues(args, &tun);
     let tuns = tun.spread(queues, TUN_QUEUES_PER_SHARD)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
