@@ -84,14 +84,15 @@ const fn tcp(
     Measure { figures, kind, shape: FEW }
 }
 
-const fn pod(
-    figures: &'static [&'static str],
-    streams: u8,
-    way: Way,
-    congestion: &'static str,
-) -> Measure {
-    let kind = Kind::Tcp { streams, way, congestion, v6: false, pods: true };
-    Measure { figures, kind, shape: FEW }
+/// The same between pods.
+const fn between_pods(measure: Measure) -> Measure {
+    match measure.kind {
+        Kind::Tcp { streams, way, congestion, v6, .. } => {
+            let kind = Kind::Tcp { streams, way, congestion, v6, pods: true };
+            Measure { kind, ..measure }
+        }
+        _ => measure,
+    }
 }
 
 const fn shaped(figures: &'static [&'static str], streams: u8, shape: Shape) -> Measure {
@@ -128,12 +129,12 @@ pub(super) const MEASURES: [Measure; 26] = [
     tcp(&["tcp_reverse_cubic"], 1, Way::Reverse, "cubic"),
     tcp(&["tcp_both"], 1, Way::Both, "cubic"),
     at(&["tcp_1_v6"], V6, FEW),
-    pod(&["pod_tcp_1_bbr"], 1, Way::Forward, "bbr"),
-    pod(&["pod_tcp_4_bbr"], 4, Way::Forward, "bbr"),
-    pod(&["pod_tcp_reverse_bbr"], 1, Way::Reverse, "bbr"),
-    pod(&["pod_tcp_1_cubic"], 1, Way::Forward, "cubic"),
-    pod(&["pod_tcp_4_cubic"], 4, Way::Forward, "cubic"),
-    pod(&["pod_tcp_reverse_cubic"], 1, Way::Reverse, "cubic"),
+    between_pods(tcp(&["pod_tcp_1_bbr"], 1, Way::Forward, "bbr")),
+    between_pods(tcp(&["pod_tcp_4_bbr"], 4, Way::Forward, "bbr")),
+    between_pods(tcp(&["pod_tcp_reverse_bbr"], 1, Way::Reverse, "bbr")),
+    between_pods(tcp(&["pod_tcp_1_cubic"], 1, Way::Forward, "cubic")),
+    between_pods(tcp(&["pod_tcp_4_cubic"], 4, Way::Forward, "cubic")),
+    between_pods(tcp(&["pod_tcp_reverse_cubic"], 1, Way::Reverse, "cubic")),
     at(&["udp_64"], Kind::Udp { bytes: UDP_BYTES[0] }, FEW),
     at(&["udp_1372"], Kind::Udp { bytes: UDP_BYTES[1] }, FEW),
     at(&["ping_idle"], Kind::PingIdle, FEW),
