@@ -103,7 +103,7 @@ impl NodePlane {
             remembered: self.remembered.clone(),
             on_event: Box::new(listener(self.news.clone(), self.recorder.clone())),
         };
-        let data = DataPlane::start_shards(options, tuns, sockets)?;
+        let data = DataPlane::start(options, tuns, sockets)?;
         self.view.set_data_source(Asked(data.snapshots()));
         Ok(Running { data, tun_index, greeted: false, greeting: None })
     }

@@ -13,6 +13,9 @@ mod forwarded;
 #[path = "support/shards.rs"]
 mod shards;
 
+#[path = "support/privilege.rs"]
+mod privilege;
+
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket as StdUdpSocket};
 use std::path::{Path, PathBuf};
@@ -30,21 +33,12 @@ use netcfg::route::{KernelRoute, TABLE_MAIN};
 use netcfg::tun::{Tun, TunOptions};
 use netcfg::udp::{RecvBatch, UdpOptions, UdpSocket};
 use netcfg::{addr, link, route};
+use privilege::root;
 
 const TUN: &str = "mio0";
 const MTU: u32 = 1420;
 /// Bounds a wait that should be milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Whether the test may run: without root it fails in CI and says so elsewhere.
-fn root() -> bool {
-    if rustix::process::geteuid().is_root() {
-        return true;
-    }
-    assert!(std::env::var_os("CI").is_none(), "namespace tests need root, and CI must run them");
-    let _ = std::io::stderr().write_all(b"skipped: namespace tests need root\n");
-    false
-}
 
 /// One namespace with its shard; deleted with the value.
 struct Side {
@@ -163,7 +157,7 @@ impl Side {
                 assert!(!panics.swap(false, Ordering::SeqCst), "asked for by a test");
             }),
         };
-        let data = DataPlane::start_shards(options, queues, sockets).expect("a data plane");
+        let data = DataPlane::start(options, queues, sockets).expect("a data plane");
         Self {
             number,
             netns,

@@ -8,8 +8,11 @@
 //! ```
 #![allow(clippy::expect_used, reason = "helpers of tests fail as tests do")]
 
+#[path = "support/privilege.rs"]
+mod privilege;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{ErrorKind, Write as _};
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket as StdUdpSocket};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -26,6 +29,7 @@ use netcfg::route::{KernelRoute, TABLE_MAIN};
 use netcfg::tun::{Tun, TunOptions};
 use netcfg::udp::{RecvBatch, UdpOptions, UdpSocket};
 use netcfg::{addr, clock, link, route};
+use privilege::root;
 use wg_engine::BoringFactory;
 
 const SPOKES: u8 = 18;
@@ -35,16 +39,6 @@ const FLOWS: u16 = 2;
 const BURST: u64 = 3;
 /// Bounds a wait that should be milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Whether the test may run: without root it fails in CI and says so elsewhere.
-fn root() -> bool {
-    if rustix::process::geteuid().is_root() {
-        return true;
-    }
-    assert!(std::env::var_os("CI").is_none(), "namespace tests need root, and CI must run them");
-    let _ = std::io::stderr().write_all(b"skipped: namespace tests need root\n");
-    false
-}
 
 fn key(number: u8) -> PrivateKey {
     PrivateKey::from_bytes([number + 1; 32])
@@ -221,7 +215,7 @@ impl Field {
             busy_poll: Duration::from_micros(50),
             on_event: Box::new(|_| {}),
         };
-        let data = DataPlane::start_shards(options, tuns, sockets).expect("a data plane");
+        let data = DataPlane::start(options, tuns, sockets).expect("a data plane");
         let (spokes, programs) = run_in(&netns, || {
             let spokes: Vec<_> = (1..=SPOKES).map(|number| Spoke::new(number, hub)).collect();
             let each =

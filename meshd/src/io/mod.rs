@@ -111,13 +111,9 @@ pub struct DataPlane {
 }
 
 impl DataPlane {
-    /// Starts a data plane of one shard. It serves no peer until [`Self::set_peers`].
-    pub fn start(options: DataPlaneOptions, tun: Tun, udp: UdpSocket) -> anyhow::Result<Self> {
-        Self::start_shards(options, vec![tun], vec![udp])
-    }
-
-    /// Starts a shard's thread for each queue ([`Tun::spread`]) and socket ([`open_sockets`]).
-    pub fn start_shards(
+    /// Starts a shard's thread for each reader of the device ([`Tun::spread`]) and socket ([`open_sockets`]). They serve no
+    /// peer until [`Self::set_peers`].
+    pub fn start(
         options: DataPlaneOptions,
         tuns: Vec<Tun>,
         sockets: Vec<UdpSocket>,

@@ -221,18 +221,13 @@ impl Shard {
         let deadline = tunnel.next_deadline().map(|(at, _)| at);
         let deadline = deadline.into_iter().chain(until.into_iter().flatten()).min();
         let deadline = self.rest_until(now, deadline);
-        let polled =
-            match busily(&mut fds, now, look.min(deadline.map_or(look, |at| at.since(now)))) {
-                (Ok(0), looked) => {
-                    self.busy_poll.spent(looked);
-                    let timeout = deadline.map(|at| timespec(at.since(now + looked)));
-                    poll(&mut fds, timeout.as_ref())
-                }
-                (found, looked) => {
-                    self.busy_poll.spent(looked);
-                    found
-                }
-            };
+        let look = look.min(deadline.map_or(look, |at| at.since(now)));
+        let (mut polled, looked) = busily(&mut fds, now, look);
+        self.busy_poll.spent(looked);
+        if polled == Ok(0) {
+            let timeout = deadline.map(|at| timespec(at.since(now + looked)));
+            polled = poll(&mut fds, timeout.as_ref());
+        }
         self.get_up();
         match polled {
             Ok(_) => {}

@@ -132,7 +132,7 @@ impl Controller {
             on_event: Box::new(move |event| listen(&news, event)),
         };
         let tuns: std::io::Result<Vec<_>> = self.tuns.iter().map(Tun::try_clone).collect();
-        let data = DataPlane::start_shards(options, tuns?, sockets)?;
+        let data = DataPlane::start(options, tuns?, sockets)?;
         data.configure(Reconfigure {
             own_key: None,
             peers: self.device.peer_configs(self.mtu),

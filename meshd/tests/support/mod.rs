@@ -9,6 +9,8 @@
 
 #![allow(clippy::expect_used, clippy::panic)] // tests stand on it
 
+mod privilege;
+
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -19,6 +21,7 @@ use std::time::{Duration, Instant};
 use mesh_types::status::Status;
 use netcfg::netns::{self, Netns, run_in};
 use netcfg::{addr, link};
+pub(crate) use privilege::root;
 
 /// Bounds a wait that should take a second at most.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -30,16 +33,6 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 pub(crate) const CLUSTER: &str = "10.244.0.0/16,fd00:10:244::/48";
-
-/// Whether the test may run: without root it fails in CI and says so elsewhere.
-pub(crate) fn root() -> bool {
-    if rustix::process::geteuid().is_root() {
-        return true;
-    }
-    assert!(std::env::var_os("CI").is_none(), "namespace tests need root, and CI must run them");
-    let _ = std::io::stderr().write_all(b"skipped: namespace tests need root\n");
-    false
-}
 
 /// Looks until `found` says so; what was waited for is in the panic message.
 pub(crate) fn until(what: &str, mut found: impl FnMut() -> bool) {
