@@ -14,12 +14,14 @@
 //! | [`node_file`] | the file `meshd` leaves for the CNI plugin |
 //! | [`attachment`] | the record the CNI plugin keeps for each pod interface |
 //! | [`roster`] | the YAML file that replaces Kubernetes outside a cluster |
-//! | [`relay_frame`] | what a node and `keyrelay` say to each other inside their tunnel |
+//! | [`carry`] | the header of what `keyrelay` carries between members |
+//! | [`relay_frame`] | what nodes and `keyrelay` say to each other inside their sessions |
 //! | [`status`] | the document behind `meshd status --json` |
 //! | [`time`] | the clock as a number, handed in by the shells |
 
 pub mod annotations;
 pub mod attachment;
+pub mod carry;
 pub mod defaults;
 pub mod key;
 pub mod limits;
