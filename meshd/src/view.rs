@@ -433,6 +433,8 @@ pub(crate) mod tests {
                 candidates: vec![endpoint.parse().expect("endpoint")],
                 keepalive: (number == 3).then_some(Duration::from_secs(25)),
                 mtu: 1380,
+                role: Default::default(),
+                relays: Vec::new(),
             },
         };
         view.set_facts(Facts {

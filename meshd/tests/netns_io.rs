@@ -83,6 +83,8 @@ impl Side {
             candidates: vec![self.underlay()],
             keepalive: None,
             mtu: MTU,
+            role: Default::default(),
+            relays: Vec::new(),
         }
     }
 

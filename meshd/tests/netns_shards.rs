@@ -76,6 +76,8 @@ impl Spoke {
             candidates: vec![hub],
             keepalive: None,
             mtu: 1420,
+            role: Default::default(),
+            relays: Vec::new(),
         };
         assert_eq!(tunnel.set_peers(clock::now(), &[peer]), []);
         let socket = UdpSocket::open(&UdpOptions::default()).expect("a socket");
@@ -91,6 +93,8 @@ impl Spoke {
             candidates: vec![SocketAddr::new(Self::local(self.number), self.socket.local_port())],
             keepalive: None,
             mtu: 1420,
+            role: Default::default(),
+            relays: Vec::new(),
         }
     }
 
@@ -114,7 +118,8 @@ impl Spoke {
             for message in self.batch.iter() {
                 let ecn = Ecn::from_bits(message.ecn);
                 let (source, segment_len) = (message.source, message.segment_len);
-                let meta = UdpMeta { source, local: message.local, segment_len, ecn };
+                let meta =
+                    UdpMeta { source, local: message.local, segment_len, ecn, carried: None };
                 let mut bytes = message.bytes.to_vec();
                 self.tunnel.handle_udp_input(now, &meta, &mut bytes);
                 while let Some(frame) = self.tunnel.poll_tun() {

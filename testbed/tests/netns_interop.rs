@@ -94,6 +94,7 @@ fn serve(tunnel: &mut Tunnel<BoringFactory>, mut tun: Tun, mut udp: UdpSocket, s
                     local: message.local,
                     segment_len: message.segment_len,
                     ecn: Ecn::from_bits(message.ecn),
+                    carried: None,
                 };
                 tunnel.handle_udp_input(now, &meta, &mut message.bytes.to_vec());
             }
@@ -163,6 +164,8 @@ fn pair(begins: Begins, preshared: Option<[u8; 32]>) -> Pair {
         candidates,
         keepalive: None,
         mtu: MTU,
+        role: Default::default(),
+        relays: Vec::new(),
     };
     let ours = Ours::start(&near, &key, &peer);
     let theirs = wireguard_go::start(&far);

@@ -72,6 +72,12 @@ pub const HANDSHAKES_PER_SECOND_BEFORE_COOKIES: u32 = 2_000;
 /// replaced and lives for 180 s more beside the new one, so twice that at most.
 pub const RELAY_CLIENTS_MAX: usize = NODES_MAX;
 
+/// Relays a node registers at: the nearest, one kept warm, and as many again while addresses change.
+pub const RELAYS_MAX: usize = 4;
+
+/// Control messages looked at of one received burst: a probe and its answer over every way at once.
+pub const FRAMES_MAX: usize = 64;
+
 /// Allowed prefixes over all peers.
 pub const ALLOWED_IPS_MAX: usize = 262_144;
 

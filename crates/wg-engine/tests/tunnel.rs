@@ -52,6 +52,8 @@ fn introduce(a: &mut Node, b: &Node, now: MonoTime, preshared: Option<[u8; 32]>,
         candidates: vec![b.address],
         keepalive: keepalive.then_some(Duration::from_secs(25)),
         mtu: 1420,
+        role: Default::default(),
+        relays: Vec::new(),
     };
     assert_eq!(a.tunnel.set_peers(now, &[config]), []);
 }
@@ -89,7 +91,13 @@ fn carry(from: &mut Node, to: &mut Node, now: MonoTime) -> bool {
         assert_eq!(transmit.dst, to.address);
         let segment_len =
             if transmit.bytes.len() > transmit.segment_len { transmit.segment_len } else { 0 };
-        let meta = UdpMeta { source: from.address, local: None, segment_len, ecn: Ecn::NotEct };
+        let meta = UdpMeta {
+            source: from.address,
+            local: None,
+            segment_len,
+            ecn: Ecn::NotEct,
+            carried: None,
+        };
         WIRE.with_borrow_mut(|wire| {
             wire.clear();
             wire.extend_from_slice(transmit.bytes);
@@ -295,8 +303,13 @@ fn recorded(a: &mut Node, b: &mut Node, now: MonoTime) -> Vec<(bool, Vec<u8>)> {
             from.tunnel.flush(now);
             while let Some(transmit) = from.tunnel.poll_transmit() {
                 log.push((from_a, transmit.bytes.to_vec()));
-                let meta =
-                    UdpMeta { source: from.address, local: None, segment_len: 0, ecn: Ecn::NotEct };
+                let meta = UdpMeta {
+                    source: from.address,
+                    local: None,
+                    segment_len: 0,
+                    ecn: Ecn::NotEct,
+                    carried: None,
+                };
                 to.tunnel.handle_udp_input(now, &meta, &mut transmit.bytes.to_vec());
             }
             received(to);
@@ -365,7 +378,7 @@ proptest! {
             let mut burst = datagram.repeat(bursts + 1);
             let to = if *to_a { &mut a } else { &mut b };
             let source = SocketAddr::from(([203, 0, 113, 9], 9));
-            let meta = UdpMeta { source, local: None, segment_len, ecn: Ecn::Ce };
+            let meta = UdpMeta { source, local: None, segment_len, ecn: Ecn::Ce, carried: None };
             to.tunnel.handle_udp_input(at(2), &meta, &mut burst);
             prop_assert_eq!(received(to), Vec::<Vec<u8>>::new());
             to.tunnel.handle_timeout(at(2));
@@ -400,6 +413,7 @@ fn carry_flooded(node: &mut Node, peer: &mut Node, now: MonoTime, seen: &mut Flo
             local: None,
             segment_len: transmit.segment_len,
             ecn: Ecn::NotEct,
+            carried: None,
         };
         peer.tunnel.handle_udp_input(now, &meta, &mut transmit.bytes.to_vec());
     }
@@ -425,7 +439,13 @@ fn capacity(to: &mut Node, from: &Node) -> u64 {
     for round in 0..ROUNDS {
         let now = at(1) + Duration::from_millis(u64::from(round) * 60);
         let mut message = initiation_of(&from.key, to, now);
-        let meta = UdpMeta { source: from.address, local: None, segment_len: 0, ecn: Ecn::NotEct };
+        let meta = UdpMeta {
+            source: from.address,
+            local: None,
+            segment_len: 0,
+            ecn: Ecn::NotEct,
+            carried: None,
+        };
         let begun = std::time::Instant::now();
         to.tunnel.handle_udp_input(now, &meta, &mut message);
         spent += begun.elapsed();
@@ -453,7 +473,8 @@ fn a_flood_of_ten_times_what_a_core_answers_costs_no_legitimate_packet() {
         for number in 0..flood {
             let number = u32::try_from(ms * flood + number).expect("few");
             let source = SocketAddr::from((std::net::Ipv4Addr::from(0x0b00_0000 + number), 7));
-            let meta = UdpMeta { source, local: None, segment_len: 0, ecn: Ecn::NotEct };
+            let meta =
+                UdpMeta { source, local: None, segment_len: 0, ecn: Ecn::NotEct, carried: None };
             b.tunnel.handle_udp_input(now, &meta, &mut stranger.clone());
         }
         let (there, back) = (packet(&a, &b, 100, 2), packet(&b, &a, 100, 3));
@@ -501,7 +522,8 @@ fn no_index_is_seen_twice_in_a_day_of_traffic_and_no_packet_is_lost() {
                 *seen.entry(u32::from_le_bytes(*index)).or_insert(0) += 1;
             }
             let (source, segment_len) = (node.address, transmit.segment_len);
-            let meta = UdpMeta { source, local: None, segment_len, ecn: Ecn::NotEct };
+            let meta =
+                UdpMeta { source, local: None, segment_len, ecn: Ecn::NotEct, carried: None };
             peer.tunnel.handle_udp_input(now, &meta, &mut bytes);
         }
         any

@@ -392,6 +392,7 @@ impl Shard {
                 local: message.local,
                 segment_len: message.segment_len,
                 ecn: Ecn::from_bits(message.ecn),
+                carried: None,
             };
             let Some(bytes) = self.batch.bytes_mut(slot) else { continue };
             match &mut self.exchange {

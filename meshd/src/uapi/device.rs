@@ -262,6 +262,8 @@ impl Device {
                 keepalive: (peer.keepalive > 0)
                     .then(|| Duration::from_secs(u64::from(peer.keepalive))),
                 mtu,
+                role: Default::default(),
+                relays: Vec::new(),
             })
         };
         self.peers.iter().filter_map(config).collect()

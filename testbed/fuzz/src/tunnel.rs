@@ -34,6 +34,8 @@ fn node(own: u8) -> (Tunnel<ModelFactory>, SocketAddr) {
         candidates: vec![address(other)],
         keepalive: None,
         mtu: MTU,
+        role: Default::default(),
+        relays: Vec::new(),
     };
     assert_eq!(tunnel.set_peers(NOW, &[peer]), []);
     (tunnel, address(own))
@@ -49,8 +51,13 @@ fn packet(from: u8, to: u8) -> Vec<u8> {
 fn carry(from: &mut Tunnel<ModelFactory>, source: SocketAddr, to: &mut Tunnel<ModelFactory>) {
     from.flush(NOW);
     while let Some(transmit) = from.poll_transmit() {
-        let meta =
-            UdpMeta { source, local: None, segment_len: transmit.segment_len, ecn: Ecn::NotEct };
+        let meta = UdpMeta {
+            source,
+            local: None,
+            segment_len: transmit.segment_len,
+            ecn: Ecn::NotEct,
+            carried: None,
+        };
         to.handle_udp_input(NOW, &meta, &mut transmit.bytes.to_vec());
     }
 }
@@ -88,7 +95,8 @@ pub(crate) fn udp(data: &[u8]) {
         }
         let source = if kind & 8 == 0 { at_a } else { SocketAddr::from(([203, 0, 113, 9], 9)) };
         let segment_len = usize::from(kind >> 4) * 37;
-        let meta = UdpMeta { source, local: None, segment_len, ecn: Ecn::from_bits(*kind) };
+        let meta =
+            UdpMeta { source, local: None, segment_len, ecn: Ecn::from_bits(*kind), carried: None };
         let before = b.counters().clone();
         b.handle_udp_input(NOW, &meta, &mut bytes);
         let datagrams = match segment_len {
@@ -143,7 +151,13 @@ pub(crate) fn tun(data: &[u8]) {
         }
         assert!(datagrams <= SEGMENTS_PER_SUPER_PACKET_MAX);
         for mut datagram in sent {
-            let meta = UdpMeta { source: at_a, local: None, segment_len: 0, ecn: Ecn::NotEct };
+            let meta = UdpMeta {
+                source: at_a,
+                local: None,
+                segment_len: 0,
+                ecn: Ecn::NotEct,
+                carried: None,
+            };
             b.handle_udp_input(NOW, &meta, &mut datagram);
             for packet in received(&mut b) {
                 IpHeader::parse(&packet).expect("IP");

@@ -241,6 +241,8 @@ fn peer(
             candidates: found.candidates,
             keepalive,
             mtu,
+            role: Default::default(),
+            relays: Vec::new(),
         },
     }
 }

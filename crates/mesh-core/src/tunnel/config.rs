@@ -11,6 +11,7 @@ use mesh_types::status::PathKind;
 use mesh_types::time::MonoTime;
 
 use super::engine::OwnKeyId;
+use super::path::{Endpoint, MemberKey};
 use super::steer::Share;
 use crate::packet::{CoalesceOptions, Ecn, VnetHeader};
 
@@ -54,7 +55,17 @@ impl Default for TunnelConfig {
     }
 }
 
-/// Another node as the tunnel sees it. Identity is the key; everything else may change live.
+/// What a peer is to this node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Role {
+    /// Another node: carries pod traffic.
+    #[default]
+    Node,
+    /// A relay: carries sealed datagrams of others and tells addresses. Nothing it sends in its session reaches the device.
+    Relay,
+}
+
+/// Another node, or a relay, as the tunnel sees it. Identity is the key; everything else may change live.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerConfig {
     pub key: PublicKey,
@@ -67,6 +78,10 @@ pub struct PeerConfig {
     pub keepalive: Option<Duration>,
     /// Largest inner packet on the way to this peer, bytes; of a [`Setting::Device`], the device's MTU.
     pub mtu: u32,
+    pub role: Role,
+    /// Keys of the relays a node may be reached through, best first; each is a peer, too. None: the node's ways are
+    /// what its packets and candidates say, as plain WireGuard has it.
+    pub relays: Vec<PublicKey>,
 }
 
 /// A peer as it stands, for status, metrics and path MTU.
@@ -83,6 +98,8 @@ pub struct PeerSnapshot {
     pub session: bool,
     /// Why there is no session, in an operator's words; empty when there is one.
     pub problem: &'static str,
+    /// Of a relay: where it sees us.
+    pub reflexive: Option<SocketAddr>,
 }
 
 /// Where a receive buffer came from: one datagram, or a GRO burst of equal ones (the last may be shorter).
@@ -94,6 +111,37 @@ pub struct UdpMeta {
     /// Length of each datagram but the last; 0 for one datagram alone.
     pub segment_len: usize,
     pub ecn: Ecn,
+    /// A relay carried it for this member; `source` is the relay's. Set by the tunnel itself, which takes the header off.
+    pub carried: Option<MemberKey>,
+}
+
+impl UdpMeta {
+    /// One datagram alone, straight from `source`.
+    pub fn alone(source: SocketAddr) -> Self {
+        Self { source, local: None, segment_len: 0, ecn: Ecn::NotEct, carried: None }
+    }
+
+    /// Whether the relay, if one carried it, names this peer as its sender.
+    pub(super) fn names(&self, key: &PublicKey) -> bool {
+        self.carried.is_none_or(|carried| carried == *key.as_bytes())
+    }
+
+    /// The address that handshakes are limited by: what a relay carries comes from one address for all its members, so each counts
+    /// as an address of its own, in a prefix that is nobody's (RFC 6666).
+    pub(super) fn limited_as(&self) -> IpAddr {
+        let Some(key) = self.carried else { return self.source.ip() };
+        let mut octets = [0; 16];
+        octets[0] = 1;
+        for (octet, byte) in octets.iter_mut().skip(1).zip(key) {
+            *octet = byte;
+        }
+        IpAddr::from(octets)
+    }
+
+    /// Where an answer goes: to where it came from, from where it went to.
+    pub(super) fn back(&self) -> Endpoint {
+        Endpoint { addr: self.source, local: self.local, carry: self.carried }
+    }
 }
 
 /// An initiation that passed the front, for the shard that owns its sender.

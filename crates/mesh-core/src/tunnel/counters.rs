@@ -87,6 +87,12 @@ drops! {
     TunFull => "tun_full",
     /// Events nobody collected.
     EventsFull => "events_full",
+    /// A datagram said to be carried, from an address that is no relay's.
+    NoRelay => "no_relay",
+    /// A carried datagram in the name of another than who sealed it.
+    CarriedName => "carried_name",
+    /// A control message that makes no sense, or of somebody it is not meant for.
+    BadFrame => "bad_frame",
     /// Initiations of another shard's peers that the shard did not collect.
     AdmittedFull => "admitted_full",
 }

@@ -3,19 +3,21 @@
 use std::net::IpAddr;
 use std::ops::Range;
 
+use mesh_types::carry::CARRY_HEADER_BYTES;
 use mesh_types::key::PublicKey;
 use mesh_types::limits::{ADMITTED_MAX, COALESCE_PACKETS_MAX, RECEIVE_ARENA_BYTES};
+use mesh_types::relay_frame;
 use mesh_types::time::MonoTime;
 
 use super::Tunnel;
-use super::config::{Admitted, Event, TunFrame, UdpMeta};
+use super::config::{Admitted, Event, Role, TunFrame, UdpMeta};
 use super::counters::DropReason;
 use super::engine::{
     Engine, EngineError, EngineFactory, HandshakeBuffer, HandshakeOutcome, MacCheck, OpenBurst,
     OwnKeyId, TRANSPORT_BYTES_MIN,
 };
 use super::front::{Message, Verdict};
-use super::path::Endpoint;
+use super::peers::Peer;
 use crate::packet::{CoalesceOptions, Coalescer, Ecn, IpHeader, ip};
 use mesh_types::limits::{HANDSHAKES_PER_PEER_PER_SECOND, TUN_DRAIN_BYTES};
 
@@ -62,6 +64,17 @@ struct SourceCheck {
     last: Option<(IpAddr, bool)>,
 }
 
+/// What came of a peer, the weightiest last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Heard {
+    /// Probes and the like: whoever sends them tries a way.
+    Frames,
+    Keepalives,
+    Handshake,
+    /// Somebody's traffic.
+    Packets,
+}
+
 impl<F: EngineFactory> Tunnel<F> {
     /// Takes one receive buffer: a datagram, or a GRO burst of them. What it holds may be anything, and is not to be
     /// used afterwards.
@@ -69,30 +82,40 @@ impl<F: EngineFactory> Tunnel<F> {
         self.now = now;
         self.counters.rx_bursts += 1;
         let step = if meta.segment_len == 0 { input.len() } else { meta.segment_len };
-        let mut run = None;
+        let mut run = (None, UdpMeta { carried: None, ..*meta });
         let mut at = 0;
         while at < input.len() {
             let range = at..at.saturating_add(step).min(input.len());
             at = range.end;
+            let datagram = input.get(range.clone()).unwrap_or_default();
+            let (range, from) = match self.taken_from_relay(meta, datagram) {
+                Ok(None) => (range, UdpMeta { carried: None, ..*meta }),
+                Ok(Some(from)) => (range.start + CARRY_HEADER_BYTES..range.end, from),
+                Err(reason) => {
+                    self.counters.count_drop(reason);
+                    continue;
+                }
+            };
             let message = Message::of(input.get(range.clone()).unwrap_or_default());
             let index = match message {
                 Some(Message::Transport(index)) => Some(index),
                 _ => None,
             };
-            if index != run || self.receive.datagrams.len() >= BURST_MAX {
-                self.open_run(now, meta, input, run);
-                run = index;
+            let full = self.receive.datagrams.len() >= BURST_MAX;
+            if index != run.0 || from.carried != run.1.carried || full {
+                self.open_run(now, &run.1, input, run.0);
+                run = (index, from);
             }
             match message {
                 Some(Message::Transport(_)) => self.receive.datagrams.push(range),
                 Some(message) => {
                     let datagram = input.get(range).unwrap_or_default();
-                    self.handle_handshake(now, meta, message, datagram);
+                    self.handle_handshake(now, &from, message, datagram);
                 }
                 None => self.counters.count_drop(DropReason::UdpMalformed),
             }
         }
-        self.open_run(now, meta, input, run);
+        self.open_run(now, &run.1, input, run.0);
     }
 
     /// The next write to the TUN. Until it has answered `None`, no more can be taken in.
@@ -123,10 +146,12 @@ impl<F: EngineFactory> Tunnel<F> {
         let bytes: usize = self.receive.datagrams.iter().map(ExactSizeIterator::len).sum();
         let slot = self.peers.slot_of_index(index);
         let peer = slot.and_then(|slot| Some((slot, self.peers.get_mut(slot)?)));
+        let named = peer.as_ref().is_none_or(|(_, peer)| meta.names(&peer.config.key));
         let found = peer.and_then(|(slot, peer)| Some((slot, peer.member(index >> 8)?)));
-        let Some((slot, member)) = found else {
+        let Some((slot, member)) = found.filter(|_| named) else {
             self.receive.datagrams.clear();
-            self.counters.count_drops(DropReason::UnknownIndex, count);
+            let reason = if named { DropReason::UnknownIndex } else { DropReason::CarriedName };
+            self.counters.count_drops(reason, count);
             return;
         };
         let receive = &mut self.receive;
@@ -149,7 +174,8 @@ impl<F: EngineFactory> Tunnel<F> {
         let opened = receive.results.iter().filter(|result| result.is_ok()).count();
         let confirmed = opened > 0 && std::mem::take(&mut member.unconfirmed);
         if opened > 0 {
-            self.heard(now, slot, meta);
+            let heard = self.what_was_opened(slot);
+            self.heard(now, slot, meta, heard);
             if confirmed {
                 if let Some(member) = self.peers.get_mut(slot).and_then(|p| p.member(index >> 8)) {
                     member.met = true;
@@ -159,6 +185,7 @@ impl<F: EngineFactory> Tunnel<F> {
             self.release_staged(now, slot);
         }
         self.take_in(slot, meta.ecn);
+        self.handle_frames(now, slot, meta);
         self.peers.reschedule(now, slot);
     }
 
@@ -201,6 +228,9 @@ impl<F: EngineFactory> Tunnel<F> {
         }
         let receive = &mut self.receive;
         let packet = receive.arena.get_mut(range.clone()).ok_or(DropReason::NotIp)?;
+        if self.relays.take_frame(packet) {
+            return Ok(());
+        }
         let header = IpHeader::parse(packet).map_err(|_| DropReason::NotIp)?;
         let own = match check.last {
             Some((source, own)) if source == header.source => own,
@@ -243,7 +273,7 @@ impl<F: EngineFactory> Tunnel<F> {
         datagram: &[u8],
     ) -> Result<(), DropReason> {
         let (own, check) = self.addressed_to(now, meta, datagram).ok_or(DropReason::BadMac)?;
-        match self.front.admit(now, meta.source.ip(), check == MacCheck::Proven) {
+        match self.front.admit(now, meta.limited_as(), check == MacCheck::Proven) {
             Verdict::Accept => {}
             Verdict::Drop => return Err(DropReason::SourceLimited),
             Verdict::Cookie { load } => {
@@ -253,6 +283,9 @@ impl<F: EngineFactory> Tunnel<F> {
         }
         self.counters.initiations_received += 1;
         let key = self.factory.identify(own, datagram).ok_or(DropReason::BadHandshake)?;
+        if !meta.names(&key) {
+            return Err(DropReason::CarriedName);
+        }
         if self.foreign.holds(&key) {
             let shard = self.config.share.owner(&key);
             return self.admit(Admitted { shard, key, own }, meta, datagram);
@@ -324,7 +357,7 @@ impl<F: EngineFactory> Tunnel<F> {
         let fresh = member.met || peer.path.endpoint().is_none();
         peer.initiations.take(now, rate, rate);
         if fresh && outcome.authenticated {
-            self.heard(now, slot, meta);
+            self.heard(now, slot, meta, Heard::Handshake);
         }
         self.finish_handshake(now, slot, meta, datagram.len(), outcome);
         Ok(())
@@ -342,6 +375,9 @@ impl<F: EngineFactory> Tunnel<F> {
         let index = self.factory.local_index(wire);
         let slot = self.peers.slot_of_index(index).ok_or(DropReason::UnknownIndex)?;
         let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownIndex)?;
+        if !meta.names(&peer.config.key) {
+            return Err(DropReason::CarriedName);
+        }
         let member = peer.member(index >> 8).ok_or(DropReason::UnknownIndex)?;
         if response {
             let check = self.factory.check_mac(now, member.own, meta.source, datagram);
@@ -366,9 +402,11 @@ impl<F: EngineFactory> Tunnel<F> {
         member.unconfirmed = false;
         peer.rtt = peer.initiated_at.map(|sent| now.since(sent));
         // Not for an initiation: its source may be forged, but a response has read what we sent there.
-        self.limiter.answered(now, meta.source.ip());
+        if meta.carried.is_none() {
+            self.limiter.answered(now, meta.source.ip());
+        }
         if outcome.authenticated {
-            self.heard(now, slot, meta);
+            self.heard(now, slot, meta, Heard::Handshake);
         }
         self.finish_handshake(now, slot, meta, datagram.len(), outcome);
         if outcome.session_ready {
@@ -391,7 +429,7 @@ impl<F: EngineFactory> Tunnel<F> {
         }
         if outcome.reply_len > 0 {
             // To where it came from, from where it went to.
-            let to = Endpoint { addr: meta.source, local: meta.local };
+            let to = meta.back();
             self.send_datagram(Some(slot), to, outcome.reply_len);
         }
         self.release_staged(now, slot);
@@ -420,20 +458,48 @@ impl<F: EngineFactory> Tunnel<F> {
         let reply = self.factory.cookie_reply(now, own, meta.source, datagram, buffer);
         if let Some(len) = reply {
             self.counters.cookies_sent += 1;
-            let to = Endpoint { addr: meta.source, local: meta.local };
+            let to = meta.back();
             self.send_datagram(None, to, len);
         }
     }
 
-    /// Something authenticated came from the peer.
-    fn heard(&mut self, now: MonoTime, slot: u32, meta: &UdpMeta) {
+    /// Something authenticated came from the peer. What only probes a way moves nothing.
+    fn heard(&mut self, now: MonoTime, slot: u32, meta: &UdpMeta, what: Heard) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.gave_up = false;
-        if peer.path.heard(now, meta.source, meta.local) {
+        let carried = meta.carried.is_some();
+        if peer.is_relayed() {
+            let data = what != Heard::Frames;
+            if data {
+                peer.ways.heard(now, meta.source, carried);
+            }
+            if what == Heard::Packets {
+                peer.ways.used(now);
+            }
+            if carried || !data {
+                peer.path.heard_elsewhere();
+                return;
+            }
+        }
+        if !carried && peer.path.heard(now, meta.source, meta.local) {
             let key = peer.config.key;
             self.counters.endpoint_changes += 1;
             self.event(Event::EndpointChanged { key, endpoint: meta.source });
         }
+    }
+
+    /// What the newest results hold, for peers whose way depends on it.
+    fn what_was_opened(&self, slot: u32) -> Heard {
+        if !self.peers.get(slot).is_some_and(Peer::is_relayed) {
+            return Heard::Packets;
+        }
+        let packets = self.receive.results.iter().flatten();
+        let what = packets.map(|range| match self.receive.arena.get(range.clone()) {
+            None | Some([]) => Heard::Keepalives,
+            Some(packet) if relay_frame::is_frame(packet) => Heard::Frames,
+            Some(_) => Heard::Packets,
+        });
+        what.max().unwrap_or(Heard::Keepalives)
     }
 
     fn session_ready(&mut self, now: MonoTime, slot: u32) {
@@ -441,8 +507,12 @@ impl<F: EngineFactory> Tunnel<F> {
         peer.last_handshake = Some(now);
         let key = peer.config.key;
         self.counters.sessions_established += 1;
+        let role = peer.config.role;
         self.event(Event::SessionEstablished { key });
         self.renew_spent(now, slot);
+        if role == Role::Relay {
+            self.registered(now, slot);
+        }
     }
 }
 

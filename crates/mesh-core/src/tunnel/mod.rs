@@ -37,17 +37,20 @@ pub mod model;
 mod outbound;
 pub mod path;
 pub mod peers;
+mod relays;
 mod setup;
 pub mod staging;
 pub mod steer;
 mod timers;
 pub mod transmit;
+pub mod ways;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 
 use mesh_types::key::PublicKey;
 use mesh_types::limits::{EVENTS_MAX, NODES_MAX};
+use mesh_types::status::PathKind;
 use mesh_types::time::MonoTime;
 
 pub use config::{
@@ -63,6 +66,7 @@ use front::Front;
 use inbound::Receive;
 use path::{Endpoint, ProbeLimiter};
 use peers::{Peers, SplitMix64};
+use relays::Relays;
 use staging::StagedBytes;
 use steer::Foreign;
 use transmit::TransmitQueue;
@@ -90,6 +94,8 @@ pub struct Tunnel<F: EngineFactory> {
     to_initiate: VecDeque<u32>,
     /// Where peers that are yet to be set were last heard; see [`Tunnel::remember`].
     remembered: BTreeMap<PublicKey, SocketAddr>,
+    /// Relays among the peers of all shards, and where this node can be reached, for peers that are to call.
+    relays: Relays,
     /// Port our datagrams leave from; 0: not known.
     port: u16,
     initiate_next: MonoTime,
@@ -124,6 +130,7 @@ impl<F: EngineFactory> Tunnel<F> {
             events: VecDeque::new(),
             to_initiate: VecDeque::new(),
             remembered: BTreeMap::new(),
+            relays: Relays::default(),
             port: 0,
             initiate_next: MonoTime::ZERO,
             initiate_forced: false,
@@ -148,8 +155,15 @@ impl<F: EngineFactory> Tunnel<F> {
 
     /// Appends every peer as it stands, in order of keys.
     pub fn snapshot(&self, now: MonoTime, out: &mut Vec<PeerSnapshot>) {
-        let peers = self.peers.slots().filter_map(|slot| self.peers.get(slot));
-        out.extend(peers.map(|peer| peer.snapshot(now)));
+        for slot in self.peers.slots() {
+            let Some(peer) = self.peers.get(slot) else { continue };
+            let mut snapshot = peer.snapshot(now);
+            if let Some(way) = self.way(now, slot).filter(|way| way.carry.is_some()) {
+                snapshot.endpoint = Some(way.addr);
+                snapshot.path = if snapshot.session { PathKind::Relayed } else { PathKind::None };
+            }
+            out.push(snapshot);
+        }
     }
 
     pub fn poll_event(&mut self) -> Option<Event> {

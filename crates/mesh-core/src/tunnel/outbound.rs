@@ -146,14 +146,14 @@ impl<F: EngineFactory> Tunnel<F> {
 
     /// How to send to a peer now; `None` without a session or endpoint.
     fn flow(&self, now: MonoTime, slot: u32) -> Option<Flow> {
-        let peer = self.peers.get(slot)?;
-        let index = peer.sender(now)?.index;
-        let to = peer.path.endpoint()?;
+        let index = self.peers.get(slot)?.sender(now)?.index;
+        let to = self.way(now, slot)?;
         Some(Flow { slot, index, to, ecn: crate::packet::Ecn::NotEct })
     }
 
     fn push_segments(&mut self, now: MonoTime, flow: Flow, segmenter: &Segmenter<'_>) {
         let mtu = self.peers.get(flow.slot).map_or(0, |peer| peer.config.mtu as usize);
+        self.way_used(now, flow.slot);
         if segmenter.longest() > mtu && self.config.setting == Setting::Mesh {
             self.counters.count_drops(DropReason::PacketTooBig, segmenter.count() as u64);
             return;
@@ -183,7 +183,7 @@ impl<F: EngineFactory> Tunnel<F> {
 
     fn stage(&mut self, now: MonoTime, slot: u32, header: &VnetHeader, packet: &[u8]) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
-        if !peer.path.is_known() {
+        if !peer.is_known() {
             self.counters.count_drop(DropReason::NoEndpoint);
             return;
         }

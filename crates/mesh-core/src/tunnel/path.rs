@@ -28,6 +28,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use mesh_types::key::KEY_LEN;
 use mesh_types::limits::{CANDIDATES_PER_NODE_MAX, PROBE_INTERVAL_SECONDS, PROBE_TARGETS_MAX};
 use mesh_types::status::PathKind;
 use mesh_types::time::MonoTime;
@@ -47,6 +48,18 @@ const ANSWERED_LATELY: Duration = Duration::from_secs(10);
 pub struct Endpoint {
     pub addr: SocketAddr,
     pub local: Option<IpAddr>,
+    /// `addr` is a relay's, which carries to this member.
+    pub carry: Option<MemberKey>,
+}
+
+/// Bytes of a public key in the header of a carried datagram ([`mesh_types::carry`]).
+pub type MemberKey = [u8; KEY_LEN];
+
+impl Endpoint {
+    /// The peer itself, from whichever address routing chooses.
+    pub fn direct(addr: SocketAddr) -> Self {
+        Self { addr, local: None, carry: None }
+    }
 }
 
 /// The ways to one peer.
@@ -145,6 +158,11 @@ impl Path {
         self.endpoint
     }
 
+    /// What configuration says.
+    pub fn candidates(&self) -> &[SocketAddr] {
+        &self.candidates
+    }
+
     /// Whether there is anywhere to send to.
     pub fn is_known(&self) -> bool {
         self.endpoint.is_some() || !self.candidates.is_empty()
@@ -195,7 +213,7 @@ impl Path {
     pub fn heard(&mut self, now: MonoTime, source: SocketAddr, local: Option<IpAddr>) -> bool {
         let source = plain(source);
         let moved = self.endpoint.is_none_or(|endpoint| endpoint.addr != source);
-        self.endpoint = Some(Endpoint { addr: source, local });
+        self.endpoint = Some(Endpoint { addr: source, local, carry: None });
         self.heard = Some(now);
         self.attempts = 0;
         if self.candidates.is_empty() || self.is_candidate(source) {
@@ -211,7 +229,7 @@ impl Path {
         let addr = plain(addr);
         let usable = addr.port() != 0 && !addr.ip().is_unspecified() && !addr.ip().is_multicast();
         if usable {
-            self.endpoint.get_or_insert(Endpoint { addr, local: None });
+            self.endpoint.get_or_insert(Endpoint::direct(addr));
         }
     }
 
@@ -221,7 +239,7 @@ impl Path {
         if self.endpoint.is_some_and(|endpoint| endpoint.addr == addr) {
             return false;
         }
-        self.endpoint = Some(Endpoint { addr, local: None });
+        self.endpoint = Some(Endpoint::direct(addr));
         self.attempts = 0;
         true
     }
@@ -239,6 +257,16 @@ impl Path {
         {
             endpoint.local = None;
         }
+    }
+
+    /// The peer was heard through a relay: where it is says that not.
+    pub fn heard_elsewhere(&mut self) {
+        self.attempts = 0;
+    }
+
+    /// Whether this is a retry, and of an odd number.
+    pub fn is_odd_retry(&self) -> bool {
+        self.attempts.is_multiple_of(2) && self.attempts > 0
     }
 
     /// Whether an initiation could go anywhere now; `session`: one that can send exists.
@@ -314,7 +342,7 @@ impl Path {
         let Some(endpoint) = self.endpoint else { return };
         let others = self.candidates.iter().filter(|addr| **addr != endpoint.addr);
         let others = others.filter(|addr| limiter.take(now, addr.ip()));
-        out.extend(others.map(|addr| Endpoint { addr: *addr, local: None }));
+        out.extend(others.map(|addr| Endpoint::direct(*addr)));
         if out.is_empty() {
             self.probe_at = Some(now + PER_DESTINATION);
         }
@@ -334,7 +362,7 @@ impl Path {
         let current = self.endpoint;
         let others =
             self.candidates.iter().filter(move |addr| current.is_none_or(|at| at.addr != **addr));
-        current.into_iter().chain(others.map(|addr| Endpoint { addr: *addr, local: None }))
+        current.into_iter().chain(others.map(|addr| Endpoint::direct(*addr)))
     }
 }
 

@@ -25,8 +25,10 @@ use super::config::{PeerConfig, PeerSnapshot};
 use super::engine::{Engine, OwnKeyId};
 use super::front::Bucket;
 use super::path::Path;
+use super::relays::Registration;
 use super::staging::StagedQueue;
 use super::steer::Share;
+use super::ways::Ways;
 
 const QUARANTINE: Duration = Duration::from_secs(INDEX_QUARANTINE_SECONDS);
 const INDEX_MASK: u32 = 0x00ff_ffff;
@@ -65,6 +67,10 @@ pub struct Peer<E> {
     /// Oldest first.
     pub members: Vec<Member<E>>,
     pub path: Path,
+    /// Used only where relays are known for the peer.
+    pub ways: Ways,
+    /// Of a relay: what it said of us.
+    pub registration: Registration,
     pub staged: StagedQueue,
     /// Initiations accepted, responses and cookie replies looked at.
     pub initiations: Bucket,
@@ -91,6 +97,8 @@ impl<E: Engine> Peer<E> {
             config,
             members: Vec::with_capacity(1),
             path: Path::default(),
+            ways: Ways::default(),
+            registration: Registration::default(),
             staged: StagedQueue::default(),
             initiations: Bucket::default(),
             answers: Bucket::default(),
@@ -145,8 +153,23 @@ impl<E: Engine> Peer<E> {
     fn deadline(&self, now: MonoTime) -> Option<MonoTime> {
         let engines = self.members.iter().filter_map(|member| member.engine.next_timeout(now));
         let retire = self.members.iter().filter_map(|member| member.retire_at);
-        let own = [self.path.probe_at(), self.initiate_at];
+        let session = || self.sender(now).is_some();
+        let ways = self.is_relayed().then(|| self.ways.deadline()).flatten();
+        let ways = ways.filter(|_| session());
+        let ask = self.registration.ask_at.filter(|_| session());
+        let own =
+            [self.path.probe_at().filter(|_| !self.is_relayed()), self.initiate_at, ways, ask];
         engines.chain(retire).chain(own.into_iter().flatten()).min()
+    }
+
+    /// Whether relays are known for it.
+    pub fn is_relayed(&self) -> bool {
+        !self.config.relays.is_empty()
+    }
+
+    /// Whether there is, or will be, anywhere to send to.
+    pub fn is_known(&self) -> bool {
+        self.path.is_known() || self.is_relayed()
     }
 
     pub fn snapshot(&self, now: MonoTime) -> PeerSnapshot {
@@ -161,11 +184,12 @@ impl<E: Engine> Peer<E> {
             tx_bytes: self.tx_bytes,
             session,
             problem: if session { "" } else { self.problem() },
+            reflexive: self.registration.reflexive,
         }
     }
 
     fn problem(&self) -> &'static str {
-        if !self.path.is_known() {
+        if !self.is_known() {
             "no endpoint known: the node has published none that may be tried from here"
         } else if self.gave_up {
             "no answer for 90 s from any endpoint: check that UDP to the node's port is open both ways"
@@ -293,7 +317,7 @@ impl<E: Engine> Peers<E> {
 
     /// Indexes are seen on the wire: from some of them nobody may work out the next, so each is a hash of the seed
     /// (`SipHash`) and not a step of a generator that can be run on.
-    fn draw(&mut self) -> u64 {
+    pub(super) fn draw(&mut self) -> u64 {
         self.drawn += 1;
         let mut hasher = DefaultHasher::new();
         (self.seed, self.drawn).hash(&mut hasher);
@@ -434,6 +458,8 @@ mod tests {
             candidates: Vec::new(),
             keepalive: None,
             mtu: 1_380,
+            role: Default::default(),
+            relays: Vec::new(),
         }
     }
 

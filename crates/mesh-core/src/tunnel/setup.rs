@@ -9,7 +9,7 @@ use mesh_types::time::MonoTime;
 
 use super::Tunnel;
 use super::allowed_ips::InsertError;
-use super::config::{PeerConfig, PeerRefusal, Setting};
+use super::config::{PeerConfig, PeerRefusal, Role, Setting};
 use super::counters::DropReason;
 use super::engine::{Engine, EngineConfig, EngineFactory, OwnKeyId};
 use super::peers::{Member, Peer};
@@ -40,6 +40,7 @@ impl<F: EngineFactory> Tunnel<F> {
         }
         self.allowed.clear();
         self.foreign.clear();
+        self.relays.set(configs);
         for config in configs {
             // Taken out once used, so that a key listed twice stays with its first entry.
             if !wanted.remove(&config.key) {
@@ -174,6 +175,9 @@ impl<F: EngineFactory> Tunnel<F> {
             peer.path.set_candidates(now, &config.candidates);
             if let Some(addr) = self.remembered.remove(&config.key) {
                 peer.path.remember(addr);
+            }
+            if config.role == Role::Relay {
+                peer.initiate_at = Some(now);
             }
             self.peers.reschedule(now, slot);
             return Some(slot);

@@ -6,7 +6,7 @@ use mesh_types::limits::{INITIATIONS_PAUSE_MS, INITIATIONS_PER_TURN, PEER_TIMERS
 use mesh_types::time::MonoTime;
 
 use super::Tunnel;
-use super::config::{Event, Reason};
+use super::config::{Event, Reason, Role};
 use super::counters::DropReason;
 use super::engine::{Engine, EngineFactory, TimerOutcome};
 use super::peers::Peer;
@@ -15,6 +15,8 @@ use super::peers::Peer;
 const OUTCOMES_PER_ENGINE_MAX: usize = 8;
 /// A peer's timers run at most so often.
 const PAUSE: Duration = Duration::from_millis(1);
+/// A relay that was not there is asked again after this long.
+const RELAY_AGAIN: Duration = Duration::from_secs(15);
 /// A handshake none of whose destinations may be asked waits this long.
 const DEFERRED: Duration = Duration::from_secs(1);
 
@@ -83,11 +85,13 @@ impl<F: EngineFactory> Tunnel<F> {
     /// nothing happens while one is unanswered.
     pub(super) fn begin_handshake(&mut self, now: MonoTime, slot: u32, force: bool) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
-        if !peer.path.is_known() {
+        if !peer.is_known() {
             return;
         }
         let session = peer.sender(now).is_some();
-        if !peer.path.may_initiate(now, session, &self.limiter) {
+        let relays = self.relay_ways(now, slot);
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        if relays.is_empty() && !peer.path.may_initiate(now, session, &self.limiter) {
             peer.initiate_at.get_or_insert(now + DEFERRED);
             peer.initiate_anew |= force;
             self.peers.reschedule(now, slot);
@@ -112,8 +116,7 @@ impl<F: EngineFactory> Tunnel<F> {
             let Some(member) = peer.members.get_mut(at) else { return };
             let Some(len) = member.engine.initiate(now, force, &mut self.buffer) else { continue };
             if !std::mem::replace(&mut aimed, true) {
-                let limiter = &mut self.limiter;
-                peer.path.initiation_targets(now, session, limiter, &mut self.targets);
+                self.aim(now, slot, session);
             }
             self.send_initiation(now, slot, len);
         }
@@ -130,7 +133,12 @@ impl<F: EngineFactory> Tunnel<F> {
             peer.initiate_at = None;
             self.begin_handshake(now, slot, false);
         }
-        self.probe(now, slot);
+        let Some(peer) = self.peers.get(slot) else { return };
+        match peer.config.role {
+            Role::Relay => self.ask_address(now, slot),
+            Role::Node if peer.is_relayed() => self.tend_ways(now, slot),
+            Role::Node => self.probe(now, slot),
+        }
     }
 
     fn run_engine(&mut self, now: MonoTime, slot: u32, at: usize, newest: bool) {
@@ -153,12 +161,12 @@ impl<F: EngineFactory> Tunnel<F> {
                         (peer.initiate_at, peer.initiate_anew) = (Some(now), true);
                         continue;
                     }
-                    let (session, limiter) = (peer.sender(now).is_some(), &mut self.limiter);
-                    peer.path.initiation_targets(now, session, limiter, &mut self.targets);
+                    let session = peer.sender(now).is_some();
+                    self.aim(now, slot, session);
                     self.send_initiation(now, slot, len);
                 }
                 TimerOutcome::Keepalive(len) => {
-                    if let Some(to) = peer.path.endpoint() {
+                    if let Some(to) = self.way(now, slot) {
                         self.send_datagram(Some(slot), to, len);
                     }
                 }
@@ -171,6 +179,9 @@ impl<F: EngineFactory> Tunnel<F> {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.gave_up = true;
         peer.path.gave_up();
+        if peer.config.role == Role::Relay {
+            peer.initiate_at = Some(now + RELAY_AGAIN);
+        }
         let key = peer.config.key;
         let dropped = peer.staged.clear(&mut self.staged);
         self.counters.count_drops(DropReason::StagedGaveUp, dropped);

@@ -4,6 +4,7 @@
 //!  arena  | slot | slot | slot | short |  slot | slot ...            |
 //!         └──── ready: one send ──────┘ └─ open batch ─> grows
 //!  slot = header 16 | inner packet, zero padded to 16 | tag 16
+//!  to a relay, in front of each slot: header 40 with the receiver's key
 //! ```
 //! A batch is one send to one endpoint with one ECN mark: equal slots, the last may be shorter (udp(7),
 //! UDP_SEGMENT). It closes when a packet does not fit these rules, and is sealed in place then. Nothing waits
@@ -12,6 +13,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use mesh_types::carry::{self, CARRY_HEADER_BYTES};
 use mesh_types::limits::{GSO_BYTES_MAX, GSO_SEGMENTS_MAX, TRANSMIT_ARENA_BYTES};
 
 use super::config::Transmit;
@@ -48,6 +50,8 @@ struct Open {
     segment_len: usize,
     /// A shorter slot was appended: nothing may follow.
     ended: bool,
+    /// Where its first datagram begins.
+    start: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -75,6 +79,11 @@ pub fn padded_len(len: usize, mtu: usize) -> usize {
 /// Length of the slot (the datagram) of a padded packet.
 pub fn slot_len(padded: usize) -> usize {
     TRANSPORT_HEADER_BYTES + padded + TAG_BYTES
+}
+
+/// Length of a message with the header that a relay needs.
+fn carried_len(to: &Endpoint, len: usize) -> usize {
+    if to.carry.is_some() { len + CARRY_HEADER_BYTES } else { len }
 }
 
 impl TransmitQueue {
@@ -109,23 +118,28 @@ impl TransmitQueue {
         self.open.is_some_and(|open| {
             open.flow == *flow
                 && !open.ended
-                && len <= open.segment_len
+                && carried_len(&flow.to, len) <= open.segment_len
                 && self.slots.len() < self.segments_max
-                && self.open_bytes() + len <= GSO_BYTES_MAX
+                && self.used - open.start + carried_len(&flow.to, len) <= GSO_BYTES_MAX
         })
     }
 
     /// Appends a slot to the open batch, or opens one (the caller closed what it does not extend).
     /// Returns the room for padded plaintext; `None` if the arena is full.
     pub fn push(&mut self, flow: Flow, len: usize) -> Option<&mut [u8]> {
-        self.make_room(len);
-        let range = self.used..self.used.checked_add(len)?;
+        let whole = carried_len(&flow.to, len);
+        self.make_room(whole);
+        let start = self.used;
+        let range = start.checked_add(whole)?.checked_sub(len)?..start + whole;
         let plaintext = range.start + TRANSPORT_HEADER_BYTES..range.end.checked_sub(TAG_BYTES)?;
         if range.end > self.arena.len() {
             return None;
         }
-        let open = self.open.get_or_insert(Open { flow, segment_len: len, ended: false });
-        open.ended |= len < open.segment_len;
+        if let Some(key) = &flow.to.carry {
+            self.arena.get_mut(start..range.start)?.copy_from_slice(&carry::header(key));
+        }
+        let open = self.open.get_or_insert(Open { flow, segment_len: whole, ended: false, start });
+        open.ended |= whole < open.segment_len;
         self.slots.push(range.clone());
         self.used = range.end;
         self.arena.get_mut(plaintext)
@@ -133,8 +147,9 @@ impl TransmitQueue {
 
     /// Takes back the slot pushed last.
     pub fn unpush(&mut self) {
+        let header = self.open.map_or(0, |open| carried_len(&open.flow.to, 0));
         if let Some(range) = self.slots.pop() {
-            self.used = range.start;
+            self.used = range.start.saturating_sub(header);
         }
         if self.slots.is_empty() {
             self.open = None;
@@ -147,7 +162,7 @@ impl TransmitQueue {
         seal: impl FnOnce(&Flow, SealBatch<'_>) -> Result<(), EngineError>,
     ) -> Option<Closed> {
         let open = self.open.take()?;
-        let range = self.slots.first()?.start..self.used;
+        let range = open.start..self.used;
         let batch = SealBatch { buffer: &mut self.arena, slots: &self.slots };
         let sealed = seal(&open.flow, batch);
         let closed =
@@ -165,11 +180,16 @@ impl TransmitQueue {
     /// Queues one datagram as it is (handshakes, keepalives). The open batch must be closed. False if
     /// the arena is full.
     pub fn push_datagram(&mut self, to: Endpoint, datagram: &[u8]) -> bool {
-        let range = self.used..self.used + datagram.len();
+        let segment_len = carried_len(&to, datagram.len());
+        let range = self.used..self.used + segment_len;
         let Some(room) = self.arena.get_mut(range.clone()) else { return false };
-        room.copy_from_slice(datagram);
+        let (header, message) = room.split_at_mut(segment_len - datagram.len());
+        if let Some(key) = &to.carry {
+            header.copy_from_slice(&carry::header(key));
+        }
+        message.copy_from_slice(datagram);
         self.used = range.end;
-        self.ready.push_back(Ready { to, ecn: Ecn::NotEct, segment_len: datagram.len(), range });
+        self.ready.push_back(Ready { to, ecn: Ecn::NotEct, segment_len, range });
         true
     }
 
@@ -182,12 +202,8 @@ impl TransmitQueue {
             return None;
         };
         let bytes = self.arena.get(ready.range)?;
-        let Endpoint { addr: dst, local } = ready.to;
+        let Endpoint { addr: dst, local, .. } = ready.to;
         Some(Transmit { dst, local, ecn: ready.ecn, segment_len: ready.segment_len, bytes })
-    }
-
-    fn open_bytes(&self) -> usize {
-        self.slots.first().map_or(0, |first| self.used - first.start)
     }
 
     /// Moves the open batch to the front when it stands at the end and everything else has left.
@@ -195,9 +211,12 @@ impl TransmitQueue {
         if self.room() >= len || !self.ready.is_empty() {
             return;
         }
-        let start = self.slots.first().map_or(self.used, |first| first.start);
+        let start = self.open.map_or(self.used, |open| open.start);
         self.arena.copy_within(start..self.used, 0);
         self.used -= start;
+        if let Some(open) = &mut self.open {
+            open.start = 0;
+        }
         for slot in &mut self.slots {
             *slot = slot.start - start..slot.end - start;
         }
@@ -210,7 +229,7 @@ mod tests {
 
     fn flow(port: u16, ecn: Ecn) -> Flow {
         let addr = std::net::SocketAddr::from(([192, 0, 2, 1], port));
-        Flow { slot: 0, index: 0, to: Endpoint { addr, local: None }, ecn }
+        Flow { slot: 0, index: 0, to: Endpoint::direct(addr), ecn }
     }
 
     /// Pushes slots by the rules of the tunnel and returns (segment length, bytes) of the sends.
@@ -285,5 +304,32 @@ mod tests {
         assert_eq!(padded_len(1_417, 1_420), 1_420);
         assert_eq!(padded_len(1_420, 1_420), 1_420);
         assert_eq!(padded_len(0, 1_420), 0);
+    }
+
+    #[test]
+    fn datagrams_for_a_relay_carry_the_receivers_key_and_are_sent_together() {
+        let straight = flow(1, Ecn::NotEct);
+        let carried = Flow { to: Endpoint { carry: Some([7; 32]), ..straight.to }, ..straight };
+        let mut queue = TransmitQueue::new(64);
+        for len in [132, 132, 132] {
+            assert!(queue.push(carried, len).is_some());
+        }
+        queue.unpush();
+        assert!(queue.extends(&carried, 132) && !queue.extends(&straight, 132));
+        assert!(queue.push(carried, 100).is_some());
+        let closed = queue.close(|_, batch| {
+            let lens: Vec<_> = batch.slots.iter().map(ExactSizeIterator::len).collect();
+            assert_eq!(lens, [132, 132, 100], "what is sealed is the messages alone");
+            batch.buffer[batch.slots[1].start] = 4;
+            Ok(())
+        });
+        assert_eq!(closed.map(|closed| closed.packets), Some(3));
+        assert!(queue.push_datagram(carried.to, &[1; 148]));
+        let sent = queue.pop().expect("a send");
+        assert_eq!((sent.segment_len, sent.bytes.len()), (172, 2 * 172 + 140));
+        let second = carry::parse(&sent.bytes[172..2 * 172]).expect("a header");
+        assert_eq!((second.key, second.message.len(), second.message[0]), (&[7; 32], 132, 4));
+        let sent = queue.pop().expect("a send");
+        assert_eq!(carry::parse(sent.bytes).map(|it| it.message), Some(&[1; 148][..]));
     }
 }

@@ -51,6 +51,7 @@ fn a_scan_of_all_types_and_lengths_gets_not_a_byte_back_and_is_counted() {
         local: None,
         segment_len: 0,
         ecn: Ecn::NotEct,
+        carried: None,
     };
     let drops = |net: &Network| net.hosts[0].tunnel.counters().drops().map(|(_, n)| n).sum::<u64>();
     let (now, before, mut asked) = (net.now, drops(&net), 0);

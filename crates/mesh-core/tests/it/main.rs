@@ -6,6 +6,8 @@ mod device;
 mod handshakes;
 mod network;
 mod paths;
+mod relay;
+mod relays;
 mod robustness;
 mod sessions;
 mod shards;

@@ -19,6 +19,8 @@ use mesh_types::key::{PresharedKey, PrivateKey, PublicKey};
 use mesh_types::limits::PEER_TIMERS_PER_TURN;
 use mesh_types::time::MonoTime;
 
+use crate::relay::Relay;
+
 pub(crate) const PORT: u16 = 15190;
 pub(crate) const MTU: u32 = 1_380;
 
@@ -28,6 +30,9 @@ const EVENTS_MAX: usize = 2_000_000;
 pub(crate) struct Network {
     pub(crate) now: MonoTime,
     pub(crate) hosts: Vec<Host>,
+    pub(crate) relays: Vec<Relay>,
+    /// Pairs of addresses between which nothing passes, one way.
+    pub(crate) cut: BTreeSet<(IpAddr, IpAddr)>,
     pub(crate) latency: Duration,
     pub(crate) jitter: Duration,
     pub(crate) loss_percent: u64,
@@ -82,21 +87,58 @@ pub(crate) struct Host {
     pub(crate) frames: Vec<(VnetHeader, Vec<u8>)>,
 }
 
-/// One public port for the one host behind it; lets in whom the host has written to.
+/// One public port for the one host behind it (or, symmetric, one for each destination); lets in whom the host has written to.
 pub(crate) struct Nat {
     pub(crate) public: SocketAddr,
     contacted: BTreeSet<SocketAddr>,
+    /// Ports by destination.
+    symmetric: Option<BTreeMap<SocketAddr, u16>>,
 }
 
 impl Nat {
     pub(crate) fn new(public: &str) -> Self {
-        Self { public: public.parse().expect("an endpoint"), contacted: BTreeSet::new() }
+        let public = public.parse().expect("an endpoint");
+        Self { public, contacted: BTreeSet::new(), symmetric: None }
+    }
+
+    /// Address-and-port-dependent mapping and filtering (RFC 4787 sections 4.1 and 5).
+    pub(crate) fn symmetric(public: &str) -> Self {
+        Self { symmetric: Some(BTreeMap::new()), ..Self::new(public) }
+    }
+
+    /// Where a datagram to `to` comes from.
+    fn outside(&mut self, to: SocketAddr) -> SocketAddr {
+        self.contacted.insert(to);
+        let Some(ports) = &mut self.symmetric else { return self.public };
+        let next = self.public.port() + 1 + u16::try_from(ports.len()).expect("few");
+        SocketAddr::new(self.public.ip(), *ports.entry(to).or_insert(next))
+    }
+
+    pub(crate) fn outside_of(&mut self, to: SocketAddr) -> SocketAddr {
+        self.outside(to)
+    }
+
+    /// Another such box.
+    pub(crate) fn anew(&self) -> Self {
+        let symmetric = self.symmetric.as_ref().map(|_| BTreeMap::new());
+        Self { public: self.public, contacted: BTreeSet::new(), symmetric }
+    }
+
+    fn lets_in(&self, from: SocketAddr, to: SocketAddr) -> bool {
+        let port = match &self.symmetric {
+            Some(ports) => ports.get(&from).copied(),
+            None => Some(self.public.port()),
+        };
+        self.public.ip() == to.ip() && port == Some(to.port()) && self.contacted.contains(&from)
     }
 
     /// The mapping is gone and comes back as another port.
     pub(crate) fn rebind(&mut self) {
         self.public.set_port(self.public.port() + 1);
         self.contacted.clear();
+        if let Some(ports) = &mut self.symmetric {
+            ports.clear();
+        }
     }
 }
 
@@ -105,6 +147,8 @@ impl Network {
         Self {
             now: MonoTime::ZERO + Duration::from_secs(1_000),
             hosts: Vec::new(),
+            relays: Vec::new(),
+            cut: BTreeSet::new(),
             latency: Duration::from_millis(10),
             jitter: Duration::ZERO,
             loss_percent: 0,
@@ -170,6 +214,8 @@ impl Network {
             candidates: vec![self.hosts[host].addr],
             keepalive: None,
             mtu: MTU,
+            role: Default::default(),
+            relays: Vec::new(),
         }
     }
 
@@ -283,6 +329,9 @@ impl Network {
 
     fn arrive(&mut self, datagram: &Datagram) {
         let to = datagram.to;
+        if self.cut.contains(&(datagram.from.ip(), to.ip())) {
+            return;
+        }
         if let Some(redirect) = &self.redirect
             && redirect.seen_as == to
         {
@@ -292,12 +341,21 @@ impl Network {
             self.hand_over(host, from, to, datagram);
             return;
         }
+        if let Some(relay) = self.relays.iter_mut().find(|relay| relay.addr == to && relay.up) {
+            let step = if datagram.segment_len == 0 { usize::MAX } else { datagram.segment_len };
+            let from = datagram.from;
+            let pieces = datagram.bytes.chunks(step.min(datagram.bytes.len()));
+            let out: Vec<_> = pieces.flat_map(|one| relay.receive(self.now, from, one)).collect();
+            for (dst, bytes) in out {
+                self.inject(to, dst, &bytes);
+            }
+            return;
+        }
         let direct = self.hosts.iter().position(|host| host.nat.is_none() && host.addr == to);
-        let behind = self.hosts.iter().position(|host| {
-            host.nat
-                .as_ref()
-                .is_some_and(|nat| nat.public == to && nat.contacted.contains(&datagram.from))
-        });
+        let behind = self
+            .hosts
+            .iter()
+            .position(|host| host.nat.as_ref().is_some_and(|nat| nat.lets_in(datagram.from, to)));
         if let Some(host) = direct.or(behind) {
             self.hand_over(host, datagram.from, to, datagram);
         }
@@ -308,8 +366,13 @@ impl Network {
             return;
         }
         let local: Option<IpAddr> = Some(to.ip());
-        let meta =
-            UdpMeta { source: from, local, segment_len: datagram.segment_len, ecn: datagram.ecn };
+        let meta = UdpMeta {
+            source: from,
+            local,
+            segment_len: datagram.segment_len,
+            ecn: datagram.ecn,
+            carried: None,
+        };
         self.hosts[host].tunnel.handle_udp_input(self.now, &meta, &mut datagram.bytes.clone());
         self.collect(host);
     }
@@ -360,8 +423,7 @@ impl Network {
         }
         let mut from = self.hosts[host].addr;
         if let Some(nat) = &mut self.hosts[host].nat {
-            nat.contacted.insert(to);
-            from = nat.public;
+            from = nat.outside(to);
         }
         if let Some(redirect) = &self.redirect
             && redirect.host == host

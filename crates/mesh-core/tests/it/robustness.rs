@@ -46,7 +46,7 @@ proptest! {
                 bytes[..4].copy_from_slice(&u32::from(kind).to_le_bytes());
             }
             let source = "203.0.113.9:9".parse().expect("an endpoint");
-            let meta = UdpMeta { source, local: None, segment_len, ecn: Ecn::Ce };
+            let meta = UdpMeta { source, local: None, segment_len, ecn: Ecn::Ce, carried: None };
             let (now, before) = (net.now, drops(&net));
             let tunnel = &mut net.hosts[0].tunnel;
             tunnel.handle_udp_input(now, &meta, &mut bytes);
@@ -142,7 +142,13 @@ impl Insider {
     }
 
     fn give(&self, net: &mut Network, bytes: &[u8], segment_len: usize) {
-        let meta = UdpMeta { source: self.source, local: None, segment_len, ecn: Ecn::Ect0 };
+        let meta = UdpMeta {
+            source: self.source,
+            local: None,
+            segment_len,
+            ecn: Ecn::Ect0,
+            carried: None,
+        };
         net.hosts[0].tunnel.handle_udp_input(net.now, &meta, &mut bytes.to_vec());
     }
 

@@ -45,6 +45,8 @@ fn config(number: usize) -> PeerConfig {
         candidates: vec![addr(number)],
         keepalive: None,
         mtu: MTU,
+        role: Default::default(),
+        relays: Vec::new(),
     }
 }
 
@@ -83,7 +85,7 @@ impl Machine {
 
     fn receive(&mut self, from: SocketAddr, segment_len: usize, bytes: &[u8]) {
         let local = Some(addr(self.number).ip());
-        let meta = UdpMeta { source: from, local, segment_len, ecn: Ecn::NotEct };
+        let meta = UdpMeta { source: from, local, segment_len, ecn: Ecn::NotEct, carried: None };
         for run in self.share.runs(bytes, segment_len) {
             let shard = run.taker;
             self.shards[shard].handle_udp_input(now(), &meta, &mut bytes[run.range].to_vec());
@@ -255,7 +257,8 @@ fn what_was_admitted_under_a_key_that_is_no_longer_ours_is_not_answered() {
     let owner = &mut machines[0].shards[share.owner(&key(1))];
     owner.factory_mut().set_own_key(OwnKeyId(1), &private(9));
     owner.replace_own(now(), OwnKeyId(1));
-    let meta = UdpMeta { source: addr(1), local: None, segment_len: 0, ecn: Ecn::NotEct };
+    let meta =
+        UdpMeta { source: addr(1), local: None, segment_len: 0, ecn: Ecn::NotEct, carried: None };
     let admitted = Admitted { shard: share.owner(&key(1)), key: key(1), own: OwnKeyId(0) };
     owner.handle_admitted(now(), &admitted, &meta, &datagram);
     owner.handle_admitted(now(), &Admitted { own: OwnKeyId(1), ..admitted }, &meta, &[1, 0, 0, 0]);
@@ -278,7 +281,7 @@ fn a_front_that_nobody_collects_from_forgets_what_is_too_much() {
         // From an address of its own each, or the source limit comes first.
         let high = u8::try_from(from / 250).expect("few");
         let source = SocketAddr::from(([198, 51, high, u8::try_from(from % 250).expect("few")], 9));
-        let meta = UdpMeta { source, local: None, segment_len: 0, ecn: Ecn::NotEct };
+        let meta = UdpMeta { source, local: None, segment_len: 0, ecn: Ecn::NotEct, carried: None };
         front.handle_udp_input(now(), &meta, &mut sent[0].3.clone());
     }
     assert_eq!(front.counters().dropped(DropReason::AdmittedFull), 3);

@@ -150,6 +150,8 @@ fn start(member: &Member, of: PublicKey) -> Result<Answering> {
         candidates: Vec::new(),
         keepalive: None,
         mtu: 1420,
+        role: Default::default(),
+        relays: Vec::new(),
     };
     let refused = tunnel.set_peers(netcfg::clock::now(), &[peer]);
     ensure!(refused.is_empty(), "{refused:?}");
@@ -159,7 +161,8 @@ fn start(member: &Member, of: PublicKey) -> Result<Answering> {
 fn serve(one: &mut Answering, now: mesh_types::time::MonoTime) -> Result<()> {
     let mut buffer = [0; 2048];
     while let Ok((length, source)) = one.socket.recv_from(&mut buffer) {
-        let meta = UdpMeta { source, local: None, segment_len: 0, ecn: Ecn::from_bits(0) };
+        let meta =
+            UdpMeta { source, local: None, segment_len: 0, ecn: Ecn::from_bits(0), carried: None };
         one.tunnel.handle_udp_input(now, &meta, &mut buffer[..length]);
         while one.tunnel.poll_tun().is_some() {}
     }

@@ -1,0 +1,396 @@
+//! Direct or through a relay: which way the packets of one peer take, where relays are known for it.
+//!
+//! ```text
+//!                    no session: initiations go to every candidate and through every relay
+//!                                      │ the first answer
+//!            ┌─────────────────────────┴───────────────────────┐
+//!            v                                                 v
+//!     ┌─────────────┐  a probe on a direct way is answered,  ┌──────────────┐
+//!     │   relayed   │  or the peer's data comes direct       │    direct    │──┐ in use and silent for CHECK:
+//!     │ (seeking)   │ ─────────────────────────────────────> │ (proven)     │<─┘ probe; answered: proven anew
+//!     └─────────────┘ <───────────────────────────────────── └──────────────┘
+//!        │       ^      no answer for LOST while in use,
+//!        └───────┘      or not proven for so long that a NAT may have forgotten us (TRUST)
+//!   seek: "call me now" through the relay, probes to all direct ways; after 0, 1, 2 ... s, then doubling to a minute
+//!   no answer through this relay for LOST: the next relay
+//! ```
+//!
+//! All of it happens in one session, so a change of way breaks nothing. A probe is a sealed packet to one address; its
+//! answer comes back over the same way and proves both directions. While data comes in on the way in use nothing is
+//! probed, and with nobody speaking (ACTIVE) nothing is sent at all: what carries then is found out when somebody
+//! speaks again, through the relay if the direct way may have gone cold.
+//!
+//! The peer sends data only over ways that it has proven, so its data proves a way, too; but not for DISTRUST after we
+//! found that way lost: one that carries in one direction only must not be taken up again with every packet.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use mesh_types::time::MonoTime;
+
+use super::path::{Endpoint, ProbeLimiter};
+
+/// A way in use on which nothing was heard for so long is probed.
+const CHECK: Duration = Duration::from_millis(750);
+/// A probe unanswered for so long is lost; on ways slower than that, after three round trips.
+const LOST: Duration = Duration::from_millis(900);
+const LOST_ROUND_TRIPS: u32 = 3;
+/// How long a direct way is believed without proof: one that NATs were opened for as long as the shortest mappings live
+/// (20 s), less a probe; to an address that the peer publishes as long as a session lives.
+const TRUST_PUNCHED: Duration = Duration::from_secs(15);
+const TRUST_PUBLISHED: Duration = Duration::from_secs(180);
+/// Somebody has spoken so lately: ways are kept and sought.
+const ACTIVE: Duration = Duration::from_secs(10);
+/// After a way was lost, data from it alone does not prove it.
+const DISTRUST: Duration = Duration::from_secs(5);
+/// A relay through which nothing came back is passed over for so long, if there is another.
+const AVOID: Duration = Duration::from_secs(10);
+/// Direct ways are sought every second so often, then after pauses that double.
+const SEEKS_AT_ONCE: u32 = 5;
+const SEEK: Duration = Duration::from_millis(1_050);
+const SEEK_MAX: Duration = Duration::from_secs(60);
+/// Between two invitations: one is answered by our own, if ours is older than that.
+const CALL_BACK: Duration = Duration::from_secs(5);
+/// Unanswered probes remembered: every candidate, what the peer told, every relay, twice.
+const ASKED_MAX: usize = 64;
+/// Ways beside the candidates that are probed: what the peer told, and where its probes came from.
+const TOLD_MAX: usize = 16;
+
+/// What is known besides, at the time of a question.
+#[derive(Debug, Clone, Copy)]
+pub struct Around<'a> {
+    /// Where the peer was last heard straight.
+    pub direct: Option<Endpoint>,
+    /// What the peer publishes and may be tried.
+    pub candidates: &'a [SocketAddr],
+    /// Through the relays we are registered at, best first.
+    pub relays: &'a [Endpoint],
+}
+
+/// Something to be sent in the session, over the named way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ask {
+    Probe {
+        to: Endpoint,
+        token: u64,
+    },
+    /// Our addresses, through a relay.
+    CallMeNow {
+        to: Endpoint,
+    },
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Proven {
+    addr: SocketAddr,
+    at: MonoTime,
+    rtt: Option<Duration>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Asked {
+    token: u64,
+    to: Endpoint,
+    at: MonoTime,
+}
+
+/// The ways to one peer that relays are known for.
+#[derive(Debug, Default)]
+pub struct Ways {
+    direct: Option<Proven>,
+    relay: Option<Proven>,
+    /// When the peer's data came last, by kind of way.
+    heard_direct: Option<MonoTime>,
+    heard_relayed: Option<MonoTime>,
+    asked: VecDeque<Asked>,
+    told: Vec<SocketAddr>,
+    used: Option<MonoTime>,
+    check_at: Option<MonoTime>,
+    seek_at: Option<MonoTime>,
+    seeks: u32,
+    called: Option<MonoTime>,
+    distrust_until: Option<MonoTime>,
+    avoid: Option<(SocketAddr, MonoTime)>,
+}
+
+impl Ways {
+    /// Where a packet goes now; `None` while no way is known.
+    pub fn way(&self, now: MonoTime, around: &Around<'_>) -> Option<Endpoint> {
+        let trusted = around.direct.filter(|direct| self.trusts(now, direct.addr, around));
+        trusted.or_else(|| self.relayed(now, around)).or(around.direct)
+    }
+
+    /// A packet of somebody's was sent or came in.
+    pub fn used(&mut self, now: MonoTime) {
+        if !self.is_active(now) {
+            self.check_at = Some(now);
+            self.seek_at = Some(now);
+            self.seeks = 0;
+        }
+        self.used = Some(now);
+    }
+
+    /// Something came, straight or carried by a relay, that goes only over ways the peer has proven: no probe and no answer.
+    pub fn heard(&mut self, now: MonoTime, source: SocketAddr, carried: bool) {
+        let known = if carried { self.relay } else { self.direct };
+        let rtt = known.filter(|way| way.addr == source).and_then(|way| way.rtt);
+        let proven = Some(Proven { addr: source, at: now, rtt });
+        if carried {
+            self.heard_relayed = Some(now);
+            self.relay = proven;
+            // The peer does not trust the direct way any more, or not yet.
+            self.check_at = self.direct.map(|_| now).or(self.check_at);
+            return;
+        }
+        self.heard_direct = Some(now);
+        if self.distrust_until.is_none_or(|until| until <= now) {
+            self.direct = proven;
+        }
+    }
+
+    /// A probe was answered over the way it took. Names the direct way that packets take from now on, if it is another.
+    pub fn answered(
+        &mut self,
+        now: MonoTime,
+        token: u64,
+        source: SocketAddr,
+        carried: bool,
+    ) -> Option<SocketAddr> {
+        let is_it = |asked: &Asked| {
+            asked.token == token && asked.to.addr == source && asked.to.carry.is_some() == carried
+        };
+        let at = self.asked.iter().position(is_it)?;
+        let asked = self.asked.remove(at)?;
+        let rtt = now.since(asked.at);
+        // Earlier probes over this way are answered with it.
+        self.asked.retain(|other| other.to != asked.to || other.at > asked.at);
+        let proven = Proven { addr: source, at: now, rtt: Some(rtt) };
+        if carried {
+            let better = self.relay.is_none_or(|relay| {
+                relay.addr == source || relay.rtt.is_none_or(|before| much_faster(rtt, before))
+            });
+            if better {
+                self.relay = Some(proven);
+            }
+            return None;
+        }
+        self.distrust_until = None;
+        let stays = self.direct.is_some_and(|direct| {
+            direct.addr != source
+                && now.since(direct.at) < TRUST_PUNCHED
+                && direct.rtt.is_none_or(|before| !much_faster(rtt, before))
+        });
+        if stays {
+            return None;
+        }
+        self.direct = Some(proven);
+        Some(source)
+    }
+
+    /// The peer says where it can be reached, and that its NAT lets us in now.
+    pub fn told(&mut self, now: MonoTime, addresses: impl Iterator<Item = SocketAddr>) {
+        self.told.clear();
+        self.told.extend(addresses.take(TOLD_MAX));
+        self.used = Some(now);
+        self.seek_at = Some(now);
+        self.check_at.get_or_insert(now);
+    }
+
+    /// A probe of the peer came straight from `source`: perhaps a way it does not know of itself.
+    pub fn seen(&mut self, now: MonoTime, source: SocketAddr, around: &Around<'_>) {
+        let known = self.told.contains(&source) || around.candidates.contains(&source);
+        if known || self.told.len() >= TOLD_MAX || self.trusts(now, source, around) {
+            return;
+        }
+        self.told.push(source);
+        self.seek_at = Some(now);
+    }
+
+    /// When [`Self::tick`] has something to do.
+    pub fn deadline(&self) -> Option<MonoTime> {
+        let lost = self.asked.front().map(|asked| asked.at + self.patience(asked));
+        [lost, self.check_at, self.seek_at].into_iter().flatten().min()
+    }
+
+    /// Does what is due. `token` draws a number nobody can guess.
+    pub fn tick(
+        &mut self,
+        now: MonoTime,
+        around: &Around<'_>,
+        limiter: &mut ProbeLimiter,
+        mut token: impl FnMut() -> u64,
+        out: &mut Vec<Ask>,
+    ) {
+        out.clear();
+        if !self.is_active(now) {
+            (self.check_at, self.seek_at) = (None, None);
+            self.asked.clear();
+            return;
+        }
+        self.give_up_lost(now, around);
+        let way = self.way(now, around);
+        if self.check_at.is_some_and(|at| at <= now) {
+            self.check_at = Some(now + CHECK);
+            if let Some(way) = way.filter(|way| !self.is_heard(now, way)) {
+                self.ask(now, way, limiter, &mut token, out);
+            }
+        }
+        if self.seek_at.is_some_and(|at| at <= now) {
+            self.seek(now, way, around, limiter, &mut token, out);
+        }
+        if self.check_at.is_none() {
+            self.check_at = Some(now + CHECK);
+        }
+    }
+
+    fn is_active(&self, now: MonoTime) -> bool {
+        self.used.is_some_and(|used| now.since(used) < ACTIVE)
+    }
+
+    fn trusts(&self, now: MonoTime, addr: SocketAddr, around: &Around<'_>) -> bool {
+        let trust = match around.candidates.contains(&addr) {
+            true => TRUST_PUBLISHED,
+            false => TRUST_PUNCHED,
+        };
+        self.direct.is_some_and(|direct| direct.addr == addr && now.since(direct.at) < trust)
+    }
+
+    /// The relay in use, or the best that is not avoided, or the best.
+    fn relayed(&self, now: MonoTime, around: &Around<'_>) -> Option<Endpoint> {
+        let avoided = |relay: &&Endpoint| {
+            self.avoid.is_some_and(|(addr, until)| addr == relay.addr && now < until)
+        };
+        let in_use = |relay: &&Endpoint| self.relay.is_some_and(|it| it.addr == relay.addr);
+        let mut usable = around.relays.iter().filter(|relay| !avoided(relay));
+        let first = usable.clone().next().or(around.relays.first());
+        usable.find(in_use).or(first).copied()
+    }
+
+    /// Whether something came over the way in use so lately that it needs no probe.
+    fn is_heard(&self, now: MonoTime, way: &Endpoint) -> bool {
+        let heard = match way.carry {
+            Some(_) => self.heard_relayed,
+            None => self.heard_direct,
+        };
+        heard.is_some_and(|heard| now.since(heard) < CHECK)
+    }
+
+    fn patience(&self, asked: &Asked) -> Duration {
+        let proven = if asked.to.carry.is_some() { self.relay } else { self.direct };
+        let rtt = proven.and_then(|proven| proven.rtt);
+        rtt.map_or(LOST, |rtt| (rtt * LOST_ROUND_TRIPS).max(LOST))
+    }
+
+    /// Lets go of ways whose probes are unanswered, and nothing else came over them.
+    fn give_up_lost(&mut self, now: MonoTime, around: &Around<'_>) {
+        let way = self.way(now, around);
+        while let Some(asked) = self.asked.front().copied() {
+            if now.since(asked.at) < self.patience(&asked) {
+                return;
+            }
+            self.asked.pop_front();
+            let heard = match asked.to.carry {
+                Some(_) => self.heard_relayed,
+                None => self.heard_direct,
+            };
+            if way.is_some_and(|way| way.addr == asked.to.addr && way.carry == asked.to.carry)
+                && heard.is_none_or(|heard| heard < asked.at)
+            {
+                self.lose(now, &asked.to);
+            }
+        }
+    }
+
+    fn lose(&mut self, now: MonoTime, way: &Endpoint) {
+        match way.carry {
+            Some(_) => {
+                self.avoid = Some((way.addr, now + AVOID));
+                self.relay = None;
+            }
+            None => {
+                self.direct = None;
+                self.distrust_until = Some(now + DISTRUST);
+            }
+        }
+        (self.seeks, self.seek_at, self.check_at) = (0, Some(now), Some(now));
+        self.called = None;
+    }
+
+    /// The relay at `addr` does not know the peer, or is about to end.
+    pub fn avoid(&mut self, now: MonoTime, addr: SocketAddr) {
+        self.avoid = Some((addr, now + AVOID));
+        self.relay.take_if(|relay| relay.addr == addr);
+    }
+
+    /// Invites the peer and probes what may be direct, unless packets go direct already.
+    fn seek(
+        &mut self,
+        now: MonoTime,
+        way: Option<Endpoint>,
+        around: &Around<'_>,
+        limiter: &mut ProbeLimiter,
+        token: &mut impl FnMut() -> u64,
+        out: &mut Vec<Ask>,
+    ) {
+        if way.is_some_and(|way| way.carry.is_none() && self.trusts(now, way.addr, around)) {
+            self.seek_at = None;
+            return;
+        }
+        let due = self.called.is_none_or(|called| now.since(called) >= CALL_BACK);
+        if let Some(to) = way.filter(|way| way.carry.is_some() && due) {
+            self.called = Some(now);
+            out.push(Ask::CallMeNow { to });
+        }
+        let told = self.told.clone();
+        let last = around.direct.map(|direct| direct.addr);
+        let others = around.candidates.iter().chain(&told).copied();
+        let mut tried: Vec<SocketAddr> = Vec::new();
+        for addr in last.into_iter().chain(others) {
+            if !tried.contains(&addr) {
+                tried.push(addr);
+                self.ask(now, Endpoint::direct(addr), limiter, token, out);
+            }
+        }
+        for relay in around.relays.iter().filter(|relay| Some(**relay) != way) {
+            if self.seeks == 0 {
+                self.ask(now, *relay, limiter, token, out);
+            }
+        }
+        self.seeks = self.seeks.saturating_add(1);
+        self.seek_at = Some(now + pause(self.seeks, token()));
+    }
+
+    fn ask(
+        &mut self,
+        now: MonoTime,
+        to: Endpoint,
+        limiter: &mut ProbeLimiter,
+        token: &mut impl FnMut() -> u64,
+        out: &mut Vec<Ask>,
+    ) {
+        // A relay has proven itself; any other address may be somebody who never asked for it.
+        if to.carry.is_none() && !limiter.take(now, to.addr.ip()) {
+            return;
+        }
+        if self.asked.len() >= ASKED_MAX {
+            self.asked.pop_front();
+        }
+        let token = token();
+        self.asked.push_back(Asked { token, to, at: now });
+        out.push(Ask::Probe { to, token });
+    }
+}
+
+/// Worth a change: ways of nearly equal length must not alternate.
+fn much_faster(rtt: Duration, before: Duration) -> bool {
+    rtt * 2 + Duration::from_millis(1) < before
+}
+
+/// Before the next attempt; `random` spreads nodes that lost the same relay.
+fn pause(seeks: u32, random: u64) -> Duration {
+    let doublings = seeks.saturating_sub(SEEKS_AT_ONCE).min(6);
+    let pause = (SEEK * (1 << doublings)).min(SEEK_MAX);
+    let jitter = u32::try_from(random % 256).unwrap_or(0);
+    if doublings == 0 { pause } else { pause - pause / 4 * jitter / 256 }
+}

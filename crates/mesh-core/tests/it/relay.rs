@@ -1,0 +1,128 @@
+//! A relay as the protocol's document has it, with the model's engines: registers, tells addresses, carries.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use mesh_core::tunnel::engine::{
+    Engine, EngineConfig, EngineFactory, INITIATION_BYTES, OpenBurst, OwnKeyId, SealBatch,
+    TAG_BYTES, TRANSPORT_HEADER_BYTES,
+};
+use mesh_core::tunnel::front::Message;
+use mesh_core::tunnel::model::{ModelEngine, ModelFactory, public_key};
+use mesh_types::carry;
+use mesh_types::key::{PrivateKey, PublicKey};
+use mesh_types::relay_frame::Frame;
+use mesh_types::time::MonoTime;
+
+const OWN: OwnKeyId = OwnKeyId(0);
+
+pub(crate) struct Relay {
+    pub(crate) addr: SocketAddr,
+    pub(crate) key: PublicKey,
+    pub(crate) up: bool,
+    /// What it tells everybody who asks; a lie, if set.
+    pub(crate) lie: Option<SocketAddr>,
+    /// Datagrams carried.
+    pub(crate) carried: usize,
+    factory: ModelFactory,
+    members: Vec<PublicKey>,
+    engines: BTreeMap<PublicKey, (u32, ModelEngine)>,
+    registered: BTreeMap<PublicKey, SocketAddr>,
+}
+
+impl Relay {
+    pub(crate) fn new(number: u8, addr: &str, members: Vec<PublicKey>) -> Self {
+        let private = PrivateKey::from_bytes([number; 32]);
+        Self {
+            addr: addr.parse().expect("an endpoint"),
+            key: public_key(&private),
+            up: true,
+            lie: None,
+            carried: 0,
+            factory: ModelFactory::new(&private),
+            members,
+            engines: BTreeMap::new(),
+            registered: BTreeMap::new(),
+        }
+    }
+
+    /// What leaves for one datagram that came.
+    pub(crate) fn receive(
+        &mut self,
+        now: MonoTime,
+        from: SocketAddr,
+        datagram: &[u8],
+    ) -> Option<(SocketAddr, Vec<u8>)> {
+        if carry::is_carried(datagram) {
+            return self.carry(from, datagram);
+        }
+        match Message::of(datagram)? {
+            Message::Initiation => self.greet(now, from, datagram),
+            Message::Transport(index) => self.answer(now, from, index >> 8, datagram),
+            Message::Response(_) | Message::Cookie(_) => None,
+        }
+    }
+
+    fn carry(&mut self, from: SocketAddr, datagram: &[u8]) -> Option<(SocketAddr, Vec<u8>)> {
+        let sender = *self.registered.iter().find(|(_, addr)| **addr == from)?.0;
+        let to = PublicKey::from_bytes(*carry::parse(datagram)?.key).ok()?;
+        let dst = *self.registered.get(&to)?;
+        let mut datagram = datagram.to_vec();
+        carry::readdress(&mut datagram, sender.as_bytes());
+        self.carried += 1;
+        Some((dst, datagram))
+    }
+
+    fn greet(
+        &mut self,
+        now: MonoTime,
+        from: SocketAddr,
+        datagram: &[u8],
+    ) -> Option<(SocketAddr, Vec<u8>)> {
+        let peer = self.factory.identify(OWN, datagram).filter(|it| self.members.contains(it))?;
+        let index = u32::try_from(self.engines.len()).expect("few") + 1;
+        let (_, engine) = self.engines.entry(peer).or_insert_with(|| {
+            let (preshared, keepalive, seed) = (None, None, u64::from(index));
+            let config = EngineConfig { own: OWN, peer, preshared, keepalive, index, seed };
+            (index, self.factory.create(now, config))
+        });
+        let mut reply = [0; INITIATION_BYTES];
+        let outcome = engine.handle_handshake(now, from.ip(), datagram, &mut reply).ok()?;
+        Some((from, reply[..outcome.reply_len].to_vec()))
+    }
+
+    fn answer(
+        &mut self,
+        now: MonoTime,
+        from: SocketAddr,
+        index: u32,
+        datagram: &[u8],
+    ) -> Option<(SocketAddr, Vec<u8>)> {
+        let (peer, (_, engine)) = self.engines.iter_mut().find(|(_, (at, _))| *at == index)?;
+        let (mut input, mut output) = (datagram.to_vec(), vec![0; datagram.len()]);
+        let (mut used, mut results) = (0, Vec::with_capacity(1));
+        let whole = 0..datagram.len();
+        engine.open(
+            now,
+            OpenBurst {
+                input: &mut input,
+                datagrams: std::slice::from_ref(&whole),
+                output: &mut output,
+                output_used: &mut used,
+                results: &mut results,
+            },
+        );
+        let opened = results.pop()?.ok()?;
+        self.registered.insert(*peer, from);
+        let Ok(Frame::WhatIsMyAddress { token }) = Frame::decode(&output[opened]) else {
+            return None;
+        };
+        let frame = Frame::YourAddressIs { token, address: self.lie.unwrap_or(from) };
+        let mut sealed = vec![0; TRANSPORT_HEADER_BYTES + frame.packet_len() + TAG_BYTES];
+        frame.encode(&mut sealed[TRANSPORT_HEADER_BYTES..]).expect("room");
+        let slot = 0..sealed.len();
+        let slots = std::slice::from_ref(&slot);
+        engine.seal(now, SealBatch { buffer: &mut sealed, slots }).ok()?;
+        Some((from, sealed))
+    }
+}

@@ -1,0 +1,226 @@
+//! Ways through relays: at once, direct where NATs allow it, back when that is lost. Simulated; same seed, same run.
+
+use std::net::SocketAddr;
+
+use mesh_core::tunnel::config::Role;
+use mesh_core::tunnel::{DropReason, PeerConfig};
+use mesh_types::carry;
+use mesh_types::status::PathKind;
+
+use crate::network::{MTU, Nat, Network, PORT};
+use crate::relay::Relay;
+
+const RELAY: &str = "203.0.113.1:15192";
+const SECOND: &str = "203.0.113.2:15192";
+
+/// Two nodes at home, each with the NAT given, or on the internet; and relays.
+fn homes(nats: [Option<Nat>; 2], relays: &[&str]) -> Network {
+    let mut net = Network::new(7);
+    for (i, nat) in nats.into_iter().enumerate() {
+        let home = format!("192.168.{i}.5:{PORT}");
+        let addr = nat.as_ref().map_or(format!("198.51.100.{i}:{PORT}"), |_| home);
+        let host = net.add(&addr);
+        net.hosts[host].nat = nat;
+    }
+    let members: Vec<_> = net.hosts.iter().map(|host| host.key).collect();
+    for (number, addr) in (200..).zip(relays) {
+        net.relays.push(Relay::new(number, addr, members.clone()));
+    }
+    for host in 0..2 {
+        let peers = peers_of(&net, host);
+        net.set_peers(host, &peers);
+        let own = net.hosts[host].addr;
+        net.hosts[host].tunnel.set_own_addresses(vec![own]);
+    }
+    net.run_ms(500);
+    net
+}
+
+fn peers_of(net: &Network, host: usize) -> Vec<PeerConfig> {
+    let other = 1 - host;
+    let keys: Vec<_> = net.relays.iter().map(|relay| relay.key).collect();
+    let mut peer = PeerConfig { relays: keys, ..net.config_of(other) };
+    // A private address of another home is no candidate.
+    if net.hosts[other].nat.is_some() {
+        peer.candidates.clear();
+    }
+    let relays = net.relays.iter().map(|relay| PeerConfig {
+        key: relay.key,
+        preshared: None,
+        allowed_ips: Vec::new(),
+        candidates: vec![relay.addr],
+        keepalive: None,
+        mtu: MTU,
+        role: Role::Relay,
+        relays: Vec::new(),
+    });
+    std::iter::once(peer).chain(relays).collect()
+}
+
+/// One packet each way every 100 ms; how many of them arrived.
+fn talk(net: &mut Network, ms: u64) -> [usize; 2] {
+    let before = [0, 1].map(|host| net.texts(host, 1 - host).len());
+    for _ in 0..ms / 100 {
+        net.send(0, 1, "there");
+        net.send(1, 0, "back");
+        net.run_ms(100);
+    }
+    [0, 1].map(|host| net.texts(host, 1 - host).len() - before[host])
+}
+
+fn kinds(net: &Network) -> [PathKind; 2] {
+    [net.snapshot(0, 1).path, net.snapshot(1, 0).path]
+}
+
+const fn is_direct(kind: PathKind) -> bool {
+    matches!(kind, PathKind::Direct | PathKind::Roamed)
+}
+
+fn home(i: usize) -> Option<Nat> {
+    Some(Nat::new(&format!("198.51.100.1{i}:40000")))
+}
+
+fn strict(i: usize) -> Option<Nat> {
+    Some(Nat::symmetric(&format!("198.51.100.1{i}:40000")))
+}
+
+#[test]
+fn two_homes_speak_through_the_relay_at_once_and_directly_within_seconds() {
+    let mut net = homes([home(0), home(1)], &[RELAY]);
+    net.send(0, 1, "first");
+    net.run_ms(200);
+    assert_eq!(net.texts(1, 0), ["first"], "the first packet, within 200 ms");
+    assert_eq!(talk(&mut net, 3_000), [30, 30], "nothing is lost on the way to a direct path");
+    assert!(kinds(&net).into_iter().all(is_direct), "{:?}", kinds(&net));
+    let carried = net.relays[0].carried;
+    assert_eq!(talk(&mut net, 30_000), [300, 300]);
+    assert_eq!(net.relays[0].carried, carried, "the relay carries no more");
+    assert_eq!(net.dropped(0, DropReason::BadFrame) + net.dropped(1, DropReason::BadFrame), 0);
+}
+
+#[test]
+fn behind_two_symmetric_nats_the_relay_goes_on() {
+    let mut net = homes([strict(0), strict(1)], &[RELAY]);
+    assert_eq!(talk(&mut net, 20_000), [200, 200]);
+    assert_eq!(kinds(&net), [PathKind::Relayed; 2]);
+}
+
+#[test]
+fn whoever_can_be_reached_is_reached_directly_from_behind_any_nat() {
+    for nat in [home(0), strict(0)] {
+        for flipped in [false, true] {
+            let mut nats = [nat_again(&nat), None];
+            if flipped {
+                nats.swap(0, 1);
+            }
+            let mut net = homes(nats, &[RELAY]);
+            let got = talk(&mut net, 3_000);
+            assert_eq!(got, [30, 30]);
+            assert!(kinds(&net).into_iter().all(is_direct), "{:?}", kinds(&net));
+        }
+    }
+}
+
+fn nat_again(nat: &Option<Nat>) -> Option<Nat> {
+    nat.as_ref().map(Nat::anew)
+}
+
+#[test]
+fn a_direct_path_that_breaks_goes_back_to_the_relay_and_comes_again() {
+    let mut net = homes([home(0), home(1)], &[RELAY]);
+    talk(&mut net, 3_000);
+    assert!(kinds(&net).into_iter().all(is_direct));
+    let ends = [0, 1].map(|host| net.hosts[host].nat.as_ref().expect("a NAT").public.ip());
+    net.cut.extend([(ends[0], ends[1]), (ends[1], ends[0])]);
+    talk(&mut net, 3_000);
+    assert_eq!(kinds(&net), [PathKind::Relayed; 2], "no answer for two seconds");
+    assert_eq!(talk(&mut net, 5_000), [50, 50]);
+    net.cut.clear();
+    talk(&mut net, 60_000);
+    assert!(kinds(&net).into_iter().all(is_direct), "{:?}", kinds(&net));
+}
+
+#[test]
+fn a_path_that_carries_one_way_only_is_left_by_both() {
+    let mut net = homes([home(0), None], &[RELAY]);
+    talk(&mut net, 3_000);
+    assert!(kinds(&net).into_iter().all(is_direct));
+    let public = net.hosts[0].nat.as_ref().expect("a NAT").public.ip();
+    net.cut.insert((public, net.hosts[1].addr.ip()));
+    talk(&mut net, 5_000);
+    assert_eq!(talk(&mut net, 10_000), [100, 100]);
+    assert_eq!(kinds(&net), [PathKind::Relayed; 2]);
+}
+
+#[test]
+fn a_nat_that_maps_anew_is_followed_without_the_relay() {
+    let mut net = homes([home(0), None], &[RELAY]);
+    talk(&mut net, 3_000);
+    net.hosts[0].nat.as_mut().expect("a NAT").rebind();
+    let got = talk(&mut net, 1_000);
+    assert!(got[0] >= 9 && got[1] == 10, "one packet at most is lost: {got:?}");
+    assert!(kinds(&net).into_iter().all(is_direct));
+}
+
+#[test]
+fn a_relay_that_dies_is_left_for_another_within_two_seconds() {
+    let mut net = homes([strict(0), strict(1)], &[RELAY, SECOND]);
+    assert_eq!(talk(&mut net, 2_000), [20, 20]);
+    let (dead, alive) = if net.relays[0].carried > 0 { (0, 1) } else { (1, 0) };
+    net.relays[dead].up = false;
+    talk(&mut net, 2_000);
+    let before = net.relays[alive].carried;
+    assert_eq!(talk(&mut net, 2_000), [20, 20], "everything arrives again");
+    assert!(net.relays[alive].carried >= before + 40);
+}
+
+#[test]
+fn nobody_speaks_and_nothing_is_sent_but_to_the_relay() {
+    let mut net = homes([home(0), home(1)], &[RELAY]);
+    talk(&mut net, 3_000);
+    net.run_s(30);
+    net.log.clear();
+    net.run_s(60);
+    let relay: SocketAddr = RELAY.parse().expect("an endpoint");
+    assert_eq!(net.log.iter().filter(|sent| sent.to != relay).count(), 0);
+    let questions = net.log.iter().filter(|sent| sent.to == relay).count();
+    assert!((6..=14).contains(&questions), "{questions} in a minute from both");
+    // A mapping would be gone by now; the first packet takes the relay, none waits.
+    net.send(0, 1, "again");
+    net.run_ms(100);
+    assert_eq!(net.texts(1, 0).last().map(String::as_str), Some("again"));
+}
+
+#[test]
+fn a_relay_that_lies_about_addresses_makes_nobody_flood_a_victim() {
+    let mut net = homes([home(0), home(1)], &[RELAY]);
+    let victim: SocketAddr = "192.0.2.99:53".parse().expect("an endpoint");
+    net.relays[0].lie = Some(victim);
+    net.run_s(60);
+    net.log.clear();
+    assert_eq!(talk(&mut net, 60_000), [600, 600]);
+    let at_victim = net.log.iter().filter(|sent| sent.to.ip() == victim.ip()).count();
+    assert!(at_victim <= 2 * 61, "one a second from each node at most: {at_victim}");
+}
+
+#[test]
+fn a_carried_datagram_counts_only_from_a_relay_and_under_its_senders_name() {
+    let mut net = homes([strict(0), strict(1)], &[RELAY]);
+    talk(&mut net, 1_000);
+    let (relay, stranger) = (net.relays[0].addr, "192.0.2.66:1".parse().expect("an endpoint"));
+    let to_0 = net.log.iter().rev().find(|sent| {
+        carry::parse(&sent.bytes).is_some_and(|it| it.key == net.hosts[0].key.as_bytes())
+    });
+    let mut recorded = to_0.expect("carried to host 0").bytes.clone();
+    let outside = net.hosts[0].nat.as_mut().expect("a NAT").outside_of(relay);
+    net.hosts[0].nat.as_mut().expect("a NAT").outside_of(stranger);
+    let other = net.hosts[0].nat.as_mut().expect("a NAT").outside_of(stranger);
+    net.inject(stranger, other, &recorded);
+    net.run_ms(50);
+    assert_eq!(net.dropped(0, DropReason::NoRelay), 1);
+    carry::readdress(&mut recorded, &[9; 32]);
+    net.inject(relay, outside, &recorded);
+    net.run_ms(50);
+    assert_eq!(net.dropped(0, DropReason::CarriedName), 1);
+    assert_eq!(talk(&mut net, 1_000), [10, 10]);
+}
