@@ -185,6 +185,7 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
         endpoints: Vec::new(),
         version: String::new(),
         overlay: Vec::new(),
+        keyrelays: Vec::new(),
     });
     let (names, wanted_names) = watch::channel(BTreeSet::new());
     let (resolved_in, resolved) = watch::channel(BTreeMap::new());

@@ -120,6 +120,14 @@ pub struct RunArgs {
     /// Two sites that reach each other's private addresses, SITE=SITE; repeat or separate by commas.
     #[arg(long = "join-sites", env = "MESHD_JOIN_SITES", value_delimiter = ',')]
     pub joined_sites: Vec<String>,
+    /// Relay to register at, KEY@HOST:PORT with its public key, best first; up to four, repeat or separate by commas.
+    #[arg(
+        long = "keyrelay",
+        env = "MESHD_KEYRELAY",
+        value_name = "KEY@HOST:PORT",
+        value_delimiter = ','
+    )]
+    pub keyrelays: Vec<String>,
 }
 
 /// How wide the data plane is and how its threads run.

@@ -8,9 +8,9 @@ use mesh_types::annotations;
 
 use crate::args::Args;
 
-/// Keys the daemon may write, besides those this version writes: rotation and keyrelay are to come, and a policy is not
-/// upgraded with every daemon.
-const RESERVED: [&str; 2] = ["meshd.dev/next-public-key", "meshd.dev/keyrelay"];
+/// Keys the daemon may write, besides those this version writes: rotation is to come, and a policy is not upgraded with every
+/// daemon.
+const RESERVED: [&str; 1] = ["meshd.dev/next-public-key"];
 
 fn chart(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../helm").join(path)
@@ -57,6 +57,7 @@ fn the_policies_name_the_annotations_this_program_uses() {
     let ours = [
         annotations::PUBLIC_KEY,
         annotations::ENDPOINTS,
+        annotations::KEYRELAY,
         annotations::VERSION,
         annotations::OVERLAY,
     ];

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail, ensure};
 use ipnet::IpNet;
+use mesh_core::cluster::Keyrelay;
 use mesh_types::defaults;
+use mesh_types::limits::RELAYS_MAX;
 use mesh_types::net::{ClusterPrefixes, check_prefix, overlap};
 use mesh_types::node::{NodeName, Site};
 use serde::{Deserialize, Serialize};
@@ -40,6 +42,7 @@ pub struct Config {
     pub skip_interfaces: Vec<String>,
     pub use_interfaces: Vec<String>,
     pub joined_sites: Vec<(Site, Site)>,
+    pub keyrelays: Vec<Keyrelay>,
     pub probe_socket: Option<PathBuf>,
     pub metrics_port: Option<u16>,
     pub sysctl_dir: Option<PathBuf>,
@@ -198,6 +201,7 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
         skip_interfaces: args.skip_interfaces.clone(),
         use_interfaces: args.use_interfaces.clone(),
         joined_sites: joined_sites(&args.joined_sites)?,
+        keyrelays: keyrelays(&args.keyrelays)?,
         probe_socket: args.probe_socket.clone(),
         metrics_port: args.metrics_port,
         sysctl_dir: args.host.sysctl_dir.clone(),
@@ -352,6 +356,32 @@ fn joined_sites(texts: &[String]) -> anyhow::Result<Vec<(Site, Site)>> {
         .collect()
 }
 
+fn keyrelays(texts: &[String]) -> anyhow::Result<Vec<Keyrelay>> {
+    let mut all: Vec<Keyrelay> = Vec::new();
+    for text in texts.iter().map(|text| text.trim()).filter(|text| !text.is_empty()) {
+        let (key, endpoint) = text
+            .split_once('@')
+            .with_context(|| format!("--keyrelay {text:?} is not KEY@HOST:PORT"))?;
+        let key = key.parse().with_context(|| {
+            format!("--keyrelay {text:?}: no public key in front of the @: the relay's log shows its key")
+        })?;
+        let endpoint = endpoint
+            .parse()
+            .with_context(|| format!("--keyrelay {text:?}: no HOST:PORT behind the @"))?;
+        ensure!(
+            all.iter().all(|relay| relay.key != key),
+            "--keyrelay names the key {key} twice: give a relay one address or name"
+        );
+        all.push(Keyrelay { key, endpoint });
+    }
+    ensure!(
+        all.len() <= RELAYS_MAX,
+        "--keyrelay names {} relays, and a node registers at {RELAYS_MAX} at most: name the nearest",
+        all.len()
+    );
+    Ok(all)
+}
+
 #[cfg(test)]
 mod tests {
     use std::ffi::OsString;
@@ -392,6 +422,8 @@ mod tests {
             ("--cluster-cidr 10.244.0.0/16 --rule-priority 0", "--rule-priority"),
             ("--cluster-cidr 10.244.0.0/16 --state-dir here", "--state-dir"),
             ("--cluster-cidr 10.244.0.0/16 --join-sites a", "--join-sites"),
+            ("--cluster-cidr 10.244.0.0/16 --keyrelay relay.example.org:1", "KEY@HOST:PORT"),
+            ("--cluster-cidr 10.244.0.0/16 --keyrelay abc@relay.example.org:1", "public key"),
             ("--cluster-cidr 10.244.0.0/16 --probe-socket here", "--probe-socket"),
             ("--cluster-cidr 10.244.0.0/16 --probe-socket /run/meshd/meshd.sock", "status socket"),
             ("--cluster-cidr 10.244.0.0/16 --cni-conf-dir here", "--cni-conf-dir"),

@@ -1,5 +1,6 @@
 //! The data plane in the reconciler's hands: device and socket opened, made again when somebody deleted the device.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -136,8 +137,9 @@ impl Plane for NodePlane {
         Ok(true)
     }
 
-    fn set_peers(&mut self, peers: Vec<PeerConfig>) -> anyhow::Result<()> {
+    fn set_peers(&mut self, peers: Vec<PeerConfig>, own: Vec<SocketAddr>) -> anyhow::Result<()> {
         let running = self.running.as_mut().context("the data plane does not run")?;
+        running.data.set_own_addresses(own);
         let greet = !running.greeted && !peers.is_empty();
         running.data.set_peers(peers);
         if greet {

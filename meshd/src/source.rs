@@ -36,6 +36,8 @@ pub enum ClusterEvent {
 pub struct OwnRecord {
     pub public_key: mesh_types::key::PublicKey,
     pub endpoints: Vec<std::net::SocketAddr>,
+    /// Keys of the relays this node registers at.
+    pub keyrelays: Vec<mesh_types::key::PublicKey>,
     pub version: String,
     /// Where metrics are served inside the mesh; empty where they are not.
     pub overlay: Vec<std::net::IpAddr>,

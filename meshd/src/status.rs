@@ -9,12 +9,14 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use mesh_core::tunnel::config::PeerSnapshot;
 use mesh_types::key::PublicKey;
-use mesh_types::status::{PathKind, PeerStatus, RefusedNode, STATUS_VERSION, Status};
+use mesh_types::status::{
+    KeyrelayStatus, PathKind, PeerStatus, RefusedNode, STATUS_VERSION, Status,
+};
 
 use crate::args::StatusArgs;
 use crate::ask::{Answer, ask};
 use crate::config;
-use crate::view::{PeerFacts, Snapshot};
+use crate::view::{PeerFacts, RelayFacts, Snapshot};
 
 /// How long a daemon may take to answer before we say that it hangs.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -37,6 +39,7 @@ pub fn build(snapshot: &Snapshot) -> Status {
         ready: conditions.iter().all(|condition| condition.ok),
         conditions: conditions.clone(),
         peers: facts.peers.iter().map(|peer| peer_status(peer, &seen, snapshot)).collect(),
+        keyrelays: facts.relays.iter().map(|relay| relay_status(relay, &seen)).collect(),
         refused: facts
             .refused
             .iter()
@@ -104,6 +107,13 @@ pub fn table(status: &Status) -> String {
     rows.extend(status.peers.iter().map(peer_row));
     text.push('\n');
     text.push_str(&columns(&rows));
+    if !status.keyrelays.is_empty() {
+        let head = ["KEYRELAY", "ENDPOINT", "REGISTERED", "SEES US AT", "RTT", "PROBLEM"];
+        let mut rows = vec![head.map(String::from).to_vec()];
+        rows.extend(status.keyrelays.iter().map(relay_row));
+        text.push('\n');
+        text.push_str(&columns(&rows));
+    }
     if !status.refused.is_empty() {
         text.push_str("\nnot meshed:\n");
         for node in &status.refused {
@@ -153,6 +163,43 @@ fn peer_status(
             .map(|interval| u16::try_from(interval.as_secs()).unwrap_or(u16::MAX)),
         problem,
     }
+}
+
+fn relay_status(relay: &RelayFacts, seen: &BTreeMap<PublicKey, &PeerSnapshot>) -> KeyrelayStatus {
+    let snapshot = seen.get(&relay.key);
+    let registered = snapshot.is_some_and(|seen| seen.session && seen.reflexive.is_some());
+    let problem = match snapshot {
+        _ if relay.candidates.is_empty() => {
+            format!("{} resolves to no address that may be used", relay.endpoint)
+        }
+        _ if registered => String::new(),
+        Some(seen) if seen.session => "it has not said yet where it sees us".to_owned(),
+        _ => {
+            "no answer: is it running, is this node's key in its roster, is UDP let out?".to_owned()
+        }
+    };
+    KeyrelayStatus {
+        public_key: relay.key,
+        candidates: relay.candidates.clone(),
+        endpoint: snapshot.and_then(|seen| seen.endpoint),
+        registered,
+        reflexive: snapshot.and_then(|seen| seen.reflexive),
+        rtt_ms: snapshot.and_then(|seen| seen.rtt).map(|rtt| rtt.as_secs_f64() * 1000.0),
+        problem,
+    }
+}
+
+fn relay_row(relay: &KeyrelayStatus) -> Vec<String> {
+    let or_dash = |text: Option<String>| text.filter(|t| !t.is_empty()).unwrap_or("-".into());
+    let at = relay.endpoint.or(relay.candidates.first().copied());
+    vec![
+        relay.public_key.to_string(),
+        or_dash(at.map(|endpoint| endpoint.to_string())),
+        if relay.registered { "yes" } else { "no" }.to_owned(),
+        or_dash(relay.reflexive.map(|address| address.to_string())),
+        or_dash(relay.rtt_ms.map(|rtt| format!("{rtt:.1} ms"))),
+        or_dash(Some(relay.problem.clone())),
+    ]
 }
 
 fn peer_row(peer: &PeerStatus) -> Vec<String> {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use mesh_core::tunnel::config::{PeerConfig, PeerSnapshot};
 use mesh_types::key::PublicKey;
-use mesh_types::net::{ClusterPrefixes, overlay_address};
+use mesh_types::net::{ClusterPrefixes, EndpointHint, overlay_address};
 use mesh_types::node::{NodeName, Site};
 use mesh_types::status::{Condition, Counter};
 use mesh_types::time::MonoTime;
@@ -80,6 +80,7 @@ pub struct Facts {
     pub mtu: u32,
     pub endpoints: Vec<SocketAddr>,
     pub peers: Vec<PeerFacts>,
+    pub relays: Vec<RelayFacts>,
     pub refused: Vec<RefusedFacts>,
     /// Endpoints that are not tried, by reason.
     pub endpoints_left_out: BTreeMap<&'static str, u64>,
@@ -87,6 +88,16 @@ pub struct Facts {
     pub stray_pods: usize,
     /// Pods' links that no record speaks of.
     pub unrecorded_pods: usize,
+}
+
+/// A relay of the configuration.
+#[derive(Debug, Clone)]
+pub struct RelayFacts {
+    pub key: PublicKey,
+    /// As configured.
+    pub endpoint: EndpointHint,
+    /// What that resolved to.
+    pub candidates: Vec<SocketAddr>,
 }
 
 #[derive(Debug, Clone)]
@@ -389,6 +400,7 @@ pub(crate) mod tests {
                     tx_bytes: 5 << 20,
                     session: true,
                     problem: "",
+                    reflexive: None,
                 }],
                 drops: vec![Counter { reason: "source_not_allowed".into(), count: 7 }],
                 totals: vec![Total { name: "udp_sends", help: "UDP send calls", value: 12 }],
@@ -438,6 +450,7 @@ pub(crate) mod tests {
             },
         };
         view.set_facts(Facts {
+            relays: Vec::new(),
             site: Site("cloud-a".into()),
             pod_cidrs: vec!["10.244.1.0/24".parse().expect("prefix")],
             mtu: 1380,

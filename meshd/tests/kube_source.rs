@@ -201,6 +201,7 @@ async fn the_own_record_is_applied_once_without_force_and_a_conflict_is_explaine
         endpoints: vec![endpoint.parse().unwrap()],
         version: "0.1.0".into(),
         overlay: vec![],
+        keyrelays: Vec::new(),
     };
     let publisher = bench.source.publisher(&"a".parse().unwrap(), &[]);
     let (wanted, receiver) = watch::channel(record("192.0.2.1:1"));
@@ -249,6 +250,7 @@ async fn a_restart_without_the_api_server_still_says_what_was_published_and_writ
         endpoints: vec!["203.0.113.7:15190".parse().unwrap()],
         version: "0.1.0".into(),
         overlay: vec![],
+        keyrelays: Vec::new(),
     };
     let known = mesh_core::cluster::RawNode {
         name: "a".into(),

@@ -82,6 +82,10 @@ impl Addresses {
 
 /// One frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one at a time, on the stack: a box would be an allocation for each"
+)]
 pub enum Frame {
     /// Node to relay: what is my address?
     WhatIsMyAddress { token: u64 },
@@ -297,7 +301,7 @@ fn field<const L: usize, const N: usize>(bytes: &[u8; L], offset: usize) -> [u8;
     bytes.get(offset..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
 }
 
-const _: () = assert!(PACKET_BYTES % 16 == 0);
+const _: () = assert!(PACKET_BYTES.is_multiple_of(16));
 
 #[cfg(test)]
 mod tests {

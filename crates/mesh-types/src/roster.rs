@@ -8,6 +8,7 @@
 //!     podCIDRs: [10.244.1.0/24, fd00:10:244:1::/64]
 //!     endpoints: ["203.0.113.7:15190"]
 //!     endpoint: "home.example.org:15190"   # optional override
+//!     keyrelays: ["LsI6…="]                 # optional: relays it registers at
 //!     site: cloud-a                         # optional
 //! ```
 //!
@@ -39,6 +40,8 @@ pub struct RosterNode {
     pub endpoints: Vec<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub keyrelays: Vec<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub site: Option<String>,
 }

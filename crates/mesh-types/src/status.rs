@@ -28,6 +28,9 @@ pub struct Status {
     /// Named conditions of readiness, with the reason for each that does not hold.
     pub conditions: Vec<Condition>,
     pub peers: Vec<PeerStatus>,
+    /// Relays this node registers at.
+    #[serde(default)]
+    pub keyrelays: Vec<KeyrelayStatus>,
     /// Nodes that are not meshed, or only in part, and why.
     pub refused: Vec<RefusedNode>,
     pub drops: Vec<Counter>,
@@ -52,6 +55,22 @@ pub enum PathKind {
     Roamed,
     /// Through `keyrelay`.
     Relayed,
+}
+
+/// A relay as this node sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct KeyrelayStatus {
+    pub public_key: PublicKey,
+    /// Its configured addresses, or what its name resolved to; empty while it does not.
+    pub candidates: Vec<SocketAddr>,
+    /// Where it answers.
+    pub endpoint: Option<SocketAddr>,
+    pub registered: bool,
+    /// Where it sees us.
+    pub reflexive: Option<SocketAddr>,
+    pub rtt_ms: Option<f64>,
+    /// Why we are not registered, in words; empty when we are.
+    pub problem: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -312,7 +312,7 @@ impl<F: EngineFactory> Relay<F> {
         let packet = self.opened.get(opened).ok_or(Refused::Datagram)?;
         match Frame::decode(packet) {
             Ok(Frame::WhatIsMyAddress { token }) => Ok((peer, token)),
-            Ok(Frame::YourAddressIs { .. }) | Err(_) => Err(Refused::Datagram),
+            Ok(_) | Err(_) => Err(Refused::Datagram),
         }
     }
 

@@ -31,6 +31,7 @@ pub(super) struct Letters<P, T, S> {
     pub(super) own_key: Option<(OwnKeyId, PrivateKey)>,
     /// Where peers are, as an operator says; of one peer the last word counts, so there are at most as many as peers.
     pub(super) endpoints: BTreeMap<PublicKey, SocketAddr>,
+    pub(super) own_addresses: Option<Vec<SocketAddr>>,
     pub(super) initiate_all: bool,
     pub(super) initiate_anew: bool,
     pub(super) initiate_forgotten: bool,
@@ -46,6 +47,7 @@ impl<P, T, S> Default for Letters<P, T, S> {
             udp: None,
             own_key: None,
             endpoints: BTreeMap::new(),
+            own_addresses: None,
             initiate_all: false,
             initiate_anew: false,
             initiate_forgotten: false,
@@ -79,6 +81,10 @@ impl<P, T, S> Mailbox<P, T, S> {
 
     pub(super) fn set_peers(&self, peers: P) {
         self.post(|letters| letters.peers = Some(peers));
+    }
+
+    pub(super) fn set_own_addresses(&self, addresses: Vec<SocketAddr>) {
+        self.post(|letters| letters.own_addresses = Some(addresses));
     }
 
     pub(super) fn replace_tun(&self, tun: T) {

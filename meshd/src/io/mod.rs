@@ -160,6 +160,11 @@ impl DataPlane {
         self.shards.each(|shard| shard.set_peers(Arc::clone(&peers)));
     }
 
+    /// Where this node can be reached, for peers that a relay lets us invite.
+    pub fn set_own_addresses(&self, addresses: Vec<SocketAddr>) {
+        self.shards.each(|shard| shard.set_own_addresses(addresses.clone()));
+    }
+
     /// Another own key, other peers, endpoints by hand: in this order, and together.
     pub fn configure(&self, change: Reconfigure<Vec<PeerConfig>>) {
         let Reconfigure { own_key, peers, endpoints } = change;

@@ -57,6 +57,8 @@ pub(super) struct Shard {
     on_event: OnEvent,
     mailbox: Arc<Mailbox>,
     peers: Arc<Vec<PeerConfig>>,
+    /// Where this node can be reached.
+    own_addresses: Vec<SocketAddr>,
     /// Where peers were last heard, in this life or one before.
     remembered: BTreeMap<PublicKey, SocketAddr>,
     tun: Option<Tun>,
@@ -109,6 +111,7 @@ impl Shard {
             on_event,
             mailbox,
             peers: Arc::default(),
+            own_addresses: Vec::new(),
             remembered,
             tun_paused_until: MonoTime::ZERO,
             tun_buffer: vec![0; VNET_HEADER_BYTES + PACKET_BYTES_MAX],
@@ -156,6 +159,7 @@ impl Shard {
         let features = self.tun.as_ref().map(Tun::features).unwrap_or_default();
         tunnel.set_coalesce(possible(self.config.coalesce, features));
         tunnel.remember(self.remembered.iter().map(|(key, endpoint)| (*key, *endpoint)));
+        tunnel.set_own_addresses(self.own_addresses.clone());
         if !self.peers.is_empty() {
             self.apply_peers(&mut tunnel, clock::now());
         }
@@ -277,6 +281,10 @@ impl Shard {
         if let Some(peers) = letters.peers {
             self.peers = peers;
             self.apply_peers(tunnel, now);
+        }
+        if let Some(own) = letters.own_addresses {
+            self.own_addresses = own;
+            tunnel.set_own_addresses(self.own_addresses.clone());
         }
         for (key, endpoint) in letters.endpoints {
             tunnel.set_endpoint(now, &key, endpoint);

@@ -11,7 +11,7 @@ use k8s_openapi::ClusterResourceScope;
 use k8s_openapi::api::core::v1::Node;
 use mesh_core::cluster::{RawAddress, RawNode};
 use mesh_types::annotations::{
-    ENDPOINT_OVERRIDE, ENDPOINTS, FIELD_MANAGER, OVERLAY, PUBLIC_KEY, VERSION,
+    ENDPOINT_OVERRIDE, ENDPOINTS, FIELD_MANAGER, KEYRELAY, OVERLAY, PUBLIC_KEY, VERSION,
 };
 use mesh_types::limits::{
     CANDIDATES_PER_NODE_MAX, ENDPOINTS_ANNOTATION_BYTES_MAX, POD_CIDRS_PER_NODE_MAX,
@@ -131,6 +131,7 @@ fn read(value: &Value, name: &str, uid: &str) -> Result<RawNode, String> {
         // One byte more than is believed, so that too much is seen to be too much.
         endpoints: annotation(ENDPOINTS, ENDPOINTS_ANNOTATION_BYTES_MAX + 1)?,
         endpoint_override: annotation(ENDPOINT_OVERRIDE, TEXT_BYTES_MAX)?,
+        keyrelays: annotation(KEYRELAY, TEXT_BYTES_MAX)?,
         site: RawNode::site_from_labels(|key| labels.get(key)),
         addresses: addresses(value),
         version: annotation(VERSION, TEXT_BYTES_MAX)?,

@@ -16,7 +16,8 @@ use ::kube::Client;
 use ::kube::api::{Api, Patch, PatchParams};
 use mesh_core::cluster::RawNode;
 use mesh_types::annotations::{
-    ENDPOINTS, FIELD_MANAGER, OVERLAY, PUBLIC_KEY, VERSION, format_endpoints,
+    ENDPOINTS, FIELD_MANAGER, KEYRELAY, OVERLAY, PUBLIC_KEY, VERSION, format_endpoints,
+    format_keyrelays,
 };
 use mesh_types::node::NodeName;
 use serde_json::{Value, json};
@@ -150,16 +151,19 @@ fn due(want: &OwnRecord, shown: Option<&RawNode>) -> Due {
     let (key, endpoints) = (want.public_key.to_string(), format_endpoints(&want.endpoints));
     let addresses: Vec<String> = want.overlay.iter().map(ToString::to_string).collect();
     let overlay = (!addresses.is_empty()).then(|| addresses.join(","));
+    let relays = (!want.keyrelays.is_empty()).then(|| format_keyrelays(&want.keyrelays));
     let said = (&shown.public_key, &shown.endpoints, &shown.version, &shown.overlay);
     let wanted =
         (&Some(key.clone()), &Some(endpoints.clone()), &Some(want.version.clone()), &overlay);
-    if said == wanted {
+    if said == wanted && shown.keyrelays == relays {
         return Due::Nothing;
     }
     let mut annotations = json!({PUBLIC_KEY: key, ENDPOINTS: endpoints, VERSION: want.version});
     // Left out, an apply takes it away.
-    if let Some(overlay) = overlay {
-        annotations[OVERLAY] = overlay.into();
+    for (name, text) in [(OVERLAY, overlay), (KEYRELAY, relays)] {
+        if let Some(text) = text {
+            annotations[name] = text.into();
+        }
     }
     Due::Write(json!({
         "apiVersion": "v1",
@@ -195,6 +199,7 @@ mod tests {
             endpoints: vec!["203.0.113.7:15190".parse().unwrap()],
             version: "0.1.0".into(),
             overlay: vec![],
+            keyrelays: Vec::new(),
         }
     }
 

@@ -22,7 +22,7 @@ pub use linux::{Linux, guard_config, marks, own_addresses};
 pub use run::{Inputs, SLOW_PERIOD, run};
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipam::owner::OwnerHash;
@@ -46,8 +46,8 @@ pub trait Plane: Send {
     /// Makes the TUN be there and served; true when it had to be made again.
     fn ensure(&mut self) -> anyhow::Result<bool>;
 
-    /// The peers there are, and no others.
-    fn set_peers(&mut self, peers: Vec<PeerConfig>) -> anyhow::Result<()>;
+    /// The peers there are, and no others; `own`: where this node can be reached, for peers that are invited to try.
+    fn set_peers(&mut self, peers: Vec<PeerConfig>, own: Vec<SocketAddr>) -> anyhow::Result<()>;
 
     /// Begins handshakes with peers that can know us from now on. `forgotten`: they knew us before and let go of us, so that
     /// our sessions with them may have no other end.
@@ -87,7 +87,7 @@ pub struct Reconciler<K, P> {
     guarded: bool,
     /// What the last turn made the kernel and the data plane be.
     applied: Option<NetState>,
-    peers: Option<Vec<PeerConfig>>,
+    peers: Option<(Vec<PeerConfig>, Vec<SocketAddr>)>,
     /// As whom the others know us: uid and pod prefixes of our Node, while it carries our key.
     known_as: Option<(String, Vec<IpNet>)>,
     /// Whether they were greeted in the life of this process.
@@ -299,6 +299,7 @@ fn policy(config: &Config, earlier: &[IpNet]) -> Policy {
     policy.earlier = earlier.to_vec();
     policy.excluded.clone_from(&config.service_cidrs);
     policy.joined_sites.clone_from(&config.joined_sites);
+    policy.keyrelays.clone_from(&config.keyrelays);
     policy.tun.clone_from(&config.kernel.tun);
     policy.table = config.kernel.table;
     policy.rule_priority = config.kernel.rule_priority;

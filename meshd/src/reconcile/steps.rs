@@ -6,14 +6,14 @@ use std::net::IpAddr;
 use ipam::disk::RealDisk;
 use ipam::owner::{Owner, OwnerHash};
 use ipam::store::{Pods, Store};
-use mesh_core::cluster::{Desired, DesiredPeer, Refusal};
+use mesh_core::cluster::{Desired, DesiredPeer, Policy, Refusal};
 use mesh_types::attachment::Attachment;
 use mesh_types::netstate::NetState;
 use mesh_types::node_file::{NODE_FILE_VERSION, NodeFile};
 
 use super::{Kernel, Knowledge, Made, Plane, Reconciler, Scope, strays};
 use crate::source::OwnRecord;
-use crate::view::{Facts, PeerFacts, RefusedFacts, condition, overlay_addresses};
+use crate::view::{Facts, PeerFacts, RefusedFacts, RelayFacts, condition, overlay_addresses};
 use crate::{attachments, endpoints};
 
 /// Paths whose MTU is looked up in one turn: every candidate of a full mesh of one address each; beyond it the
@@ -125,14 +125,16 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
     }
 
     pub(super) fn keep_peers(&mut self, wanted: &Desired) {
-        let peers: Vec<_> = wanted.peers.iter().map(|peer| peer.config.clone()).collect();
-        if self.peers.as_ref() == Some(&peers) {
+        let nodes = wanted.peers.iter().map(|peer| &peer.config);
+        let peers: Vec<_> = wanted.relays.iter().chain(nodes).cloned().collect();
+        let told = (peers, self.local.endpoints.clone());
+        if self.peers.as_ref() == Some(&told) {
             return;
         }
-        match self.plane.set_peers(peers.clone()) {
+        match self.plane.set_peers(told.0.clone(), told.1.clone()) {
             Ok(()) => {
-                tracing::debug!(peers = peers.len(), "peers set");
-                self.peers = Some(peers);
+                tracing::debug!(peers = told.0.len(), "peers set");
+                self.peers = Some(told);
             }
             Err(error) => {
                 self.peers = None;
@@ -290,6 +292,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             self.out.view.set_condition(condition::PUBLISHED, self.own_key_in_roster());
         }
         let mut facts = facts(wanted, &self.local.endpoints);
+        facts.relays = relay_facts(wanted, &self.policy);
         facts.stray_pods = self.stray_pods;
         facts.unrecorded_pods = self.unrecorded_pods;
         self.log_refusals(&facts.refused);
@@ -298,6 +301,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             public_key: self.local.key,
             endpoints: self.local.endpoints.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            keyrelays: self.policy.keyrelays.iter().map(|relay| relay.key).collect(),
             overlay: match self.metrics_inside {
                 true => overlay_addresses(&wanted.own.pod_cidrs),
                 false => Vec::new(),
@@ -394,6 +398,7 @@ fn facts(wanted: &Desired, endpoints: &[std::net::SocketAddr]) -> Facts {
         pod_cidrs: wanted.own.pod_cidrs.clone(),
         mtu: wanted.net.link.mtu,
         endpoints: endpoints.to_vec(),
+        relays: Vec::new(),
         peers: wanted
             .peers
             .iter()
@@ -419,6 +424,18 @@ fn facts(wanted: &Desired, endpoints: &[std::net::SocketAddr]) -> Facts {
             .map(|(why, count)| (why.label(), *count))
             .collect(),
     }
+}
+
+fn relay_facts(wanted: &Desired, policy: &Policy) -> Vec<RelayFacts> {
+    let facts = policy.keyrelays.iter().map(|relay| {
+        let found = wanted.relays.iter().find(|found| found.key == relay.key);
+        RelayFacts {
+            key: relay.key,
+            endpoint: relay.endpoint.clone(),
+            candidates: found.map(|found| found.candidates.clone()).unwrap_or_default(),
+        }
+    });
+    facts.collect()
 }
 
 fn left_out(peer: &DesiredPeer) -> String {

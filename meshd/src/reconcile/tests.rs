@@ -107,7 +107,7 @@ impl Plane for Shared {
         Ok(false)
     }
 
-    fn set_peers(&mut self, peers: Vec<PeerConfig>) -> anyhow::Result<()> {
+    fn set_peers(&mut self, peers: Vec<PeerConfig>, _: Vec<SocketAddr>) -> anyhow::Result<()> {
         self.with(|model| {
             model.peers = peers;
             model.peer_sets += 1;
@@ -161,6 +161,7 @@ fn bench_in(dir: tempfile::TempDir) -> Bench {
         endpoints: vec![],
         version: String::new(),
         overlay: vec![],
+        keyrelays: Vec::new(),
     });
     let out =
         Outputs { view: Arc::clone(&view), own_record, names: watch::channel(BTreeSet::new()).0 };
@@ -181,6 +182,7 @@ fn node(number: u8) -> RawNode {
         endpoints: vec![format!("203.0.113.{number}:15190")],
         endpoint: None,
         site: None,
+        keyrelays: Vec::new(),
     }
     .into()
 }

@@ -21,6 +21,7 @@ use mesh_types::defaults::{FALLBACK_METRIC, KEEPALIVE_SECONDS, ROUTE_METRIC};
 use mesh_types::key::PublicKey;
 use mesh_types::limits::{
     POD_CIDR_LENGTH_MAX_V4, POD_CIDR_LENGTH_MAX_V6, POD_CIDR_LENGTH_MIN_V4, POD_CIDR_LENGTH_MIN_V6,
+    RELAYS_MAX,
 };
 use mesh_types::net::{EndpointHint, Reach, host_prefix, overlap, overlay_address, reach};
 use mesh_types::netstate::{Family, NetState, Route, RouteTarget, Rule, TunLink};
@@ -30,8 +31,8 @@ use super::candidates::{Candidates, EndpointRefusal, PathMtus, candidates};
 use super::claims::{Granted, Held, grant_keys, grant_prefixes};
 use super::index::ClusterIndex;
 use super::policy::{LocalNode, Policy};
-use super::record::{NodeRecord, Refusal, shown};
-use crate::tunnel::config::PeerConfig;
+use super::record::{NodeRecord, Refusal, canonical, shown};
+use crate::tunnel::config::{PeerConfig, Role};
 
 /// What is known of the cluster.
 #[derive(Debug, Clone, Copy)]
@@ -48,6 +49,8 @@ pub struct ClusterView<'a> {
 pub struct Desired {
     /// In the order of names.
     pub peers: Vec<DesiredPeer>,
+    /// Relays to register at, as far as their names resolved.
+    pub relays: Vec<PeerConfig>,
     pub net: NetState,
     pub own: OwnState,
     /// What the CNI plugin may be told; `None` while this node has no pod CIDR to give addresses from.
@@ -110,6 +113,7 @@ pub fn desired(
     let granted = grant(view, local, policy, &mut refused);
     let mut own = own_state(view.nodes, local, &granted);
     let mut endpoints_left_out = BTreeMap::new();
+    let relays = relays(view, local, policy, mtus);
     let mut peers = Vec::new();
     for record in believed(view.nodes).filter(|record| record.name != local.name) {
         let Some((key, allowed_ips)) = grants_of(&granted, &record.name) else { continue };
@@ -118,7 +122,7 @@ pub fn desired(
             *endpoints_left_out.entry(*why).or_default() += 1;
         }
         refused.extend(found.problems.iter().map(|why| (record.name.clone(), why.clone())));
-        peers.push(peer(record, key, allowed_ips, found, local, mtus));
+        peers.push(peer(record, key, allowed_ips, found, local, mtus, &relays));
     }
     let net = net_state(&peers, &own, policy, mtus);
     let node_file = (!own.pod_cidrs.is_empty())
@@ -126,13 +130,14 @@ pub fn desired(
     own.problems.extend(problems_of(&refused, &local.name));
     Desired {
         peers,
+        relays,
         net,
         own,
         node_file,
         refused: all_refused(view.nodes, refused),
         endpoints_left_out,
         held: granted.held(),
-        names: names(view.nodes, &local.name),
+        names: names(view.nodes, local, policy),
     }
 }
 
@@ -222,12 +227,17 @@ fn peer(
     found: Candidates,
     local: &LocalNode,
     mtus: &PathMtus,
+    relays: &[PeerConfig],
 ) -> DesiredPeer {
     let mtu = mtus.inner_mtu(&found.candidates);
+    // Where both are registered.
+    let common = relays.iter().map(|relay| relay.key).filter(|key| record.keyrelays.contains(key));
+    let relays: Vec<PublicKey> = common.collect();
     // Nothing of ours is public: a NAT is presumed between us and everybody who is not near.
     let hidden = local.endpoints.iter().all(|own| reach(own.ip()) != Reach::Public);
-    let keepalive =
-        (hidden && !found.near).then(|| Duration::from_secs(u64::from(KEEPALIVE_SECONDS)));
+    // Through a relay such a peer reaches us without.
+    let needed = hidden && !found.near && relays.is_empty();
+    let keepalive = needed.then(|| Duration::from_secs(u64::from(KEEPALIVE_SECONDS)));
     DesiredPeer {
         name: record.name.clone(),
         site: record.site.clone(),
@@ -241,10 +251,45 @@ fn peer(
             candidates: found.candidates,
             keepalive,
             mtu,
-            role: Default::default(),
-            relays: Vec::new(),
+            role: Role::Node,
+            relays,
         },
     }
+}
+
+/// Peers that carry to others and own no address.
+fn relays(
+    view: &ClusterView<'_>,
+    local: &LocalNode,
+    policy: &Policy,
+    mtus: &PathMtus,
+) -> Vec<PeerConfig> {
+    let found = policy.keyrelays.iter().take(RELAYS_MAX).filter(|relay| relay.key != local.key);
+    let found = found.filter_map(|relay| {
+        let candidates: Vec<SocketAddr> = match &relay.endpoint {
+            EndpointHint::Address(address) => vec![canonical(*address)],
+            EndpointHint::Name { host, port } => {
+                let resolved = view.resolved.get(host).map(Vec::as_slice).unwrap_or_default();
+                let endpoint = |ip: &IpAddr| SocketAddr::new(ip.to_canonical(), *port);
+                resolved.iter().map(endpoint).collect()
+            }
+        };
+        // Inside the cluster it would be asked through itself.
+        let usable =
+            |to: &SocketAddr| !policy.cluster.contains(to.ip()) && reach(to.ip()) != Reach::Never;
+        let candidates: Vec<_> = candidates.into_iter().filter(usable).collect();
+        (!candidates.is_empty()).then(|| PeerConfig {
+            key: relay.key,
+            preshared: None,
+            allowed_ips: Vec::new(),
+            mtu: mtus.inner_mtu(&candidates),
+            candidates,
+            keepalive: None,
+            role: Role::Relay,
+            relays: Vec::new(),
+        })
+    });
+    found.collect()
 }
 
 fn net_state(peers: &[DesiredPeer], own: &OwnState, policy: &Policy, mtus: &PathMtus) -> NetState {
@@ -302,12 +347,13 @@ fn all_refused(nodes: &ClusterIndex, refused: Refusals) -> Vec<Refused> {
     all
 }
 
-fn names(nodes: &ClusterIndex, own: &NodeName) -> BTreeSet<String> {
-    believed(nodes)
-        .filter(|record| record.name != *own)
-        .filter_map(|record| match record.endpoint_override.as_ref()? {
-            EndpointHint::Name { host, .. } => Some(host.clone()),
-            EndpointHint::Address(_) => None,
-        })
-        .collect()
+fn names(nodes: &ClusterIndex, local: &LocalNode, policy: &Policy) -> BTreeSet<String> {
+    let relays = policy.keyrelays.iter().map(|relay| &relay.endpoint);
+    let nodes = believed(nodes).filter(|record| record.name != local.name);
+    let overrides = nodes.filter_map(|record| record.endpoint_override.as_ref());
+    let names = relays.chain(overrides).filter_map(|hint| match hint {
+        EndpointHint::Name { host, .. } => Some(host.clone()),
+        EndpointHint::Address(_) => None,
+    });
+    names.collect()
 }

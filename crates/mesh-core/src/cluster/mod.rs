@@ -25,5 +25,5 @@ pub use candidates::{EndpointRefusal, PathMtus, own_endpoints};
 pub use claims::Held;
 pub use desired::{ClusterView, Desired, DesiredPeer, NodeFileInput, OwnState, Refused, desired};
 pub use index::{Change, ClusterIndex};
-pub use policy::{LocalNode, Policy};
+pub use policy::{Keyrelay, LocalNode, Policy};
 pub use record::{NodeRecord, RawAddress, RawNode, Refusal};

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use mesh_types::defaults::{MARK, MARK_MASK, RULE_PRIORITY, TABLE, TUN_NAME};
 use mesh_types::key::PublicKey;
-use mesh_types::net::ClusterPrefixes;
+use mesh_types::net::{ClusterPrefixes, EndpointHint};
 use mesh_types::node::{NodeName, Site};
 
 /// What this machine knows of itself.
@@ -19,6 +19,13 @@ pub struct LocalNode {
     pub addresses: Vec<IpAddr>,
 }
 
+/// A relay of the mesh.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Keyrelay {
+    pub key: PublicKey,
+    pub endpoint: EndpointHint,
+}
+
 /// What configuration says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
@@ -29,6 +36,8 @@ pub struct Policy {
     pub excluded: Vec<IpNet>,
     /// Pairs of sites whose private addresses reach each other.
     pub joined_sites: Vec<(Site, Site)>,
+    /// Relays this node registers at, best first; at most `RELAYS_MAX`.
+    pub keyrelays: Vec<Keyrelay>,
     pub tun: String,
     pub table: u32,
     pub rule_priority: u32,
@@ -44,6 +53,7 @@ impl Policy {
             earlier: Vec::new(),
             excluded: Vec::new(),
             joined_sites: Vec::new(),
+            keyrelays: Vec::new(),
             tun: TUN_NAME.to_owned(),
             table: TABLE,
             rule_priority: RULE_PRIORITY,

@@ -7,7 +7,9 @@
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use mesh_types::annotations::{self, EndpointsError, parse_endpoints, parse_override};
+use mesh_types::annotations::{
+    self, EndpointsError, KeyrelaysError, parse_endpoints, parse_keyrelays, parse_override,
+};
 use mesh_types::key::{KeyError, PublicKey};
 use mesh_types::limits::{
     CANDIDATES_PER_NODE_MAX, ENDPOINTS_ANNOTATION_BYTES_MAX, POD_CIDRS_PER_NODE_MAX,
@@ -33,6 +35,8 @@ pub struct RawNode {
     pub endpoints: Option<String>,
     /// The operator's override.
     pub endpoint_override: Option<String>,
+    /// Comma-separated keys of relays, as in the annotation.
+    pub keyrelays: Option<String>,
     pub site: Option<String>,
     /// `ExternalIP` and `InternalIP` of `status.addresses`, in their order.
     pub addresses: Vec<RawAddress>,
@@ -64,6 +68,8 @@ pub struct NodeRecord {
     /// Published endpoints, canonical, in the node's order.
     pub endpoints: Vec<SocketAddr>,
     pub endpoint_override: Option<EndpointHint>,
+    /// Relays it registers at.
+    pub keyrelays: Vec<PublicKey>,
     /// Node addresses, external ones first.
     pub addresses: Vec<IpAddr>,
     pub version: Option<String>,
@@ -130,6 +136,8 @@ pub enum Refusal {
     Override(EndpointsError),
     #[error("annotation {name}: {0} does not resolve to an address", name = annotations::ENDPOINT_OVERRIDE)]
     OverrideUnresolved(String),
+    #[error("annotation {name}: {0}", name = annotations::KEYRELAY)]
+    Keyrelays(KeyrelaysError),
     #[error("node address {0:?} is not an IP address")]
     Address(String),
     #[error("endpoint {0} lies inside the cluster prefixes: it would loop into the tunnel")]
@@ -143,8 +151,9 @@ pub enum Refusal {
 impl Refusal {
     /// Whether it costs a node candidates or what it publishes anew, and none of its addresses.
     pub fn is_minor(&self) -> bool {
-        use Refusal::{Address, Endpoints, Key, Override, OverrideUnresolved};
-        matches!(self, Key(_) | Endpoints(_) | Override(_) | OverrideUnresolved(_) | Address(_))
+        use Refusal::{Address, Endpoints, Key, Keyrelays, Override, OverrideUnresolved};
+        let costs_a_way = matches!(self, Override(_) | OverrideUnresolved(_) | Keyrelays(_));
+        costs_a_way || matches!(self, Key(_) | Endpoints(_) | Address(_))
     }
 
     /// Label for metrics.
@@ -172,6 +181,7 @@ impl Refusal {
             Self::Endpoints(_) => "endpoints",
             Self::Override(_) => "override",
             Self::OverrideUnresolved(_) => "override_unresolved",
+            Self::Keyrelays(_) => "keyrelays",
             Self::Address(_) => "address",
             Self::EndpointInCluster(_) => "endpoint_in_cluster",
             Self::EndpointNever(_) => "endpoint_never",
@@ -196,6 +206,7 @@ impl From<RosterNode> for RawNode {
             pod_cidrs: node.pod_cidrs,
             endpoints: Some(node.endpoints.join(",")),
             endpoint_override: node.endpoint,
+            keyrelays: (!node.keyrelays.is_empty()).then(|| node.keyrelays.join(",")),
             site: node.site,
             addresses: Vec::new(),
             version: None,
@@ -225,6 +236,8 @@ impl NodeRecord {
             None => None,
             Some(text) => keep(parse_override(text).map_err(Refusal::Override), &mut problems),
         };
+        let keyrelays = parse_keyrelays(raw.keyrelays.as_deref().unwrap_or_default());
+        let keyrelays = keep(keyrelays.map_err(Refusal::Keyrelays), &mut problems);
         Ok(Self {
             name,
             uid: raw.uid.clone(),
@@ -233,6 +246,7 @@ impl NodeRecord {
             pod_cidrs: pod_cidrs(&raw.pod_cidrs, &mut problems),
             endpoints: endpoints(raw.endpoints.as_deref().unwrap_or_default(), &mut problems),
             endpoint_override,
+            keyrelays: keyrelays.unwrap_or_default(),
             addresses: addresses(&raw.addresses, &mut problems),
             version: raw.version.as_deref().map(shown),
             problems,
@@ -343,6 +357,7 @@ mod tests {
             version: Some("0.1.0".into()),
             overlay: None,
             unreadable: None,
+            keyrelays: None,
         }
     }
 
