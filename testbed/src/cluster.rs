@@ -4,11 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::{IpAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use ipnet::IpNet;
+use mesh_types::defaults::KEYRELAY_PORT;
 use mesh_types::net::overlay_address;
 use mesh_types::status::Status;
 use serde::Serialize;
@@ -30,6 +31,10 @@ const API_PORT: u16 = 6443;
 const API_DIR: &str = "/run/api";
 const KUBECONFIG: &str = "/etc/meshd/kubeconfig";
 
+/// The relay's files, in the same namespace.
+const KEYRELAY_KEY: &str = "/run/keyrelay-key";
+const KEYRELAY_MEMBERS: &str = "/run/keyrelay-members";
+
 /// A pod address no node owns, per family, for deliberate leaks.
 const NOBODYS_PODS: [&str; 2] = ["10.244.77.7", "fd00:10:244:77::7"];
 
@@ -48,9 +53,19 @@ pub struct Cluster {
     pub pods: Vec<Pod>,
     pub canary: Canary,
     daemons: BTreeMap<String, Daemon>,
+    keyrelay: Option<Keyrelay>,
     _api: Daemon,
     // Last: everything above dies with it.
     lab: Lab,
+}
+
+/// A relay beside the API server.
+#[derive(Debug)]
+struct Keyrelay {
+    /// `KEY@ADDRESS:PORT`, as daemons are told.
+    told: String,
+    /// Once it runs.
+    _daemon: Option<Daemon>,
 }
 
 /// A node as `kubectl get nodes` shows it, and its pods.
@@ -84,7 +99,8 @@ impl Cluster {
             lab.install_cni(node)?;
         }
         let canary = Canary::random();
-        Ok(Self { net, pods: Vec::new(), canary, daemons: BTreeMap::new(), _api: api, lab })
+        let (pods, daemons, keyrelay) = (Vec::new(), BTreeMap::new(), None);
+        Ok(Self { net, pods, canary, daemons, keyrelay, _api: api, lab })
     }
 
     /// As [`Cluster::build`] in a lab of this name, taken down when the cluster is dropped.
@@ -133,8 +149,42 @@ impl Cluster {
         let mut command = node.command(&self.lab.programs().meshd);
         command.args(["run", "--node-name", name, "--cluster-cidr", &CLUSTER_CIDRS.join(",")]);
         command.args(["--kubeconfig", KUBECONFIG]);
+        if let Some(keyrelay) = &self.keyrelay {
+            command.args(["--keyrelay", &keyrelay.told]);
+        }
         let daemon = node.spawn(command, "meshd")?;
         self.daemons.insert(name.to_owned(), daemon);
+        Ok(())
+    }
+
+    /// Gives the cluster a relay that daemons started from now on are told of; it runs when it knows its members.
+    pub fn add_keyrelay(&mut self) -> Result<()> {
+        ensure!(self.lab.programs().keyrelay.is_file(), "build it first: cargo build -p keyrelay");
+        let key = wg_engine::generate_private_key();
+        self.net.api.write(KEYRELAY_KEY, format!("{}\n", *key.to_base64()))?;
+        self.net.api.shell(&format!("chmod 600 {KEYRELAY_KEY}"))?;
+        let address = SocketAddr::new(api_address(&self.net).parse()?, KEYRELAY_PORT);
+        let told = format!("{}@{address}", wg_engine::public_key(&key));
+        self.keyrelay = Some(Keyrelay { told, _daemon: None });
+        Ok(())
+    }
+
+    /// Starts the relay for the keys that the nodes have published.
+    pub fn start_keyrelay(&mut self, timeout: Duration) -> Result<()> {
+        let mut members = String::new();
+        self.wait(timeout, || {
+            let facts = self.facts()?;
+            members = facts.iter().map(|node| format!("{}\n", node.public_key)).collect();
+            let silent = facts.iter().filter(|node| node.public_key.is_empty());
+            let silent: Vec<&str> = silent.map(|node| node.name.as_str()).collect();
+            Ok(if silent.is_empty() { Ok(()) } else { Err(format!("no key of {silent:?}")) })
+        })?;
+        self.net.api.write(KEYRELAY_MEMBERS, members)?;
+        let mut command = self.net.api.command(&self.lab.programs().keyrelay);
+        command.args(["run", "--keys-file", KEYRELAY_MEMBERS, "--private-key-file", KEYRELAY_KEY]);
+        let daemon = self.net.api.spawn(command, "keyrelay")?;
+        let keyrelay = self.keyrelay.as_mut().context("the cluster has no relay")?;
+        keyrelay._daemon = Some(daemon);
         Ok(())
     }
 

@@ -11,6 +11,7 @@ mod picture;
 mod report;
 mod tables;
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,7 +20,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::cluster::Cluster;
-use crate::lab::{self, Lab, Programs, hybrid_plan};
+use crate::lab::{self, Lab, Programs, two_homes_plan};
 use crate::oracle::{self, Oracle};
 use crate::traffic::{self, Family, GapProbe, PairResult};
 use crate::{interrupt, progress};
@@ -125,8 +126,9 @@ fn end(cluster: Cluster, keep: bool, report: &mut Report) -> Result<()> {
 
 /// Everything between an empty lab and a finished report. What was found before an error stands in the report.
 fn show(lab: Lab, report: &mut Report) -> Result<Cluster> {
-    progress("building two clouds, a home behind NAT and the internet between them");
-    let mut cluster = Cluster::build(lab, &hybrid_plan())?;
+    progress("building two clouds, two homes behind a NAT each, and the internet between them");
+    let mut cluster = Cluster::build(lab, &two_homes_plan())?;
+    cluster.add_keyrelay()?;
     let watch = cluster.watch()?;
     progress("oracle: leaking in clear from every node, on purpose");
     let caught = oracle::prove(cluster.lab(), &watch, &cluster.leaks()?)?;
@@ -154,6 +156,8 @@ fn show(lab: Lab, report: &mut Report) -> Result<Cluster> {
 fn show_mesh(cluster: &mut Cluster, report: &mut Report) -> Result<()> {
     progress("starting meshd on every node");
     cluster.start_every_meshd()?;
+    progress("starting a keyrelay on the internet, which introduces the homes to each other");
+    cluster.start_keyrelay(STEP_TIMEOUT)?;
     cluster.wait_node_files(STEP_TIMEOUT)?;
     cluster.wait_all_meshed(STEP_TIMEOUT)?;
     progress("making pods with the CNI plugin");
@@ -162,6 +166,9 @@ fn show_mesh(cluster: &mut Cluster, report: &mut Report) -> Result<()> {
     progress(&tables::nodes(&report.nodes));
 
     report.pairs = matrix(cluster);
+    if let Err(error) = name_paths(cluster, &mut report.pairs) {
+        report.problems.push(format!("paths between nodes: {error:#}"));
+    }
     progress(&tables::matrix(&report.pairs));
     match picture::of(cluster, &report.pairs) {
         Ok(picture) => report.picture = picture,
@@ -202,6 +209,24 @@ fn matrix(cluster: &Cluster) -> Vec<PairResult> {
             progress(&format!("  {done} of {total}"));
         }
     })
+}
+
+/// How the packets of each pair travel, as the daemon of the one's node says.
+fn name_paths(cluster: &Cluster, pairs: &mut [PairResult]) -> Result<()> {
+    let node_of = |name: &str| {
+        let pod = cluster.pods.iter().find(|pod| pod.name == name);
+        pod.map(|pod| pod.node.name().to_owned()).with_context(|| format!("no pod {name}"))
+    };
+    let mut paths = BTreeMap::new();
+    for name in cluster.node_names() {
+        for peer in cluster.status(&name)?.peers {
+            paths.insert((name.clone(), peer.node.to_string()), peer.path);
+        }
+    }
+    for pair in pairs {
+        pair.path = paths.get(&(node_of(&pair.from)?, node_of(&pair.to)?)).copied();
+    }
+    Ok(())
 }
 
 /// SIGKILL of one daemon while two pods talk, and its restart.

@@ -50,6 +50,8 @@ pub(super) fn problems(pairs: &[PairResult], seen: &oracle::Report) -> Vec<Strin
 
 #[cfg(test)]
 mod tests {
+    use mesh_types::status::PathKind;
+
     use super::*;
     use crate::traffic::{Family, Protocol};
 
@@ -61,6 +63,7 @@ mod tests {
             protocol: Protocol::Icmp,
             ok,
             rtt_ms: ok.then_some(0.5),
+            path: ok.then_some(PathKind::Direct),
             error: None,
         }
     }
@@ -88,8 +91,7 @@ mod tests {
     #[test]
     fn a_pair_is_written_as_the_document_promises() {
         let text = serde_json::to_string(&pair(true)).expect("JSON");
-        let promised =
-            r#"{"from":"a","to":"b","family":6,"protocol":"icmp","ok":true,"rtt_ms":0.5}"#;
+        let promised = r#"{"from":"a","to":"b","family":6,"protocol":"icmp","ok":true,"rtt_ms":0.5,"path":"direct"}"#;
         assert_eq!(text, promised);
     }
 }

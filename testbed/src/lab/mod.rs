@@ -44,7 +44,7 @@ pub(crate) use state::make_dir;
 pub use state::{Kind, LinkState, NamespaceState, State};
 pub use topology::{
     API_ADDRESS_V4, API_ADDRESS_V6, CLUSTER_CIDRS, HOME_ADDRESS_V4, Hybrid, NodePlan, Wiring,
-    hybrid_plan,
+    hybrid_plan, two_homes_plan,
 };
 
 /// Where labs keep their state; a tmpfs on every distribution, so a reboot forgets it with the namespaces.
@@ -59,6 +59,8 @@ pub struct Programs {
     pub testbed: PathBuf,
     pub meshd: PathBuf,
     pub cni: PathBuf,
+    /// Started by those who need it.
+    pub keyrelay: PathBuf,
 }
 
 impl Programs {
@@ -67,7 +69,8 @@ impl Programs {
         let testbed = fs::canonicalize(testbed)
             .with_context(|| format!("no program {}", testbed.display()))?;
         let dir = testbed.parent().context("the testbed program has no folder")?;
-        Ok(Self { meshd: dir.join("meshd"), cni: dir.join("meshd-cni"), testbed: testbed.clone() })
+        let [meshd, cni, keyrelay] = ["meshd", "meshd-cni", "keyrelay"].map(|name| dir.join(name));
+        Ok(Self { meshd, cni, keyrelay, testbed })
     }
 
     /// Fails with the command to run when one is missing.

@@ -5,12 +5,13 @@
 //!   cloud A bridge      cloud B bridge      public bridge
 //!   198.51.100.0/25     203.0.113.0/25      192.0.2.0/24
 //!   2001:db8:a::/64     2001:db8:b::/64     2001:db8:f::/64
-//!    |        |          |        |           |            |
-//!    a1       a2         b1       b2        home-c (.10)   api (.20)
-//!                                             | masquerade, no way in
-//!                                           192.168.1.0/24
-//!                                             c1
+//!    |        |          |        |           |            |         |
+//!    a1       a2         b1       b2        home-c (.10)   api (.20)  home-d (.11), in the demo
+//!                                             | masquerade, no way in   |
+//!                                           192.168.1.0/24            192.168.2.0/24
+//!                                             c1                        d1
 //! ```
+//! A relay, where there is one, runs beside the API server.
 //!
 //! Node number i owns 10.244.i.0/24 and fd00:10:244:i::/64. Every wire is captured at the router's end.
 
@@ -24,7 +25,10 @@ use super::{Kind, Lab, Namespace};
 pub const API_ADDRESS_V4: &str = "192.0.2.20";
 pub const API_ADDRESS_V6: &str = "2001:db8:f::20";
 
-/// The address everything from the home is seen at.
+/// Homes behind a NAT each: name, and the address everything from there is seen at.
+const HOMES: [(&str, &str); 2] = [("home-c", HOME_ADDRESS_V4), ("home-d", "192.0.2.11")];
+
+/// The address everything from the first home is seen at.
 pub const HOME_ADDRESS_V4: &str = "192.0.2.10";
 
 /// A node of the plan.
@@ -62,6 +66,8 @@ pub struct Hybrid {
     pub api: Namespace,
     pub internet: Namespace,
     pub home: Namespace,
+    /// The second home's router, where a node of the plan lives there.
+    pub second_home: Option<Namespace>,
 }
 
 /// Prefixes all pods live in.
@@ -87,28 +93,39 @@ pub fn hybrid_plan() -> Vec<NodePlan> {
             gateways: vec![format!("{v4}.1"), format!("2001:db8:{letter}::1")],
         },
     };
-    let home = NodePlan {
-        name: "c1".to_owned(),
-        site: "home-c".to_owned(),
-        site_title: "home C".to_owned(),
-        number: 5,
-        pod_cidrs: pod_cidrs(5),
-        addresses: "192.168.1.11".parse().into_iter().collect(),
-        reachable: false,
-        wiring: Wiring {
-            router: "home-c".to_owned(),
-            bridge: None,
-            addresses: vec!["192.168.1.11/24".to_owned()],
-            gateways: vec!["192.168.1.1".to_owned()],
-        },
-    };
     vec![
         cloud("a1", 1, 'a', "198.51.100", 11),
         cloud("a2", 2, 'a', "198.51.100", 12),
         cloud("b1", 3, 'b', "203.0.113", 11),
         cloud("b2", 4, 'b', "203.0.113", 12),
-        home,
+        at_home("c1", 5, 'c', 1),
     ]
+}
+
+/// And a sixth in another home behind another NAT: it and the fifth can only be introduced.
+pub fn two_homes_plan() -> Vec<NodePlan> {
+    let mut plan = hybrid_plan();
+    plan.push(at_home("d1", 6, 'd', 2));
+    plan
+}
+
+fn at_home(name: &str, number: u8, letter: char, subnet: u8) -> NodePlan {
+    let address = format!("192.168.{subnet}.11");
+    NodePlan {
+        name: name.to_owned(),
+        site: format!("home-{letter}"),
+        site_title: format!("home {}", letter.to_ascii_uppercase()),
+        number,
+        pod_cidrs: pod_cidrs(number),
+        addresses: address.parse().into_iter().collect(),
+        reachable: false,
+        wiring: Wiring {
+            router: format!("home-{letter}"),
+            bridge: None,
+            addresses: vec![format!("{address}/24")],
+            gateways: vec![format!("192.168.{subnet}.1")],
+        },
+    }
 }
 
 fn pod_cidrs(number: u8) -> Vec<String> {
@@ -133,7 +150,12 @@ impl Hybrid {
         bridge(&internet, "cloud-a", &["198.51.100.1/25", "2001:db8:a::1/64"])?;
         bridge(&internet, "cloud-b", &["203.0.113.1/25", "2001:db8:b::1/64"])?;
         bridge(&internet, "public", &["192.0.2.1/24", "2001:db8:f::1/64"])?;
-        let home = home_router(lab, &internet)?;
+        let home = home_router(lab, &internet, HOMES[0])?;
+        let lives_there = |node: &NodePlan| node.wiring.router == HOMES[1].0;
+        let second_home = match plan.iter().any(lives_there) {
+            true => Some(home_router(lab, &internet, HOMES[1])?),
+            false => None,
+        };
         let api = lab.add_namespace("api", Kind::Router)?;
         let wiring = Wiring {
             router: "internet".to_owned(),
@@ -142,11 +164,12 @@ impl Hybrid {
             gateways: vec!["192.0.2.1".to_owned(), "2001:db8:f::1".to_owned()],
         };
         wire(lab, &internet, &api, &wiring)?;
-        let mut cluster = Self { nodes: Vec::new(), api, internet, home };
+        let mut cluster = Self { nodes: Vec::new(), api, internet, home, second_home };
         for node in plan {
             cluster.add_node(lab, node)?;
         }
-        for namespace in [&cluster.internet, &cluster.home, &cluster.api] {
+        let routers = [&cluster.internet, &cluster.home, &cluster.api];
+        for namespace in routers.into_iter().chain(&cluster.second_home) {
             namespace.wait_for_addresses()?;
         }
         Ok(cluster)
@@ -162,14 +185,17 @@ impl Hybrid {
             nodes,
             api: lab.namespace("api")?,
             internet: lab.namespace("internet")?,
-            home: lab.namespace("home-c")?,
+            home: lab.namespace(HOMES[0].0)?,
+            second_home: lab.namespace(HOMES[1].0).ok(),
         })
     }
 
     /// Powers a node on and plugs its wire in.
     pub fn add_node(&mut self, lab: &Lab, node: &NodePlan) -> Result<()> {
         let namespace = lab.add_namespace(&node.name, Kind::Node)?;
-        let router = if node.wiring.router == "home-c" { &self.home } else { &self.internet };
+        let homes = std::iter::once(&self.home).chain(&self.second_home);
+        let router = homes.into_iter().find(|home| home.name() == node.wiring.router);
+        let router = router.unwrap_or(&self.internet);
         wire(lab, router, &namespace, &node.wiring)?;
         namespace.wait_for_addresses()?;
         self.nodes.retain(|(other, _)| other.name != node.name);
@@ -184,12 +210,17 @@ impl Hybrid {
 }
 
 /// A router that masquerades what leaves and lets nothing in that nobody asked for.
-fn home_router(lab: &Lab, internet: &Namespace) -> Result<Namespace> {
-    let home = lab.add_namespace("home-c", Kind::Router)?;
+fn home_router(
+    lab: &Lab,
+    internet: &Namespace,
+    (name, outside): (&str, &str),
+) -> Result<Namespace> {
+    let home = lab.add_namespace(name, Kind::Router)?;
     forwarding(&home)?;
-    lab.add_link((internet, "to-home-c"), (&home, "wan"), true)?;
-    internet.ip(&["link set to-home-c master public"])?;
-    let own = format!("addr add {HOME_ADDRESS_V4}/24 dev wan");
+    let port = format!("to-{name}");
+    lab.add_link((internet, &port), (&home, "wan"), true)?;
+    internet.ip(&[format!("link set {port} master public")])?;
+    let own = format!("addr add {outside}/24 dev wan");
     home.ip(&[own.as_str(), "route add default via 192.0.2.1"])?;
     let rules = "
         table ip nat {

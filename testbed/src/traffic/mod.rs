@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use mesh_types::status::PathKind;
 use serde::Serialize;
 
 use crate::canary::Canary;
@@ -102,6 +103,9 @@ pub struct PairResult {
     pub protocol: Protocol,
     pub ok: bool,
     pub rtt_ms: Option<f64>,
+    /// How packets from the one's node to the other's travel; none within a node, or where nobody looked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathKind>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
@@ -126,6 +130,7 @@ pub fn check(
         protocol,
         ok: outcome.is_ok(),
         rtt_ms: outcome.as_ref().ok().map(|rtt| rtt.as_secs_f64() * 1e3),
+        path: None,
         error: outcome.err().map(|error| format!("{error:#}")),
     }
 }
