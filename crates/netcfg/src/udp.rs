@@ -46,6 +46,8 @@ const GSO_REFUSED_FOR: Duration = Duration::from_secs(60);
 /// What the socket is to be like.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UdpOptions {
+    /// Local address, instead of every address of both families.
+    pub address: Option<IpAddr>,
     /// Local port; 0 lets the kernel choose.
     pub port: u16,
     /// `SO_MARK` of everything sent; 0 for none. Needs CAP_NET_ADMIN.
@@ -61,7 +63,15 @@ pub struct UdpOptions {
 
 impl Default for UdpOptions {
     fn default() -> Self {
-        Self { port: 0, mark: 0, buffer_bytes: 4 << 20, gso: true, gro: true, v4_only: false }
+        Self {
+            address: None,
+            port: 0,
+            mark: 0,
+            buffer_bytes: 4 << 20,
+            gso: true,
+            gro: true,
+            v4_only: false,
+        }
     }
 }
 
@@ -210,7 +220,8 @@ impl UdpSocket {
     }
 
     fn bound(options: &UdpOptions, shared: bool) -> anyhow::Result<Self> {
-        let (fd, dual_stack) = if options.v4_only {
+        let (fd, dual_stack) = if options.v4_only || options.address.is_some_and(|ip| ip.is_ipv4())
+        {
             (new_socket(AddressFamily::INET)?, false)
         } else {
             match new_socket(AddressFamily::INET6) {
@@ -226,7 +237,7 @@ impl UdpSocket {
         if shared {
             group::share_port(&fd)?;
         }
-        bind(&fd, dual_stack, options.port)?;
+        bind(&fd, dual_stack, options)?;
         let local_port = local_port(&fd)?;
         let gro = options.gro && sys::set_option(&fd, libc::SOL_UDP, libc::UDP_GRO, 1).is_ok();
         Ok(Self {
@@ -236,6 +247,17 @@ impl UdpSocket {
             counters: UdpCounters::default(),
             gso_refused: BTreeMap::new(),
             overflow_seen: 0,
+        })
+    }
+
+    /// The same socket once more, for another thread that only sends.
+    pub fn sender(&self) -> io::Result<Self> {
+        Ok(Self {
+            fd: self.fd.try_clone()?,
+            counters: UdpCounters::default(),
+            gso_refused: BTreeMap::new(),
+            overflow_seen: 0,
+            ..*self
         })
     }
 
@@ -480,17 +502,18 @@ fn set_buffers(fd: &OwnedFd, bytes: usize) {
     }
 }
 
-fn bind(fd: &OwnedFd, dual_stack: bool, port: u16) -> anyhow::Result<()> {
+fn bind(fd: &OwnedFd, dual_stack: bool, options: &UdpOptions) -> anyhow::Result<()> {
     let any: IpAddr =
         if dual_stack { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
-    rustix::net::bind(fd, &SocketAddr::new(any, port)).map_err(|errno| match errno {
+    let (ip, port) = (options.address.unwrap_or(any), options.port);
+    rustix::net::bind(fd, &SocketAddr::new(ip, port)).map_err(|errno| match errno {
         rustix::io::Errno::ADDRINUSE => anyhow::Error::new(errno).context(format!(
-            "UDP port {port} is taken by another program: stop it, or choose --listen-port"
+            "UDP port {port} is taken by another program: stop it, or choose another (--listen-port; keyrelay: --port)"
         )),
         rustix::io::Errno::ACCESS => anyhow::Error::new(errno).context(format!(
-            "UDP port {port} needs privileges: run as root, or choose --listen-port above 1023"
+            "UDP port {port} needs privileges: run as root, or choose one above 1023 (--listen-port; keyrelay: --port)"
         )),
-        errno => anyhow::Error::new(errno).context(format!("bind UDP port {port}")),
+        errno => anyhow::Error::new(errno).context(format!("bind UDP {ip}, port {port}")),
     })
 }
 
@@ -685,6 +708,26 @@ mod tests {
         let segmented = u64::from(!sender.features().gso) * 3;
         assert_eq!(sender.counters().tx_errors, 1);
         assert!(sender.counters().gso_bypassed <= 1 + segmented, "the destination is not blamed");
+    }
+
+    #[test]
+    fn a_socket_of_one_address_hears_that_one_alone_and_answers_from_another_thread() {
+        for address in ["127.0.0.8", "::1"] {
+            let ip: IpAddr = address.parse().expect("an address");
+            let options = UdpOptions { address: Some(ip), ..UdpOptions::default() };
+            let mut one = open(&options);
+            let mut other = open(&UdpOptions::default());
+            let to = SocketAddr::new(ip, one.local_port());
+            other.send(to, None, 0, 3, b"ask").expect("send");
+            let (seen, _) = receive(&mut one, 3);
+            let mut again = one.sender().expect("once more");
+            let back = SocketAddr::new(ip, other.local_port());
+            std::thread::scope(|scope| {
+                scope.spawn(|| again.send(back, Some(ip), 0, 6, b"answer").expect("send"));
+            });
+            assert_eq!(receive(&mut other, 6).0[0].0, to);
+            assert_eq!(seen[0].0.port(), other.local_port());
+        }
     }
 
     #[test]

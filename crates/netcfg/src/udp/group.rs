@@ -20,7 +20,7 @@ impl FilterInstruction {
 
 impl UdpSocket {
     /// Opens `count` sockets on one port, among which the kernel chooses by `filter`, which returns the number of a socket
-    /// (`SO_ATTACH_REUSEPORT_CBPF`, socket(7)); where it takes no filter, by addresses and ports.
+    /// (`SO_ATTACH_REUSEPORT_CBPF`, socket(7)); without a filter, or where it takes none, by addresses and ports.
     pub fn open_group(
         options: &UdpOptions,
         count: usize,
@@ -39,6 +39,9 @@ impl UdpSocket {
             let mut socket = Self::bound(&options, true)?;
             socket.features.gso = gso;
             group.push(socket);
+        }
+        if filter.is_empty() {
+            return Ok(group);
         }
         let program: Vec<_> = filter.iter().map(FilterInstruction::raw).collect();
         match sys::attach_reuseport_filter(group[0].as_fd(), &program) {
