@@ -54,3 +54,4 @@ mod timers;
 pub use dumps::forbid_core_dumps;
 pub use engine::BoringEngine;
 pub use factory::{BoringFactory, generate_private_key, public_key};
+pub use macs::MacKeys;

@@ -35,21 +35,21 @@ type Cookie = [u8; MAC_BYTES];
 
 /// What everybody knows who knows a public key: the keys of the macs of messages to its owner.
 #[derive(Clone)]
-pub(crate) struct MacKeys {
+pub struct MacKeys {
     mac1: [u8; 32],
     cookie: [u8; 32],
 }
 
 impl MacKeys {
-    pub(crate) fn of(owner: &PublicKey) -> Self {
+    pub fn of(owner: &PublicKey) -> Self {
         let hash = |label: &[u8]| -> [u8; 32] {
             Blake2s256::new().chain_update(label).chain_update(owner.as_bytes()).finalize().into()
         };
         Self { mac1: hash(LABEL_MAC1), cookie: hash(LABEL_COOKIE) }
     }
 
-    /// Whether the handshake message was written by somebody who knows the owner's public key.
-    pub(crate) fn verifies(&self, message: &[u8]) -> bool {
+    /// Whether the handshake message (type 1 or 2) was written by somebody who knows the owner's public key: a hash of it.
+    pub fn verifies(&self, message: &[u8]) -> bool {
         let Some((body, mac1, _)) = split(message) else { return false };
         mac(&self.mac1, &[body]).is_some_and(|mac| mac.verify_slice(mac1).is_ok())
     }
