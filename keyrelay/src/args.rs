@@ -6,8 +6,11 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use mesh_types::defaults::KEYRELAY_PORT;
 use mesh_types::key::PublicKey;
+use mesh_types::limits::{
+    RELAY_CLIENT_BYTES_PER_SECOND, RELAY_ROSTER_BYTES_PER_SECOND, RELAY_THREADS_MAX,
+};
 
-/// Tells nodes behind NAT what they look like from outside.
+/// Gives members of a mesh behind NAT a path: tells them their address, carries their sealed packets.
 #[derive(Debug, Parser)]
 #[command(name = "keyrelay", version)]
 pub(crate) struct Args {
@@ -41,13 +44,34 @@ pub(crate) struct Run {
     #[arg(long, env = "KEYRELAY_PORT", default_value_t = KEYRELAY_PORT, conflicts_with = "listen")]
     pub(crate) port: u16,
 
-    /// Public key of a member; may be given several times.
+    /// Public key of a member, beside those of the first keys file; may be given several times.
     #[arg(long = "allow-key", value_name = "KEY")]
     pub(crate) allow_keys: Vec<PublicKey>,
 
-    /// File of members' public keys, one per line, `#` begins a comment.
-    #[arg(long, env = "KEYRELAY_KEYS_FILE", value_name = "FILE")]
-    pub(crate) keys_file: Option<PathBuf>,
+    /// File of members' public keys, one per line, `#` begins a comment. May be given several times: members of one
+    /// file reach each other and nobody else. Read again when it changes.
+    #[arg(long = "keys-file", env = "KEYRELAY_KEYS_FILE", value_name = "FILE")]
+    pub(crate) keys_files: Vec<PathBuf>,
+
+    /// Threads that carry packets, instead of one for each core.
+    #[arg(long, env = "KEYRELAY_THREADS", value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=RELAY_THREADS_MAX as i64))]
+    pub(crate) threads: Option<u16>,
+
+    /// Address to serve health and metrics at.
+    #[arg(long, env = "KEYRELAY_METRICS", value_name = "ADDRESS:PORT")]
+    pub(crate) metrics: Option<SocketAddr>,
+
+    /// How long to go on after SIGTERM, so that members find another relay.
+    #[arg(long, env = "KEYRELAY_DRAIN_S", value_name = "SECONDS", default_value_t = 5)]
+    pub(crate) drain_s: u64,
+
+    /// Bytes carried from, and to, one member in a second.
+    #[arg(long, env = "KEYRELAY_CLIENT_BYTES_PER_S", value_name = "BYTES", default_value_t = RELAY_CLIENT_BYTES_PER_SECOND, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) client_bytes_per_s: u64,
+
+    /// Bytes carried for the members of one keys file together in a second.
+    #[arg(long, env = "KEYRELAY_ROSTER_BYTES_PER_S", value_name = "BYTES", default_value_t = RELAY_ROSTER_BYTES_PER_SECOND, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) roster_bytes_per_s: u64,
 }
 
 #[derive(Debug, clap::Args)]

@@ -2,22 +2,27 @@
 
 mod args;
 
-use std::collections::BTreeSet;
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::Parser;
-use keyrelay::core::relay::Relay;
-use keyrelay::{keyfile, members, server, whoami};
-use mesh_types::key::PublicKey;
-use mesh_types::limits::RELAY_CLIENTS_MAX;
-use tokio::signal::unix::{SignalKind, signal};
+use keyrelay::core::relay::{Limits, Relay};
+use keyrelay::members::Rosters;
+use keyrelay::server::{self, Server, Shared};
+use keyrelay::{clock, keyfile, metrics, whoami};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tracing_subscriber::EnvFilter;
 use wg_engine::{BoringFactory, public_key};
 
 use crate::args::{Args, Command, Run, Whoami};
+
+/// How often the keys files are looked at; a changed one is read at the second look.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
@@ -48,44 +53,101 @@ async fn start(args: Args) -> anyhow::Result<()> {
 }
 
 async fn run(args: Run) -> anyhow::Result<()> {
-    let allowed = allowed(&args)?;
+    let named = args.allow_keys.iter().copied().collect();
+    let mut rosters = Rosters::load(&args.keys_files, named)?;
     let (key, origin) = keyfile::load_or_create(&args.private_key_file)?;
-    let relay = Relay::new(BoringFactory::new(), &key, allowed, rand::random);
-    let socket = server::bind(args.listen, args.port).await?;
-    let mut terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
-    let stop = async move {
-        tokio::select! {
-            _ = terminate.recv() => (),
-            _ = tokio::signal::ctrl_c() => (),
-        }
+    let limits = Limits {
+        client_bytes_per_s: args.client_bytes_per_s,
+        roster_bytes_per_s: args.roster_bytes_per_s,
     };
-    let address = socket.local_addr().context("cannot read the socket's address")?;
-    tracing::info!(%address, key = %public_key(&key), ?origin, members = relay.members(), "listening");
-    let counters = server::serve(&socket, relay, stop).await?;
-    tracing::info!(?counters, "stopped");
+    let relay = Relay::new(BoringFactory::new(), &key, limits, rand::random)
+        .context("the private key is of no use")?;
+    relay.set_members(&rosters.lists(), rand::random);
+    let mut signals = Signals::watch()?;
+    let metrics = match args.metrics {
+        Some(at) => Some(TcpListener::bind(at).await.with_context(|| {
+            format!("cannot listen on TCP {at}: choose another --metrics address")
+        })?),
+        None => None,
+    };
+    let threads = args.threads.map_or_else(server::default_threads, usize::from);
+    let (address, sockets) = server::open(args.listen, args.port, threads)?;
+    let server = Server::start(relay, sockets)?;
+    if let Some(listener) = metrics {
+        tokio::spawn(metrics::serve(listener, Arc::clone(&server.shared)));
+    }
+    tracing::info!(%address, key = %public_key(&key), ?origin, members = server.shared.relay.members(), threads, "listening");
+    attend(&server.shared, &mut rosters, &mut signals, None).await;
+    let relay = &server.shared.relay;
+    if relay.registered() > 0 {
+        server.leave();
+        tracing::info!(clients = relay.registered(), seconds = args.drain_s, "leaving");
+        let until = Instant::now() + Duration::from_secs(args.drain_s);
+        attend(&server.shared, &mut rosters, &mut signals, Some(until)).await;
+    }
+    server.stop();
+    tracing::info!("stopped");
     Ok(())
 }
 
-/// The members: named on the command line or in the file. Nobody named is a mistake, not "everybody".
-fn allowed(args: &Run) -> anyhow::Result<BTreeSet<PublicKey>> {
-    let mut keys: BTreeSet<PublicKey> = args.allow_keys.iter().copied().collect();
-    if let Some(path) = &args.keys_file {
-        let (listed, bad) = members::read(path)?;
-        for line in bad {
-            tracing::warn!(file = %path.display(), line = line.number, why = %line.why, "line skipped");
+/// What ends the relay, and what makes it read its files.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn watch() -> anyhow::Result<Self> {
+        let watch = |kind| signal(kind).context("cannot watch for signals");
+        Ok(Self {
+            terminate: watch(SignalKind::terminate())?,
+            interrupt: watch(SignalKind::interrupt())?,
+            hangup: watch(SignalKind::hangup())?,
+        })
+    }
+}
+
+/// Lets sessions end and follows the keys files, until told to end or `until`.
+async fn attend(
+    shared: &Shared,
+    rosters: &mut Rosters,
+    signals: &mut Signals,
+    until: Option<Instant>,
+) {
+    let every = |pause| {
+        let mut ticks = interval(pause);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        ticks
+    };
+    let (mut expire, mut look) = (every(server::EXPIRE_EVERY), every(LOOK_EVERY));
+    let deadline = async {
+        match until {
+            Some(until) => sleep_until(until).await,
+            None => std::future::pending().await,
         }
-        keys.extend(listed);
+    };
+    tokio::pin!(deadline);
+    loop {
+        let changed = tokio::select! {
+            () = &mut deadline => return,
+            _ = signals.terminate.recv() => return,
+            _ = signals.interrupt.recv() => return,
+            _ = signals.hangup.recv() => {
+                rosters.reload();
+                true
+            }
+            _ = look.tick() => rosters.look(),
+            _ = expire.tick() => {
+                shared.relay.handle_timeout(clock::now());
+                false
+            }
+        };
+        if changed {
+            let change = shared.relay.set_members(&rosters.lists(), rand::random);
+            tracing::info!(?change, members = shared.relay.members(), "keys files read");
+        }
     }
-    if keys.is_empty() {
-        bail!("nobody may use this relay: name members with --allow-key or --keys-file");
-    }
-    if keys.len() > RELAY_CLIENTS_MAX {
-        bail!(
-            "{} members are named, one relay serves {RELAY_CLIENTS_MAX}: run a second one",
-            keys.len()
-        );
-    }
-    Ok(keys)
 }
 
 async fn ask(args: Whoami) -> anyhow::Result<()> {

@@ -1,19 +1,144 @@
 //! Who may use the relay: named keys and nobody else.
+//!
+//! ```text
+//!  start    every file must be read and somebody be named, or there is no relay
+//!  later    changed and settled, or SIGHUP --> read again --> new set: who is missing has no session any more
+//!                                                └── cannot be read, or holds nobody: the last good set stays
+//! ```
+//! A file that holds nobody is taken for one that is being written: whoever wants to serve nobody stops the relay.
 
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use mesh_types::key::{KeyError, PublicKey};
-use mesh_types::limits::FILE_BYTES_MAX;
+use mesh_types::limits::{FILE_BYTES_MAX, RELAY_CLIENTS_MAX, RELAY_ROSTERS_MAX};
 
 /// A line of a keys file that is no key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BadLine {
     pub number: usize,
     pub why: KeyError,
+}
+
+/// The keys files, as last read well.
+#[derive(Debug)]
+pub struct Rosters {
+    files: Vec<KeysFile>,
+    /// Of the command line: they belong to the first file's.
+    named: BTreeSet<PublicKey>,
+}
+
+#[derive(Debug)]
+struct KeysFile {
+    path: PathBuf,
+    keys: BTreeSet<PublicKey>,
+    /// As read, and as last looked at.
+    read: Option<Stamp>,
+    seen: Option<Stamp>,
+}
+
+/// What changes with a file's content: device, inode, size, time of change.
+type Stamp = (u64, u64, u64, i64, i64);
+
+impl Rosters {
+    /// Reads every file. Nobody named is a mistake, not "everybody".
+    pub fn load(paths: &[PathBuf], named: BTreeSet<PublicKey>) -> anyhow::Result<Self> {
+        ensure!(
+            paths.len() <= RELAY_ROSTERS_MAX,
+            "{} keys files are given, one relay serves {RELAY_ROSTERS_MAX}: run a second one",
+            paths.len()
+        );
+        let file = |path: &PathBuf| KeysFile {
+            path: path.clone(),
+            keys: BTreeSet::new(),
+            read: None,
+            seen: None,
+        };
+        let mut rosters = Self { files: paths.iter().map(file).collect(), named };
+        for file in &mut rosters.files {
+            file.read()?;
+        }
+        let members: usize = rosters.lists().iter().map(Vec::len).sum();
+        ensure!(
+            members > 0,
+            "nobody may use this relay: name members with --allow-key or --keys-file"
+        );
+        ensure!(
+            members <= RELAY_CLIENTS_MAX,
+            "{members} members are named, one relay serves {RELAY_CLIENTS_MAX}: run a second one"
+        );
+        Ok(rosters)
+    }
+
+    /// The members, one list for each roster.
+    pub fn lists(&self) -> Vec<Vec<PublicKey>> {
+        let mut lists: Vec<Vec<PublicKey>> =
+            self.files.iter().map(|file| file.keys.iter().copied().collect()).collect();
+        match lists.first_mut() {
+            Some(first) => first.extend(self.named.difference(&self.files[0].keys)),
+            None => lists.push(self.named.iter().copied().collect()),
+        }
+        lists
+    }
+
+    /// Reads the files that have changed and stand still since the last look; whether any was.
+    pub fn look(&mut self) -> bool {
+        let mut changed = false;
+        for file in &mut self.files {
+            let now = stamp(&file.path);
+            let settled = now.is_some() && now == file.seen && now != file.read;
+            file.seen = now;
+            changed |= settled && file.read_again();
+        }
+        changed
+    }
+
+    /// Reads every file.
+    pub fn reload(&mut self) {
+        for file in &mut self.files {
+            file.read_again();
+        }
+    }
+}
+
+impl KeysFile {
+    fn read(&mut self) -> anyhow::Result<()> {
+        let stamp = stamp(&self.path);
+        let (keys, bad) = read(&self.path)?;
+        (self.read, self.seen) = (stamp, stamp);
+        for line in bad {
+            tracing::warn!(file = %self.path.display(), line = line.number, why = %line.why, "line skipped");
+        }
+        self.keys = keys;
+        Ok(())
+    }
+
+    /// Keeps what there was if nothing better can be read; says so once for each state of the file.
+    fn read_again(&mut self) -> bool {
+        let kept = std::mem::take(&mut self.keys);
+        let result = self.read();
+        let error = match result {
+            Ok(()) if !self.keys.is_empty() || kept.is_empty() => return true,
+            Ok(()) => anyhow::anyhow!("it names nobody"),
+            Err(error) => error,
+        };
+        self.keys = kept;
+        self.read = self.seen;
+        tracing::warn!(
+            file = %self.path.display(), error = format!("{error:#}"), members = self.keys.len(),
+            "keys file not used: the members stay as they were"
+        );
+        false
+    }
+}
+
+fn stamp(path: &Path) -> Option<Stamp> {
+    let data = std::fs::metadata(path).ok()?;
+    Some((data.dev(), data.ino(), data.size(), data.mtime(), data.mtime_nsec()))
 }
 
 /// Reads a keys file: one public key per line; what follows `#` is a comment.
@@ -55,9 +180,18 @@ fn parse(text: &str) -> (BTreeSet<PublicKey>, Vec<BadLine>) {
 mod tests {
     use super::*;
 
+    fn key(byte: u8) -> PublicKey {
+        PublicKey::from_bytes([byte; 32]).expect("an ordinary point")
+    }
+
+    fn write(path: &Path, keys: &[u8]) {
+        let text: String = keys.iter().map(|byte| format!("{}\n", key(*byte))).collect();
+        std::fs::write(path, text).expect("written");
+    }
+
     #[test]
     fn a_bad_line_is_named_and_the_rest_goes_on() {
-        let key = PublicKey::from_bytes([9; 32]).expect("an ordinary point");
+        let key = key(9);
         let text = format!("# members\n\n{key}  # node-1\nnonsense!\n{key}\n");
         let (keys, bad) = parse(&text);
         assert_eq!(keys, BTreeSet::from([key]));
@@ -67,5 +201,54 @@ mod tests {
     #[test]
     fn a_missing_keys_file_is_an_error_and_not_an_open_door() {
         assert!(read(Path::new("/no/such/file")).is_err());
+        let named = BTreeSet::from([key(9)]);
+        assert!(Rosters::load(&["/no/such/file".into()], named).is_err());
+    }
+
+    #[test]
+    fn files_that_name_nobody_are_refused_at_start() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("members");
+        write(&path, &[]);
+        assert!(Rosters::load(std::slice::from_ref(&path), BTreeSet::new()).is_err());
+        assert!(Rosters::load(&[], BTreeSet::new()).is_err());
+        assert!(Rosters::load(&[path], BTreeSet::from([key(9)])).is_ok());
+    }
+
+    #[test]
+    fn every_file_is_a_roster_and_named_keys_belong_to_the_first() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let paths = ["a", "b"].map(|name| folder.path().join(name));
+        write(&paths[0], &[9, 10]);
+        write(&paths[1], &[11]);
+        let rosters = Rosters::load(&paths, BTreeSet::from([key(10), key(12)])).expect("read");
+        assert_eq!(rosters.lists(), [vec![key(9), key(10), key(12)], vec![key(11)]]);
+    }
+
+    #[test]
+    fn a_changed_file_is_read_when_it_stands_still_and_a_lost_or_empty_one_keeps_the_last_good_set()
+    {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("members");
+        write(&path, &[9, 10]);
+        let paths = std::slice::from_ref(&path);
+        let mut rosters = Rosters::load(paths, BTreeSet::new()).expect("read");
+        assert!(!rosters.look(), "nothing changed");
+        write(&path, &[9]);
+        assert!(!rosters.look(), "perhaps half written");
+        assert!(rosters.look() && rosters.lists() == [vec![key(9)]]);
+        assert!(!rosters.look(), "once is enough");
+
+        write(&path, &[]);
+        assert!(!rosters.look() && !rosters.look() && rosters.lists() == [vec![key(9)]]);
+        std::fs::remove_file(&path).expect("removed");
+        rosters.reload();
+        assert!(!rosters.look() && rosters.lists() == [vec![key(9)]]);
+        std::fs::write(&path, [0xff; 40]).expect("written");
+        rosters.reload();
+        assert_eq!(rosters.lists(), [vec![key(9)]], "no text");
+        write(&path, &[11]);
+        rosters.reload();
+        assert_eq!(rosters.lists(), [vec![key(11)]], "at once when told");
     }
 }

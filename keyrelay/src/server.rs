@@ -1,89 +1,244 @@
-//! The shell around the relay: one UDP socket, one task.
+//! The shell around the relay: threads that carry, each with its own socket on the one port.
+//!
+//! ```text
+//!            UDP port, SO_REUSEPORT: by addresses and ports
+//!             │                │                │
+//!          socket 0         socket 1         socket 2         a sender's packets always come to the same
+//!          thread 0         thread 1         thread 2         and leave, whoever they are for, by that one too
+//!             └──────── Relay, shared ──────────┘
+//!   once a second, main thread: expire          leaving: thread 0
+//! ```
+//! A turn: one receive call, control and handshakes first, then data, each burst out by a segmented send. Nothing is
+//! queued but in the kernel's socket buffers.
 
-use std::future::Future;
-use std::io::ErrorKind;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::Context;
-use mesh_core::tunnel::engine::INITIATION_BYTES;
-use rustix::io::Errno;
-use rustix::net::sockopt::set_ipv6_v6only;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
-use tokio::net::UdpSocket;
-use tokio::time::{MissedTickBehavior, interval};
+use mesh_types::limits::{RELAY_LEAVING_PER_TURN, RELAY_RECEIVE_MESSAGES, RELAY_THREADS_MAX};
+use netcfg::release::Release;
+use netcfg::udp::{RecvBatch, UdpCounters, UdpOptions, UdpSocket};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use wg_engine::BoringFactory;
 
 use crate::clock;
-use crate::core::relay::{Counters, Outcome, RECEIVE_BYTES, Relay};
+use crate::core::counters::{Counters, Event, Reason};
+use crate::core::relay::{Arrival, Outlet, Relay, Worker};
+use crate::core::{Reach, Source};
 
 /// How often engines may forget expired keys.
-const TIMEOUT_EVERY: Duration = Duration::from_secs(1);
+pub const EXPIRE_EVERY: Duration = Duration::from_secs(1);
 
-/// Binds `listen`, or the port on every address of both families; on a host without IPv6, of IPv4.
-pub async fn bind(listen: Option<SocketAddr>, port: u16) -> anyhow::Result<UdpSocket> {
-    let wanted = listen.unwrap_or_else(|| (Ipv6Addr::UNSPECIFIED, port).into());
-    let bound = match wanted {
-        SocketAddr::V6(any) if any.ip().is_unspecified() => bind_both(any),
-        one => UdpSocket::bind(one).await,
-    };
-    let without_v6 = bound.as_ref().is_err_and(|error| {
-        error.kind() == ErrorKind::AddrNotAvailable
-            || error.raw_os_error() == Some(Errno::AFNOSUPPORT.raw_os_error())
-    });
-    if listen.is_none() && without_v6 {
-        tracing::warn!("this host has no IPv6: clients are served over IPv4 only");
-        let any: SocketAddr = (Ipv4Addr::UNSPECIFIED, port).into();
-        return UdpSocket::bind(any).await.with_context(|| format!("cannot listen on UDP {any}"));
+/// How soon an idle thread sees that it is to end.
+const WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+
+/// Pause after a receive that failed, so that it does not spin.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// What the threads and whoever looks at them share.
+pub struct Shared {
+    pub relay: Relay<BoringFactory>,
+    counters: Vec<Arc<Counters>>,
+    udp: Vec<Mutex<UdpCounters>>,
+    panics: AtomicU64,
+    leaving: AtomicBool,
+    stop: AtomicBool,
+}
+
+impl Shared {
+    pub fn drops(&self, reason: Reason) -> u64 {
+        self.counters.iter().map(|counters| counters.drops(reason)).sum()
     }
-    bound.with_context(|| {
-        format!("cannot listen on UDP {wanted}: does another program hold the port?")
-    })
+
+    pub fn events(&self, event: Event) -> u64 {
+        self.counters.iter().map(|counters| counters.events(event)).sum()
+    }
+
+    /// Bursts lost to a fault of ours.
+    pub fn panics(&self) -> u64 {
+        self.panics.load(Ordering::Relaxed)
+    }
+
+    pub fn udp(&self) -> UdpCounters {
+        let mut sum = UdpCounters::default();
+        for counters in &self.udp {
+            sum.add(&counters.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+        sum
+    }
 }
 
-/// Every address of both families, also where the host's `net.ipv6.bindv6only` says otherwise.
-fn bind_both(any: SocketAddrV6) -> std::io::Result<UdpSocket> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::INET6, SocketType::DGRAM, flags, None)?;
-    set_ipv6_v6only(&socket, false)?;
-    rustix::net::bind(&socket, &any)?;
-    UdpSocket::from_std(socket.into())
+/// Running threads.
+pub struct Server {
+    pub shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
 }
 
-/// Answers until `stop` is ready.
-pub async fn serve(
-    socket: &UdpSocket,
-    mut relay: Relay<BoringFactory>,
-    stop: impl Future<Output = ()>,
-) -> anyhow::Result<Counters> {
-    let mut input = [0; RECEIVE_BYTES];
-    let mut reply = [0; INITIATION_BYTES];
-    let mut ticks = interval(TIMEOUT_EVERY);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    tokio::pin!(stop);
-    loop {
-        tokio::select! {
-            () = &mut stop => return Ok(*relay.counters()),
-            _ = ticks.tick() => relay.handle_timeout(clock::now()),
-            received = socket.recv_from(&mut input) => {
-                let (length, source) = match received {
-                    Ok(received) => received,
-                    // An ICMP error about an earlier answer; it concerns nobody else.
-                    Err(error) if error.kind() == ErrorKind::ConnectionRefused => continue,
-                    Err(error) => return Err(error).context("cannot receive from the UDP socket"),
-                };
-                let datagram = input.get(..length).unwrap_or_default();
-                match relay.handle_datagram(clock::now(), source, datagram, &mut reply) {
-                    Outcome::Silence => tracing::trace!(%source, length, "no answer"),
-                    Outcome::Reply(written) => {
-                        let answer = reply.get(..written).unwrap_or_default();
-                        // A full socket buffer loses the answer; the client asks again.
-                        if let Err(error) = socket.try_send_to(answer, source) {
-                            tracing::debug!(%source, %error, "answer lost");
-                        }
-                    }
+/// As many threads as cores, within bounds.
+pub fn default_threads() -> usize {
+    thread::available_parallelism().map_or(1, usize::from).clamp(1, RELAY_THREADS_MAX)
+}
+
+/// Opens a socket for each thread at `listen`, or at the port on every address of both families.
+pub fn open(
+    listen: Option<SocketAddr>,
+    port: u16,
+    threads: usize,
+) -> anyhow::Result<(SocketAddr, Vec<UdpSocket>)> {
+    let any = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    let options = UdpOptions {
+        address: listen.map(|at| at.ip()).filter(|ip| *ip != any),
+        port: listen.map_or(port, |at| at.port()),
+        gso: !Release::running().is_some_and(Release::mangles_udp_segments),
+        ..UdpOptions::default()
+    };
+    let sockets = UdpSocket::open_group(&options, threads.clamp(1, RELAY_THREADS_MAX), &[])?;
+    let first = sockets.first().context("no socket")?;
+    let unspecified = if first.features().dual_stack {
+        any
+    } else {
+        tracing::warn!("this host has no IPv6: clients are served over IPv4 only");
+        Ipv4Addr::UNSPECIFIED.into()
+    };
+    Ok((SocketAddr::new(options.address.unwrap_or(unspecified), first.local_port()), sockets))
+}
+
+impl Server {
+    /// Starts a thread for each socket.
+    pub fn start(relay: Relay<BoringFactory>, sockets: Vec<UdpSocket>) -> anyhow::Result<Self> {
+        let shared = Arc::new(Shared {
+            relay,
+            counters: sockets.iter().map(|_| Arc::default()).collect(),
+            udp: sockets.iter().map(|_| Mutex::default()).collect(),
+            panics: AtomicU64::new(0),
+            leaving: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+        });
+        let mut threads = Vec::with_capacity(sockets.len());
+        for (number, socket) in sockets.into_iter().enumerate() {
+            let mut carrier = Carrier::new(number, socket, Arc::clone(&shared));
+            let thread = thread::Builder::new().name(format!("carry-{number}"));
+            threads.push(thread.spawn(move || carrier.run()).context("cannot start a thread")?);
+        }
+        Ok(Self { shared, threads })
+    }
+
+    /// Tells the members that the relay stops soon; it goes on.
+    pub fn leave(&self) {
+        self.shared.leaving.store(true, Ordering::Relaxed);
+    }
+
+    /// Ends the threads.
+    pub fn stop(self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads {
+            // A thread that panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// One thread.
+struct Carrier {
+    number: usize,
+    socket: UdpSocket,
+    batch: RecvBatch,
+    worker: Worker,
+    shared: Arc<Shared>,
+    /// Members told that we stop.
+    told: Option<usize>,
+}
+
+impl Carrier {
+    fn new(number: usize, socket: UdpSocket, shared: Arc<Shared>) -> Self {
+        let counters = shared.counters.get(number).cloned().unwrap_or_default();
+        let told = (number == 0).then_some(0);
+        let batch = RecvBatch::new(RELAY_RECEIVE_MESSAGES);
+        Self { number, socket, batch, worker: Worker::new(counters), shared, told }
+    }
+
+    fn run(&mut self) {
+        while !self.shared.stop.load(Ordering::Relaxed) {
+            // A fault costs the burst that met it, not the relay.
+            match catch_unwind(AssertUnwindSafe(|| self.turn())) {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "cannot receive from the UDP socket");
+                    thread::sleep(PAUSE);
+                }
+                Err(_) => {
+                    self.shared.panics.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(
+                        "a burst met a fault of keyrelay's: please report the lines above"
+                    );
+                    thread::sleep(PAUSE);
                 }
             }
+        }
+    }
+
+    fn turn(&mut self) -> io::Result<()> {
+        self.tell_leaving();
+        let filled = self.socket.recv(&mut self.batch)?;
+        if filled == 0 {
+            return self.wait();
+        }
+        let now = clock::now();
+        for urgent in [true, false] {
+            for slot in 0..filled {
+                let Some(message) = self.batch.get(slot) else { continue };
+                if Relay::<BoringFactory>::is_urgent(message.bytes) != urgent {
+                    continue;
+                }
+                let from = Reach { source: Source::Udp(message.source), local: message.local };
+                let arrival = Arrival { from, segment_len: message.segment_len, ecn: message.ecn };
+                let Some(bytes) = self.batch.bytes_mut(slot) else { continue };
+                let mut out = Sockets { udp: &mut self.socket };
+                self.shared.relay.handle(now, &arrival, bytes, &mut self.worker, &mut out);
+            }
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        if let Some(counters) = self.shared.udp.get(self.number) {
+            *counters.lock().unwrap_or_else(PoisonError::into_inner) = *self.socket.counters();
+        }
+        match poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&WAIT)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn tell_leaving(&mut self) {
+        let Some(from) = self.told.filter(|_| self.shared.leaving.load(Ordering::Relaxed)) else {
+            return;
+        };
+        let mut out = Sockets { udp: &mut self.socket };
+        let (relay, count) = (&self.shared.relay, RELAY_LEAVING_PER_TURN);
+        self.told = relay.leave(clock::now(), from, count, &mut self.worker, &mut out);
+    }
+}
+
+/// Where a thread sends.
+struct Sockets<'a> {
+    udp: &'a mut UdpSocket,
+}
+
+impl Outlet for Sockets<'_> {
+    fn send(&mut self, to: &Reach, segment_len: usize, ecn: u8, bytes: &[u8]) {
+        match to.source {
+            Source::Udp(address) => {
+                if let Err(error) = self.udp.send(address, to.local, ecn, segment_len, bytes) {
+                    tracing::trace!(%address, %error, "not sent");
+                }
+            }
+            Source::Stream { .. } => {}
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Every bound of the project, each with the reason for its number.
 
+use std::time::Duration;
+
 /// Longest node name (DNS subdomain, RFC 1123; Kubernetes' own bound).
 pub const NAME_BYTES_MAX: usize = 253;
 
@@ -67,10 +69,50 @@ pub const HANDSHAKE_SOURCES_MAX: usize = 8_192;
 /// about 100 us (two to four X25519 operations), so this is a fifth of a core.
 pub const HANDSHAKES_PER_SECOND_BEFORE_COOKIES: u32 = 2_000;
 
-/// Keys one `keyrelay` serves: a mesh of `NODES_MAX` nodes. Each has an engine from its first handshake on
-/// (about 11 KiB, so 90 MiB), which is kept, since it remembers the last initiation. One that has made 192 sessions is
+/// Keys one `keyrelay` serves: two meshes of `NODES_MAX` nodes. Each has an engine from its first handshake on
+/// (about 11 KiB, so 180 MiB), which is kept, since it remembers the last initiation. One that has made 192 sessions is
 /// replaced and lives for 180 s more beside the new one, so twice that at most.
-pub const RELAY_CLIENTS_MAX: usize = NODES_MAX;
+pub const RELAY_CLIENTS_MAX: usize = 2 * NODES_MAX;
+
+/// Rosters one `keyrelay` serves: a file and a pool of bandwidth each.
+pub const RELAY_ROSTERS_MAX: usize = 64;
+
+/// Locks the relay's table of addresses is divided into, so that threads seldom wait for each other: four for each of
+/// `SHARDS_MAX`.
+pub const RELAY_ADDRESS_STRIPES: usize = 4 * SHARDS_MAX;
+
+/// Threads of a relay and messages one of them receives in a call. Its datagrams come from many clients, so that the
+/// kernel merges few of them; buffers are 64 KiB each, so 2 MiB for a thread.
+pub const RELAY_THREADS_MAX: usize = SHARDS_MAX;
+pub const RELAY_RECEIVE_MESSAGES: usize = 32;
+
+/// Bytes a relay carries from, and to, one client in a second: 1 Gbit/s. More than most uplinks; whoever has a faster one says so.
+pub const RELAY_CLIENT_BYTES_PER_SECOND: u64 = 125_000_000;
+
+/// Bytes it carries for one roster in a second: 10 Gbit/s.
+pub const RELAY_ROSTER_BYTES_PER_SECOND: u64 = 1_250_000_000;
+
+/// What may come at once of a second's bytes, and at least: four of the kernel's bursts of 64 KiB.
+pub const RELAY_BURST: Duration = Duration::from_millis(100);
+pub const RELAY_BURST_BYTES_MIN: u64 = 4 * GSO_BYTES_MAX as u64;
+
+/// Carried handshake messages of one client, in bytes per second: they do not wait for its data. A node begins about 3,200
+/// handshakes in a second (`INITIATIONS_PER_TURN`), 188 bytes each, and answers as many.
+pub const RELAY_HANDSHAKE_BYTES_PER_SECOND: u64 = 1_000_000;
+
+/// Longest carried WireGuard message: what fits into a UDP datagram with the header before it, less 467 bytes for
+/// headers to come.
+pub const RELAY_MESSAGE_BYTES_MAX: usize = 65_000;
+
+/// How often one sender is told that a receiver is not registered.
+pub const RELAY_NOT_HERE_PAUSE: Duration = Duration::from_secs(1);
+
+/// How often a member that has no session may be believed an initiation older than its last (its clock went back): each
+/// makes a new engine.
+pub const RELAY_OLD_INITIATION_PAUSE: Duration = Duration::from_secs(5);
+
+/// Members that one thread tells of the relay's end in one turn: a message costs about 2 us.
+pub const RELAY_LEAVING_PER_TURN: usize = 256;
 
 /// Relays a node registers at: the nearest, one kept warm, and as many again while addresses change.
 pub const RELAYS_MAX: usize = 4;

@@ -1,358 +1,508 @@
-//! The responder.
+//! The responder, and the way of every datagram through it.
 //!
 //! ```text
 //!  datagram --> type, length --> mac1 --> Front: source and load --> identify --> member? --> its engine
 //!                  |no             |no      |cookie or drop             |no         |no
 //!                  silence         silence  <= request                  silence     silence
-//!  transport --> index >> 8 --> engine.open --> question --> seal answer (as long as the question)
+//!  transport --> index >> 8 --> engine.open --> newest? register its source --> question: seal answer (as long)
+//!  carried   --> forward.rs
 //! ```
 //!
 //! Nothing is kept for a source that has not proven a member's key, apart from the limiter's fixed table. The
-//! relay never speaks first: its engines begin no handshakes, and what their timers want to send is dropped, they only
-//! forget old keys.
+//! relay begins no handshakes, and what its engines' timers want to send is dropped: they only forget old keys.
+//!
+//! All of it is shared by all threads: a member's router may move it from one thread's socket to another's at any time.
+//! Carried datagrams touch tables that are read, and atomics; engines lie behind a lock for each member.
+//!
+//! An initiation registers nobody, so an old one does little harm: the relay believes it of a member that has no living
+//! session, whose clock went back. Whoever replays it gets a response he cannot use.
 
-use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::net::SocketAddr;
+use std::net::IpAddr;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use mesh_core::tunnel::engine::{
     Engine, EngineConfig, EngineError, EngineFactory, HandshakeBuffer, INITIATION_BYTES, MacCheck,
     OpenBurst, OwnKeyId, SealBatch, TAG_BYTES, TRANSPORT_HEADER_BYTES,
 };
 use mesh_core::tunnel::front::{Front, Message, Verdict};
+use mesh_types::carry;
 use mesh_types::key::{PrivateKey, PublicKey};
-use mesh_types::limits::RELAY_CLIENTS_MAX;
+use mesh_types::limits::{
+    RELAY_CLIENT_BYTES_PER_SECOND, RELAY_OLD_INITIATION_PAUSE, RELAY_ROSTER_BYTES_PER_SECOND,
+};
 use mesh_types::relay_frame::{Frame, PACKET_BYTES};
 use mesh_types::time::MonoTime;
+use wg_engine::MacKeys;
+
+use super::client::{Client, Control, Reach};
+use super::counters::{Counters, Event, Reason};
+use super::registry::{MembersChange, Registry};
 
 /// The relay has one key.
 const OWN: OwnKeyId = OwnKeyId(0);
 
-/// Indexes have 24 bits.
-const INDEX_MASK: u32 = 0x00ff_ffff;
-
 /// A sealed question or answer.
 pub const DATAGRAM_BYTES: usize = TRANSPORT_HEADER_BYTES + PACKET_BYTES + TAG_BYTES;
 
-/// Largest datagram worth reading: any handshake message or question. A longer one is nobody's.
+/// Largest control datagram: any handshake message or question. A longer one is nobody's.
 pub const RECEIVE_BYTES: usize = 256;
 
-/// What became of datagrams, one counter per outcome.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Counters {
-    pub malformed: u64,
-    pub bad_mac: u64,
-    pub limited: u64,
-    pub cookies: u64,
-    pub strangers: u64,
-    pub refused: u64,
-    pub handshakes: u64,
-    pub answers: u64,
+/// Where the sender's index stands in a response, the counter in a transport message (whitepaper sections 5.4.3, 5.4.6).
+const RESPONSE_SENDER: Range<usize> = 4..8;
+const TRANSPORT_COUNTER: Range<usize> = 8..16;
+
+/// What clients and rosters may have carried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    pub client_bytes_per_s: u64,
+    pub roster_bytes_per_s: u64,
 }
 
-/// What to do with a datagram.
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            client_bytes_per_s: RELAY_CLIENT_BYTES_PER_SECOND,
+            roster_bytes_per_s: RELAY_ROSTER_BYTES_PER_SECOND,
+        }
+    }
+}
+
+/// What was received in one call: datagrams of `segment_len`, the last may be shorter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    /// No answer leaves.
-    Silence,
-    /// This many bytes of the reply buffer go back to the source.
-    Reply(usize),
+pub struct Arrival {
+    pub from: Reach,
+    pub segment_len: usize,
+    /// ECN bits of the outer header; they go on with what is carried.
+    pub ecn: u8,
+}
+
+/// Where datagrams leave. It never waits: what does not fit is lost, as at any router.
+pub trait Outlet {
+    /// Sends `bytes` as datagrams of `segment_len`, the last may be shorter.
+    fn send(&mut self, to: &Reach, segment_len: usize, ecn: u8, bytes: &[u8]);
+}
+
+/// What one thread works with.
+pub struct Worker {
+    pub(super) counters: Arc<Counters>,
+    pub(super) reply: HandshakeBuffer,
+    opened: Box<[u8; RECEIVE_BYTES]>,
+    results: Vec<Result<Range<usize>, EngineError>>,
+}
+
+impl Worker {
+    pub fn new(counters: Arc<Counters>) -> Self {
+        Self {
+            counters,
+            reply: [0; INITIATION_BYTES],
+            opened: Box::new([0; RECEIVE_BYTES]),
+            results: Vec::with_capacity(1),
+        }
+    }
+
+    fn lose(&self, reason: Reason) {
+        self.counters.lose(reason, 1);
+    }
 }
 
 /// The sans-IO relay.
 pub struct Relay<F: EngineFactory> {
-    factory: F,
-    front: Front,
-    members: BTreeMap<PublicKey, Member<F::Engine>>,
-    by_index: BTreeMap<u32, PublicKey>,
-    opened: Box<[u8; RECEIVE_BYTES]>,
-    results: Vec<Result<Range<usize>, EngineError>>,
-    counters: Counters,
-}
-
-struct Member<E> {
-    index: u32,
-    seed: u64,
-    /// Made by the first handshake and kept until its indexes are used up: it remembers the last initiation accepted.
-    engine: Option<E>,
-    /// The one before, under its own index: it answers until its session ends.
-    previous: Option<(u32, E)>,
-}
-
-impl<E> Member<E> {
-    fn engine_at(&mut self, index: u32) -> Option<&mut E> {
-        match &mut self.previous {
-            Some((old, engine)) if *old == index => Some(engine),
-            _ => self.engine.as_mut(),
-        }
-    }
+    factory: RwLock<F>,
+    own: PublicKey,
+    macs: MacKeys,
+    front: Mutex<Front>,
+    pub(super) registry: Registry<F::Engine>,
+    pub(super) limits: Limits,
+    leaving: AtomicBool,
 }
 
 impl<F: EngineFactory> Relay<F> {
-    /// `seeds` are drawn once per member, for its index and its jitter. Members beyond
-    /// [`RELAY_CLIENTS_MAX`] are left out, and so is the relay itself; [`Self::members`] tells how many
-    /// are served.
+    /// Serves nobody until told who its members are. `seeds` make the limiter's and the tables' keys.
     pub fn new(
         mut factory: F,
         key: &PrivateKey,
-        members: impl IntoIterator<Item = PublicKey>,
+        limits: Limits,
         mut seeds: impl FnMut() -> u64,
-    ) -> Self {
+    ) -> Option<Self> {
         factory.set_own_key(OWN, key);
-        let mut relay = Self {
-            factory,
-            front: Front::new(seeds()),
-            members: BTreeMap::new(),
-            by_index: BTreeMap::new(),
-            opened: Box::new([0; RECEIVE_BYTES]),
-            results: Vec::with_capacity(1),
-            counters: Counters::default(),
-        };
-        for key in members {
-            if relay.members.len() >= RELAY_CLIENTS_MAX {
-                break;
-            }
-            if relay.factory.public_key(OWN) != Some(key) {
-                relay.add_member(key, &mut seeds);
-            }
-        }
-        relay
+        let own = factory.public_key(OWN)?;
+        Some(Self {
+            factory: RwLock::new(factory),
+            own,
+            macs: MacKeys::of(&own),
+            front: Mutex::new(Front::new(seeds())),
+            registry: Registry::new(seeds()),
+            limits,
+            leaving: AtomicBool::new(false),
+        })
+    }
+
+    /// Makes these the members: one list for each roster. Everything of those who are none any more ends at once.
+    pub fn set_members(
+        &self,
+        rosters: &[Vec<PublicKey>],
+        seeds: impl FnMut() -> u64,
+    ) -> MembersChange {
+        self.registry.set_members(&self.own, rosters, seeds)
     }
 
     pub fn members(&self) -> usize {
-        self.members.len()
+        self.registry.members()
     }
 
-    pub fn counters(&self) -> &Counters {
-        &self.counters
+    /// How many addresses a member is registered at.
+    pub fn registered(&self) -> usize {
+        self.registry.registered()
     }
 
-    /// Takes one datagram; an answer, never longer than it, stands in `reply` afterwards.
-    pub fn handle_datagram(
-        &mut self,
-        now: MonoTime,
-        source: SocketAddr,
-        datagram: &[u8],
-        reply: &mut HandshakeBuffer,
-    ) -> Outcome {
-        let written = match Message::of(datagram) {
-            Some(Message::Initiation) => self.initiation(now, source, datagram, reply),
-            Some(Message::Transport(index)) => self.transport(now, source, index, datagram, reply),
-            // It never initiates, so no response or cookie can be meant for it.
-            Some(Message::Response(_) | Message::Cookie(_)) | None => {
-                self.counters.malformed += 1;
-                None
-            }
-        };
-        match written {
-            Some(length) if length > 0 && length <= datagram.len() => Outcome::Reply(length),
-            _ => Outcome::Silence,
+    /// Whether these bytes are to be looked at before what else came with them: control and handshakes go before data.
+    pub fn is_urgent(bytes: &[u8]) -> bool {
+        match carry::parse(bytes) {
+            Some(carried) => matches!(carried.message.first(), Some(1..=3)),
+            None => true,
         }
     }
 
-    /// Lets engines forget expired keys. Nothing is sent.
-    pub fn handle_timeout(&mut self, now: MonoTime) {
+    /// Takes what one receive call brought.
+    pub fn handle(
+        &self,
+        now: MonoTime,
+        arrival: &Arrival,
+        bytes: &mut [u8],
+        worker: &mut Worker,
+        out: &mut impl Outlet,
+    ) {
+        if bytes.is_empty() {
+            worker.lose(Reason::Malformed);
+        }
+        let segment = arrival.segment_len.clamp(1, bytes.len().max(1));
+        let mut sender = None;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let used = if carry::is_carried(rest) {
+                let sender = sender
+                    .get_or_insert_with(|| self.registry.at_source(now, &arrival.from.source));
+                self.carry(now, arrival, sender.as_ref(), rest, worker, out)
+            } else {
+                let used = segment.min(rest.len());
+                if let Some(datagram) = rest.get_mut(..used) {
+                    self.control(now, arrival, datagram, worker, out);
+                }
+                used
+            };
+            rest = rest.get_mut(used..).unwrap_or_default();
+        }
+    }
+
+    /// Lets engines forget expired keys, and ends registrations whose session is over. Nothing is sent.
+    pub fn handle_timeout(&self, now: MonoTime) {
         let mut unused: HandshakeBuffer = [0; INITIATION_BYTES];
-        for member in self.members.values_mut() {
-            let previous = member.previous.as_mut().map(|(_, engine)| engine);
-            for engine in member.engine.iter_mut().chain(previous) {
+        for client in self.registry.all() {
+            let mut control = client.control();
+            let Control { engine, previous, .. } = &mut *control;
+            for engine in engine.iter_mut().chain(previous.as_mut().map(|(_, engine)| engine)) {
                 if engine.next_timeout(now).is_some_and(|at| at <= now) {
                     engine.handle_timeout(now, &mut unused);
                 }
             }
-            let ended = member.previous.take_if(|(_, engine)| !engine.can_send(now));
-            if let Some((index, _)) = ended {
-                self.by_index.remove(&index);
+            if let Some((index, _)) = previous.take_if(|(_, engine)| !engine.can_send(now)) {
+                self.registry.free_index(index);
+            }
+            if client.is_put() && client.reach(now).is_none() {
+                self.registry.unregister(&client);
             }
         }
     }
 
-    fn add_member(&mut self, key: PublicKey, seeds: &mut impl FnMut() -> u64) {
-        if self.members.contains_key(&key) {
-            return;
+    /// Tells every member that we stop, a few at a time: `from` is how many were looked at before. Returns how many
+    /// have been now, or `None` when it was all. Members that come later are told when they register.
+    pub fn leave(
+        &self,
+        now: MonoTime,
+        from: usize,
+        count: usize,
+        worker: &mut Worker,
+        out: &mut impl Outlet,
+    ) -> Option<usize> {
+        self.leaving.store(true, Ordering::Relaxed);
+        let all = self.registry.all();
+        for client in all.iter().skip(from).take(count) {
+            let Some(reach) = client.reach(now) else { continue };
+            self.tell_leaving(now, client, &reach, worker, out);
         }
-        // Members fill a thousandth of the index space at most, so a free one is found at once.
-        let index = loop {
-            let index = (seeds() as u32) & INDEX_MASK;
-            if !self.by_index.contains_key(&index) {
-                break index;
-            }
+        let done = from.saturating_add(count);
+        (done < all.len()).then_some(done)
+    }
+
+    fn tell_leaving(
+        &self,
+        now: MonoTime,
+        client: &Client<F::Engine>,
+        reach: &Reach,
+        worker: &mut Worker,
+        out: &mut impl Outlet,
+    ) {
+        if self.tell(now, client, reach, Frame::Leaving, worker, out) {
+            worker.counters.add(Event::ToldLeaving, 1);
+        }
+    }
+
+    /// Sends a frame to a member where it is registered; whether there was a session for it.
+    pub(super) fn tell(
+        &self,
+        now: MonoTime,
+        client: &Client<F::Engine>,
+        reach: &Reach,
+        frame: Frame,
+        worker: &mut Worker,
+        out: &mut impl Outlet,
+    ) -> bool {
+        let mut control = client.control();
+        let sealed = control
+            .sealer(now)
+            .and_then(|engine| seal_frame(engine, now, frame, &mut worker.reply));
+        drop(control);
+        let Some(datagram) = sealed.and_then(|length| worker.reply.get(..length)) else {
+            return false;
         };
-        self.by_index.insert(index, key);
-        self.members.insert(key, Member { index, seed: seeds(), engine: None, previous: None });
+        out.send(reach, datagram.len(), 0, datagram);
+        true
+    }
+
+    /// A datagram that is not carried. The answer is never longer than it.
+    fn control(
+        &self,
+        now: MonoTime,
+        arrival: &Arrival,
+        datagram: &mut [u8],
+        worker: &mut Worker,
+        out: &mut impl Outlet,
+    ) {
+        let written = match Message::of(datagram) {
+            Some(Message::Initiation) => self.initiation(now, arrival, datagram, worker),
+            Some(Message::Transport(wire)) => {
+                self.transport(now, arrival, wire, datagram, worker, out)
+            }
+            // It never initiates, so no response or cookie can be meant for it.
+            Some(Message::Response(_) | Message::Cookie(_)) | None => Err(Reason::Malformed),
+        };
+        match written {
+            Ok(length) if length > 0 && length <= datagram.len() => {
+                let reply = worker.reply.get(..length).unwrap_or_default();
+                out.send(&arrival.from, length, 0, reply);
+            }
+            Ok(_) => {}
+            Err(reason) => worker.lose(reason),
+        }
     }
 
     fn initiation(
-        &mut self,
+        &self,
         now: MonoTime,
-        source: SocketAddr,
+        arrival: &Arrival,
         datagram: &[u8],
-        reply: &mut HandshakeBuffer,
-    ) -> Option<usize> {
-        let proven = match self.factory.check_mac(now, OWN, source, datagram) {
-            MacCheck::Invalid => {
-                self.counters.bad_mac += 1;
-                return None;
-            }
+        worker: &mut Worker,
+    ) -> Result<usize, Reason> {
+        // Without a lock: a flood of strangers delays no other thread.
+        if !self.macs.verifies(datagram) {
+            return Err(Reason::BadMac);
+        }
+        let source = arrival.from.source.address();
+        let mut factory = self.factory.write().unwrap_or_else(PoisonError::into_inner);
+        let proven = match factory.check_mac(now, OWN, source, datagram) {
+            MacCheck::Invalid => return Err(Reason::BadMac),
             MacCheck::Valid => false,
             MacCheck::Proven => true,
         };
-        match self.front.admit(now, source.ip(), proven) {
-            Verdict::Accept => self.handshake(now, source, datagram, reply),
+        drop(factory);
+        let mut front = self.front.lock().unwrap_or_else(PoisonError::into_inner);
+        let verdict = front.admit(now, source.ip(), proven);
+        drop(front);
+        match verdict {
+            Verdict::Accept => self.handshake(now, source.ip(), datagram, worker),
             Verdict::Cookie { .. } => {
-                self.counters.cookies += 1;
-                self.factory.cookie_reply(now, OWN, source, datagram, reply)
+                let mut factory = self.factory.write().unwrap_or_else(PoisonError::into_inner);
+                let reply = &mut worker.reply;
+                let written = factory.cookie_reply(now, OWN, source, datagram, reply);
+                worker.counters.add(Event::Cookies, 1);
+                written.ok_or(Reason::BadMac)
             }
-            Verdict::Drop => {
-                self.counters.limited += 1;
-                None
-            }
+            Verdict::Drop => Err(Reason::Limited),
         }
     }
 
     fn handshake(
-        &mut self,
+        &self,
         now: MonoTime,
-        source: SocketAddr,
+        source: IpAddr,
         datagram: &[u8],
-        reply: &mut HandshakeBuffer,
-    ) -> Option<usize> {
-        let peer = self.factory.identify(OWN, datagram);
-        let Some((peer, member)) = peer.and_then(|key| Some((key, self.members.get_mut(&key)?)))
-        else {
-            self.counters.strangers += 1;
-            return None;
-        };
-        let engine = match &mut member.engine {
-            Some(engine) => engine,
-            none => {
-                let config = EngineConfig {
-                    own: OWN,
-                    peer,
-                    preshared: None,
-                    keepalive: None,
-                    index: member.index,
-                    seed: member.seed,
-                };
-                let engine = none.insert(self.factory.create(now, config));
-                // A member that goes silent behind an answer would be sought for 90 s, and lose its session.
-                engine.retire();
-                engine
-            }
-        };
-        match engine.handle_handshake(now, source.ip(), datagram, reply) {
-            Ok(outcome) => {
-                self.counters.handshakes += 1;
-                Some(outcome.reply_len)
-            }
-            Err(_) => {
-                self.counters.refused += 1;
-                None
-            }
+        worker: &mut Worker,
+    ) -> Result<usize, Reason> {
+        let peer = self.factory().identify(OWN, datagram);
+        let client = peer.and_then(|key| self.registry.member(key.as_bytes()));
+        let client = client.ok_or(Reason::Stranger)?;
+        let mut control = client.control();
+        if control.revoked {
+            return Err(Reason::Stranger);
         }
+        let mut outcome = self.engine(now, &client, &mut control).handle_handshake(
+            now,
+            source,
+            datagram,
+            &mut worker.reply,
+        );
+        if outcome == Err(EngineError::StaleInitiation)
+            && !control.is_living(now)
+            && client.old_initiation.is_due(now, RELAY_OLD_INITIATION_PAUSE)
+        {
+            self.set_aside(&client, &mut control);
+            let engine = self.engine(now, &client, &mut control);
+            outcome = engine.handle_handshake(now, source, datagram, &mut worker.reply);
+        }
+        let length = outcome.map_err(|_| Reason::BadHandshake)?.reply_len;
+        let wire = worker.reply.get(RESPONSE_SENDER).and_then(|at| at.first_chunk());
+        control.answered(now, wire.map_or(0, |wire| u32::from_le_bytes(*wire)));
+        worker.counters.add(Event::Handshakes, 1);
+        Ok(length)
+    }
+
+    fn factory(&self) -> RwLockReadGuard<'_, F> {
+        self.factory.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The member's engine, made when there is none.
+    fn engine<'a>(
+        &self,
+        now: MonoTime,
+        client: &Client<F::Engine>,
+        control: &'a mut Control<F::Engine>,
+    ) -> &'a mut F::Engine {
+        let (index, seed) = (control.index, control.seed);
+        control.engine.get_or_insert_with(|| {
+            let config = EngineConfig {
+                own: OWN,
+                peer: client.key,
+                preshared: None,
+                keepalive: None,
+                index,
+                seed,
+            };
+            let mut factory = self.factory.write().unwrap_or_else(PoisonError::into_inner);
+            let mut engine = factory.create(now, config);
+            // A member that goes silent behind an answer would be sought for 90 s, and lose its session.
+            engine.retire();
+            engine
+        })
     }
 
     fn transport(
-        &mut self,
+        &self,
         now: MonoTime,
-        source: SocketAddr,
-        index: u32,
-        datagram: &[u8],
-        reply: &mut HandshakeBuffer,
-    ) -> Option<usize> {
-        let index = self.factory.local_index(index) >> 8;
-        let answered = self.question(now, index, datagram).and_then(|(peer, token)| {
-            let address = SocketAddr::new(source.ip().to_canonical(), source.port());
-            let frame = Frame::YourAddressIs { token, address };
-            let written = self.answer(now, &peer, index, frame, reply);
-            self.renew_spent(peer);
-            written
-        });
-        match answered {
-            Ok(length) => {
-                self.counters.answers += 1;
-                Some(length)
-            }
-            Err(Refused::Keepalive) => None,
-            Err(Refused::Datagram) => {
-                self.counters.refused += 1;
-                None
+        arrival: &Arrival,
+        wire: u32,
+        datagram: &mut [u8],
+        worker: &mut Worker,
+        out: &mut impl Outlet,
+    ) -> Result<usize, Reason> {
+        let index = self.factory().local_index(wire) >> 8;
+        let client = self.registry.at_index(index).ok_or(Reason::Unopened)?;
+        let counter = datagram.get(TRANSPORT_COUNTER).and_then(|at| at.first_chunk());
+        let counter = counter.map_or(0, |counter| u64::from_le_bytes(*counter));
+        let mut control = client.control();
+        let engine = control.engine_at(index).ok_or(Reason::Unopened)?;
+        let opened = open(engine, now, datagram, worker).ok_or(Reason::Unopened)?;
+        let before = client.reach(now);
+        if let Some(registration) = control.opened(wire, counter, arrival.from) {
+            self.registry.register(&client, &control, registration);
+        }
+        let moved = client.reach(now).filter(|reach| before != Some(*reach));
+        let written = self.answer(now, arrival, &client, &mut control, index, opened, worker);
+        drop(control);
+        if let Some(reach) = moved {
+            worker.counters.add(Event::Registrations, 1);
+            if self.leaving.load(Ordering::Relaxed) {
+                self.tell_leaving(now, &client, &reach, worker, out);
+                return Ok(0);
             }
         }
+        written
     }
 
-    fn question(
-        &mut self,
-        now: MonoTime,
-        index: u32,
-        datagram: &[u8],
-    ) -> Result<(PublicKey, u64), Refused> {
-        let peer = *self.by_index.get(&index).ok_or(Refused::Datagram)?;
-        let engine = self.members.get_mut(&peer).and_then(|member| member.engine_at(index));
-        let engine = engine.ok_or(Refused::Datagram)?;
-        let mut input = [0; RECEIVE_BYTES];
-        let input = input.get_mut(..datagram.len()).ok_or(Refused::Datagram)?;
-        input.copy_from_slice(datagram);
-        let whole = 0..datagram.len();
-        let mut used = 0;
-        self.results.clear();
-        let burst = OpenBurst {
-            input,
-            datagrams: std::slice::from_ref(&whole),
-            output: self.opened.as_mut_slice(),
-            output_used: &mut used,
-            results: &mut self.results,
-        };
-        engine.open(now, burst);
-        let opened = self.results.pop().and_then(Result::ok).ok_or(Refused::Datagram)?;
-        if opened.is_empty() {
-            return Err(Refused::Keepalive);
-        }
-        let packet = self.opened.get(opened).ok_or(Refused::Datagram)?;
-        match Frame::decode(packet) {
-            Ok(Frame::WhatIsMyAddress { token }) => Ok((peer, token)),
-            Ok(_) | Err(_) => Err(Refused::Datagram),
-        }
-    }
-
+    /// What an opened message asks for; `worker.reply` has the answer.
+    #[allow(clippy::too_many_arguments)] // of one message, and its session
     fn answer(
-        &mut self,
+        &self,
         now: MonoTime,
-        peer: &PublicKey,
+        arrival: &Arrival,
+        client: &Arc<Client<F::Engine>>,
+        control: &mut Control<F::Engine>,
         index: u32,
-        frame: Frame,
-        reply: &mut HandshakeBuffer,
-    ) -> Result<usize, Refused> {
-        let engine = self.members.get_mut(peer).and_then(|member| member.engine_at(index));
-        seal_frame(engine.ok_or(Refused::Datagram)?, now, frame, reply).ok_or(Refused::Datagram)
+        opened: Range<usize>,
+        worker: &mut Worker,
+    ) -> Result<usize, Reason> {
+        if opened.is_empty() {
+            return Ok(0);
+        }
+        let packet = worker.opened.get(opened).ok_or(Reason::NoFrame)?;
+        let Ok(Frame::WhatIsMyAddress { token }) = Frame::decode(packet) else {
+            return Err(Reason::NoFrame);
+        };
+        let mut address = arrival.from.source.address();
+        address.set_ip(address.ip().to_canonical());
+        let frame = Frame::YourAddressIs { token, address };
+        let engine = control.engine_at(index).ok_or(Reason::Unopened)?;
+        let written = seal_frame(engine, now, frame, &mut worker.reply).ok_or(Reason::Unopened);
+        worker.counters.add(Event::Answers, usize::from(written.is_ok()));
+        // After a question alone: initiations may be recorded ones, and a new engine remembers none.
+        if control.engine.as_ref().is_some_and(Engine::spent) {
+            self.set_aside(client, control);
+        }
+        written
     }
 
-    /// Sets an engine aside whose indexes are used up; the next handshake makes another, under another index. After a
-    /// question alone: initiations may be recorded ones, and a new engine remembers none.
-    fn renew_spent(&mut self, peer: PublicKey) {
-        let Some(member) = self.members.get_mut(&peer) else { return };
-        let Some(engine) = member.engine.take_if(|engine| engine.spent()) else { return };
-        let mut index = member.index;
+    /// Sets an engine aside; the next handshake makes another, under another index.
+    fn set_aside(&self, client: &Arc<Client<F::Engine>>, control: &mut Control<F::Engine>) {
+        let Some(engine) = control.engine.take() else { return };
+        let seed = &mut control.seed;
         // Seen on the wire, an index must not tell the next one.
-        while self.by_index.contains_key(&index) {
+        let index = self.registry.take_index(client, || {
             let mut hasher = DefaultHasher::new();
-            member.seed.hash(&mut hasher);
-            member.seed = hasher.finish();
-            index = (member.seed >> 40) as u32;
-        }
-        self.by_index.insert(index, peer);
-        let old = std::mem::replace(&mut member.index, index);
-        if let Some((gone, _)) = member.previous.replace((old, engine)) {
-            self.by_index.remove(&gone);
+            seed.hash(&mut hasher);
+            *seed = hasher.finish();
+            (*seed >> 40) as u32
+        });
+        let old = std::mem::replace(&mut control.index, index);
+        if let Some((gone, _)) = control.previous.replace((old, engine)) {
+            self.registry.free_index(gone);
         }
     }
 }
 
-/// Why a transport message got no answer.
-enum Refused {
-    Keepalive,
-    Datagram,
+/// Opens one control datagram: where in `worker.opened` the packet stands.
+fn open<E: Engine>(
+    engine: &mut E,
+    now: MonoTime,
+    datagram: &mut [u8],
+    worker: &mut Worker,
+) -> Option<Range<usize>> {
+    if datagram.len() > RECEIVE_BYTES {
+        return None;
+    }
+    let whole = 0..datagram.len();
+    let mut used = 0;
+    worker.results.clear();
+    let burst = OpenBurst {
+        input: datagram,
+        datagrams: std::slice::from_ref(&whole),
+        output: worker.opened.as_mut_slice(),
+        output_used: &mut used,
+        results: &mut worker.results,
+    };
+    engine.open(now, burst);
+    worker.results.pop().and_then(Result::ok)
 }
 
 /// Writes a sealed frame into `out`; returns its length.
@@ -362,9 +512,9 @@ pub(super) fn seal_frame<E: Engine>(
     frame: Frame,
     out: &mut HandshakeBuffer,
 ) -> Option<usize> {
-    let buffer = out.get_mut(..DATAGRAM_BYTES)?;
+    let slot = 0..TRANSPORT_HEADER_BYTES + frame.packet_len() + TAG_BYTES;
+    let buffer = out.get_mut(slot.clone())?;
     frame.encode(buffer.get_mut(TRANSPORT_HEADER_BYTES..)?).ok()?;
-    let slot = 0..DATAGRAM_BYTES;
     engine.seal(now, SealBatch { buffer, slots: std::slice::from_ref(&slot) }).ok()?;
-    Some(DATAGRAM_BYTES)
+    Some(slot.end)
 }
