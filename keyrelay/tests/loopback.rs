@@ -1,59 +1,17 @@
 //! The built binary on loopback, both families.
 
 #![allow(clippy::expect_used)] // helpers of a test say what failed by panicking
-use std::io::{BufRead, BufReader};
+mod support;
+
 use std::net::{SocketAddr, UdpSocket};
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use mesh_types::key::PublicKey;
-use tempfile::TempDir;
 use wg_engine::{generate_private_key, public_key};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_keyrelay");
-
-/// A running relay; ended with the test.
-struct Running {
-    child: Child,
-    address: SocketAddr,
-    key: String,
-    _folder: TempDir,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn start(listen: &str, members: &[PublicKey]) -> Running {
-    let folder = tempfile::tempdir().expect("a folder");
-    let keys: String = members.iter().map(|key| format!("{key}\n")).collect();
-    std::fs::write(folder.path().join("members"), keys).expect("a keys file");
-    let mut child = Command::new(PROGRAM)
-        .args(["run", "--listen", listen, "--private-key-file"])
-        .arg(folder.path().join("key"))
-        .arg("--keys-file")
-        .arg(folder.path().join("members"))
-        .env_remove("RUST_LOG")
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the relay starts");
-    let mut log = BufReader::new(child.stderr.take().expect("its log"));
-    let mut line = String::new();
-    while !line.contains("listening") {
-        line.clear();
-        assert_ne!(log.read_line(&mut line).expect("a line"), 0, "the relay ended");
-    }
-    let value = |name: &str| {
-        let (_, rest) = line.split_once(&format!(" {name}=")).expect("a field");
-        rest.split_whitespace().next().expect("a value").to_owned()
-    };
-    let address = value("address").parse().expect("an address");
-    Running { child, address, key: value("key"), _folder: folder }
-}
+use support::{PROGRAM, start};
 
 fn write_key(folder: &Path) -> (std::path::PathBuf, PublicKey) {
     let path = folder.join("client");

@@ -2,6 +2,7 @@
 
 mod abuse;
 mod carrying;
+mod cost;
 mod session;
 
 use std::net::SocketAddr;
