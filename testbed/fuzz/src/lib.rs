@@ -5,6 +5,7 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)] // a target says what failed by panicking
 
 mod engine;
+mod keyrelay;
 mod packet;
 mod tunnel;
 mod uapi;
@@ -26,6 +27,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("tunnel_tun", tunnel::tun),
     ("uapi", uapi::lines),
     ("handshake", engine::handshake),
+    ("relay_datagrams", keyrelay::datagrams),
+    ("relay_frames", keyrelay::frames),
 ];
 
 /// Runs the target called `name`.
