@@ -95,7 +95,8 @@ fn without_own_fields(node: &Value) -> Value {
         metadata.remove("managedFields");
         metadata.remove("resourceVersion");
         if let Some(Value::Object(notes)) = metadata.get_mut("annotations") {
-            for own in [annotations::PUBLIC_KEY, annotations::ENDPOINTS, annotations::VERSION] {
+            let said = [annotations::PUBLIC_KEY, annotations::ENDPOINTS, annotations::VERSION];
+            for own in said.into_iter().chain([annotations::OVERLAY, annotations::KEYRELAY]) {
                 notes.remove(own);
             }
             if notes.is_empty() {
