@@ -181,6 +181,10 @@ pub const GSO_REFUSED_DESTINATIONS_MAX: usize = 1_024;
 /// take 110 unless told otherwise) has 500; a daemon keeps it at that.
 pub const SOURCES_UNPRUNED_MAX: usize = 2_048;
 
+/// Datagrams of ours remembered while their fragments come back from the device: those in its queues at one time. What is
+/// forgotten goes round once more, in fragments.
+pub const OWN_FRAGMENTS_MAX: usize = 64;
+
 /// Links of ours the kernel watch knows by index: pods (a kubelet takes a few hundred) and the TUN. What befalls the
 /// addresses of more is seen at the next slow turn.
 pub const WATCH_LINKS_MAX: usize = 8_192;

@@ -9,6 +9,7 @@
 //! ```
 //! Handshakes have rings of their own, so that no flood of packets or datagrams is in their way.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use mesh_core::tunnel::Tunnel;
 use mesh_core::tunnel::config::{Admitted, UdpMeta};
 use mesh_core::tunnel::engine::EngineFactory;
 use mesh_core::tunnel::steer::Share;
+use mesh_types::key::PublicKey;
 use mesh_types::time::MonoTime;
 
 use super::Mailbox;
@@ -188,6 +190,13 @@ impl Exchange {
             if to.packets.is_stuck() {
                 self.stuck_since.get_or_insert(now);
             }
+        }
+    }
+
+    /// Tells the other shards where a peer of ours was heard.
+    pub(super) fn tell_place(&self, key: PublicKey, at: SocketAddr) {
+        for to in self.to.iter().flatten() {
+            to.packets.mailbox().note_place(key, at);
         }
     }
 

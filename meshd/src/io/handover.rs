@@ -80,6 +80,10 @@ impl Bell {
         }
     }
 
+    pub(super) fn mailbox(&self) -> &Mailbox {
+        &self.mailbox
+    }
+
     /// Whether the shard may sleep; whoever sends from then on rings.
     pub(super) fn lie_down(&self) -> bool {
         self.asleep.store(true, Ordering::SeqCst);
@@ -142,6 +146,11 @@ impl<M> Outbox<M> {
 
     pub(super) fn has_unsent(&self) -> bool {
         !self.in_hand.items.is_empty()
+    }
+
+    /// Where the other shard is told what is no packet.
+    pub(super) fn mailbox(&self) -> &Mailbox {
+        self.bell.mailbox()
     }
 
     /// Lets go of what is in hand; false if it stays there, since the ring is full.

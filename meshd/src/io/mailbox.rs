@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, bail};
 use mesh_core::tunnel::engine::OwnKeyId;
 use mesh_types::key::{PrivateKey, PublicKey};
-use mesh_types::limits::SNAPSHOT_REQUESTS_MAX;
+use mesh_types::limits::{NODES_MAX, SNAPSHOT_REQUESTS_MAX};
 use netcfg::udp::UdpSocket;
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -32,6 +32,8 @@ pub(super) struct Letters<P, T, S> {
     /// Where peers are, as an operator says; of one peer the last word counts, so there are at most as many as peers.
     pub(super) endpoints: BTreeMap<PublicKey, SocketAddr>,
     pub(super) own_addresses: Option<Vec<SocketAddr>>,
+    /// Where peers of other shards were heard; of one peer the last word counts.
+    pub(super) places: BTreeMap<PublicKey, SocketAddr>,
     pub(super) initiate_all: bool,
     pub(super) initiate_anew: bool,
     pub(super) initiate_forgotten: bool,
@@ -48,6 +50,7 @@ impl<P, T, S> Default for Letters<P, T, S> {
             own_key: None,
             endpoints: BTreeMap::new(),
             own_addresses: None,
+            places: BTreeMap::new(),
             initiate_all: false,
             initiate_anew: false,
             initiate_forgotten: false,
@@ -102,6 +105,15 @@ impl<P, T, S> Mailbox<P, T, S> {
             letters.own_key = own_key.or(letters.own_key.take());
             letters.peers = Some(peers);
             letters.endpoints.extend(endpoints);
+        });
+    }
+
+    /// Tells where a peer of another shard was heard.
+    pub(super) fn note_place(&self, key: PublicKey, at: SocketAddr) {
+        self.post(|letters| {
+            if letters.places.len() < NODES_MAX || letters.places.contains_key(&key) {
+                letters.places.insert(key, at);
+            }
         });
     }
 

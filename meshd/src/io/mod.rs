@@ -275,13 +275,12 @@ fn share_out(
     let one = |index| {
         let (on_event, tun_lost) = (Arc::clone(&on_event), Arc::clone(tun_lost));
         let share = Share::new(index, count);
-        let remembered = remembered.iter().filter(|(key, _)| share.owner(key) == index);
         DataPlaneOptions {
             tunnel: TunnelConfig { share, ..tunnel.clone() },
             own_key: own_key.clone(),
             seed: seeds.next(),
             busy_poll,
-            remembered: remembered.map(|(key, at)| (*key, *at)).collect(),
+            remembered: remembered.clone(),
             on_event: Box::new(move |event| {
                 if event != DataEvent::TunLost || !tun_lost.swap(true, Ordering::SeqCst) {
                     on_event.lock().unwrap_or_else(PoisonError::into_inner)(event);

@@ -193,6 +193,9 @@ impl Shard {
             while let Some(event) = tunnel.poll_event() {
                 if let Event::EndpointChanged { key, endpoint } = event {
                     self.remember(key, endpoint);
+                    if let Some(exchange) = &self.exchange {
+                        exchange.tell_place(key, endpoint);
+                    }
                 }
                 (self.on_event)(DataEvent::Tunnel(event));
             }
@@ -289,6 +292,10 @@ impl Shard {
         for (key, endpoint) in letters.endpoints {
             tunnel.set_endpoint(now, &key, endpoint);
             self.remember(key, endpoint);
+        }
+        for (key, at) in letters.places {
+            tunnel.note_endpoint(key, at);
+            self.remember(key, at);
         }
         if letters.initiate_all {
             tunnel.initiate_all(now);

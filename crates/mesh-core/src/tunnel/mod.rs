@@ -35,6 +35,7 @@ pub mod front;
 mod inbound;
 pub mod model;
 mod outbound;
+mod own;
 pub mod path;
 pub mod peers;
 mod relays;
@@ -64,6 +65,7 @@ use allowed_ips::AllowedIps;
 use engine::{EngineFactory, HandshakeBuffer, INITIATION_BYTES};
 use front::Front;
 use inbound::Receive;
+use own::OwnDatagrams;
 use path::{Endpoint, ProbeLimiter};
 use peers::{Peers, SplitMix64};
 use relays::Relays;
@@ -96,8 +98,7 @@ pub struct Tunnel<F: EngineFactory> {
     remembered: BTreeMap<PublicKey, SocketAddr>,
     /// Relays among the peers of all shards, and where this node can be reached, for peers that are to call.
     relays: Relays,
-    /// Port our datagrams leave from; 0: not known.
-    port: u16,
+    own_datagrams: OwnDatagrams,
     initiate_next: MonoTime,
     /// Whether they begin although one is unanswered.
     initiate_forced: bool,
@@ -131,7 +132,7 @@ impl<F: EngineFactory> Tunnel<F> {
             to_initiate: VecDeque::new(),
             remembered: BTreeMap::new(),
             relays: Relays::default(),
-            port: 0,
+            own_datagrams: OwnDatagrams::default(),
             initiate_next: MonoTime::ZERO,
             initiate_forced: false,
             forgotten_at: None,
@@ -178,7 +179,7 @@ impl<F: EngineFactory> Tunnel<F> {
     /// What is sent leaves from this port. A [`Setting::Device`] refuses to carry its own datagrams, which a route may
     /// lead back to it; in a mesh, marks and rules keep them out.
     pub fn set_port(&mut self, port: u16) {
-        self.port = port;
+        self.own_datagrams.port = port;
     }
 
     /// The socket cannot send several datagrams at once (any more): 1, or can: up to 64.

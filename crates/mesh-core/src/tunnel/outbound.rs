@@ -1,7 +1,5 @@
 //! From the TUN to the wire: find the peer, cut into slots, seal; or stage and begin a handshake.
 
-use std::net::SocketAddr;
-
 use mesh_types::time::MonoTime;
 
 use super::Tunnel;
@@ -11,7 +9,7 @@ use super::engine::{Engine, EngineError, EngineFactory};
 use super::path::Endpoint;
 use super::staging::Pushed;
 use super::transmit::{Flow, padded_len, slot_len};
-use crate::packet::{IpHeader, PROTOCOL_UDP, Segmenter, VnetHeader};
+use crate::packet::{IpHeader, Segmenter, VnetHeader};
 
 impl<F: EngineFactory> Tunnel<F> {
     /// Takes one TUN read: a packet or super-packet of one flow, so one lookup serves all its segments. Of a peer of
@@ -119,22 +117,17 @@ impl<F: EngineFactory> Tunnel<F> {
         }
     }
 
-    /// Whether a packet from the device is one of our own datagrams: from our port, to where a peer is. Carried, it
-    /// would come back longer for ever (the kernel refuses it as `ELOOP`, drivers/net/wireguard/socket.c). Only
-    /// what comes from our port costs a look at the peers.
-    fn is_own_datagram(&self, ip: &IpHeader, packet: &[u8]) -> bool {
-        if self.port == 0 || self.config.setting == Setting::Mesh {
+    /// Whether a packet from the device is one of our own datagrams. In a mesh, marks and rules keep them out.
+    fn is_own_datagram(&mut self, ip: &IpHeader, packet: &[u8]) -> bool {
+        if self.config.setting == Setting::Mesh {
             return false;
         }
-        let Some((PROTOCOL_UDP, at)) = ip.transport(packet) else { return false };
-        let ports = packet.get(at..).and_then(|udp| udp.first_chunk::<4>());
-        let Some([s0, s1, d0, d1]) = ports else { return false };
-        if u16::from_be_bytes([*s0, *s1]) != self.port {
-            return false;
-        }
-        let to = SocketAddr::new(ip.destination, u16::from_be_bytes([*d0, *d1]));
-        let mut peers = self.peers.slots().filter_map(|slot| self.peers.get(slot));
-        peers.any(|peer| peer.path.endpoint().is_some_and(|endpoint| endpoint.addr == to))
+        let Self { own_datagrams, peers, foreign, .. } = self;
+        own_datagrams.is_own(ip, packet, |to| {
+            let mut own = peers.slots().filter_map(|slot| peers.get(slot));
+            own.any(|peer| peer.path.endpoint().is_some_and(|endpoint| endpoint.addr == to))
+                || foreign.is_at(to)
+        })
     }
 
     fn count_tx(&mut self, slot: u32, bytes: usize) {

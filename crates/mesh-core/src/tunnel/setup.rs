@@ -51,6 +51,7 @@ impl<F: EngineFactory> Tunnel<F> {
                 None => refused.push(PeerRefusal::TooMany { key: config.key }),
             }
         }
+        self.foreign.forget_places();
         self.front.set_known(configs.iter().flat_map(|c| &c.candidates).map(|a| a.ip()));
         refused
     }
@@ -116,13 +117,22 @@ impl<F: EngineFactory> Tunnel<F> {
     pub fn set_endpoint(&mut self, now: MonoTime, key: &PublicKey, addr: SocketAddr) {
         self.now = now;
         self.flush(now);
-        let Some(slot) = self.peers.slot_of(key) else { return };
+        let Some(slot) = self.peers.slot_of(key) else {
+            return self.note_endpoint(*key, addr);
+        };
         let Some(peer) = self.peers.get_mut(slot) else { return };
         let wants = !peer.staged.is_empty() || peer.config.keepalive.is_some();
         if peer.path.set_endpoint(addr) && wants && peer.sender(now).is_none() {
             peer.initiate_at = Some(now);
             peer.initiate_anew = true;
             self.peers.reschedule(now, slot);
+        }
+    }
+
+    /// The shard that owns this peer says where it is.
+    pub fn note_endpoint(&mut self, key: PublicKey, addr: SocketAddr) {
+        if self.config.share.owner(&key) != self.config.share.index() {
+            self.foreign.place(key, addr);
         }
     }
 
@@ -146,7 +156,12 @@ impl<F: EngineFactory> Tunnel<F> {
     fn set_peer_or_note_it(&mut self, now: MonoTime, config: &PeerConfig) -> Option<u32> {
         match self.config.share.owner(&config.key) {
             shard if shard == self.config.share.index() => self.set_peer(now, config),
-            shard => self.foreign.insert(config.key, shard),
+            shard => {
+                if let Some(addr) = self.remembered.remove(&config.key) {
+                    self.foreign.place(config.key, addr);
+                }
+                self.foreign.insert(config.key, shard)
+            }
         }
     }
 

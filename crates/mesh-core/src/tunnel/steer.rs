@@ -11,14 +11,16 @@
 //! ```
 //! With one shard everything is shard 0.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::ops::Range;
 
 use mesh_types::key::PublicKey;
-use mesh_types::limits::SHARDS_MAX;
+use mesh_types::limits::{NODES_MAX, SHARDS_MAX};
 
 use super::engine::{TYPE_COOKIE, TYPE_RESPONSE, TYPE_TRANSPORT};
 use super::front::Message;
+use super::path::plain;
 
 /// The shard that hears strangers.
 pub const FRONT: usize = 0;
@@ -201,12 +203,31 @@ pub(super) struct Foreign {
     /// With their shards; what a marked owner points at.
     peers: Vec<(PublicKey, usize)>,
     keys: BTreeSet<PublicKey>,
+    /// Where they are, as their owners tell.
+    places: BTreeMap<PublicKey, SocketAddr>,
 }
 
 impl Foreign {
     pub(super) fn clear(&mut self) {
         self.peers.clear();
         self.keys.clear();
+    }
+
+    /// Notes where a peer is; it may be one that is yet to be added.
+    pub(super) fn place(&mut self, key: PublicKey, at: SocketAddr) {
+        if self.places.len() < NODES_MAX || self.places.contains_key(&key) {
+            self.places.insert(key, plain(at));
+        }
+    }
+
+    /// Forgets where those are that are not here.
+    pub(super) fn forget_places(&mut self) {
+        self.places.retain(|key, _| self.keys.contains(key));
+    }
+
+    /// Whether one of them is there.
+    pub(super) fn is_at(&self, at: SocketAddr) -> bool {
+        self.places.values().any(|place| *place == at)
     }
 
     /// Adds a peer and returns how the table of allowed IPs names it.

@@ -1,10 +1,10 @@
 //! Machines whose peers are spread over several tunnels: who takes what, and what they must agree on.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use mesh_core::packet::{Ecn, VnetHeader};
-use mesh_core::tunnel::config::{Admitted, PeerRefusal};
+use mesh_core::tunnel::config::{Admitted, PeerRefusal, Setting};
 use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
 use mesh_core::tunnel::model::{ModelFactory, public_key};
 use mesh_core::tunnel::steer::{FRONT, Share};
@@ -13,7 +13,7 @@ use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::{ADMITTED_MAX, NODES_MAX};
 use mesh_types::time::MonoTime;
 
-use crate::network::{MTU, inner, net};
+use crate::network::{MTU, inner, ipv4, net};
 
 type Sent = (SocketAddr, SocketAddr, usize, Vec<u8>);
 
@@ -286,4 +286,66 @@ fn a_front_that_nobody_collects_from_forgets_what_is_too_much() {
     }
     assert_eq!(front.counters().dropped(DropReason::AdmittedFull), 3);
     assert_eq!(std::iter::from_fn(|| front.poll_admitted()).count(), ADMITTED_MAX);
+}
+
+/// An outer datagram of machine 0, or a fragment of one, by flags and offset.
+fn outer(to: SocketAddr, id: u8, fragment: [u8; 2]) -> Vec<u8> {
+    let IpAddr::V4(ip) = to.ip() else { panic!("IPv4") };
+    let ports = [PORT.to_be_bytes(), to.port().to_be_bytes(), [0, 16], [0, 0]].concat();
+    let mut packet = ipv4([10, 0, 0, 1], ip.octets(), 0, &[&ports[..], &[4; 8]].concat());
+    packet[5] = id;
+    packet[6..8].copy_from_slice(&fragment);
+    packet[9] = 17;
+    packet
+}
+
+const PORT: u16 = 5_555;
+
+#[test]
+fn a_datagram_to_one_shards_peer_led_into_anothers_prefix_is_not_carried_whole_or_in_parts() {
+    let config_of = |index| TunnelConfig {
+        share: Share::new(index, 2),
+        setting: Setting::Device,
+        ..TunnelConfig::default()
+    };
+    let device =
+        |index| Tunnel::new(config_of(index), ModelFactory::new(&private(0)), index as u64);
+    let mut machine = Machine { shards: (0..2).map(device).collect(), ..Machine::new(0, 2) };
+    let owner = |n: &usize| machine.share.owner(&key(*n));
+    let a = (1..20).find(|n| owner(n) == 0).expect("one of the first");
+    let b = (1..20).find(|n| owner(n) == 1).expect("one of the second");
+    machine.set_peers(&[config(a), config(b)]);
+    let by_hand: SocketAddr = format!("10.{b}.0.9:7777").parse().expect("an endpoint");
+    let heard: SocketAddr = format!("10.{a}.0.9:7777").parse().expect("an endpoint");
+    for (at, shard) in machine.shards.iter_mut().enumerate() {
+        shard.set_port(PORT);
+        // An operator tells all shards.
+        shard.set_endpoint(now(), &key(a), by_hand);
+        // What the owner heard it tells the others.
+        match at {
+            1 => shard.set_endpoint(now(), &key(b), heard),
+            _ => shard.note_endpoint(key(b), heard),
+        }
+    }
+    let mut dropped = 0;
+    for queue in 0..2 {
+        for to in [by_hand, heard] {
+            // Alone, and in three fragments.
+            for fragment in [[0x40, 0], [0x20, 0], [0x20, 9], [0, 18]] {
+                machine.send_from(queue, &outer(to, to.ip().to_string().as_bytes()[3], fragment));
+                dropped += 1;
+                assert_eq!(machine.dropped(DropReason::OwnDatagram), dropped, "{queue} {to}");
+            }
+        }
+    }
+    // Of somebody else: another datagram's fragment, and one to another port.
+    let others = machine.shards.iter().map(Tunnel::staged_bytes).sum::<usize>();
+    assert_eq!(others, 0);
+    machine.send_from(0, &outer(by_hand, 200, [0, 18]));
+    machine.send_from(0, &outer(SocketAddr::new(by_hand.ip(), 7_778), 0, [0x40, 0]));
+    assert_eq!(machine.dropped(DropReason::OwnDatagram), dropped);
+    // A peer that is gone is nowhere.
+    machine.set_peers(&[config(b)]);
+    machine.send_from(1, &outer(by_hand, 0, [0x40, 0]));
+    assert_eq!(machine.dropped(DropReason::OwnDatagram), dropped);
 }

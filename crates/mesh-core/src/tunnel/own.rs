@@ -1,0 +1,89 @@
+//! Whether a packet from the device is one of our own datagrams, which a route led back to us. Carried, it would come back
+//! longer for ever (the kernel refuses it as `ELOOP`, drivers/net/wireguard/socket.c).
+//!
+//! ```text
+//!  whole, or first fragment ─> UDP from our port to where a peer is? ─yes─> ours; a fragment's id is noted
+//!  later fragment           ─> id noted?                             ─yes─> ours
+//! ```
+//! A datagram longer than the device's MTU comes in fragments, of which only the first tells ports.
+
+use std::collections::VecDeque;
+use std::net::{IpAddr, SocketAddr};
+
+use mesh_types::limits::OWN_FRAGMENTS_MAX;
+
+use crate::packet::ip::{IPV6_HEADER_BYTES, IpVersion};
+use crate::packet::{IpHeader, PROTOCOL_UDP};
+
+const FRAGMENT_HEADER_BYTES: usize = 8;
+
+#[derive(Debug, Default)]
+pub(super) struct OwnDatagrams {
+    /// Port our datagrams leave from; 0: not known.
+    pub(super) port: u16,
+    /// Datagrams of ours of which the first fragment came, newest last.
+    fragmented: VecDeque<(IpAddr, IpAddr, u32)>,
+}
+
+/// What a fragment says of the datagram it is a part of.
+struct Fragment {
+    protocol: u8,
+    id: u32,
+    first: bool,
+    /// Where its payload begins.
+    at: usize,
+}
+
+impl Fragment {
+    fn of(ip: &IpHeader, packet: &[u8]) -> Option<Self> {
+        if ip.version == IpVersion::V4 {
+            let [i0, i1, f0, f1] = *packet.get(4..)?.first_chunk()?;
+            let id = u32::from(u16::from_be_bytes([i0, i1]));
+            let first = u16::from_be_bytes([f0, f1]) & 0x1fff == 0;
+            return Some(Self { protocol: ip.protocol, id, first, at: ip.header_len });
+        }
+        let [protocol, _, f0, f1, id @ ..] =
+            *packet.get(IPV6_HEADER_BYTES..)?.first_chunk::<FRAGMENT_HEADER_BYTES>()?;
+        let first = u16::from_be_bytes([f0, f1]) >> 3 == 0;
+        let at = IPV6_HEADER_BYTES + FRAGMENT_HEADER_BYTES;
+        Some(Self { protocol, id: u32::from_be_bytes(id), first, at })
+    }
+}
+
+impl OwnDatagrams {
+    /// Whether `packet` is ours; `is_peer` says whether a peer is at an address. Only what comes from our port costs that look.
+    pub(super) fn is_own(
+        &mut self,
+        ip: &IpHeader,
+        packet: &[u8],
+        is_peer: impl FnOnce(SocketAddr) -> bool,
+    ) -> bool {
+        if self.port == 0 {
+            return false;
+        }
+        let leaves_for_peer = |protocol, at: usize| {
+            let ports = packet.get(at..).and_then(|udp| udp.first_chunk::<4>());
+            let (PROTOCOL_UDP, Some([s0, s1, d0, d1])) = (protocol, ports) else { return false };
+            u16::from_be_bytes([*s0, *s1]) == self.port
+                && is_peer(SocketAddr::new(ip.destination, u16::from_be_bytes([*d0, *d1])))
+        };
+        if !ip.fragment {
+            return ip
+                .transport(packet)
+                .is_some_and(|(protocol, at)| leaves_for_peer(protocol, at));
+        }
+        let Some(fragment) = Fragment::of(ip, packet) else { return false };
+        let id = (ip.source, ip.destination, fragment.id);
+        if !fragment.first {
+            return self.fragmented.contains(&id);
+        }
+        let own = leaves_for_peer(fragment.protocol, fragment.at);
+        if own && !self.fragmented.contains(&id) {
+            if self.fragmented.len() >= OWN_FRAGMENTS_MAX {
+                self.fragmented.pop_front();
+            }
+            self.fragmented.push_back(id);
+        }
+        own
+    }
+}
