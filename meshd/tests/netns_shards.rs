@@ -11,7 +11,7 @@
 #[path = "support/privilege.rs"]
 mod privilege;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket as StdUdpSocket};
 use std::path::PathBuf;
@@ -27,7 +27,7 @@ use meshd::io::{DataPlane, DataPlaneOptions, DataSnapshot};
 use netcfg::netns::{self, Netns, run_in};
 use netcfg::route::{KernelRoute, TABLE_MAIN};
 use netcfg::tun::{Tun, TunOptions};
-use netcfg::udp::{RecvBatch, UdpOptions, UdpSocket};
+use netcfg::udp::{Received, RecvBatch, UdpOptions, UdpSocket};
 use netcfg::{addr, clock, link, route};
 use privilege::root;
 use wg_engine::BoringFactory;
@@ -98,6 +98,25 @@ impl Spoke {
         }
     }
 
+    fn run_timers(&mut self) {
+        let now = clock::now();
+        if self.tunnel.next_deadline().is_some_and(|(at, _)| at <= now) {
+            self.tunnel.handle_timeout(now);
+        }
+        self.tunnel.flush(now);
+    }
+
+    /// Datagrams to be sent, one by one.
+    fn ready(&mut self) -> VecDeque<(SocketAddr, Vec<u8>)> {
+        self.run_timers();
+        let mut all = VecDeque::new();
+        while let Some(sent) = self.tunnel.poll_transmit() {
+            let to = sent.dst;
+            all.extend(sent.bytes.chunks(sent.segment_len).map(|datagram| (to, datagram.to_vec())));
+        }
+        all
+    }
+
     fn send(&mut self, flow: u16, to: u16, number: u64) {
         let mut packet = vec![0x45, 0, 0, 36, 0, 0, 0x40, 0, 64, 17, 0, 0];
         packet.extend([10, 91, self.number, 1, 10, 90, 0, 1]);
@@ -113,33 +132,82 @@ impl Spoke {
 
     /// Takes what came and sends what is ready.
     fn pump(&mut self) {
-        let now = clock::now();
         while self.socket.recv(&mut self.batch).expect("receive") > 0 {
             for message in self.batch.iter() {
-                let ecn = Ecn::from_bits(message.ecn);
-                let (source, segment_len) = (message.source, message.segment_len);
-                let meta =
-                    UdpMeta { source, local: message.local, segment_len, ecn, carried: None };
-                let mut bytes = message.bytes.to_vec();
-                self.tunnel.handle_udp_input(now, &meta, &mut bytes);
-                while let Some(frame) = self.tunnel.poll_tun() {
-                    let packet: Vec<u8> = frame.pieces().flatten().copied().collect();
-                    let to = u16::from_be_bytes([packet[22], packet[23]]);
-                    let number = packet[28..].try_into().map(u64::from_be_bytes).ok();
-                    let expected = self.expected.entry(to).or_default();
-                    assert_eq!(number, Some(*expected), "out of order at peer {}", self.number);
-                    *expected += 1;
-                }
+                take(&mut self.tunnel, &mut self.expected, &message);
             }
         }
-        if self.tunnel.next_deadline().is_some_and(|(at, _)| at <= now) {
-            self.tunnel.handle_timeout(now);
-        }
-        self.tunnel.flush(now);
+        self.run_timers();
         while let Some(sent) = self.tunnel.poll_transmit() {
             let local = Some(Self::local(self.number));
             let (ecn, len) = (sent.ecn.bits(), sent.segment_len);
             self.socket.send(sent.dst, local, ecn, len, sent.bytes).expect("send");
+        }
+    }
+}
+
+/// Opens what came for a peer, and looks for its packets' numbers.
+fn take(
+    tunnel: &mut Tunnel<BoringFactory>,
+    expected: &mut BTreeMap<u16, u64>,
+    message: &Received<'_>,
+) {
+    let ecn = Ecn::from_bits(message.ecn);
+    let (source, segment_len) = (message.source, message.segment_len);
+    let meta = UdpMeta { source, local: message.local, segment_len, ecn, carried: None };
+    tunnel.handle_udp_input(clock::now(), &meta, &mut message.bytes.to_vec());
+    while let Some(frame) = tunnel.poll_tun() {
+        let packet: Vec<u8> = frame.pieces().flatten().copied().collect();
+        let to = u16::from_be_bytes([packet[22], packet[23]]);
+        let number = packet[28..].try_into().map(u64::from_be_bytes).ok();
+        let expected = expected.entry(to).or_default();
+        assert_eq!(number, Some(*expected), "out of order to port {to}");
+        *expected += 1;
+    }
+}
+
+/// One address behind which all peers are, and which sends what they send together.
+struct Together {
+    socket: UdpSocket,
+    batch: RecvBatch,
+}
+
+impl Together {
+    const LOCAL: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(127, 0, 2, 1));
+
+    fn new() -> Self {
+        let socket = UdpSocket::open(&UdpOptions::default()).expect("a socket");
+        Self { socket, batch: RecvBatch::new(4) }
+    }
+
+    fn address(&self) -> SocketAddr {
+        SocketAddr::new(Self::LOCAL, self.socket.local_port())
+    }
+
+    fn pump(&mut self, spokes: &mut [Spoke]) {
+        while self.socket.recv(&mut self.batch).expect("receive") > 0 {
+            for message in self.batch.iter() {
+                // Whose it is not has no such index.
+                for spoke in &mut *spokes {
+                    take(&mut spoke.tunnel, &mut spoke.expected, &message);
+                }
+            }
+        }
+        let mut ready: Vec<_> = spokes.iter_mut().map(Spoke::ready).collect();
+        for turn in 0.. {
+            let next: Vec<_> = ready.iter_mut().filter_map(VecDeque::pop_front).collect();
+            let Some((to, first)) = next.first() else { return };
+            let len = first.len();
+            // What the kernel would merge, and then what it would not.
+            if turn % 2 == 0 && next.iter().all(|(_, datagram)| datagram.len() == len) {
+                let all: Vec<u8> = next.iter().flat_map(|(_, datagram)| datagram.clone()).collect();
+                self.socket.send(*to, Some(Self::LOCAL), 0, len, &all).expect("send");
+                continue;
+            }
+            for (to, datagram) in next {
+                let len = datagram.len();
+                self.socket.send(to, Some(Self::LOCAL), 0, len, &datagram).expect("send");
+            }
         }
     }
 }
@@ -178,6 +246,8 @@ struct Field {
     netns: Netns,
     data: Option<DataPlane>,
     spokes: Vec<Spoke>,
+    /// All peers are behind it.
+    together: Option<Together>,
     programs: Vec<Program>,
     sent_up: u64,
     sent_down: u64,
@@ -203,8 +273,8 @@ fn hub_device(shards: usize) -> anyhow::Result<Vec<Tun>> {
 }
 
 impl Field {
-    fn new(shards: usize) -> Self {
-        let path = PathBuf::from(format!("/run/meshd-shards-{}-{shards}", std::process::id()));
+    fn new(name: &str, shards: usize) -> Self {
+        let path = PathBuf::from(format!("/run/meshd-{name}-{}-{shards}", std::process::id()));
         let netns = Netns::create(&path).expect("a namespace");
         let (tuns, sockets) = run_in(&netns, || {
             let tuns = hub_device(shards)?;
@@ -238,7 +308,8 @@ impl Field {
         })
         .expect("peers and programs");
         data.set_peers(spokes.iter().map(Spoke::as_peer).collect());
-        Self { path, netns, data: Some(data), spokes, programs, sent_up: 0, sent_down: 0 }
+        let (data, together) = (Some(data), None);
+        Self { path, netns, data, spokes, together, programs, sent_up: 0, sent_down: 0 }
     }
 
     fn snapshot(&self) -> DataSnapshot {
@@ -268,7 +339,10 @@ impl Field {
     fn wait(&mut self) {
         let begun = Instant::now();
         loop {
-            self.spokes.iter_mut().for_each(Spoke::pump);
+            match &mut self.together {
+                Some(together) => together.pump(&mut self.spokes),
+                None => self.spokes.iter_mut().for_each(Spoke::pump),
+            }
             self.programs.iter_mut().for_each(Program::pump);
             let down: u64 = self.spokes.iter().flat_map(|spoke| spoke.expected.values()).sum();
             let up: u64 = self.programs.iter().map(|program| program.expected).sum();
@@ -295,7 +369,7 @@ fn every_packet_of_every_flow_arrives_in_order_whichever_shard_owns_its_peer() {
         return;
     }
     for shards in [1, 2, 3, 4] {
-        let mut field = Field::new(shards);
+        let mut field = Field::new("apart", shards);
         // Of every second peer the node begins the handshake, of the others they do.
         field.round(1, |spoke| spoke % 2 == 1, |spoke| spoke % 2 == 0);
         for _ in 0..200 {
@@ -323,5 +397,34 @@ fn every_packet_of_every_flow_arrives_in_order_whichever_shard_owns_its_peer() {
         assert_eq!(handed.packets > 0, shards > 1, "{handed:?}");
         assert_eq!(handed.handshakes > 0, shards > 1, "initiations come to the front: {handed:?}");
         assert_eq!(handed.datagrams, 0, "the kernel's filter steers the rest: {handed:?}");
+    }
+}
+
+#[test]
+fn packets_of_many_peers_behind_one_address_stay_in_order_though_the_kernel_merges_them() {
+    if !root() {
+        return;
+    }
+    for shards in [1, 2, 4] {
+        let mut field = Field::new("together", shards);
+        let together = run_in(&field.netns, || Ok(Together::new())).expect("a socket");
+        let candidates = vec![together.address()];
+        let peer = |spoke: &Spoke| PeerConfig { candidates: candidates.clone(), ..spoke.as_peer() };
+        field.data.as_ref().expect("running").set_peers(field.spokes.iter().map(peer).collect());
+        field.together = Some(together);
+        field.round(1, every, |_| false);
+        // What a shard has heard it tells after that turn, the front hears of it in another, and acts at its end.
+        for _ in 0..3 {
+            field.snapshot();
+        }
+        // So many handshakes of one address meet its limit, before.
+        let before = field.snapshot();
+        for _ in 0..100 {
+            field.round(BURST, every, every);
+        }
+        let after = field.snapshot();
+        assert_eq!(after.drops(), before.drops(), "{shards} shards");
+        let handed = after.handover.datagrams - before.handover.datagrams;
+        assert_eq!(handed > 0, shards > 1, "one socket takes them all: {handed}");
     }
 }

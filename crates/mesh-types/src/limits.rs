@@ -185,6 +185,10 @@ pub const SOURCES_UNPRUNED_MAX: usize = 2_048;
 /// forgotten goes round once more, in fragments.
 pub const OWN_FRAGMENTS_MAX: usize = 64;
 
+/// Addresses shared by peers of several shards of which one socket takes everything: `keyrelay`s and endpoints of networks behind
+/// one address. Each costs up to nine instructions for every datagram; what comes from more may be overtaken.
+pub const GATHERED_ADDRESSES_MAX: usize = 16;
+
 /// Links of ours the kernel watch knows by index: pods (a kubelet takes a few hundred) and the TUN. What befalls the
 /// addresses of more is seen at the next slow turn.
 pub const WATCH_LINKS_MAX: usize = 8_192;

@@ -34,7 +34,7 @@ mod snapshot;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -44,8 +44,9 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, ensure};
 use mesh_core::tunnel::config::{Event, PeerConfig, PeerRefusal, TunnelConfig};
 use mesh_core::tunnel::engine::OwnKeyId;
+use mesh_core::tunnel::filter;
 use mesh_core::tunnel::peers::SplitMix64;
-use mesh_core::tunnel::steer::{self, Share};
+use mesh_core::tunnel::steer::Share;
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::SHARDS_MAX;
 use netcfg::tun::Tun;
@@ -255,9 +256,14 @@ const DEFAULT_SHARDS_MAX: usize = 4;
 
 /// Sockets for so many shards, each of which gets what its peers send.
 pub fn open_sockets(options: &UdpOptions, shards: usize) -> anyhow::Result<Vec<UdpSocket>> {
-    let filter = steer::filter(shards)
-        .map(|it| FilterInstruction(it.code, it.jump_true, it.jump_false, it.k));
-    UdpSocket::open_group(options, shards, &filter)
+    UdpSocket::open_group(options, shards, &filter_of(shards, &[]))
+}
+
+fn filter_of(shards: usize, gathered: &[IpAddr]) -> Vec<FilterInstruction> {
+    let program = filter::filter(shards, gathered);
+    let raw =
+        program.iter().map(|it| FilterInstruction(it.code, it.jump_true, it.jump_false, it.k));
+    raw.collect()
 }
 
 /// The options of each of `count` shards. Control hears each event once.

@@ -3,7 +3,6 @@
 
 mod handed;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,10 +13,12 @@ use mesh_core::packet::{CoalesceOptions, Ecn, VNET_HEADER_BYTES, VnetHeader};
 use mesh_core::tunnel::Tunnel;
 use mesh_core::tunnel::config::{Event, PeerConfig, TunnelConfig, UdpMeta};
 use mesh_core::tunnel::engine::{EngineFactory as _, OwnKeyId};
+use mesh_core::tunnel::places::Places;
+use mesh_core::tunnel::steer::FRONT;
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::{
-    NODES_MAX, TUN_DRAIN_BYTES, TUN_DRAIN_READS, TUN_QUEUES_PER_SHARD, UDP_DRAIN_BUFFERS,
-    UDP_DRAIN_BYTES, UDP_RECV_MESSAGES_MAX,
+    TUN_DRAIN_BYTES, TUN_DRAIN_READS, TUN_QUEUES_PER_SHARD, UDP_DRAIN_BUFFERS, UDP_DRAIN_BYTES,
+    UDP_RECV_MESSAGES_MAX,
 };
 use mesh_types::time::MonoTime;
 use netcfg::clock;
@@ -31,7 +32,7 @@ use super::busy_poll::BusyPoll;
 use super::exchange::Exchange;
 use super::frame::{Device, FrameWriter, PACKET_BYTES_MAX};
 use super::snapshot::{DataSnapshot, Past, ShardCounters};
-use super::{DataEvent, DataPlaneOptions, Mailbox, OnEvent};
+use super::{DataEvent, DataPlaneOptions, Mailbox, OnEvent, filter_of};
 
 /// First pause after a panic, doubled for each that follows within [`CALM`] up to [`RESTART_PAUSE_MAX`]:
 /// a peer set that always panics must not burn a core.
@@ -59,8 +60,8 @@ pub(super) struct Shard {
     peers: Arc<Vec<PeerConfig>>,
     /// Where this node can be reached.
     own_addresses: Vec<SocketAddr>,
-    /// Where peers were last heard, in this life or one before.
-    remembered: BTreeMap<PublicKey, SocketAddr>,
+    /// Where the peers of all shards were last heard, in this life or one before.
+    places: Places,
     tun: Option<Tun>,
     /// The device is not read before this instant.
     tun_paused_until: MonoTime,
@@ -72,6 +73,8 @@ pub(super) struct Shard {
     batch: RecvBatch,
     counters: ShardCounters,
     past: Past,
+    /// The kernel's filter may be another now.
+    steer_anew: bool,
     /// Rings to the other shards, if there are any.
     exchange: Option<Exchange>,
     /// Whose packets come first in the next turn.
@@ -102,6 +105,9 @@ impl Shard {
         exchange: Option<Exchange>,
     ) -> Self {
         let DataPlaneOptions { tunnel, own_key, seed, busy_poll, remembered, on_event } = options;
+        let mut places = Places::new(tunnel.share);
+        let steer_anew =
+            remembered.into_iter().fold(false, |anew, (key, at)| places.note(key, at) | anew);
         let features = tun.features();
         let messages = if udp.features().gro { UDP_DRAIN_BUFFERS } else { UDP_RECV_MESSAGES_MAX };
         Self {
@@ -112,7 +118,7 @@ impl Shard {
             mailbox,
             peers: Arc::default(),
             own_addresses: Vec::new(),
-            remembered,
+            places,
             tun_paused_until: MonoTime::ZERO,
             tun_buffer: vec![0; VNET_HEADER_BYTES + PACKET_BYTES_MAX],
             writer: FrameWriter::new(features.vnet_hdr),
@@ -122,6 +128,7 @@ impl Shard {
             batch: RecvBatch::new(messages),
             counters: ShardCounters::default(),
             past: Past::default(),
+            steer_anew,
             exchange,
             handed_next: 0,
             busy_poll: BusyPoll::new(busy_poll),
@@ -158,7 +165,7 @@ impl Shard {
         tunnel.set_port(self.udp.local_port());
         let features = self.tun.as_ref().map(Tun::features).unwrap_or_default();
         tunnel.set_coalesce(possible(self.config.coalesce, features));
-        tunnel.remember(self.remembered.iter().map(|(key, endpoint)| (*key, *endpoint)));
+        tunnel.remember(self.places.iter());
         tunnel.set_own_addresses(self.own_addresses.clone());
         if !self.peers.is_empty() {
             self.apply_peers(&mut tunnel, clock::now());
@@ -192,13 +199,14 @@ impl Shard {
             }
             while let Some(event) = tunnel.poll_event() {
                 if let Event::EndpointChanged { key, endpoint } = event {
-                    self.remember(key, endpoint);
+                    self.note_place(key, endpoint);
                     if let Some(exchange) = &self.exchange {
                         exchange.tell_place(key, endpoint);
                     }
                 }
                 (self.on_event)(DataEvent::Tunnel(event));
             }
+            self.steer();
         }
     }
 
@@ -277,6 +285,8 @@ impl Shard {
             self.udp = udp;
             tunnel.set_port(self.udp.local_port());
             self.udp_paused_until = MonoTime::ZERO;
+            // A new group has the filter of one without such addresses.
+            self.steer_anew |= !self.places.gathered().is_empty();
         }
         if let Some((id, key)) = letters.own_key {
             self.change_own_key(tunnel, id, key, now);
@@ -291,11 +301,11 @@ impl Shard {
         }
         for (key, endpoint) in letters.endpoints {
             tunnel.set_endpoint(now, &key, endpoint);
-            self.remember(key, endpoint);
+            self.note_place(key, endpoint);
         }
         for (key, at) in letters.places {
             tunnel.note_endpoint(key, at);
-            self.remember(key, at);
+            self.note_place(key, at);
         }
         if letters.initiate_all {
             tunnel.initiate_all(now);
@@ -314,10 +324,21 @@ impl Shard {
         false
     }
 
-    /// For a tunnel made anew after a panic.
-    fn remember(&mut self, key: PublicKey, endpoint: SocketAddr) {
-        if self.remembered.len() < NODES_MAX || self.remembered.contains_key(&key) {
-            self.remembered.insert(key, endpoint);
+    /// For a tunnel made anew after a panic, and for the filter.
+    fn note_place(&mut self, key: PublicKey, at: SocketAddr) {
+        self.steer_anew |= self.places.note(key, at);
+    }
+
+    /// Has the kernel bring what comes from addresses that peers of several shards share to one of them. One shard sees to it
+    /// for all, and all hear of the same places.
+    fn steer(&mut self) {
+        let sees_to_it = self.exchange.is_some() && self.config.share.index() == FRONT;
+        if !std::mem::take(&mut self.steer_anew) || !sees_to_it {
+            return;
+        }
+        let gathered = self.places.gathered();
+        if let Err(error) = self.udp.set_filter(&filter_of(self.config.share.of(), &gathered)) {
+            tracing::debug!(%error, "the kernel takes no filter");
         }
     }
 

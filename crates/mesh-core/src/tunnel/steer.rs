@@ -9,10 +9,12 @@
 //!  initiation, anything else ──> shard 0, the front: source limits, load and cookies are in one place, so that they
 //!                                are what they are with one shard; what it admits goes to the owner
 //! ```
-//! With one shard everything is shard 0.
+//! With one shard everything is shard 0. An address at which peers of several shards are ([`Places`](super::places)) has one
+//! shard that takes everything from there, and hands on what is others': the kernel merges it, and two ways would not
+//! keep it in order.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
 use mesh_types::key::PublicKey;
@@ -26,8 +28,15 @@ use super::path::plain;
 pub const FRONT: usize = 0;
 
 /// Where the top byte of the receiver index stands: little-endian at 4, in a response at 8 (whitepaper section 5.4).
-const INDEX_TOP: usize = 7;
-const RESPONSE_INDEX_TOP: usize = 11;
+pub(super) const INDEX_TOP: usize = 7;
+pub(super) const RESPONSE_INDEX_TOP: usize = 11;
+
+/// FNV-1a: the same in every shard, process and release.
+fn fnv(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
 
 /// One shard of so many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,10 +73,19 @@ impl Share {
         if self.of == 1 {
             return 0;
         }
-        // FNV-1a: the same in every shard, process and release.
-        let hash = key.as_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
+        self.pick(fnv(key.as_bytes()))
+    }
+
+    /// The shard whose socket takes everything from an address that peers of several shards share.
+    pub fn gatherer(self, address: IpAddr) -> usize {
+        let hash = match address {
+            IpAddr::V4(v4) => fnv(&v4.octets()),
+            IpAddr::V6(v6) => fnv(&v6.octets()),
+        };
+        self.pick(hash)
+    }
+
+    fn pick(self, hash: u64) -> usize {
         // The low bits of FNV mix least.
         usize::try_from((hash >> 32) % self.of as u64).unwrap_or(0)
     }
@@ -77,7 +95,7 @@ impl Share {
         (index >> 16) as usize % self.of == self.index
     }
 
-    /// The shard that takes this datagram; what [`filter`] makes the kernel do.
+    /// The shard that takes this datagram; what [`filter`](super::filter) makes the kernel do.
     pub fn taker(self, datagram: &[u8]) -> usize {
         let at = match datagram.first() {
             Some(&(TYPE_TRANSPORT | TYPE_COOKIE)) => INDEX_TOP,
@@ -153,47 +171,6 @@ impl Iterator for Runs<'_> {
     }
 }
 
-/// One instruction of classic BPF (`struct sock_filter`, include/uapi/linux/filter.h).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Instruction {
-    pub code: u16,
-    pub jump_true: u8,
-    pub jump_false: u8,
-    pub k: u32,
-}
-
-const LOAD_BYTE: u16 = 0x30;
-const JUMP_IF_EQUAL: u16 = 0x15;
-const MODULO: u16 = 0x94;
-const RETURN: u16 = 0x06;
-const RETURN_A: u16 = 0x16;
-
-/// [`Share::taker`] as a filter of a group of sockets bound in the order of their shards
-/// (`SO_ATTACH_REUSEPORT_CBPF`, socket(7)): offset 0 is the UDP payload, a load beyond the end returns 0.
-pub fn filter(shards: usize) -> [Instruction; 11] {
-    let shards = u32::try_from(Share::new(0, shards).of()).unwrap_or(1);
-    let op = |code, k| Instruction { code, jump_true: 0, jump_false: 0, k };
-    let skip_if = |kind: u8, jump_true| Instruction {
-        code: JUMP_IF_EQUAL,
-        jump_true,
-        jump_false: 0,
-        k: u32::from(kind),
-    };
-    [
-        op(LOAD_BYTE, 0),
-        skip_if(TYPE_TRANSPORT, 3),
-        skip_if(TYPE_COOKIE, 2),
-        skip_if(TYPE_RESPONSE, 4),
-        op(RETURN, FRONT as u32),
-        op(LOAD_BYTE, INDEX_TOP as u32),
-        op(MODULO, shards),
-        op(RETURN_A, 0),
-        op(LOAD_BYTE, RESPONSE_INDEX_TOP as u32),
-        op(MODULO, shards),
-        op(RETURN_A, 0),
-    ]
-}
-
 /// Marks an owner in the table of allowed IPs that is no slot of this shard; the rest is a place in [`Foreign`].
 const MARK: u32 = 1 << 31;
 
@@ -254,43 +231,7 @@ mod tests {
     use mesh_types::key::PrivateKey;
     use proptest::prelude::*;
 
-    /// What the kernel does with the program.
-    fn run(program: &[Instruction], packet: &[u8]) -> u32 {
-        let (mut at, mut a) = (0, 0);
-        loop {
-            let op = program[at];
-            at += 1;
-            match op.code {
-                LOAD_BYTE => match packet.get(op.k as usize) {
-                    Some(byte) => a = u32::from(*byte),
-                    None => return 0,
-                },
-                JUMP_IF_EQUAL => {
-                    at += usize::from(if a == op.k { op.jump_true } else { op.jump_false });
-                }
-                MODULO => a %= op.k,
-                RETURN => return op.k,
-                RETURN_A => return a,
-                other => panic!("no such instruction: {other:#x}"),
-            }
-        }
-    }
-
     proptest! {
-        #[test]
-        fn the_filter_does_what_the_shards_do(
-            kind in 0u8..6,
-            rest in proptest::collection::vec(any::<u8>(), 0..40),
-            of in 1..=SHARDS_MAX,
-        ) {
-            let datagram = [vec![kind], rest].concat();
-            let share = Share::new(0, of);
-            let taker = share.taker(&datagram);
-            prop_assert!(taker < of);
-            prop_assert_eq!(run(&filter(of), &datagram) as usize, taker);
-            prop_assert_eq!(run(&filter(of), &datagram[..0]), 0);
-        }
-
         #[test]
         fn runs_cover_the_buffer_in_order_and_each_datagram_goes_where_it_would_alone(
             messages in proptest::collection::vec((0u8..6, any::<u8>(), 0u8..2), 0..12),

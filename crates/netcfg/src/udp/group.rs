@@ -1,5 +1,6 @@
 //! Several sockets on one port, one for each shard.
 
+use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 
 use anyhow::Context as _;
@@ -43,15 +44,19 @@ impl UdpSocket {
         if filter.is_empty() {
             return Ok(group);
         }
-        let program: Vec<_> = filter.iter().map(FilterInstruction::raw).collect();
-        match sys::attach_reuseport_filter(group[0].as_fd(), &program) {
-            Ok(()) => {}
-            Err(error) => tracing::info!(
+        if let Err(error) = group[0].set_filter(filter) {
+            tracing::info!(
                 %error,
                 "this kernel takes no filter for sockets that share a port: datagrams take a detour between shards"
-            ),
+            );
         }
         Ok(group)
+    }
+
+    /// Another filter for the whole group, from the next datagram on.
+    pub fn set_filter(&self, filter: &[FilterInstruction]) -> io::Result<()> {
+        let program: Vec<_> = filter.iter().map(FilterInstruction::raw).collect();
+        sys::attach_reuseport_filter(self.fd.as_fd(), &program)
     }
 }
 
