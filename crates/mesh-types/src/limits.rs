@@ -69,6 +69,14 @@ pub const HANDSHAKE_SOURCES_MAX: usize = 8_192;
 /// about 100 us (two to four X25519 operations), so this is a fifth of a core.
 pub const HANDSHAKES_PER_SECOND_BEFORE_COOKIES: u32 = 2_000;
 
+/// Cookie replies a second over all sources. One costs a few microseconds, so this is some percent of a core; and sources may
+/// be forged: 1.3 MB a second is what we can be made to send to somebody who asked for nothing. Ten times the handshakes
+/// answered, so that of true initiators under a flood of that size all are asked.
+pub const COOKIES_PER_SECOND: u32 = 10 * HANDSHAKES_PER_SECOND_BEFORE_COOKIES;
+
+/// Burst of cookie replies: those of 50 ms.
+pub const COOKIES_BURST: u32 = COOKIES_PER_SECOND / 20;
+
 /// Keys one `keyrelay` serves: two meshes of `NODES_MAX` nodes. Each has an engine from its first handshake on
 /// (about 11 KiB, so 180 MiB), which is kept, since it remembers the last initiation. One that has made 192 sessions is
 /// replaced and lives for 180 s more beside the new one, so twice that at most.

@@ -330,7 +330,7 @@ impl<F: EngineFactory> Relay<F> {
                 worker.counters.add(Event::Cookies, 1);
                 written.ok_or(Reason::BadMac)
             }
-            Verdict::Drop => Err(Reason::Limited),
+            Verdict::Drop | Verdict::Silence => Err(Reason::Limited),
         }
     }
 

@@ -66,6 +66,8 @@ drops! {
     PeerLimited => "peer_limited",
     /// Under load, and the sender has not proved its address.
     UnderLoad => "under_load",
+    /// A cookie was due, but more were sent than the limit.
+    CookieLimited => "cookie_limited",
     /// An initiation by nobody we know.
     UnknownPeer => "unknown_peer",
     /// A handshake message that does not verify.

@@ -9,6 +9,7 @@
 //!                    │                         name does not shut him out; proven: dropped
 //!                    └─> identify the initiator (one curve operation) ─> 50 per second per peer ─> engine
 //! ```
+//! Cookie replies are bounded over all sources, too: `COOKIES_PER_SECOND`, and as many for addresses that configuration names.
 //! Numbers are the kernel's (`drivers/net/wireguard/ratelimiter.c`, `noise.c`). A response is not counted per source:
 //! it must carry an index we gave out, is counted per peer, and hundreds may rightly come from one /64 when this
 //! node starts. Per peer only initiations that were accepted count: a recorded one replayed fifty times a second
@@ -18,8 +19,8 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, Ipv6Addr};
 
 use mesh_types::limits::{
-    HANDSHAKE_SOURCES_MAX, HANDSHAKES_PER_SECOND_BEFORE_COOKIES, HANDSHAKES_PER_SOURCE_BURST,
-    HANDSHAKES_PER_SOURCE_PER_SECOND,
+    COOKIES_BURST, COOKIES_PER_SECOND, HANDSHAKE_SOURCES_MAX, HANDSHAKES_PER_SECOND_BEFORE_COOKIES,
+    HANDSHAKES_PER_SOURCE_BURST, HANDSHAKES_PER_SOURCE_PER_SECOND,
 };
 use mesh_types::time::MonoTime;
 
@@ -105,6 +106,8 @@ pub enum Verdict {
     Cookie {
         load: bool,
     },
+    /// A cookie would be due, but more were sent than the limit.
+    Silence,
     Drop,
 }
 
@@ -119,6 +122,8 @@ pub struct Front {
     in_window: u32,
     /// Loaded until then: a full window, then one second.
     loaded_until_ns: u64,
+    /// Cookie replies to addresses that configuration names, and to all others.
+    cookies: [Bucket; 2],
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -147,6 +152,7 @@ impl Front {
             window_start_ns: 0,
             in_window: 0,
             loaded_until_ns: 0,
+            cookies: [Bucket::default(); 2],
         }
     }
 
@@ -166,15 +172,27 @@ impl Front {
     /// Decides on a handshake message with a good mac1; `proven`: mac2 is good, too.
     pub fn admit(&mut self, now: MonoTime, source: IpAddr, proven: bool) -> Verdict {
         if self.loaded(now) && !proven {
-            return Verdict::Cookie { load: true };
+            return self.cookie(now, source, true);
         }
         let key = SourceKey { address: self.limited_as(source), proven };
         let per_second = HANDSHAKES_PER_SOURCE_PER_SECOND;
         if !self.bucket_of(key).take(now, per_second, HANDSHAKES_PER_SOURCE_BURST) {
-            return if proven { Verdict::Drop } else { Verdict::Cookie { load: false } };
+            return if proven { Verdict::Drop } else { self.cookie(now, source, false) };
         }
         self.count(now);
         Verdict::Accept
+    }
+
+    /// Sources may be forged: how many get how many bytes from us is bounded, and strangers use up nothing of what peers at
+    /// known addresses get.
+    fn cookie(&mut self, now: MonoTime, source: IpAddr, load: bool) -> Verdict {
+        let [known, strangers] = &mut self.cookies;
+        let is_known = self.known.binary_search(&source.to_canonical()).is_ok();
+        let bucket = if is_known { known } else { strangers };
+        match bucket.take(now, COOKIES_PER_SECOND, COOKIES_BURST) {
+            true => Verdict::Cookie { load },
+            false => Verdict::Silence,
+        }
     }
 
     fn count(&mut self, now: MonoTime) {
@@ -271,6 +289,38 @@ mod tests {
         assert_eq!(front.admit(at(1), other, false), Verdict::Cookie { load: true });
         assert_eq!(front.admit(at(1), other, true), Verdict::Accept);
         assert_eq!(front.admit(at(1_001), other, false), Verdict::Accept);
+    }
+
+    #[test]
+    fn cookie_replies_are_bounded_over_all_sources_and_known_addresses_have_their_own() {
+        let mut front = Front::new(1);
+        let known = IpAddr::from([192, 0, 2, 1]);
+        front.set_known(std::iter::once(known));
+        let mut cookies = 0;
+        let (mut accepted, mut silent) = (0, 0);
+        // A flood of twice the limit for ten seconds, each from an address of its own.
+        for i in 0..20 * COOKIES_PER_SECOND {
+            let now = at(u64::from(i) * 500 / u64::from(COOKIES_PER_SECOND));
+            match front.admit(now, IpAddr::V4((0x0a00_0000 + i).into()), false) {
+                Verdict::Cookie { .. } => cookies += 1,
+                Verdict::Silence => silent += 1,
+                Verdict::Accept => accepted += 1,
+                Verdict::Drop => panic!("nobody has shown a cookie"),
+            }
+        }
+        let most = 10 * COOKIES_PER_SECOND + COOKIES_BURST;
+        assert!((most * 9 / 10..=most).contains(&cookies), "{cookies} cookies");
+        assert_eq!(accepted + cookies + silent, 20 * COOKIES_PER_SECOND);
+        let now = at(9_999);
+        assert_eq!(front.admit(now, IpAddr::from([198, 51, 100, 1]), false), Verdict::Silence);
+        assert_eq!(front.admit(now, known, false), Verdict::Cookie { load: true });
+        // Also for a known address somebody forges, and it does not last.
+        for _ in 0..COOKIES_BURST {
+            front.admit(now, known, false);
+        }
+        assert_eq!(front.admit(now, known, false), Verdict::Silence);
+        assert_eq!(front.admit(now, known, true), Verdict::Accept);
+        assert_ne!(front.admit(at(10_100), known, false), Verdict::Silence);
     }
 
     #[test]

@@ -276,6 +276,7 @@ impl<F: EngineFactory> Tunnel<F> {
         match self.front.admit(now, meta.limited_as(), check == MacCheck::Proven) {
             Verdict::Accept => {}
             Verdict::Drop => return Err(DropReason::SourceLimited),
+            Verdict::Silence => return Err(DropReason::CookieLimited),
             Verdict::Cookie { load } => {
                 self.send_cookie(now, meta, own, datagram);
                 return Err(if load { DropReason::UnderLoad } else { DropReason::SourceLimited });
