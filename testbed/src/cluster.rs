@@ -53,6 +53,8 @@ pub struct Cluster {
     pub pods: Vec<Pod>,
     pub canary: Canary,
     daemons: BTreeMap<String, Daemon>,
+    /// What every daemon started from now on is told besides.
+    pub flags: Vec<String>,
     keyrelay: Option<Keyrelay>,
     _api: Daemon,
     // Last: everything above dies with it.
@@ -65,7 +67,7 @@ struct Keyrelay {
     /// `KEY@ADDRESS:PORT`, as daemons are told.
     told: String,
     /// Once it runs.
-    _daemon: Option<Daemon>,
+    daemon: Option<Daemon>,
 }
 
 /// A node as `kubectl get nodes` shows it, and its pods.
@@ -100,7 +102,7 @@ impl Cluster {
         }
         let canary = Canary::random();
         let (pods, daemons, keyrelay) = (Vec::new(), BTreeMap::new(), None);
-        Ok(Self { net, pods, canary, daemons, keyrelay, _api: api, lab })
+        Ok(Self { net, pods, canary, daemons, flags: Vec::new(), keyrelay, _api: api, lab })
     }
 
     /// As [`Cluster::build`] in a lab of this name, taken down when the cluster is dropped.
@@ -149,6 +151,7 @@ impl Cluster {
         let mut command = node.command(&self.lab.programs().meshd);
         command.args(["run", "--node-name", name, "--cluster-cidr", &CLUSTER_CIDRS.join(",")]);
         command.args(["--kubeconfig", KUBECONFIG]);
+        command.args(&self.flags);
         if let Some(keyrelay) = &self.keyrelay {
             command.args(["--keyrelay", &keyrelay.told]);
         }
@@ -165,8 +168,14 @@ impl Cluster {
         self.net.api.shell(&format!("chmod 600 {KEYRELAY_KEY}"))?;
         let address = SocketAddr::new(api_address(&self.net).parse()?, KEYRELAY_PORT);
         let told = format!("{}@{address}", wg_engine::public_key(&key));
-        self.keyrelay = Some(Keyrelay { told, _daemon: None });
+        self.keyrelay = Some(Keyrelay { told, daemon: None });
         Ok(())
+    }
+
+    /// SIGKILL to the relay.
+    pub fn kill_keyrelay(&mut self) -> Result<()> {
+        let keyrelay = self.keyrelay.as_mut().context("the cluster has no relay")?;
+        keyrelay.daemon.take().context("no relay runs")?.kill()
     }
 
     /// Starts the relay for the keys that the nodes have published.
@@ -184,7 +193,7 @@ impl Cluster {
         command.args(["run", "--keys-file", KEYRELAY_MEMBERS, "--private-key-file", KEYRELAY_KEY]);
         let daemon = self.net.api.spawn(command, "keyrelay")?;
         let keyrelay = self.keyrelay.as_mut().context("the cluster has no relay")?;
-        keyrelay._daemon = Some(daemon);
+        keyrelay.daemon = Some(daemon);
         Ok(())
     }
 
