@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::builder::FalseyValueParser;
-use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use clap::{
+    Args as ClapArgs, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum,
+};
 use ipnet::IpNet;
 use mesh_types::defaults;
 use mesh_types::limits::{PING_COUNT_MAX, SHARDS_MAX};
@@ -427,7 +429,8 @@ pub struct UninstallArgs {
 /// that says what is wrong.
 #[allow(clippy::print_stderr)] // Logging is not set up before the command line is read.
 pub fn parse<I: IntoIterator<Item = std::ffi::OsString>>(argv: I) -> Result<Args, ExitCode> {
-    Args::try_parse_from(by_name(argv.into_iter().collect())).map_err(|error| {
+    let command = without_empty(Args::command(), &|name| std::env::var_os(name));
+    parse_by(command, by_name(argv.into_iter().collect())).map_err(|error| {
         if error.use_stderr() {
             eprintln!("meshd: {}", one_line(&error.render().to_string()));
             return ExitCode::from(2);
@@ -436,6 +439,28 @@ pub fn parse<I: IntoIterator<Item = std::ffi::OsString>>(argv: I) -> Result<Args
         let _ = error.print();
         ExitCode::SUCCESS
     })
+}
+
+fn parse_by(command: clap::Command, argv: Vec<std::ffi::OsString>) -> clap::error::Result<Args> {
+    let mut matches = command.clone().try_get_matches_from(argv)?;
+    Args::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut command.clone()))
+}
+
+/// Flags that mean something when empty.
+const EMPTY_SAYS_SOMETHING: [&str; 1] = ["uapi_dir"];
+
+/// An environment name that is there and empty counts as not there, as for every program that others start with
+/// `WG_TUN_FD=`: no flag can be meant by nothing.
+fn without_empty(
+    command: clap::Command,
+    environment: &dyn Fn(&std::ffi::OsStr) -> Option<std::ffi::OsString>,
+) -> clap::Command {
+    let command = command.mut_args(|arg| {
+        let is_empty = |name: &std::ffi::OsStr| environment(name).is_some_and(|it| it.is_empty());
+        let says = EMPTY_SAYS_SOMETHING.contains(&arg.get_id().as_str());
+        if arg.get_env().is_some_and(is_empty) && !says { arg.env(None::<&str>) } else { arg }
+    });
+    command.mut_subcommands(|it| without_empty(it, environment))
 }
 
 /// wg-quick(8) starts one word with the name of the device: under these names that is `meshd wg`.

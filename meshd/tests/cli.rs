@@ -90,3 +90,22 @@ fn the_copy_on_the_host_uninstalls_where_there_is_one() {
     let (_, stdout, stderr) = meshd(&argv);
     assert!(alone(&stdout) && stderr.contains("cannot be started"), "{stdout}{stderr}");
 }
+
+#[test]
+fn an_environment_name_that_is_empty_counts_as_not_there() {
+    // All that an operator's unit file may have left empty; what is then said is of the missing interface.
+    let names =
+        ["WG_TUN_FD", "WG_UAPI_FD", "WG_PROCESS_FOREGROUND", "MESHD_SHARDS", "MESHD_BUSY_POLL_US"];
+    let with = |value: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_meshd"))
+            .args(["wg", "no/such/name"])
+            .env_clear()
+            .envs(names.map(|name| (name, value)))
+            .output()
+            .expect("the binary runs");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let (empty, wrong) = (with(""), with("nonsense"));
+    assert!(empty.contains("no/such/name"), "{empty}");
+    assert!(wrong.contains("nonsense"), "{wrong}");
+}
