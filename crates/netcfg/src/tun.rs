@@ -16,7 +16,7 @@ use std::io::{self, IoSlice};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow, bail, ensure};
 use mesh_types::limits::{TUN_QUEUE_BYTES, TUN_QUEUE_READS, TUN_QUEUES_PER_SHARD};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -256,18 +256,27 @@ impl Tun {
         Ok(all)
     }
 
-    /// Opens one more queue of the same device; the kernel spreads flows over them.
+    /// Opens one more queue of the same device, whatever it is called now; the kernel spreads flows over them.
     pub fn open_queue(&self) -> anyhow::Result<Self> {
         let fd = open_clone_device()?;
         let vnet_hdr = if self.features.vnet_hdr { libc::IFF_VNET_HDR } else { 0 };
-        sys::tun_attach(fd.as_fd(), &self.name, BASE_FLAGS | vnet_hdr)
-            .with_context(|| format!("open another queue of TUN device {}", self.name))?;
+        let gone =
+            || format!("TUN device {} is gone: it was deleted, or moved elsewhere", self.name);
+        let name = link::get_by_index(self.index)?.with_context(gone)?.name;
+        sys::tun_attach(fd.as_fd(), &name, BASE_FLAGS | vnet_hdr)
+            .with_context(|| format!("open another queue of TUN device {name}"))?;
+        // By name is the only way, and names change: nothing is done with a device of somebody else's.
+        let attached = link::get(&sys::tun_attached(fd.as_fd())?.0)?;
+        ensure!(
+            attached.is_some_and(|link| link.index == self.index),
+            "TUN device {name} was renamed while another queue was opened: try again"
+        );
         if self.features.vnet_hdr {
             sys::tun_set_vnet_header_bytes(fd.as_fd(), VNET_HEADER_BYTES as c_int)
                 .context("set the vnet header size")?;
         }
         let (more, turn) = (Vec::new(), Turn::default());
-        Ok(Self { fd, more, turn, writer: None, name: self.name.clone(), ..*self })
+        Ok(Self { fd, more, turn, writer: None, name, ..*self })
     }
 
     /// Lets the device end with its last queue, this one perhaps: another has taken its place. One that is gone is fine.

@@ -271,3 +271,26 @@ fn a_group_without_a_filter_takes_everything_all_the_same() {
     }
     assert!(seen.iter().all(|count| *count > 0), "{seen:?}");
 }
+
+#[test]
+fn a_queue_is_opened_of_the_same_device_though_another_has_its_name() {
+    if !privileged() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let tun = scratch.run(|| Tun::open(&TunOptions::new("meshd0")));
+    scratch.run(|| Ok(link::rename(tun.index(), "elsewhere")?));
+    let other = scratch.run(|| Tun::open(&TunOptions::new("meshd0")));
+    let queue = scratch.run(|| tun.open_queue());
+    assert_eq!((queue.name(), queue.index()), ("elsewhere", tun.index()));
+    let queues = |name: &'static str| {
+        scratch
+            .run(move || Ok(link::get(name)?.and_then(|link| link.tun).and_then(|tun| tun.queues)))
+    };
+    assert_eq!((queues("elsewhere"), queues("meshd0")), (Some(2), Some(1)));
+    scratch.run(|| Ok(link::delete(tun.index())?));
+    let refused = scratch.run(|| Ok(tun.open_queue().map(drop).expect_err("gone")));
+    assert!(format!("{refused:#}").contains("is gone"), "{refused:#}");
+    assert_eq!(queues("meshd0"), Some(1));
+    drop(other);
+}
