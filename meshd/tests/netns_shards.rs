@@ -405,7 +405,7 @@ fn packets_of_many_peers_behind_one_address_stay_in_order_though_the_kernel_merg
     if !root() {
         return;
     }
-    for shards in [1, 2, 4] {
+    for shards in [2, 4] {
         let mut field = Field::new("together", shards);
         let together = run_in(&field.netns, || Ok(Together::new())).expect("a socket");
         let candidates = vec![together.address()];
@@ -425,6 +425,6 @@ fn packets_of_many_peers_behind_one_address_stay_in_order_though_the_kernel_merg
         let after = field.snapshot();
         assert_eq!(after.drops(), before.drops(), "{shards} shards");
         let handed = after.handover.datagrams - before.handover.datagrams;
-        assert_eq!(handed > 0, shards > 1, "one socket takes them all: {handed}");
+        assert!(handed > 0, "one socket takes them all");
     }
 }

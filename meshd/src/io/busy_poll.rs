@@ -11,6 +11,8 @@
 use std::time::Duration;
 
 use mesh_types::time::MonoTime;
+use netcfg::clock;
+use rustix::event::{PollFd, Timespec, poll};
 
 /// One part in so many of a core's time, and of the time that traffic takes.
 const SHARE: u32 = 100;
@@ -43,6 +45,32 @@ impl BusyPoll {
     /// So long was looked.
     pub(super) fn spent(&mut self, time: Duration) {
         self.credit = self.credit.saturating_sub(time);
+    }
+}
+
+/// Looks for `time` without sleeping, and lets others run in between. Returns how many descriptors are ready and how long it
+/// took; no time is no look.
+pub(super) fn busily(
+    fds: &mut [PollFd<'_>],
+    begun: MonoTime,
+    time: Duration,
+) -> (rustix::io::Result<usize>, Duration) {
+    let mut looked = Duration::ZERO;
+    while looked < time {
+        let found = poll(fds, Some(&timespec(Duration::ZERO)));
+        looked = clock::now().since(begun);
+        if found != Ok(0) {
+            return (found, looked);
+        }
+        rustix::thread::sched_yield();
+    }
+    (Ok(0), looked)
+}
+
+pub(super) fn timespec(wait: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(wait.subsec_nanos()),
     }
 }
 

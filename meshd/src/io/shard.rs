@@ -2,6 +2,7 @@
 //! before the next read; nothing is held back for a timer.
 
 mod handed;
+mod steering;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -14,8 +15,7 @@ use mesh_core::tunnel::Tunnel;
 use mesh_core::tunnel::config::{Event, PeerConfig, TunnelConfig, UdpMeta};
 use mesh_core::tunnel::engine::{EngineFactory as _, OwnKeyId};
 use mesh_core::tunnel::places::Places;
-use mesh_core::tunnel::steer::FRONT;
-use mesh_types::key::{PrivateKey, PublicKey};
+use mesh_types::key::PrivateKey;
 use mesh_types::limits::{
     TUN_DRAIN_BYTES, TUN_DRAIN_READS, TUN_QUEUES_PER_SHARD, UDP_DRAIN_BUFFERS, UDP_DRAIN_BYTES,
     UDP_RECV_MESSAGES_MAX,
@@ -24,15 +24,15 @@ use mesh_types::time::MonoTime;
 use netcfg::clock;
 use netcfg::tun::{Tun, TunFeatures};
 use netcfg::udp::{RECV_BUFFER_BYTES, RecvBatch, UdpSocket};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use wg_engine::BoringFactory;
 
-use super::busy_poll::BusyPoll;
+use super::busy_poll::{BusyPoll, busily, timespec};
 use super::exchange::Exchange;
 use super::frame::{Device, FrameWriter, PACKET_BYTES_MAX};
 use super::snapshot::{DataSnapshot, Past, ShardCounters};
-use super::{DataEvent, DataPlaneOptions, Mailbox, OnEvent, filter_of};
+use super::{DataEvent, DataPlaneOptions, Mailbox, OnEvent};
 
 /// First pause after a panic, doubled for each that follows within [`CALM`] up to [`RESTART_PAUSE_MAX`]:
 /// a peer set that always panics must not burn a core.
@@ -111,7 +111,6 @@ impl Shard {
         let features = tun.features();
         let messages = if udp.features().gro { UDP_DRAIN_BUFFERS } else { UDP_RECV_MESSAGES_MAX };
         Self {
-            config: tunnel,
             own_key,
             seed,
             on_event,
@@ -130,6 +129,7 @@ impl Shard {
             past: Past::default(),
             steer_anew,
             exchange,
+            config: tunnel,
             handed_next: 0,
             busy_poll: BusyPoll::new(busy_poll),
             woke: MonoTime::ZERO,
@@ -286,12 +286,13 @@ impl Shard {
             tunnel.set_port(self.udp.local_port());
             self.udp_paused_until = MonoTime::ZERO;
             // A new group has the filter of one without such addresses.
-            self.steer_anew |= !self.places.gathered().is_empty();
+            self.steer_anew = true;
         }
         if let Some((id, key)) = letters.own_key {
             self.change_own_key(tunnel, id, key, now);
         }
         if let Some(peers) = letters.peers {
+            self.forget_removed(&peers);
             self.peers = peers;
             self.apply_peers(tunnel, now);
         }
@@ -304,7 +305,7 @@ impl Shard {
             self.note_place(key, endpoint);
         }
         for (key, at) in letters.places {
-            tunnel.note_endpoint(key, at);
+            tunnel.note_endpoint(now, key, at);
             self.note_place(key, at);
         }
         if letters.initiate_all {
@@ -322,24 +323,6 @@ impl Shard {
             let _ = asker.try_send(self.snapshot(tunnel, now));
         }
         false
-    }
-
-    /// For a tunnel made anew after a panic, and for the filter.
-    fn note_place(&mut self, key: PublicKey, at: SocketAddr) {
-        self.steer_anew |= self.places.note(key, at);
-    }
-
-    /// Has the kernel bring what comes from addresses that peers of several shards share to one of them. One shard sees to it
-    /// for all, and all hear of the same places.
-    fn steer(&mut self) {
-        let sees_to_it = self.exchange.is_some() && self.config.share.index() == FRONT;
-        if !std::mem::take(&mut self.steer_anew) || !sees_to_it {
-            return;
-        }
-        let gathered = self.places.gathered();
-        if let Err(error) = self.udp.set_filter(&filter_of(self.config.share.of(), &gathered)) {
-            tracing::debug!(%error, "the kernel takes no filter");
-        }
     }
 
     fn change_own_key(
@@ -517,25 +500,6 @@ impl Shard {
     }
 }
 
-/// Looks for `time` without sleeping, and lets others run in between. Returns how many descriptors are ready and how long it
-/// took; no time is no look.
-fn busily(
-    fds: &mut [PollFd<'_>],
-    begun: MonoTime,
-    time: Duration,
-) -> (rustix::io::Result<usize>, Duration) {
-    let mut looked = Duration::ZERO;
-    while looked < time {
-        let found = poll(fds, Some(&timespec(Duration::ZERO)));
-        looked = clock::now().since(begun);
-        if found != Ok(0) {
-            return (found, looked);
-        }
-        rustix::thread::sched_yield();
-    }
-    (Ok(0), looked)
-}
-
 /// What was asked for as far as the device can take it.
 fn possible(wanted: CoalesceOptions, features: TunFeatures) -> CoalesceOptions {
     CoalesceOptions {
@@ -599,13 +563,6 @@ fn split_header(vnet_hdr: bool, bytes: &mut [u8]) -> Option<(VnetHeader, &mut [u
     }
     let header = VnetHeader::parse(bytes).ok()?;
     Some((header, bytes.get_mut(VNET_HEADER_BYTES..)?))
-}
-
-fn timespec(wait: Duration) -> Timespec {
-    Timespec {
-        tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: i64::from(wait.subsec_nanos()),
-    }
 }
 
 fn panic_text(cause: &(dyn std::any::Any + Send)) -> &str {

@@ -60,11 +60,15 @@ impl Places {
         self.of.iter().map(|(key, at)| (*key, *at))
     }
 
-    /// The addresses whose datagrams one socket is to take, so that they stay in order.
-    pub fn gathered(&self) -> Vec<IpAddr> {
-        let mut addresses: Vec<IpAddr> = self.shared.iter().map(SocketAddr::ip).collect();
-        addresses.dedup();
-        addresses.truncate(GATHERED_ADDRESSES_MAX);
+    /// The addresses whose datagrams one socket is to take, so that they stay in order: those of `relays`, which are no place of
+    /// whom they carry for, and shared ones.
+    pub fn gathered(&self, relays: impl Iterator<Item = SocketAddr>) -> Vec<IpAddr> {
+        let mut addresses: Vec<IpAddr> = Vec::new();
+        for address in relays.chain(self.shared.iter().copied()).map(|at| at.ip().to_canonical()) {
+            if addresses.len() < GATHERED_ADDRESSES_MAX && !addresses.contains(&address) {
+                addresses.push(address);
+            }
+        }
         addresses
     }
 
@@ -87,6 +91,8 @@ impl Places {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::iter;
+
     use mesh_types::key::PrivateKey;
 
     fn at(text: &str) -> SocketAddr {
@@ -108,13 +114,13 @@ mod tests {
         assert!(!places.note(a, at("192.0.2.1:1")));
         assert!(!places.note(b, at("192.0.2.1:1")), "two peers of one shard");
         assert!(!places.note(c, at("192.0.2.1:2")), "another port is another source");
-        assert_eq!(places.gathered(), Vec::<IpAddr>::new());
+        assert_eq!(places.gathered(iter::empty()), Vec::<IpAddr>::new());
         assert!(places.note(c, at("[::ffff:192.0.2.1]:1")), "the same address, written otherwise");
         assert!(!places.note(c, at("192.0.2.1:1")));
-        assert_eq!(places.gathered(), [at("192.0.2.1:1").ip()]);
+        assert_eq!(places.gathered(iter::empty()), [at("192.0.2.1:1").ip()]);
         assert!(!places.note(a, at("192.0.2.7:1")), "b is there still");
         assert!(places.retain(|key| *key != b));
-        assert_eq!(places.gathered(), Vec::<IpAddr>::new());
+        assert_eq!(places.gathered(iter::empty()), Vec::<IpAddr>::new());
         assert_eq!(places.iter().count(), 2);
     }
 
@@ -127,8 +133,11 @@ mod tests {
                 places.note(key, SocketAddr::from(([192, 0, 2, number], 2)));
             }
         }
-        assert_eq!(places.gathered().len(), GATHERED_ADDRESSES_MAX);
+        let relays = [at("203.0.113.9:1"), at("203.0.113.9:2"), at("192.0.2.1:3")];
+        let gathered = places.gathered(relays.into_iter());
+        assert_eq!(gathered.len(), GATHERED_ADDRESSES_MAX);
+        assert_eq!(gathered[..2], [relays[0].ip(), relays[2].ip()], "relays come first");
         assert!(places.retain(|_| false));
-        assert!(places.gathered().is_empty() && places.peers_at.is_empty());
+        assert!(places.gathered(iter::empty()).is_empty() && places.peers_at.is_empty());
     }
 }

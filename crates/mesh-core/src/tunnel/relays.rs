@@ -12,6 +12,7 @@ use std::ops::Deref;
 use std::time::Duration;
 
 use mesh_types::carry;
+use mesh_types::key::PublicKey;
 use mesh_types::limits::{FRAMES_MAX, RELAYS_MAX};
 use mesh_types::net::{Reach, reach};
 use mesh_types::relay_frame::{self, Addresses, Frame};
@@ -47,6 +48,7 @@ pub struct Registration {
 pub(super) struct Relays {
     /// Their configured addresses: who may say that it carries.
     addresses: Vec<SocketAddr>,
+    keys: Vec<PublicKey>,
     /// Where this node can be reached, as control knows.
     own: Vec<SocketAddr>,
     /// Frames of the burst that is being taken in.
@@ -59,6 +61,8 @@ pub(super) struct Relays {
 impl Relays {
     pub(super) fn set(&mut self, configs: &[PeerConfig]) {
         let relays = configs.iter().filter(|config| config.role == Role::Relay);
+        self.keys.clear();
+        self.keys.extend(relays.clone().map(|relay| relay.key));
         self.addresses.clear();
         self.addresses.extend(relays.flat_map(|relay| &relay.candidates));
         self.used = !self.addresses.is_empty();
@@ -113,7 +117,11 @@ impl<F: EngineFactory> Tunnel<F> {
         let mut found = RelayWays { ways: [nowhere; RELAYS_MAX], count: 0 };
         let Some(peer) = self.peers.get(slot) else { return found };
         let registered = peer.config.relays.iter().filter_map(|key| {
-            let relay = self.peers.get(self.peers.slot_of(key)?)?;
+            let Some(slot) = self.peers.slot_of(key) else {
+                // Another shard's: where it was heard there, this node is registered for all of them.
+                return self.foreign.place_of(key).map(Endpoint::direct);
+            };
+            let relay = self.peers.get(slot)?;
             relay.sender(now)?;
             relay.path.endpoint()
         });
@@ -172,11 +180,19 @@ impl<F: EngineFactory> Tunnel<F> {
         let key = relay.config.key;
         // At once: until a first transport message came, nobody is registered.
         self.ask_address(now, slot);
+        self.relay_is_there(now, &key);
+    }
+
+    /// Peers that waited for a way through this relay, if it is one, begin.
+    pub(super) fn relay_is_there(&mut self, now: MonoTime, key: &PublicKey) {
+        if !self.relays.keys.contains(key) {
+            return;
+        }
         let slots: Vec<u32> = self.peers.slots().collect();
         for slot in slots {
             let Some(peer) = self.peers.get_mut(slot) else { continue };
             let waits = peer.path.is_waiting() || !peer.staged.is_empty();
-            if peer.config.relays.contains(&key) && waits && peer.sender(now).is_none() {
+            if peer.config.relays.contains(key) && waits && peer.sender(now).is_none() {
                 (peer.initiate_at, peer.initiate_anew) = (Some(now), true);
                 self.peers.reschedule(now, slot);
             }

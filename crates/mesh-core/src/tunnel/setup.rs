@@ -118,7 +118,7 @@ impl<F: EngineFactory> Tunnel<F> {
         self.now = now;
         self.flush(now);
         let Some(slot) = self.peers.slot_of(key) else {
-            return self.note_endpoint(*key, addr);
+            return self.note_endpoint(now, *key, addr);
         };
         let Some(peer) = self.peers.get_mut(slot) else { return };
         let wants = !peer.staged.is_empty() || peer.config.keepalive.is_some();
@@ -130,9 +130,11 @@ impl<F: EngineFactory> Tunnel<F> {
     }
 
     /// The shard that owns this peer says where it is.
-    pub fn note_endpoint(&mut self, key: PublicKey, addr: SocketAddr) {
+    pub fn note_endpoint(&mut self, now: MonoTime, key: PublicKey, addr: SocketAddr) {
+        self.now = now;
         if self.config.share.owner(&key) != self.config.share.index() {
             self.foreign.place(key, addr);
+            self.relay_is_there(now, &key);
         }
     }
 

@@ -9,7 +9,7 @@
 //!  initiation, anything else ──> shard 0, the front: source limits, load and cookies are in one place, so that they
 //!                                are what they are with one shard; what it admits goes to the owner
 //! ```
-//! With one shard everything is shard 0. An address at which peers of several shards are ([`Places`](super::places)) has one
+//! What a relay carries is steered by the message in it, by the shard that receives it. With one shard everything is shard 0. An address at which peers of several shards are ([`Places`](super::places)) has one
 //! shard that takes everything from there, and hands on what is others': the kernel merges it, and two ways would not
 //! keep it in order.
 
@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
+use mesh_types::carry;
 use mesh_types::key::PublicKey;
 use mesh_types::limits::{NODES_MAX, SHARDS_MAX};
 
@@ -136,6 +137,8 @@ impl Runs<'_> {
 
     fn class(&self, datagram: &Range<usize>) -> (usize, bool) {
         let datagram = self.input.get(datagram.clone()).unwrap_or(&[]);
+        // Its owner asks whether a relay may have carried it.
+        let datagram = carry::parse(datagram).map_or(datagram, |carried| carried.message);
         match Message::of(datagram) {
             Some(Message::Transport(_)) => (self.share.taker(datagram), true),
             Some(_) => (self.share.taker(datagram), false),
@@ -200,6 +203,11 @@ impl Foreign {
     /// Forgets where those are that are not here.
     pub(super) fn forget_places(&mut self) {
         self.places.retain(|key, _| self.keys.contains(key));
+    }
+
+    /// Where a peer is, as its owner told.
+    pub(super) fn place_of(&self, key: &PublicKey) -> Option<SocketAddr> {
+        self.places.get(key).copied()
     }
 
     /// Whether one of them is there.

@@ -1,10 +1,11 @@
 //! Machines whose peers are spread over several tunnels: who takes what, and what they must agree on.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use mesh_core::packet::{Ecn, VnetHeader};
-use mesh_core::tunnel::config::{Admitted, PeerRefusal, Setting};
+use mesh_core::tunnel::config::{Admitted, Event, PeerRefusal, Role, Setting};
 use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
 use mesh_core::tunnel::model::{ModelFactory, public_key};
 use mesh_core::tunnel::steer::{FRONT, Share};
@@ -14,6 +15,7 @@ use mesh_types::limits::{ADMITTED_MAX, NODES_MAX};
 use mesh_types::time::MonoTime;
 
 use crate::network::{MTU, inner, ipv4, net};
+use crate::relay::Relay;
 
 type Sent = (SocketAddr, SocketAddr, usize, Vec<u8>);
 
@@ -105,6 +107,20 @@ impl Machine {
             }
             while let Some(sent) = shard.poll_transmit() {
                 out.push((addr(self.number), sent.dst, sent.segment_len, sent.bytes.to_vec()));
+            }
+        }
+    }
+
+    /// What a shard hears it tells the others.
+    fn tell_places(&mut self) {
+        for at in 0..self.shards.len() {
+            while let Some(event) = self.shards[at].poll_event() {
+                let Event::EndpointChanged { key, endpoint } = event else { continue };
+                for (other, shard) in self.shards.iter_mut().enumerate() {
+                    if other != at {
+                        shard.note_endpoint(now(), key, endpoint);
+                    }
+                }
             }
         }
     }
@@ -324,7 +340,7 @@ fn a_datagram_to_one_shards_peer_led_into_anothers_prefix_is_not_carried_whole_o
         // What the owner heard it tells the others.
         match at {
             1 => shard.set_endpoint(now(), &key(b), heard),
-            _ => shard.note_endpoint(key(b), heard),
+            _ => shard.note_endpoint(now(), key(b), heard),
         }
     }
     let mut dropped = 0;
@@ -348,4 +364,79 @@ fn a_datagram_to_one_shards_peer_led_into_anothers_prefix_is_not_carried_whole_o
     machine.set_peers(&[config(b)]);
     machine.send_from(1, &outer(by_hand, 0, [0x40, 0]));
     assert_eq!(machine.dropped(DropReason::OwnDatagram), dropped);
+}
+
+#[test]
+fn what_a_relay_carries_reaches_the_shards_of_its_peers_merged_or_not() {
+    let count = 7;
+    let members = (0..count).map(key).collect();
+    let mut relay = Relay::new(200, "203.0.113.1:15192", members);
+    let mut machines: Vec<_> =
+        (0..count).map(|number| Machine::new(number, number % 3 + 1)).collect();
+    for (number, machine) in machines.iter_mut().enumerate() {
+        let others = (0..count).filter(|other| *other != number).map(|other| PeerConfig {
+            candidates: Vec::new(),
+            relays: vec![relay.key],
+            ..config(other)
+        });
+        let carrier = PeerConfig {
+            key: relay.key,
+            candidates: vec![relay.addr],
+            allowed_ips: Vec::new(),
+            role: Role::Relay,
+            ..config(0)
+        };
+        machine.set_peers(&others.chain([carrier]).collect::<Vec<_>>());
+    }
+    settle_by(&mut machines, &mut relay);
+    for part in ["a", "b"] {
+        for from in 0..count {
+            for to in (0..count).filter(|to| *to != from) {
+                let queue = to % machines[from].shards.len();
+                machines[from].send_from(queue, &inner(from, to, &format!("{from}>{to}{part}")));
+            }
+        }
+        settle_by(&mut machines, &mut relay);
+    }
+    for machine in &machines {
+        let mut texts = machine.texts();
+        texts.sort_unstable();
+        let to = machine.number;
+        let others = (0..count).filter(|from| *from != to);
+        let wanted: Vec<_> =
+            others.flat_map(|from| ["a", "b"].map(|part| format!("{from}>{to}{part}"))).collect();
+        assert_eq!(texts, wanted, "with {} shards", machine.shards.len());
+        assert_eq!(machine.dropped(DropReason::UnknownIndex), 0);
+    }
+}
+
+/// As [`settle`], with a relay alone in between, which sends what it has for one machine together.
+fn settle_by(machines: &mut [Machine], relay: &mut Relay) {
+    for _ in 0..100 {
+        let mut sent = Vec::new();
+        for machine in machines.iter_mut() {
+            machine.tell_places();
+            machine.shards.iter_mut().for_each(|shard| shard.handle_timeout(now()));
+            machine.collect(&mut sent);
+        }
+        if sent.is_empty() {
+            return;
+        }
+        let mut together: BTreeMap<(SocketAddr, usize), Vec<u8>> = BTreeMap::new();
+        for (from, to, segment_len, bytes) in sent {
+            // Nothing else passes: probes of direct ways are lost.
+            if to != relay.addr {
+                continue;
+            }
+            let answers = bytes.chunks(segment_len).filter_map(|it| relay.receive(now(), from, it));
+            for (to, datagram) in answers {
+                together.entry((to, datagram.len())).or_default().extend(datagram);
+            }
+        }
+        for ((to, len), bytes) in together {
+            let machine = machines.iter_mut().find(|machine| addr(machine.number) == to);
+            machine.expect("a member").receive(relay.addr, len, &bytes);
+        }
+    }
+    panic!("they never fall silent");
 }

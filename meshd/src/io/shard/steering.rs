@@ -1,0 +1,45 @@
+//! Where peers are, told among shards, and what the kernel's filter makes of it.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+
+use mesh_core::tunnel::config::{PeerConfig, Role};
+use mesh_core::tunnel::steer::FRONT;
+use mesh_types::key::PublicKey;
+
+use super::Shard;
+use crate::io::filter_of;
+
+impl Shard {
+    /// For a tunnel made anew after a panic, and for the filter.
+    pub(super) fn note_place(&mut self, key: PublicKey, at: SocketAddr) {
+        self.steer_anew |= self.places.note(key, at);
+    }
+
+    /// Whoever is no peer any more is nowhere; of those who are yet to be one it is known where they were.
+    pub(super) fn forget_removed(&mut self, peers: &[PeerConfig]) {
+        let keys =
+            |peers: &[PeerConfig]| peers.iter().map(|peer| peer.key).collect::<BTreeSet<_>>();
+        let (before, after) = (keys(&self.peers), keys(peers));
+        self.steer_anew |= self.places.retain(|key| after.contains(key) || !before.contains(key));
+        let relays = |peers: &[PeerConfig]| {
+            peers.iter().filter(|peer| peer.role == Role::Relay).cloned().collect::<Vec<_>>()
+        };
+        self.steer_anew |= relays(&self.peers) != relays(peers);
+    }
+
+    /// Has the kernel bring what comes from addresses that peers of several shards share to one of them. One shard sees to it
+    /// for all, and all hear of the same places.
+    pub(super) fn steer(&mut self) {
+        let sees_to_it = self.exchange.is_some() && self.config.share.index() == FRONT;
+        if !std::mem::take(&mut self.steer_anew) || !sees_to_it {
+            return;
+        }
+        let relays = self.peers.iter().filter(|peer| peer.role == Role::Relay);
+        let gathered =
+            self.places.gathered(relays.flat_map(|relay| relay.candidates.iter().copied()));
+        if let Err(error) = self.udp.set_filter(&filter_of(self.config.share.of(), &gathered)) {
+            tracing::debug!(%error, "the kernel takes no filter");
+        }
+    }
+}
