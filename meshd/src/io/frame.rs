@@ -5,15 +5,17 @@
 //! | `EAGAIN`, `ENOBUFS` | no room | dropped, counted |
 //! | `EIO` | the interface is down | dropped, counted |
 //! | `EBADFD` | the device was deleted | control is told |
-//! | `EINVAL` on a super-packet | the kernel refuses this offload (6.1.103, 6.6.44 and 6.10.3 refuse TCP ones with a short tail) | written again as single packets |
+//! | `EINVAL` on a super-packet | the kernel refuses this offload (6.1.103, 6.6.44 and 6.10.3 refuse TCP ones with a short tail) | written again as single packets; again and again: none of its kind for a while (`merging`) |
 //!
 //! Never waits: a shard that blocks on one side starves the other.
 
 use std::io::{self, IoSlice};
 
-use mesh_core::packet::{GsoType, Segmenter, VnetHeader};
+use mesh_core::packet::{CoalesceOptions, GsoType, Segmenter, VnetHeader};
 use mesh_types::limits::{COALESCE_PACKETS_MAX, GSO_SEGMENTS_MAX};
 use rustix::io::Errno;
+
+use super::merging::Merging;
 
 /// Largest IP packet: an IPv6 header and 65,535 bytes.
 pub(super) const PACKET_BYTES_MAX: usize = 40 + 65_535;
@@ -35,6 +37,8 @@ pub struct TunCounters {
     pub write_errors: u64,
     /// Super-packets refused and written again as single packets.
     pub split: u64,
+    /// Times a kind of super-packets was left off for a while, as the kernel refused it.
+    pub merging_paused: u64,
 }
 
 impl TunCounters {
@@ -49,6 +53,7 @@ impl TunCounters {
         self.write_down += other.write_down;
         self.write_errors += other.write_errors;
         self.split += other.split;
+        self.merging_paused += other.merging_paused;
     }
 }
 
@@ -72,15 +77,18 @@ pub(super) struct FrameWriter {
     pub(super) counters: TunCounters,
     /// The device takes a vnet header.
     pub(super) vnet_hdr: bool,
+    /// What to merge, by what the kernel takes.
+    pub(super) merging: Merging,
     whole: Vec<u8>,
     single: Vec<u8>,
 }
 
 impl FrameWriter {
-    pub(super) fn new(vnet_hdr: bool) -> Self {
+    pub(super) fn new(vnet_hdr: bool, coalesce: CoalesceOptions) -> Self {
         Self {
             counters: TunCounters::default(),
             vnet_hdr,
+            merging: Merging::new(coalesce),
             whole: Vec::with_capacity(PACKET_BYTES_MAX),
             single: vec![0; PACKET_BYTES_MAX],
         }
@@ -103,9 +111,15 @@ impl FrameWriter {
                 if header.gso != GsoType::None
                     && Errno::from_io_error(&error) == Some(Errno::INVAL) =>
             {
+                self.merging.note(header.gso, false);
                 self.write_split(header, pieces, &mut writev)
             }
-            outcome => self.count(outcome),
+            outcome => {
+                if outcome.is_ok() {
+                    self.merging.note(header.gso, true);
+                }
+                self.count(outcome)
+            }
         }
     }
 
@@ -206,6 +220,7 @@ fn gather_into<'p, const N: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use mesh_types::time::MonoTime;
 
     /// Two UDP datagrams of 4 bytes as a super-packet in two pieces, checksums partial.
     fn super_packet() -> (VnetHeader, [Vec<u8>; 2]) {
@@ -243,7 +258,7 @@ mod tests {
     #[test]
     fn header_and_pieces_go_in_one_call() {
         let frame = super_packet();
-        let mut writer = FrameWriter::new(true);
+        let mut writer = FrameWriter::new(true, CoalesceOptions::default());
         let (device, written) = write(&mut writer, &frame, |_| None);
         let expected = [&frame.0.format()[..], &frame.1[0], &frame.1[1]].concat();
         assert_eq!((device, written), (Device::There, vec![expected]));
@@ -253,7 +268,7 @@ mod tests {
     #[test]
     fn a_refused_super_packet_is_written_again_as_single_packets() {
         let frame = super_packet();
-        let mut writer = FrameWriter::new(true);
+        let mut writer = FrameWriter::new(true, CoalesceOptions::default());
         let (_, written) =
             write(&mut writer, &frame, |slices| (slices > 2).then_some(Errno::INVAL));
         let payloads: Vec<&[u8]> = written.iter().map(|packet| &packet[38..]).collect();
@@ -263,8 +278,19 @@ mod tests {
     }
 
     #[test]
+    fn a_kind_the_kernel_always_refuses_is_merged_no_more() {
+        let mut writer = FrameWriter::new(true, CoalesceOptions::default());
+        for _ in 0..100 {
+            write(&mut writer, &super_packet(), |slices| (slices > 2).then_some(Errno::INVAL));
+        }
+        assert_eq!(writer.merging.look(MonoTime::ZERO), (1, true));
+        let options = writer.merging.options();
+        assert_eq!((options.tcp, options.udp), (true, false));
+    }
+
+    #[test]
     fn a_device_without_vnet_header_gets_single_packets_alone() {
-        let mut writer = FrameWriter::new(false);
+        let mut writer = FrameWriter::new(false, CoalesceOptions::default());
         let (_, written) = write(&mut writer, &super_packet(), |_| None);
         assert_eq!(written.iter().map(Vec::len).collect::<Vec<_>>(), [32, 32]);
         assert!(written.iter().all(|packet| packet[0] == 0x45));
@@ -272,7 +298,7 @@ mod tests {
 
     #[test]
     fn errors_are_counted_by_what_they_mean_and_only_deletion_is_told() {
-        let mut writer = FrameWriter::new(true);
+        let mut writer = FrameWriter::new(true, CoalesceOptions::default());
         for (errno, device) in [
             (Errno::AGAIN, Device::There),
             (Errno::NOBUFS, Device::There),
@@ -290,7 +316,7 @@ mod tests {
     #[test]
     fn the_largest_frame_of_the_coalescer_fits_one_call() {
         let pieces = vec![[7_u8]; COALESCE_PACKETS_MAX];
-        let mut writer = FrameWriter::new(true);
+        let mut writer = FrameWriter::new(true, CoalesceOptions::default());
         let mut lens = Vec::new();
         writer.write(&VnetHeader::PLAIN, pieces.iter().map(<[u8; 1]>::as_slice), |slices| {
             lens.push(slices.len());

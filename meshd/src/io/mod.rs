@@ -29,6 +29,7 @@ mod exchange;
 mod frame;
 mod handover;
 mod mailbox;
+mod merging;
 mod shard;
 mod snapshot;
 

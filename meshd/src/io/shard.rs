@@ -31,6 +31,7 @@ use wg_engine::BoringFactory;
 use super::busy_poll::{BusyPoll, busily, timespec};
 use super::exchange::Exchange;
 use super::frame::{Device, FrameWriter, PACKET_BYTES_MAX};
+use super::merging::Merging;
 use super::snapshot::{DataSnapshot, Past, ShardCounters};
 use super::{DataEvent, DataPlaneOptions, Mailbox, OnEvent};
 
@@ -120,7 +121,7 @@ impl Shard {
             places,
             tun_paused_until: MonoTime::ZERO,
             tun_buffer: vec![0; VNET_HEADER_BYTES + PACKET_BYTES_MAX],
-            writer: FrameWriter::new(features.vnet_hdr),
+            writer: FrameWriter::new(features.vnet_hdr, possible(tunnel.coalesce, features)),
             tun: Some(tun),
             udp,
             udp_paused_until: MonoTime::ZERO,
@@ -163,8 +164,7 @@ impl Shard {
         let seed = self.seed.wrapping_add(self.counters.panics);
         let mut tunnel = Tunnel::new(self.config.clone(), factory, seed);
         tunnel.set_port(self.udp.local_port());
-        let features = self.tun.as_ref().map(Tun::features).unwrap_or_default();
-        tunnel.set_coalesce(possible(self.config.coalesce, features));
+        tunnel.set_coalesce(self.writer.merging.options());
         tunnel.remember(self.places.iter());
         tunnel.set_own_addresses(self.own_addresses.clone());
         if !self.peers.is_empty() {
@@ -194,6 +194,7 @@ impl Shard {
                 self.drain_tun(&mut tunnel, now, spent);
             }
             self.run_timers(&mut tunnel, now);
+            self.mind_merging(&mut tunnel, now);
             if let Some(exchange) = &mut self.exchange {
                 exchange.send(now);
             }
@@ -271,7 +272,8 @@ impl Shard {
         }
         if let Some(tun) = letters.tun {
             self.writer.vnet_hdr = tun.features().vnet_hdr;
-            tunnel.set_coalesce(possible(self.config.coalesce, tun.features()));
+            self.writer.merging = Merging::new(possible(self.config.coalesce, tun.features()));
+            tunnel.set_coalesce(self.writer.merging.options());
             // Somebody renamed it: left alone it would keep the overlay addresses for ever.
             if let Some(before) = self.tun.replace(tun) {
                 before.retire();
@@ -487,6 +489,18 @@ impl Shard {
         if tunnel.next_deadline().is_some_and(|(at, _)| at <= now) {
             tunnel.handle_timeout(now);
             self.transmit(tunnel, now);
+        }
+    }
+
+    /// Merges for the TUN what its kernel takes.
+    fn mind_merging(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
+        let (paused, changed) = self.writer.merging.look(now);
+        if changed {
+            tunnel.set_coalesce(self.writer.merging.options());
+        }
+        if paused > 0 {
+            self.writer.counters.merging_paused += paused;
+            tracing::info!("the TUN device refuses merged packets: given single ones for a while");
         }
     }
 

@@ -123,6 +123,7 @@ impl DataSnapshot {
             ("tun_read_errors", "TUN reads that failed", tun.read_errors),
             ("tun_writes", "Packets and super-packets written to the TUN", tun.writes),
             ("tun_super_packets_refused", "Super-packets written again as singles", tun.split),
+            ("tun_merging_paused", "Pauses of merging a kind that is refused", tun.merging_paused),
             ("handshake_initiations_sent", "Initiations sent", tunnel.initiations_sent),
             ("handshake_initiations_received", "Initiations read", tunnel.initiations_received),
             ("sessions_established", "Sessions begun", tunnel.sessions_established),
