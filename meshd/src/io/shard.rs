@@ -357,6 +357,7 @@ impl Shard {
     fn snapshot(&mut self, tunnel: &BoringTunnel, now: MonoTime) -> DataSnapshot {
         let mut peers = Vec::new();
         tunnel.snapshot(now, &mut peers);
+        self.past.add_to(&mut peers);
         let mut udp = self.past.udp;
         udp.add(self.udp.counters());
         DataSnapshot {

@@ -1,7 +1,10 @@
 //! The data plane in numbers, for status and metrics.
 
+use std::collections::BTreeMap;
+
 use mesh_core::tunnel::config::PeerSnapshot;
 use mesh_core::tunnel::counters::Counters;
+use mesh_types::key::PublicKey;
 use mesh_types::status::Counter;
 use mesh_types::time::MonoTime;
 use netcfg::tun::TunFeatures;
@@ -31,6 +34,15 @@ pub(super) struct Past {
     tunnel: Counters,
     /// Of the tunnel in use, as told last.
     told: Counters,
+    /// Bytes of each peer under earlier tunnels, and under the one in use as told last.
+    peers: BTreeMap<PublicKey, [Transfer; 2]>,
+}
+
+/// Bytes received and sent.
+#[derive(Debug, Default, Clone, Copy)]
+struct Transfer {
+    rx: u64,
+    tx: u64,
 }
 
 impl Past {
@@ -42,9 +54,29 @@ impl Past {
         all
     }
 
+    /// Adds to each peer's bytes those under earlier tunnels.
+    pub(super) fn add_to(&mut self, peers: &mut [PeerSnapshot]) {
+        for peer in peers {
+            let [past, told] = self.peers.entry(peer.key).or_default();
+            *told = Transfer { rx: peer.rx_bytes, tx: peer.tx_bytes };
+            peer.rx_bytes += past.rx;
+            peer.tx_bytes += past.tx;
+        }
+    }
+
+    /// Forgets the bytes of peers that are no more: one that comes back begins anew.
+    pub(super) fn retain(&mut self, is_peer: impl Fn(&PublicKey) -> bool) {
+        self.peers.retain(|key, _| is_peer(key));
+    }
+
     /// The tunnel was lost in a panic.
     pub(super) fn tunnel_ended(&mut self) {
         self.tunnel.add(&std::mem::take(&mut self.told));
+        for [past, told] in self.peers.values_mut() {
+            let Transfer { rx, tx } = std::mem::take(told);
+            past.rx += rx;
+            past.tx += tx;
+        }
     }
 }
 
@@ -164,4 +196,49 @@ impl From<DataSnapshot> for DataFigures {
 
 fn ratio(packets: u64, calls: u64) -> f64 {
     if calls == 0 { 0.0 } else { packets as f64 / calls as f64 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_types::status::PathKind;
+
+    fn peer(number: u8, rx_bytes: u64, tx_bytes: u64) -> PeerSnapshot {
+        let key = wg_engine::public_key(&mesh_types::key::PrivateKey::from_bytes([number; 32]));
+        let (endpoint, last_handshake, rtt, reflexive) = (None, None, None, None);
+        let (path, session, problem) = (PathKind::None, false, "");
+        PeerSnapshot {
+            key,
+            endpoint,
+            path,
+            last_handshake,
+            rtt,
+            rx_bytes,
+            tx_bytes,
+            session,
+            problem,
+            reflexive,
+        }
+    }
+
+    #[test]
+    fn bytes_of_peers_never_fall_when_a_tunnel_is_made_anew() {
+        let mut past = Past::default();
+        let told = |past: &mut Past, mut peers: Vec<PeerSnapshot>| {
+            past.add_to(&mut peers);
+            peers.iter().map(|peer| (peer.rx_bytes, peer.tx_bytes)).collect::<Vec<_>>()
+        };
+        assert_eq!(told(&mut past, vec![peer(1, 10, 1), peer(2, 20, 2)]), [(10, 1), (20, 2)]);
+        assert_eq!(told(&mut past, vec![peer(1, 11, 1), peer(2, 20, 2)]), [(11, 1), (20, 2)]);
+        for round in 1..=2 {
+            past.tunnel_ended();
+            let both = vec![peer(1, 0, 0), peer(2, 5, 0)];
+            assert_eq!(told(&mut past, both), [(11, 1), (20 + 5 * round, 2)]);
+        }
+        // A peer that was removed begins anew.
+        let first = peer(1, 0, 0).key;
+        past.retain(|key| *key != first);
+        past.tunnel_ended();
+        assert_eq!(told(&mut past, vec![peer(1, 3, 0), peer(2, 0, 0)]), [(3, 0), (30, 2)]);
+    }
 }

@@ -21,6 +21,7 @@ impl Shard {
         let keys =
             |peers: &[PeerConfig]| peers.iter().map(|peer| peer.key).collect::<BTreeSet<_>>();
         let (before, after) = (keys(&self.peers), keys(peers));
+        self.past.retain(|key| after.contains(key));
         self.steer_anew |= self.places.retain(|key| after.contains(key) || !before.contains(key));
         let relays = |peers: &[PeerConfig]| {
             peers.iter().filter(|peer| peer.role == Role::Relay).cloned().collect::<Vec<_>>()
