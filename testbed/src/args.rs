@@ -6,6 +6,7 @@ use testbed::bench::BenchOptions;
 use testbed::demo::DemoOptions;
 use testbed::kube::{ForwardOptions, KubeOptions};
 use testbed::lab::HolderOptions;
+use testbed::nat::NatOptions;
 use testbed::tool::ToolOptions;
 
 #[derive(Debug, Parser)]
@@ -25,6 +26,8 @@ pub(crate) enum Command {
     Demo(DemoOptions),
     /// Figures beside those of others
     Bench(BenchOptions),
+    /// Nodes behind every kind of NAT, and which of them reach each other directly
+    Nat(NatOptions),
     /// A real Kubernetes cluster on this machine
     Kube(Box<KubeOptions>),
     /// PID 1 of a node's namespaces

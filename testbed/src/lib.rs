@@ -8,6 +8,7 @@
 //! oracle   captures every underlay link and finds pod traffic that is not encrypted
 //! traffic  what pods say to each other: TCP, UDP, ICMP, v4 and v6, checked byte by byte
 //! demo     all of it in one command, with a report and a picture
+//! nat      nodes behind every kind of NAT, and which of them reach each other directly
 //! kube     a real Kubernetes cluster in a lab; tool: what its test pods run
 //! ```
 //!
@@ -23,6 +24,7 @@ mod interrupt;
 pub mod kube;
 pub mod kubectl;
 pub mod lab;
+pub mod nat;
 pub mod oracle;
 pub mod tool;
 pub mod traffic;

@@ -14,6 +14,7 @@ fn main() -> ExitCode {
     let result = match &args.command {
         Command::Demo(options) => testbed::demo::run(options),
         Command::Bench(options) => testbed::bench::run(options),
+        Command::Nat(options) => testbed::nat::run(options),
         Command::Holder(options) => testbed::lab::hold(options).map(|()| true),
         Command::Apiserver(options) => testbed::api::process::serve(options).map(|()| true),
         Command::Kube(options) => testbed::kube::run(options),

@@ -25,6 +25,7 @@ use crate::lab::Pod;
 pub(crate) use icmp::first_answer;
 pub use probe::{Gap, GapProbe};
 pub use tcp::throughput_gbps;
+pub(crate) use udp::would_block;
 
 /// Longest any step of a check may take. A first handshake needs a few round trips; retries come after 5 s.
 pub const STEP_TIMEOUT: Duration = Duration::from_secs(8);

@@ -112,6 +112,6 @@ fn echo(
     Ok(())
 }
 
-pub(super) fn would_block(error: &std::io::Error) -> bool {
+pub(crate) fn would_block(error: &std::io::Error) -> bool {
     matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut)
 }

@@ -1,0 +1,240 @@
+//! `docs/guide/nat.md`, and what people see on a terminal.
+
+use std::fmt::Write as _;
+
+use super::Report;
+use super::expected::{Expected, Reason, expected, reason};
+use super::kind::{Behaviour, Filtering, Kind, Lifetime, Mapping, Neighbours, Ports};
+use super::pairs::Pair;
+
+const HEAD: &str = "\
+# Who reaches whom directly
+
+Written by `./testbed/nat --page docs/guide/nat.md`: change the program, not this file.
+
+Two nodes exchange packets directly wherever their NATs and firewalls allow it; else the relay carries them, still encrypted. What
+allows it is known (RFC 4787, RFC 5128), and the laboratory in `testbed/src/nat` proves it: every kind of site below is built out of
+network namespaces with nftables, measured from inside (RFC 5780), and connected with every other.
+
+The daemon punches no holes yet: today a node behind NAT is reached because it speaks first. The laboratory connects pairs by hole
+punching with plain sockets, which shows what the sites allow to whoever does it.
+
+## Sites
+
+";
+
+const HOW: &str = "
+*Mapping* says which external address and port a socket gets: one for all it speaks to, or another for each. *Filtering* says who may
+send to it: everybody, those addresses that were sent to, or those addresses and ports. *Hairpinning*: whether two nodes behind the NAT
+meet at its public address.
+
+## Pairs
+
+";
+
+const TAIL: &str = "
+## To try it
+
+`./testbed/nat` builds the laboratory, connects every pair and takes it down, in less than a minute on any Linux with root.
+
+| | |
+|---|---|
+| `--only A,B` | one pair of kinds |
+| `--only A` | every pair with one kind |
+| `--json` | one document for programs |
+
+The document has `pairs`, `duration_s` and `problems`. A pair has `a`, `b`, `by` (what connected it: `sockets`), `expected` and `got`
+(`direct` or `relayed`; `got` also `nothing`), `first_packet_ms` and `direct_ms` (from the word to connect until both sides had a
+first packet, by whatever way, and until a direct path had proved itself both ways; `null` where that never was), `stream_survived`
+(`null`: plain sockets carry no stream) and `ok`. Exit status 0: every pair is as expected. Sites without UDP find that out by five
+questions without an answer, which takes the second that their `first_packet_ms` shows.
+
+The namespace tests in `testbed/tests/netns_nat.rs` run all of it and measure every kind of site.
+";
+
+/// The guide.
+pub fn page() -> String {
+    let mut text = HEAD.to_owned();
+    text.push_str(
+        "| site | what it is | mapping | filtering | ports | hairpinning | mappings live |\n",
+    );
+    text.push_str("|---|---|---|---|---|---|---|\n");
+    for kind in Kind::ALL {
+        let _ = writeln!(text, "| {kind} | {} | {} |", about(kind), behaviour(kind.behaviour()));
+    }
+    text.push_str(HOW);
+    matrix(&mut text);
+    text.push_str(TAIL);
+    text
+}
+
+/// One letter a pair, and what the letters mean.
+fn matrix(text: &mut String) {
+    text.push_str("Two of the same kind have a NAT each, but for hairpin, no-hairpin and shared, which are behind one. Letters are explained below.\n\n|");
+    for kind in Kind::ALL {
+        let _ = write!(text, " | {kind}");
+    }
+    let _ = writeln!(text, " |\n|---{}|", "|:-:".repeat(Kind::ALL.len()));
+    for a in Kind::ALL {
+        let _ = write!(text, "| {a}");
+        for b in Kind::ALL {
+            let _ = write!(text, " | {}", cell(a, b));
+        }
+        text.push_str(" |\n");
+    }
+    text.push_str("\n| | | why |\n|---|---|---|\n");
+    for reason in Reason::ALL {
+        let _ =
+            writeln!(text, "| {} | {} | {} |", letter(reason), reason.expected(), reason.text());
+    }
+    text.push_str("\nA punch gets through when the first packet of either side does: sent to a mapping that is the same for all, and taken by a filter that ");
+    text.push_str("lets everybody in, or knows the address (both have sent to each other's), or knows the port as well, because the sender's mapping is the same for all. ");
+    text.push_str("The answer goes to where the packet came from. Ports are not predicted.\n");
+}
+
+/// Relayed pairs stand out.
+fn cell(a: Kind, b: Kind) -> String {
+    let reason = reason(a, b);
+    match reason.expected() {
+        Expected::Direct => letter(reason).to_owned(),
+        Expected::Relayed => format!("**{}**", letter(reason)),
+    }
+}
+
+fn letter(reason: Reason) -> &'static str {
+    match reason {
+        Reason::Punched => "d",
+        Reason::SameNetwork => "n",
+        Reason::Hairpinned => "h",
+        Reason::NotHairpinned => "H",
+        Reason::Shut => "S",
+        Reason::NoCommonFamily => "F",
+        Reason::NoUdp => "U",
+    }
+}
+
+fn about(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Open => "a server: IPv4 and IPv6, no NAT, no firewall",
+        Kind::FullCone => "NAT that lets everybody in",
+        Kind::AddressRestricted => "NAT that lets in who was spoken to, from any port",
+        Kind::PortRestricted => "most homes: Linux masquerading",
+        Kind::Symmetric => "a port for each destination, each the next: some firewalls",
+        Kind::SymmetricRandom => {
+            "a port for each destination, at random: many clouds and mobile carriers"
+        }
+        Kind::Cgnat => "a home's NAT behind its carrier's (RFC 6888)",
+        Kind::Hairpin => "two networks of one NAT, kept apart, as with a guest network",
+        Kind::NoHairpin => "the same where the NAT does not turn traffic round",
+        Kind::Shared => "two nodes in one network behind one NAT",
+        Kind::UdpBlocked => "a firewall that lets TCP alone out",
+        Kind::V6Only => "IPv6 behind a firewall (RFC 6092), no IPv4",
+        Kind::ShortMappings => "NAT that forgets in 20 s what is silent",
+    }
+}
+
+fn behaviour(behaviour: Option<Behaviour>) -> String {
+    let Some(behaviour) = behaviour else { return ["–"; 5].join(" | ") };
+    let mapping = match behaviour.mapping {
+        Mapping::None => "none",
+        Mapping::EndpointIndependent => "endpoint-independent",
+        Mapping::AddressDependent => "address-dependent",
+        Mapping::AddressAndPortDependent => "address- and port-dependent",
+    };
+    let filtering = match behaviour.filtering {
+        Filtering::EndpointIndependent => "endpoint-independent",
+        Filtering::AddressDependent => "address-dependent",
+        Filtering::AddressAndPortDependent => "address- and port-dependent",
+    };
+    let ports = match behaviour.ports {
+        Ports::Preserved => "preserved",
+        Ports::Sequential => "counting up",
+        Ports::Unrelated => "others",
+    };
+    let hairpinning = match behaviour.hairpinning {
+        None => "–",
+        Some(true) => "yes",
+        Some(false) => "no",
+    };
+    let lifetime = match behaviour.lifetime {
+        Lifetime::Short => "20 s",
+        Lifetime::Long => "300 s",
+    };
+    [mapping, filtering, ports, hairpinning, lifetime].join(" | ")
+}
+
+/// One line about a pair that is not as expected.
+pub(super) fn problem(pair: &Pair) -> String {
+    let got = match pair.got {
+        super::Got::Direct => "direct",
+        super::Got::Relayed => "relayed",
+        super::Got::Nothing => "not connected at all",
+    };
+    let stream = if pair.stream_survived == Some(false) { "; the stream broke" } else { "" };
+    let why = pair.error.as_deref().map(|error| format!(": {error}")).unwrap_or_default();
+    let apart = match pair.a.neighbours().filter(|_| pair.a == pair.b) {
+        Some(Neighbours::SameNetwork) => " (one network)",
+        Some(Neighbours::SeparateNetworks) => " (one NAT)",
+        None => "",
+    };
+    format!(
+        "{} and {}{apart} are {got}, expected {}{stream}{why}",
+        pair.a,
+        pair.b,
+        expected(pair.a, pair.b)
+    )
+}
+
+/// A line a pair, for a terminal.
+pub(super) fn table(report: &Report) -> String {
+    let mut text = format!(
+        "{:<19}{:<19}{:<10}{:<9}{:>15}{:>11}\n",
+        "A", "B", "EXPECTED", "GOT", "FIRST PACKET", "DIRECT"
+    );
+    let ms = |ms: Option<f64>| ms.map_or("–".to_owned(), |ms| format!("{ms:.1} ms"));
+    for pair in &report.pairs {
+        let got = match pair.got {
+            super::Got::Direct => "direct",
+            super::Got::Relayed => "relayed",
+            super::Got::Nothing => "nothing",
+        };
+        let (first, direct) = (ms(pair.first_packet_ms), ms(pair.direct_ms));
+        let verdict = if pair.ok { "" } else { "   NOT OK" };
+        let _ = writeln!(
+            text,
+            "{:<19}{:<19}{:<10}{got:<9}{first:>15}{direct:>11}{verdict}",
+            pair.a, pair.b, pair.expected
+        );
+    }
+    let good = report.pairs.iter().filter(|pair| pair.ok).count();
+    let _ = writeln!(
+        text,
+        "{good} of {} pairs as expected, in {:.1} s",
+        report.pairs.len(),
+        report.duration_s
+    );
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guide_is_what_this_program_writes() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/guide/nat.md");
+        let found = std::fs::read_to_string(path).unwrap_or_default();
+        assert!(
+            found == page(),
+            "docs/guide/nat.md is not what this program writes: ./testbed/nat --page docs/guide/nat.md"
+        );
+    }
+
+    #[test]
+    fn every_reason_has_a_letter_of_its_own() {
+        let mut letters: Vec<&str> = Reason::ALL.into_iter().map(letter).collect();
+        letters.sort_unstable();
+        letters.dedup();
+        assert_eq!(letters.len(), Reason::ALL.len());
+    }
+}
