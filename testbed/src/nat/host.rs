@@ -31,7 +31,7 @@ const PORTS: [u16; 2] = [3478, 3479];
 /// How often it looks whether it may end.
 const STOP_POLL: Duration = Duration::from_millis(50);
 
-/// Two of every pair there is, twice over.
+/// Two of every pair there is, five times over.
 const MAX_MEMBERS: usize = 1024;
 
 /// Nodes that are connected over TCP at once; a pair has two.

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::Report;
-use super::expected::{Expected, Reason, expected, reason};
+use super::expected::{Expected, Reason, reason};
 use super::kind::{Behaviour, Filtering, Kind, Lifetime, Mapping, Neighbours, Ports};
 use super::pairs::Pair;
 
@@ -26,10 +26,18 @@ punching with plain sockets, which shows what the sites allow to whoever does it
 const HOW: &str = "
 *Mapping* says which external address and port a socket gets: one for all it speaks to, or another for each. *Filtering* says who may
 send to it: everybody, those addresses that were sent to, or those addresses and ports. *Hairpinning*: whether two nodes behind the NAT
-meet at its public address.
+meet at its public address. *Mappings live*: what the NAT is set to; measured is whether one is there or gone after 25 s of silence.
 
 ## Pairs
 
+Two of the same kind have a NAT each, but for hairpin, no-hairpin and shared, which are behind one. Letters are explained below.
+
+|";
+
+const WHEN: &str = "
+A punch gets through when the first packet of either side does: sent to a mapping that is the same for all, and taken by a filter that
+lets everybody in, or knows the address (both have sent to each other's), or knows the port as well, because the sender's mapping is the
+same for all. The answer goes to where the packet came from. Ports are not predicted.
 ";
 
 const TAIL: &str = "
@@ -70,7 +78,6 @@ pub fn page() -> String {
 
 /// One letter a pair, and what the letters mean.
 fn matrix(text: &mut String) {
-    text.push_str("Two of the same kind have a NAT each, but for hairpin, no-hairpin and shared, which are behind one. Letters are explained below.\n\n|");
     for kind in Kind::ALL {
         let _ = write!(text, " | {kind}");
     }
@@ -87,9 +94,7 @@ fn matrix(text: &mut String) {
         let _ =
             writeln!(text, "| {} | {} | {} |", letter(reason), reason.expected(), reason.text());
     }
-    text.push_str("\nA punch gets through when the first packet of either side does: sent to a mapping that is the same for all, and taken by a filter that ");
-    text.push_str("lets everybody in, or knows the address (both have sent to each other's), or knows the port as well, because the sender's mapping is the same for all. ");
-    text.push_str("The answer goes to where the packet came from. Ports are not predicted.\n");
+    text.push_str(WHEN);
 }
 
 /// Relayed pairs stand out.
@@ -156,20 +161,16 @@ fn behaviour(behaviour: Option<Behaviour>) -> String {
         Some(true) => "yes",
         Some(false) => "no",
     };
-    let lifetime = match behaviour.lifetime {
-        Lifetime::Short => "20 s",
-        Lifetime::Long => "300 s",
+    let lifetime = match (behaviour.filtering, behaviour.lifetime) {
+        (Filtering::EndpointIndependent, _) if behaviour.mapping == Mapping::None => "–",
+        (_, Lifetime::Short) => "20 s",
+        (_, Lifetime::Long) => "300 s",
     };
     [mapping, filtering, ports, hairpinning, lifetime].join(" | ")
 }
 
 /// One line about a pair that is not as expected.
 pub(super) fn problem(pair: &Pair) -> String {
-    let got = match pair.got {
-        super::Got::Direct => "direct",
-        super::Got::Relayed => "relayed",
-        super::Got::Nothing => "not connected at all",
-    };
     let stream = if pair.stream_survived == Some(false) { "; the stream broke" } else { "" };
     let why = pair.error.as_deref().map(|error| format!(": {error}")).unwrap_or_default();
     let apart = match pair.a.neighbours().filter(|_| pair.a == pair.b) {
@@ -177,12 +178,8 @@ pub(super) fn problem(pair: &Pair) -> String {
         Some(Neighbours::SeparateNetworks) => " (one NAT)",
         None => "",
     };
-    format!(
-        "{} and {}{apart} are {got}, expected {}{stream}{why}",
-        pair.a,
-        pair.b,
-        expected(pair.a, pair.b)
-    )
+    let Pair { a, b, expected, got, .. } = pair;
+    format!("{a} and {b}{apart}: expected {expected}, got {got}{stream}{why}")
 }
 
 /// A line a pair, for a terminal.
@@ -193,17 +190,12 @@ pub(super) fn table(report: &Report) -> String {
     );
     let ms = |ms: Option<f64>| ms.map_or("–".to_owned(), |ms| format!("{ms:.1} ms"));
     for pair in &report.pairs {
-        let got = match pair.got {
-            super::Got::Direct => "direct",
-            super::Got::Relayed => "relayed",
-            super::Got::Nothing => "nothing",
-        };
         let (first, direct) = (ms(pair.first_packet_ms), ms(pair.direct_ms));
         let verdict = if pair.ok { "" } else { "   NOT OK" };
         let _ = writeln!(
             text,
-            "{:<19}{:<19}{:<10}{got:<9}{first:>15}{direct:>11}{verdict}",
-            pair.a, pair.b, pair.expected
+            "{:<19}{:<19}{:<10}{:<9}{first:>15}{direct:>11}{verdict}",
+            pair.a, pair.b, pair.expected, pair.got
         );
     }
     let good = report.pairs.iter().filter(|pair| pair.ok).count();

@@ -1,5 +1,6 @@
 //! Every pair of sites, connected in turn or some at once, and what came of it.
 
+use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -17,6 +18,7 @@ use super::site::{NatLab, Side, Site};
 pub enum Got {
     Direct,
     Relayed,
+    /// Not a packet came through.
     Nothing,
 }
 
@@ -26,6 +28,16 @@ impl Got {
             (self, expected),
             (Self::Direct, Expected::Direct) | (Self::Relayed, Expected::Relayed)
         )
+    }
+}
+
+impl fmt::Display for Got {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Direct => "direct",
+            Self::Relayed => "relayed",
+            Self::Nothing => "nothing",
+        })
     }
 }
 

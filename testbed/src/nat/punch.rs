@@ -45,13 +45,11 @@ impl Connect for Sockets {
     fn connect(&self, a: &Site, b: &Site) -> Result<Outcome> {
         let begin = Instant::now();
         let [mut end_a, mut end_b] = open_both(a, b)?;
-        let known = [end_a.candidates_for(&end_b), end_b.candidates_for(&end_a)];
-        let members = [end_a.member, end_b.member];
+        end_a.introduce(&mut end_b);
         let run = Run { begin, id: next_id(), done: AtomicU32::new(0) };
-        let [of_b, of_a] = known;
         let heard = std::thread::scope(|scope| {
-            let far = scope.spawn(|| end_b.punch(of_a, members[0], &run));
-            let near = end_a.punch(of_b, members[1], &run)?;
+            let far = scope.spawn(|| end_b.punch(&run));
+            let near = end_a.punch(&run)?;
             Ok::<_, anyhow::Error>([near, far.join().map_err(|_| anyhow!("a side panicked"))??])
         })?;
         let later = |[a, b]: [Option<Duration>; 2]| Some(a?.max(b?));
@@ -117,6 +115,10 @@ struct End {
     reflexive: Vec<SocketAddr>,
     /// What they are bound to.
     own: Vec<SocketAddr>,
+    /// The other's name at the relay.
+    other: u32,
+    /// Where the other may be.
+    known: Vec<SocketAddr>,
 }
 
 impl End {
@@ -139,32 +141,38 @@ impl End {
             Some(relay) => relay,
             None => Relay::Tcp(connect_tcp(site)?),
         };
-        Ok(Self { member, sockets, relay, reflexive, own })
+        Ok(Self { member, sockets, relay, reflexive, own, other: 0, known: Vec::new() })
     }
 
-    /// What to ping the other at. Private addresses mean something behind the same NAT alone.
-    fn candidates_for(&self, other: &Self) -> Vec<SocketAddr> {
-        let mut known = other.reflexive.clone();
+    /// Tells both where the other may be. Private addresses mean something behind the same NAT alone.
+    fn introduce(&mut self, other: &mut Self) {
         let same_nat = |seen: &SocketAddr| self.reflexive.iter().any(|own| own.ip() == seen.ip());
-        if other.reflexive.iter().any(same_nat) {
-            known.extend(&other.own);
-        }
-        known
+        let neighbours = other.reflexive.iter().any(same_nat);
+        self.learn(other, neighbours);
+        other.learn(self, neighbours);
     }
 
-    fn punch(&mut self, mut known: Vec<SocketAddr>, other: u32, run: &Run) -> Result<Heard> {
+    fn learn(&mut self, other: &Self, neighbours: bool) {
+        self.other = other.member;
+        self.known.clone_from(&other.reflexive);
+        if neighbours {
+            self.known.extend(&other.own);
+        }
+    }
+
+    fn punch(&mut self, run: &Run) -> Result<Heard> {
         let mut heard = Heard::default();
+        let ping = Message::Ping { id: run.id }.to_string();
         for _ in 0..ROUNDS {
-            self.to_relay(&Message::Join { member: self.member }.to_string())?;
-            let ping = Message::Ping { id: run.id }.to_string();
-            self.to_relay(&Message::Pass { member: other, text: &ping }.to_string())?;
-            for address in &known {
+            self.send_by_relay(&Message::Join { member: self.member })?;
+            self.send_by_relay(&Message::Pass { member: self.other, text: &ping })?;
+            for address in &self.known {
                 self.send(*address, &ping);
             }
             let end = Instant::now() + ROUND;
             while let Some(left) = end.checked_duration_since(Instant::now()) {
                 for (via, text) in self.receive(left)? {
-                    self.handle(&text, via, other, &mut known, &mut heard, run)?;
+                    self.handle(&text, via, &mut heard, run)?;
                 }
                 if run.done.load(Ordering::SeqCst) == 2 && heard.first.is_some() {
                     return Ok(heard);
@@ -174,36 +182,32 @@ impl End {
         Ok(heard)
     }
 
-    fn handle(
-        &mut self,
-        text: &str,
-        via: Via,
-        other: u32,
-        known: &mut Vec<SocketAddr>,
-        heard: &mut Heard,
-        run: &Run,
-    ) -> Result<()> {
-        let pong = Message::Pong { id: run.id }.to_string();
-        match (Message::parse(text), via) {
-            (Some(Message::Ping { id }), Via::Direct { source }) if id == run.id => {
-                self.send(source, &pong);
-                if !known.contains(&source) && known.len() < MAX_CANDIDATES {
-                    known.push(source);
-                    self.send(source, &Message::Ping { id }.to_string());
-                }
-            }
-            (Some(Message::Ping { id }), Via::Relay) if id == run.id => {
-                self.to_relay(&Message::Pass { member: other, text: &pong }.to_string())?;
-            }
-            (Some(Message::Pong { id }), _) if id == run.id => {
-                if matches!(via, Via::Direct { .. }) && heard.direct.is_none() {
-                    heard.direct = Some(run.begin.elapsed());
-                    run.done.fetch_add(1, Ordering::SeqCst);
-                }
-            }
-            _ => return Ok(()),
+    fn handle(&mut self, text: &str, via: Via, heard: &mut Heard, run: &Run) -> Result<()> {
+        let (ping, pong) = (Message::Ping { id: run.id }, Message::Pong { id: run.id });
+        let message = Message::parse(text);
+        if message != Some(ping) && message != Some(pong) {
+            return Ok(()); // the relay's answers, and whatever an earlier pair left on its way
         }
         heard.first.get_or_insert_with(|| run.begin.elapsed());
+        match via {
+            Via::Relay if message == Some(ping) => {
+                let text = pong.to_string();
+                self.send_by_relay(&Message::Pass { member: self.other, text: &text })?;
+            }
+            Via::Relay => {}
+            Via::Direct { source } if message == Some(ping) => {
+                self.send(source, &pong.to_string());
+                if !self.known.contains(&source) && self.known.len() < MAX_CANDIDATES {
+                    self.known.push(source);
+                    self.send(source, text);
+                }
+            }
+            Via::Direct { .. } if heard.direct.is_none() => {
+                heard.direct = Some(run.begin.elapsed());
+                run.done.fetch_add(1, Ordering::SeqCst);
+            }
+            Via::Direct { .. } => {}
+        }
         Ok(())
     }
 
@@ -217,14 +221,15 @@ impl End {
         }
     }
 
-    fn to_relay(&mut self, text: &str) -> Result<()> {
+    fn send_by_relay(&mut self, message: &Message<'_>) -> Result<()> {
+        let text = message.to_string();
         match &mut self.relay {
             Relay::Udp { socket, address } => {
                 let socket = self.sockets.get(*socket).context("the relay's socket")?;
                 socket.send_to(text.as_bytes(), *address).context("cannot send to the relay")?;
                 Ok(())
             }
-            Relay::Tcp(lines) => lines.send(text),
+            Relay::Tcp(lines) => lines.send(&text),
         }
     }
 
@@ -241,7 +246,7 @@ impl End {
         let mut messages = Vec::new();
         let mut buffer = [0; MESSAGE_BYTES];
         for socket in &self.sockets {
-            // Two are all that come in a round; the next call takes what is left.
+            // A few are all that come in a round; the next call takes what is left.
             while let Ok((count, source)) = socket.recv_from(&mut buffer)
                 && messages.len() < MAX_CANDIDATES
             {
