@@ -4,11 +4,20 @@
 
 mod common;
 
-use testbed::lab::Lab;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use testbed::lab::{Lab, ProcessRef};
 use testbed::nat::{
     Host, Kind, NatLab, PARALLEL, Side, Site, Sockets, connect_pairs, measure, reaches_by_tcp,
     wanted,
 };
+
+/// Of a program that is stopped and goes on; more often than that it is not stopped.
+const MAX_STOPS: u32 = 200;
+const STANDS_STILL: Duration = Duration::from_millis(60);
+const GOES_ON: Duration = Duration::from_millis(60);
 
 fn build(name: &str, sides: &[Side]) -> (NatLab, Host) {
     let lab = Lab::create(&common::lab_name(name), common::programs()).expect("lab");
@@ -30,12 +39,17 @@ fn every_kind_of_site_does_to_udp_what_it_says() {
         threads.into_iter().map(|thread| thread.join().expect("a prober")).collect()
     });
     assert_eq!(sites.len(), 2 * Kind::ALL.len());
+    let mut wrong = Vec::new();
     for (site, measured) in sites.iter().zip(measured) {
         let (kind, side) = (site.kind, site.side);
-        let measured = measured.unwrap_or_else(|error| panic!("{kind} {side:?}: {error:#}"));
-        assert_eq!(measured, kind.behaviour(), "{kind} {side:?}");
+        match measured {
+            Ok(measured) if measured == kind.behaviour() => {}
+            Ok(measured) => wrong.push(format!("{kind} {side:?}: {measured:?}")),
+            Err(error) => wrong.push(format!("{kind} {side:?}: {error:#}")),
+        }
         assert!(reaches_by_tcp(site).expect("a try"), "{kind} {side:?}: TCP gets out everywhere");
     }
+    assert!(wrong.is_empty(), "not what they say: {wrong:#?}");
 }
 
 #[test]
@@ -52,4 +66,47 @@ fn every_pair_of_sites_is_connected_as_the_table_says() {
         assert!(pair.first_packet_ms.is_some(), "nothing came through: {pair:?}");
         assert_eq!(pair.direct_ms.is_some(), pair.got == testbed::nat::Got::Direct, "{pair:?}");
     }
+}
+
+#[test]
+fn a_run_that_stands_still_now_and_then_ends_as_any_other() {
+    if !common::root() {
+        return;
+    }
+    let mut run = Command::new(env!("CARGO_BIN_EXE_testbed"))
+        .args([
+            "nat",
+            "--json",
+            "--only",
+            "udp-blocked,symmetric",
+            "--lab",
+            &common::lab_name("natstop"),
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the testbed program");
+    let process = ProcessRef::of(run.id()).expect("it runs");
+    // Whoever waits with a timeout is interrupted each time.
+    for _ in 0..MAX_STOPS {
+        if run.try_wait().expect("status").is_some() {
+            break;
+        }
+        process.signal(Signal::STOP).expect("stopped");
+        std::thread::sleep(STANDS_STILL);
+        process.signal(Signal::CONT).expect("going on");
+        std::thread::sleep(GOES_ON);
+    }
+    let output = run.wait_with_output().expect("its report");
+    let report: serde_json::Value =
+        serde_json::from_slice(&output.stdout).expect("one JSON document");
+    assert!(output.status.success(), "{report:#}");
+    let [pair] = report["pairs"].as_array().expect("pairs").as_slice() else {
+        panic!("{report:#}")
+    };
+    assert_eq!((&pair["a"], &pair["b"]), (&"udp-blocked".into(), &"symmetric".into()), "{pair}");
+    assert_eq!((&pair["expected"], &pair["got"]), (&"relayed".into(), &"relayed".into()), "{pair}");
+    assert_eq!((&pair["by"], &pair["ok"]), (&"sockets".into(), &true.into()), "{pair}");
+    assert!(pair["direct_ms"].is_null() && pair["stream_survived"].is_null(), "{pair}");
 }

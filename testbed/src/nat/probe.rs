@@ -7,6 +7,7 @@
 //! lifetime (4.6)     a socket is silent for a while; asked by a second one, A1:P1 sends to what it looked like: does it arrive?
 //! ```
 
+use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use super::host::place;
 use super::kind::{Behaviour, Filtering, Lifetime, Mapping, Ports, SHORT_LIFETIME_S};
 use super::site::Site;
 use super::wire::{From, MESSAGE_BYTES, Message};
-use crate::traffic::Family;
+use crate::traffic::{Family, would_block};
 
 /// No datagram is lost here but on purpose: several, so that a machine that stands still for a moment proves nothing.
 const ATTEMPTS: u32 = 5;
@@ -224,7 +225,8 @@ fn await_on<T>(
                     return Ok(Some(found));
                 }
             }
-            Err(error) if crate::traffic::would_block(&error) => {}
+            // A process that was stopped and goes on is interrupted while it waits with a timeout (signal(7)).
+            Err(error) if error.kind() == ErrorKind::Interrupted || would_block(&error) => {}
             Err(error) => return Err(error).context("cannot receive"),
         }
     }

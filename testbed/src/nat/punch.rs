@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use super::host::{is_host, place};
 use super::pairs::{Connect, Got, Outcome};
@@ -241,7 +242,10 @@ impl End {
         if let Relay::Tcp(lines) = &self.relay {
             fds.push(PollFd::new(lines.stream(), PollFlags::IN));
         }
-        poll(&mut fds, Some(&timeout)).context("cannot wait for messages")?;
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error).context("cannot wait for messages"),
+        }
         drop(fds);
         let mut messages = Vec::new();
         let mut buffer = [0; MESSAGE_BYTES];
