@@ -61,6 +61,10 @@ pub(crate) struct Run {
     #[arg(long, env = "KEYRELAY_METRICS", value_name = "ADDRESS:PORT")]
     pub(crate) metrics: Option<SocketAddr>,
 
+    /// Address to serve members over TLS at, whose networks block UDP, like [::]:443.
+    #[arg(long, env = "KEYRELAY_TLS_LISTEN", value_name = "ADDRESS:PORT")]
+    pub(crate) tls_listen: Option<SocketAddr>,
+
     /// How long to go on after SIGTERM, so that members find another relay.
     #[arg(long, env = "KEYRELAY_DRAIN_S", value_name = "SECONDS", default_value_t = 5)]
     pub(crate) drain_s: u64,

@@ -20,4 +20,5 @@ pub mod keyfile;
 pub mod members;
 pub mod metrics;
 pub mod server;
+pub mod streams;
 pub mod whoami;

@@ -12,7 +12,7 @@ use clap::Parser;
 use keyrelay::core::relay::{Limits, Relay};
 use keyrelay::members::Rosters;
 use keyrelay::server::{self, Server, Shared};
-use keyrelay::{clock, keyfile, metrics, whoami};
+use keyrelay::{clock, keyfile, metrics, streams, whoami};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
@@ -72,11 +72,21 @@ async fn run(args: Run) -> anyhow::Result<()> {
     };
     let threads = args.threads.map_or_else(server::default_threads, usize::from);
     let (address, sockets) = server::open(args.listen, args.port, threads)?;
+    let tls = args.tls_listen.map(streams::Listener::bind).transpose()?;
+    let sender = sockets.first().context("no socket")?.sender();
     let server = Server::start(relay, sockets)?;
     if let Some(listener) = metrics {
         tokio::spawn(metrics::serve(listener, Arc::clone(&server.shared)));
     }
     tracing::info!(%address, key = %public_key(&key), ?origin, members = server.shared.relay.members(), threads, "listening");
+    let tls = match tls {
+        Some(listener) => {
+            tracing::info!(address = %listener.address()?, "listening for TLS");
+            let sender = sender.context("cannot send from a second thread")?;
+            Some(listener.start(Arc::clone(&server.shared), sender)?)
+        }
+        None => None,
+    };
     attend(&server.shared, &mut rosters, &mut signals, None).await;
     let relay = &server.shared.relay;
     if relay.registered() > 0 {
@@ -86,6 +96,9 @@ async fn run(args: Run) -> anyhow::Result<()> {
         attend(&server.shared, &mut rosters, &mut signals, Some(until)).await;
     }
     server.stop();
+    if let Some(tls) = tls {
+        tls.shutdown_background();
+    }
     tracing::info!("stopped");
     Ok(())
 }

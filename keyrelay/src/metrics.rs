@@ -46,6 +46,7 @@ pub fn render(shared: &Shared) -> anyhow::Result<String> {
     gauge(&mut registry, "members", "Keys that may use the relay", shared.relay.members());
     let registered = "Addresses a member is registered at";
     gauge(&mut registry, "clients", registered, shared.relay.registered());
+    gauge(&mut registry, "streams", "Connections over TLS", shared.streams.count());
     for event in Event::ALL {
         total(&mut registry, event.name(), help(event), shared.events(event));
     }
@@ -56,8 +57,10 @@ pub fn render(shared: &Shared) -> anyhow::Result<String> {
         drops.get_or_create_owned(&labels).inc_by(shared.drops(reason));
     }
     total(&mut registry, "faults", "Bursts lost to a fault of the relay's", shared.panics());
-    let udp = shared.udp();
+    let (streams, udp) = (&shared.streams, shared.udp());
     for (name, help, value) in [
+        ("streams_refused", "Connections refused for want of a place", streams.refused()),
+        ("stream_lost_datagrams", "Datagrams a connection had no room for", streams.lost()),
         ("udp_received_bytes", "Bytes received", udp.rx_bytes),
         ("udp_sent_bytes", "Bytes sent", udp.tx_bytes),
         ("udp_receive_overflow", "Datagrams the kernel had no room for", udp.rx_overflow),

@@ -30,6 +30,7 @@ use crate::clock;
 use crate::core::counters::{Counters, Event, Reason};
 use crate::core::relay::{Arrival, Outlet, Relay, Worker};
 use crate::core::{Reach, Source};
+use crate::streams::Streams;
 
 /// How often engines may forget expired keys.
 pub const EXPIRE_EVERY: Duration = Duration::from_secs(1);
@@ -43,6 +44,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// What the threads and whoever looks at them share.
 pub struct Shared {
     pub relay: Relay<BoringFactory>,
+    pub streams: Arc<Streams>,
+    pub(crate) stream_counters: Arc<Counters>,
     counters: Vec<Arc<Counters>>,
     udp: Vec<Mutex<UdpCounters>>,
     panics: AtomicU64,
@@ -52,11 +55,15 @@ pub struct Shared {
 
 impl Shared {
     pub fn drops(&self, reason: Reason) -> u64 {
-        self.counters.iter().map(|counters| counters.drops(reason)).sum()
+        self.all().map(|counters| counters.drops(reason)).sum()
     }
 
     pub fn events(&self, event: Event) -> u64 {
-        self.counters.iter().map(|counters| counters.events(event)).sum()
+        self.all().map(|counters| counters.events(event)).sum()
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Arc<Counters>> {
+        self.counters.iter().chain([&self.stream_counters])
     }
 
     /// Bursts lost to a fault of ours.
@@ -113,6 +120,8 @@ impl Server {
     pub fn start(relay: Relay<BoringFactory>, sockets: Vec<UdpSocket>) -> anyhow::Result<Self> {
         let shared = Arc::new(Shared {
             relay,
+            streams: Arc::default(),
+            stream_counters: Arc::default(),
             counters: sockets.iter().map(|_| Arc::default()).collect(),
             udp: sockets.iter().map(|_| Mutex::default()).collect(),
             panics: AtomicU64::new(0),
@@ -198,7 +207,7 @@ impl Carrier {
                 let from = Reach { source: Source::Udp(message.source), local: message.local };
                 let arrival = Arrival { from, segment_len: message.segment_len, ecn: message.ecn };
                 let Some(bytes) = self.batch.bytes_mut(slot) else { continue };
-                let mut out = Sockets { udp: &mut self.socket };
+                let mut out = Sockets { udp: &mut self.socket, streams: &self.shared.streams };
                 self.shared.relay.handle(now, &arrival, bytes, &mut self.worker, &mut out);
             }
         }
@@ -219,7 +228,7 @@ impl Carrier {
         let Some(from) = self.told.filter(|_| self.shared.leaving.load(Ordering::Relaxed)) else {
             return;
         };
-        let mut out = Sockets { udp: &mut self.socket };
+        let mut out = Sockets { udp: &mut self.socket, streams: &self.shared.streams };
         let (relay, count) = (&self.shared.relay, RELAY_LEAVING_PER_TURN);
         self.told = relay.leave(clock::now(), from, count, &mut self.worker, &mut out);
     }
@@ -228,6 +237,7 @@ impl Carrier {
 /// Where a thread sends.
 struct Sockets<'a> {
     udp: &'a mut UdpSocket,
+    streams: &'a Streams,
 }
 
 impl Outlet for Sockets<'_> {
@@ -238,7 +248,7 @@ impl Outlet for Sockets<'_> {
                     tracing::trace!(%address, %error, "not sent");
                 }
             }
-            Source::Stream { .. } => {}
+            Source::Stream { id, .. } => self.streams.send(id, segment_len, bytes),
         }
     }
 }

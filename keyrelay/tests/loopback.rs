@@ -1,6 +1,6 @@
 //! The built binary on loopback, both families.
 
-#![allow(clippy::expect_used)] // helpers of a test say what failed by panicking
+#![allow(clippy::expect_used, clippy::panic)] // helpers of a test say what failed by panicking
 mod support;
 
 use std::net::{SocketAddr, UdpSocket};

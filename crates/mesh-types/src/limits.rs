@@ -119,6 +119,18 @@ pub const RELAY_NOT_HERE_PAUSE: Duration = Duration::from_secs(1);
 /// makes a new engine.
 pub const RELAY_OLD_INITIATION_PAUSE: Duration = Duration::from_secs(5);
 
+/// Connections to a relay where UDP is blocked. Each takes a file descriptor, of which a process has 1,024 unless told
+/// otherwise, and at most 300 KiB (queue, frame, TLS).
+pub const RELAY_STREAMS_MAX: usize = 512;
+
+/// Of them without a member behind them yet, over all and of one IPv4 address or IPv6 /64: a handful of nodes behind one
+/// router begin at a time.
+pub const RELAY_STREAMS_HALF_OPEN_MAX: usize = 128;
+pub const RELAY_STREAMS_PER_SOURCE_HALF_OPEN_MAX: usize = 8;
+
+/// Bytes waiting to be written to one connection: a tenth of a second at 10 Mbit/s. More is delay and no help.
+pub const RELAY_STREAM_QUEUE_BYTES: usize = 128 * 1024;
+
 /// Members that one thread tells of the relay's end in one turn: a message costs about 2 us.
 pub const RELAY_LEAVING_PER_TURN: usize = 256;
 

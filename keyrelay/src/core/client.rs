@@ -155,9 +155,10 @@ impl<E> Client<E> {
         std::mem::replace(&mut *registered, registration)
     }
 
-    /// Whether it is registered, be it past its time.
-    pub(super) fn is_put(&self) -> bool {
-        self.registered.read().unwrap_or_else(PoisonError::into_inner).is_some()
+    /// Where it is registered, be it past its time.
+    pub(super) fn put_at(&self) -> Option<Reach> {
+        let registered = self.registered.read().unwrap_or_else(PoisonError::into_inner);
+        registered.map(|at| at.reach)
     }
 }
 

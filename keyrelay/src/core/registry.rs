@@ -140,6 +140,21 @@ impl<E: Engine> Registry<E> {
         }
     }
 
+    /// Ends the registration of whoever is at `source`.
+    pub(super) fn clear(&self, source: &Source) {
+        let Some(client) = self.stripe(source).and_then(|stripe| read(stripe).get(source).cloned())
+        else {
+            return;
+        };
+        // Nobody moves it meanwhile.
+        let _control = client.control();
+        if client.put_at().is_some_and(|reach| reach.source == *source) {
+            self.unregister(&client);
+        } else {
+            self.forget(&client, source);
+        }
+    }
+
     fn forget(&self, client: &Arc<Client<E>>, source: &Source) {
         let Some(stripe) = self.stripe(source) else { return };
         let mut stripe = write(stripe);

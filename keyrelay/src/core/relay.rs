@@ -37,7 +37,7 @@ use mesh_types::relay_frame::{Frame, PACKET_BYTES};
 use mesh_types::time::MonoTime;
 use wg_engine::MacKeys;
 
-use super::client::{Client, Control, Reach};
+use super::client::{Client, Control, Reach, Source};
 use super::counters::{Counters, Event, Reason};
 use super::registry::{MembersChange, Registry};
 
@@ -158,6 +158,16 @@ impl<F: EngineFactory> Relay<F> {
         self.registry.registered()
     }
 
+    /// Whether a member is registered at `source`.
+    pub fn serves(&self, now: MonoTime, source: &Source) -> bool {
+        self.registry.at_source(now, source).is_some()
+    }
+
+    /// A source that is no more: nobody is registered there.
+    pub fn forget(&self, source: &Source) {
+        self.registry.clear(source);
+    }
+
     /// Whether these bytes are to be looked at before what else came with them: control and handshakes go before data.
     pub fn is_urgent(bytes: &[u8]) -> bool {
         match carry::parse(bytes) {
@@ -211,7 +221,7 @@ impl<F: EngineFactory> Relay<F> {
             if let Some((index, _)) = previous.take_if(|(_, engine)| !engine.can_send(now)) {
                 self.registry.free_index(index);
             }
-            if client.is_put() && client.reach(now).is_none() {
+            if client.put_at().is_some() && client.reach(now).is_none() {
                 self.registry.unregister(&client);
             }
         }

@@ -1,0 +1,216 @@
+//! The built relay over TLS, beside UDP.
+#![allow(clippy::expect_used, clippy::panic)] // helpers of a test say what failed by panicking
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_core::tunnel::engine::{Engine, HandshakeBuffer, INITIATION_BYTES};
+use mesh_types::carry;
+use mesh_types::key::{PrivateKey, PublicKey};
+use mesh_types::limits::RELAY_STREAMS_PER_SOURCE_HALF_OPEN_MAX;
+use mesh_types::relay_frame::{Frame, PACKET_BYTES_MAX};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{ClientConnection, DigitallySignedStruct, SignatureScheme, StreamOwned};
+use wg_engine::{BoringEngine, generate_private_key, public_key};
+
+use support::{Client, Running, engine, open, seal, start_with};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Half-open connections; few are held at one time, as the relay closes the others.
+const HALF_OPEN: usize = 5_000;
+
+/// The session inside proves who the relay is.
+#[derive(Debug)]
+struct Anybody(rustls::crypto::WebPkiSupportedAlgorithms);
+
+impl ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        panic!("TLS 1.3 only")
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, signature, &self.0)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_schemes()
+    }
+}
+
+type Tls = StreamOwned<ClientConnection, TcpStream>;
+
+fn connect(to: SocketAddr) -> Tls {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let anybody = Anybody(provider.signature_verification_algorithms);
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("TLS 1.3")
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(anybody))
+        .with_no_client_auth();
+    let name = ServerName::try_from("relay.example").expect("a name");
+    let session = ClientConnection::new(Arc::new(config), name).expect("a session");
+    let tcp = TcpStream::connect(to).expect("a connection");
+    tcp.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    StreamOwned::new(session, tcp)
+}
+
+fn send(tls: &mut Tls, datagram: &[u8]) {
+    let length = u16::try_from(datagram.len()).expect("a datagram").to_be_bytes();
+    tls.write_all(&[&length[..], datagram].concat()).expect("sent");
+    tls.flush().expect("sent");
+}
+
+fn receive(tls: &mut Tls) -> Vec<u8> {
+    let mut length = [0; 2];
+    tls.read_exact(&mut length).expect("a frame");
+    let mut datagram = vec![0; u16::from_be_bytes(length).into()];
+    tls.read_exact(&mut datagram).expect("whole");
+    datagram
+}
+
+/// A member with a session, registered over its connection.
+fn join(relay: &Running, tls: &mut Tls, key: &PrivateKey) -> BoringEngine {
+    let mut session = engine(key, relay.public_key(), 77);
+    let mut out: HandshakeBuffer = [0; INITIATION_BYTES];
+    let now = keyrelay::clock::now();
+    let length = session.initiate(now, true, &mut out).expect("an initiation");
+    send(tls, &out[..length]);
+    let response = receive(tls);
+    let met = session.handle_handshake(now, [127, 0, 0, 1].into(), &response, &mut out);
+    assert!(met.expect("met").session_ready);
+    let mut packet = [0; PACKET_BYTES_MAX];
+    let question = Frame::WhatIsMyAddress { token: 5 };
+    let length = question.encode(&mut packet).expect("room");
+    send(tls, &seal(&mut session, &packet[..length]));
+    let answer = open(&mut session, &receive(tls)).expect("opened");
+    let address = tls.sock.local_addr().expect("an address");
+    assert_eq!(Frame::decode(&answer), Ok(Frame::YourAddressIs { token: 5, address }));
+    session
+}
+
+fn started(members: &[PublicKey]) -> (Running, SocketAddr) {
+    let more = ["--tls-listen", "127.0.0.1:0", "--threads", "2"];
+    let mut relay = start_with("127.0.0.1:0", members, &more);
+    let line = relay.says("listening for TLS");
+    let (_, address) = line.split_once("address=").expect("a field");
+    (relay, address.trim().parse().expect("an address"))
+}
+
+fn data(mark: u8, length: usize) -> Vec<u8> {
+    let mut message = vec![mark; length];
+    message[..4].copy_from_slice(&[4, 0, 0, 0]);
+    message
+}
+
+#[test]
+fn a_member_over_tls_and_one_over_udp_reach_each_other() {
+    let keys = [0; 3].map(|_| generate_private_key());
+    let members = [0, 1, 2].map(|n: usize| public_key(&keys[n]));
+    let (relay, at) = started(&members);
+    let mut tls = [connect(at), connect(at)];
+    for (tls, key) in tls.iter_mut().zip(&keys) {
+        join(&relay, tls, key);
+    }
+    let udp = Client::join(&relay, &keys[2], 1);
+    let to =
+        |key: &PublicKey, message: &[u8]| [&carry::header(key.as_bytes())[..], message].concat();
+    for (mark, length) in [(1, 64), (2, 1200), (3, 1400)] {
+        let message = data(mark, length);
+        send(&mut tls[0], &to(&udp.public, &message));
+        assert_eq!(udp.carried(&members[0]), message);
+        udp.carry(&members[0], &message);
+        assert_eq!(receive(&mut tls[0]), to(&udp.public, &message));
+        send(&mut tls[0], &to(&members[1], &message));
+        assert_eq!(receive(&mut tls[1]), to(&members[0], &message));
+    }
+    let long = data(9, 60_000);
+    send(&mut tls[0], &to(&members[1], &long));
+    assert_eq!(receive(&mut tls[1]), to(&members[0], &long));
+    assert_eq!((relay.metric("keyrelay_streams "), relay.metric("keyrelay_clients")), (2, 3));
+
+    // Its registration ends with the connection.
+    let [first, _second] = tls;
+    drop(first);
+    while relay.metric("keyrelay_streams ") == 2 {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(relay.metric("keyrelay_clients"), 2);
+}
+
+#[test]
+fn five_thousand_half_open_connections_stop_nobody() {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).expect("a limit");
+    let keys = [0; 3].map(|_| generate_private_key());
+    let members = [0, 1, 2].map(|n: usize| public_key(&keys[n]));
+    let (relay, at) = started(&members);
+    let mut before = connect(at);
+    join(&relay, &mut before, &keys[0]);
+    let mut udp = Client::join(&relay, &keys[1], 1);
+    let mut held = Vec::with_capacity(HALF_OPEN);
+    for number in 0..HALF_OPEN {
+        held.push(TcpStream::connect(at).expect("accepted by the kernel"));
+        if number % 100 == 0 {
+            assert!(udp.ask(), "over UDP, with {number} half open");
+        }
+    }
+    let message = data(1, 500);
+    udp.carry(&members[0], &message);
+    let whole = [&carry::header(members[1].as_bytes())[..], &message].concat();
+    assert_eq!(receive(&mut before), whole, "over TLS, who is there");
+    let streams = relay.metric("keyrelay_streams ");
+    assert!(streams <= RELAY_STREAMS_PER_SOURCE_HALF_OPEN_MAX as u64 + 1, "{streams}");
+    let refused = relay.metric("keyrelay_streams_refused_total");
+    assert!(refused >= (HALF_OPEN - RELAY_STREAMS_PER_SOURCE_HALF_OPEN_MAX) as u64, "{refused}");
+    assert!(Client::join(&relay, &keys[2], 2).ask(), "and who comes now");
+}
+
+#[test]
+fn a_connection_over_which_nobody_registers_is_closed() {
+    let keys = [0; 2].map(|_| generate_private_key());
+    let (relay, at) = started(&keys.each_ref().map(public_key));
+    let mut member = connect(at);
+    let mut session = join(&relay, &mut member, &keys[0]);
+    let mut silent = TcpStream::connect(at).expect("a connection");
+    silent.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    let mut nobody = connect(at);
+    send(&mut nobody, &[9; 200]);
+    assert_eq!(silent.read(&mut [0; 16]).expect("closed by the relay"), 0);
+    assert!(nobody.read(&mut [0; 16]).map_or(true, |got| got == 0), "and gets nothing");
+    while relay.metric("keyrelay_streams ") > 1 {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let mut packet = [0; PACKET_BYTES_MAX];
+    let length = Frame::WhatIsMyAddress { token: 6 }.encode(&mut packet).expect("room");
+    send(&mut member, &seal(&mut session, &packet[..length]));
+    assert!(open(&mut session, &receive(&mut member)).is_some(), "who registered stays");
+}
