@@ -4,6 +4,7 @@ mod abuse;
 mod carrying;
 mod cost;
 mod session;
+mod threads;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
