@@ -200,6 +200,13 @@ impl Exchange {
         }
     }
 
+    /// Tells the other shards where a relay of ours sees this node.
+    pub(super) fn tell_seen(&self, relay: PublicKey, address: SocketAddr) {
+        for to in self.to.iter().flatten() {
+            to.packets.mailbox().note_seen(relay, address);
+        }
+    }
+
     /// Whether the TUN is not to be read: an owner has more than it can seal. What waits stays in the kernel's queue, where
     /// it would with one shard. Not for long, or one that does not run would stop all others' packets, too.
     pub(super) fn holds_back(&self, now: MonoTime) -> bool {

@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, bail};
 use mesh_core::tunnel::engine::OwnKeyId;
 use mesh_types::key::{PrivateKey, PublicKey};
-use mesh_types::limits::{NODES_MAX, SNAPSHOT_REQUESTS_MAX};
+use mesh_types::limits::{NODES_MAX, RELAYS_MAX, SNAPSHOT_REQUESTS_MAX};
 use netcfg::udp::UdpSocket;
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -34,6 +34,8 @@ pub(super) struct Letters<P, T, S> {
     pub(super) own_addresses: Option<Vec<SocketAddr>>,
     /// Where peers of other shards were heard; of one peer the last word counts.
     pub(super) places: BTreeMap<PublicKey, SocketAddr>,
+    /// Where relays of other shards see this node.
+    pub(super) seen: BTreeMap<PublicKey, SocketAddr>,
     pub(super) initiate_all: bool,
     pub(super) initiate_anew: bool,
     pub(super) initiate_forgotten: bool,
@@ -51,6 +53,7 @@ impl<P, T, S> Default for Letters<P, T, S> {
             endpoints: BTreeMap::new(),
             own_addresses: None,
             places: BTreeMap::new(),
+            seen: BTreeMap::new(),
             initiate_all: false,
             initiate_anew: false,
             initiate_forgotten: false,
@@ -113,6 +116,15 @@ impl<P, T, S> Mailbox<P, T, S> {
         self.post(|letters| {
             if letters.places.len() < NODES_MAX || letters.places.contains_key(&key) {
                 letters.places.insert(key, at);
+            }
+        });
+    }
+
+    /// Tells where a relay of another shard sees this node.
+    pub(super) fn note_seen(&self, relay: PublicKey, address: SocketAddr) {
+        self.post(|letters| {
+            if letters.seen.len() < RELAYS_MAX || letters.seen.contains_key(&relay) {
+                letters.seen.insert(relay, address);
             }
         });
     }

@@ -205,6 +205,10 @@ impl Shard {
                         exchange.tell_place(key, endpoint);
                     }
                 }
+                if let (Event::SeenAt { relay, address }, Some(exchange)) = (event, &self.exchange)
+                {
+                    exchange.tell_seen(relay, address);
+                }
                 (self.on_event)(DataEvent::Tunnel(event));
             }
             self.steer();
@@ -309,6 +313,9 @@ impl Shard {
         for (key, at) in letters.places {
             tunnel.note_endpoint(now, key, at);
             self.note_place(key, at);
+        }
+        for (relay, address) in letters.seen {
+            tunnel.note_seen(relay, address);
         }
         if letters.initiate_all {
             tunnel.initiate_all(now);

@@ -198,6 +198,11 @@ pub enum Event {
         key: PublicKey,
         endpoint: SocketAddr,
     },
+    /// A relay of this shard said where it sees us.
+    SeenAt {
+        relay: PublicKey,
+        address: SocketAddr,
+    },
     /// No answer for 90 s; what waited for the session was dropped.
     HandshakeGaveUp {
         key: PublicKey,

@@ -7,6 +7,7 @@
 //! ```
 //! The format is `docs/keyrelay-protocol.md`.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::ops::Deref;
 use std::time::Duration;
@@ -19,7 +20,7 @@ use mesh_types::relay_frame::{self, Addresses, Frame};
 use mesh_types::time::MonoTime;
 
 use super::Tunnel;
-use super::config::{PeerConfig, Role, UdpMeta};
+use super::config::{Event, PeerConfig, Role, UdpMeta};
 use super::counters::DropReason;
 use super::engine::EngineFactory;
 use super::path::Endpoint;
@@ -51,6 +52,8 @@ pub(super) struct Relays {
     keys: Vec<PublicKey>,
     /// Where this node can be reached, as control knows.
     own: Vec<SocketAddr>,
+    /// Where relays of other shards see us.
+    seen: BTreeMap<PublicKey, SocketAddr>,
     /// Frames of the burst that is being taken in.
     frames: Vec<Result<Frame, relay_frame::FrameError>>,
     /// Whether any are expected: a mesh without relays looks at none.
@@ -63,6 +66,8 @@ impl Relays {
         let relays = configs.iter().filter(|config| config.role == Role::Relay);
         self.keys.clear();
         self.keys.extend(relays.clone().map(|relay| relay.key));
+        let Self { keys, seen, .. } = self;
+        seen.retain(|key, _| keys.contains(key));
         self.addresses.clear();
         self.addresses.extend(relays.flat_map(|relay| &relay.candidates));
         self.used = !self.addresses.is_empty();
@@ -183,6 +188,13 @@ impl<F: EngineFactory> Tunnel<F> {
         self.relay_is_there(now, &key);
     }
 
+    /// A relay that another shard serves sees us there.
+    pub fn note_seen(&mut self, relay: PublicKey, address: SocketAddr) {
+        if self.foreign.holds(&relay) {
+            self.relays.seen.insert(relay, address);
+        }
+    }
+
     /// Peers that waited for a way through this relay, if it is one, begin.
     pub(super) fn relay_is_there(&mut self, now: MonoTime, key: &PublicKey) {
         if !self.relays.keys.contains(key) {
@@ -268,6 +280,8 @@ impl<F: EngineFactory> Tunnel<F> {
                 }
                 relay.registration.reflexive = Some(address);
                 relay.registration.ask_at = Some(now + ASK);
+                let relay = relay.config.key;
+                self.event(Event::SeenAt { relay, address });
             }
             Frame::NotHere { key } => {
                 let Some(peer) = self.peer_of(&key) else { return false };
@@ -345,7 +359,8 @@ impl<F: EngineFactory> Tunnel<F> {
 
     fn reflexive(&self) -> impl Iterator<Item = SocketAddr> + '_ {
         let peers = self.peers.slots().filter_map(|slot| self.peers.get(slot));
-        peers.filter_map(|peer| peer.registration.reflexive)
+        let own = peers.filter_map(|peer| peer.registration.reflexive);
+        own.chain(self.relays.seen.values().copied())
     }
 
     /// What relays see first, then what control knows.
