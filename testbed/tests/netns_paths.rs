@@ -76,11 +76,12 @@ fn two_homes_come_to_a_direct_path_and_need_the_relay_no_more() {
             Ok(if paths.into_iter().all(direct) { Ok(()) } else { Err(format!("{paths:?}")) })
         });
         wait.expect("direct both ways");
+        let killed = Instant::now();
         cluster.kill_keyrelay().expect("killed");
         let before = talk.answered();
         talk.wait_for_answers(before + 300).expect("answers without a relay");
         assert!(paths(&cluster).into_iter().all(direct), "{:?}", paths(&cluster));
-        talk.finish(Instant::now()).expect("echoes");
+        talk.finish(killed).expect("echoes");
         finish(cluster, oracle);
     }
 }
@@ -93,6 +94,8 @@ fn behind_two_symmetric_nats_everything_goes_through_the_relay_and_is_seen_by_no
     for shards in ["1", "2"] {
         let (cluster, oracle) = homes("strict", &["--shards", shards], true);
         let talk = probe(&cluster);
+        talk.wait_for_answers(10).expect("answers");
+        let some = Instant::now();
         talk.wait_for_answers(300).expect("answers through the relay");
         assert_eq!(paths(&cluster), [PathKind::Relayed; 2]);
         let status = cluster.status("c1").expect("status");
@@ -100,7 +103,7 @@ fn behind_two_symmetric_nats_everything_goes_through_the_relay_and_is_seen_by_no
         assert!(relay.registered && relay.problem.is_empty(), "{relay:?}");
         let seen = relay.reflexive.expect("where it sees us");
         assert_eq!(seen.ip().to_string(), testbed::lab::HOME_ADDRESS_V4);
-        talk.finish(Instant::now()).expect("echoes");
+        talk.finish(some).expect("echoes");
         finish(cluster, oracle);
     }
 }

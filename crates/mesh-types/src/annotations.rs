@@ -135,7 +135,7 @@ mod tests {
         assert_eq!(parse_keyrelays(&format!("{text},{text}")), Ok(keys[..2].to_vec()));
         assert_eq!(parse_keyrelays(" "), Ok(vec![]));
         assert_eq!(parse_keyrelays(&format_keyrelays(&keys)), Err(KeyrelaysError::TooMany));
-        let garbage = parse_keyrelays("nonsense");
-        assert_eq!(garbage, Err(KeyrelaysError::NotAKey("nonsense".into(), KeyError::NotBase64)));
+        let garbage = parse_keyrelays("no sense");
+        assert_eq!(garbage, Err(KeyrelaysError::NotAKey("no sense".into(), KeyError::NotBase64)));
     }
 }
