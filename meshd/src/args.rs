@@ -443,7 +443,8 @@ pub fn parse<I: IntoIterator<Item = std::ffi::OsString>>(argv: I) -> Result<Args
 
 fn parse_by(command: clap::Command, argv: Vec<std::ffi::OsString>) -> clap::error::Result<Args> {
     let mut matches = command.clone().try_get_matches_from(argv)?;
-    Args::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut command.clone()))
+    let mut command = command;
+    Args::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut command))
 }
 
 /// Flags that mean something when empty.

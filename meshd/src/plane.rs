@@ -139,7 +139,7 @@ impl Plane for NodePlane {
 
     fn set_peers(&mut self, peers: Vec<PeerConfig>, own: Vec<SocketAddr>) -> anyhow::Result<()> {
         let running = self.running.as_mut().context("the data plane does not run")?;
-        running.data.set_own_addresses(own);
+        running.data.set_own_addresses(&own);
         let greet = !running.greeted && !peers.is_empty();
         running.data.set_peers(peers);
         if greet {

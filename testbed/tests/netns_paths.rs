@@ -30,8 +30,8 @@ fn homes(what: &str, flags: &[&str], symmetric: bool) -> (Cluster, Oracle) {
     let mut cluster =
         Cluster::build_in(&common::lab_name(what), common::programs(), &plan).expect("cluster");
     if symmetric {
-        let second = cluster.net.second_home.as_ref().expect("a second home");
-        [&cluster.net.home, second].map(make_symmetric);
+        make_symmetric(&cluster.net.home);
+        make_symmetric(cluster.net.second_home.as_ref().expect("a second home"));
     }
     cluster.flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
     cluster.add_keyrelay().expect("a relay");

@@ -163,8 +163,8 @@ impl DataPlane {
     }
 
     /// Where this node can be reached, for peers that a relay lets us invite.
-    pub fn set_own_addresses(&self, addresses: Vec<SocketAddr>) {
-        self.shards.each(|shard| shard.set_own_addresses(addresses.clone()));
+    pub fn set_own_addresses(&self, addresses: &[SocketAddr]) {
+        self.shards.each(|shard| shard.set_own_addresses(addresses.to_vec()));
     }
 
     /// Another own key, other peers, endpoints by hand: in this order, and together.

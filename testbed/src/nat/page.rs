@@ -16,8 +16,8 @@ Two nodes exchange packets directly wherever their NATs and firewalls allow it; 
 allows it is known (RFC 4787, RFC 5128), and the laboratory in `testbed/src/nat` proves it: every kind of site below is built out of
 network namespaces with nftables, measured from inside (RFC 5780), and connected with every other.
 
-The daemon punches no holes yet: today a node behind NAT is reached because it speaks first. The laboratory connects pairs by hole
-punching with plain sockets, which shows what the sites allow to whoever does it.
+The laboratory connects pairs by hole punching with plain sockets, which shows what the sites allow to whoever does it. The daemon's own
+way ([keyrelay.md](keyrelay.md)) is tested on two homes with cones and two with symmetric NATs, not yet on every pair of these.
 
 ## Sites
 

@@ -390,10 +390,10 @@ fn what_a_relay_carries_reaches_the_shards_of_its_peers_merged_or_not() {
     }
     settle_by(&mut machines, &mut relay);
     for part in ["a", "b"] {
-        for from in 0..count {
+        for (from, machine) in machines.iter_mut().enumerate() {
             for to in (0..count).filter(|to| *to != from) {
-                let queue = to % machines[from].shards.len();
-                machines[from].send_from(queue, &inner(from, to, &format!("{from}>{to}{part}")));
+                let queue = to % machine.shards.len();
+                machine.send_from(queue, &inner(from, to, &format!("{from}>{to}{part}")));
             }
         }
         settle_by(&mut machines, &mut relay);
