@@ -19,9 +19,11 @@ use std::time::{Duration, Instant};
 
 use mesh_core::packet::checksum::checksum;
 use mesh_core::packet::{CoalesceOptions, Ecn, VnetHeader};
-use mesh_core::tunnel::engine::{EngineFactory as _, OwnKeyId};
+use mesh_core::tunnel::engine::{
+    Engine as _, EngineConfig, EngineFactory as _, INITIATION_BYTES, OwnKeyId,
+};
 use mesh_core::tunnel::steer::Share;
-use mesh_core::tunnel::{PeerConfig, Tunnel, TunnelConfig, UdpMeta};
+use mesh_core::tunnel::{DropReason, PeerConfig, Tunnel, TunnelConfig, UdpMeta};
 use mesh_types::key::{PrivateKey, PublicKey};
 use meshd::io::{DataPlane, DataPlaneOptions, DataSnapshot};
 use netcfg::netns::{self, Netns, run_in};
@@ -244,6 +246,7 @@ impl Program {
 struct Field {
     path: PathBuf,
     netns: Netns,
+    hub: SocketAddr,
     data: Option<DataPlane>,
     spokes: Vec<Spoke>,
     /// All peers are behind it.
@@ -309,7 +312,7 @@ impl Field {
         .expect("peers and programs");
         data.set_peers(spokes.iter().map(Spoke::as_peer).collect());
         let (data, together) = (Some(data), None);
-        Self { path, netns, data, spokes, together, programs, sent_up: 0, sent_down: 0 }
+        Self { path, netns, hub, data, spokes, together, programs, sent_up: 0, sent_down: 0 }
     }
 
     fn snapshot(&self) -> DataSnapshot {
@@ -426,5 +429,81 @@ fn packets_of_many_peers_behind_one_address_stay_in_order_though_the_kernel_merg
         assert_eq!(after.drops(), before.drops(), "{shards} shards");
         let handed = after.handover.datagrams - before.handover.datagrams;
         assert!(handed > 0, "one socket takes them all");
+    }
+}
+
+/// A peer that begins handshakes without end, from several addresses.
+const INSIDER: u8 = 100;
+const INITIATIONS: usize = 4_000;
+/// So few that what comes at once from one is more than its burst, however slow this machine is.
+const FLOOD_SOURCES: usize = 4;
+
+/// True ones: each newer than the one before, by a key the node knows.
+fn initiations() -> Vec<Vec<u8>> {
+    let mut factory = BoringFactory::new();
+    factory.set_own_key(OwnKeyId(0), &key(INSIDER));
+    let mut all = Vec::new();
+    for index in 0.. {
+        let (own, peer, seed) = (OwnKeyId(0), public(0), u64::from(index));
+        let config = EngineConfig { own, peer, preshared: None, keepalive: None, index, seed };
+        let mut engine = factory.create(clock::now(), config);
+        for _ in 0..100 {
+            let mut buffer = [0; INITIATION_BYTES];
+            let len = engine.initiate(clock::now(), true, &mut buffer).expect("an initiation");
+            all.push(buffer[..len].to_vec());
+        }
+        if all.len() >= INITIATIONS {
+            return all;
+        }
+    }
+    all
+}
+
+#[test]
+fn a_flood_of_true_initiations_stops_no_packet_of_a_peer_and_keeps_no_new_one_out() {
+    if !root() {
+        return;
+    }
+    for shards in [1, 2] {
+        let mut field = Field::new("flooded", shards);
+        let insider = PeerConfig {
+            key: public(INSIDER),
+            allowed_ips: vec!["10.91.100.0/24".parse().expect("prefix")],
+            candidates: Vec::new(),
+            ..field.spokes[0].as_peer()
+        };
+        let peers = field.spokes.iter().map(Spoke::as_peer).chain([insider]).collect();
+        field.data.as_ref().expect("running").set_peers(peers);
+        let late = usize::from(SPOKES) - 1;
+        let early = |spoke: usize| spoke != late;
+        field.round(1, early, |_| false);
+        let mut flooder =
+            run_in(&field.netns, || UdpSocket::open(&UdpOptions::default())).expect("a socket");
+        let hub = field.hub;
+        for (turn, burst) in initiations().chunks(100).enumerate() {
+            for (at, datagram) in burst.iter().enumerate() {
+                let [_, low] = u16::try_from(at % FLOOD_SOURCES).expect("few").to_be_bytes();
+                let from = IpAddr::from([127, 0, 9, low]);
+                flooder.send(hub, Some(from), 0, datagram.len(), datagram).expect("send");
+            }
+            // Each of these waits until every packet has arrived, in order.
+            match turn {
+                20 => field.round(1, |spoke| spoke == late, |_| false),
+                0..20 => field.round(BURST, early, early),
+                _ => field.round(BURST, every, every),
+            }
+        }
+        let shot = field.snapshot();
+        let sessions = shot.peers.iter().filter(|peer| peer.key != public(INSIDER));
+        assert!(sessions.clone().all(|peer| peer.session));
+        assert_eq!(sessions.count(), usize::from(SPOKES));
+        let limited = [DropReason::SourceLimited, DropReason::UnderLoad, DropReason::CookieLimited]
+            .map(|reason| shot.tunnel.dropped(reason))
+            .iter()
+            .sum::<u64>();
+        assert!(limited > 0 && shot.tunnel.cookies_sent > 0, "it was a flood: {:?}", shot.tunnel);
+        let answered = shot.tunnel.initiations_received;
+        assert!(answered + limited >= INITIATIONS as u64, "all came: {answered} and {limited}");
+        assert!(answered < INITIATIONS as u64 / 2, "few were answered: {answered}");
     }
 }
