@@ -507,3 +507,33 @@ fn a_flood_of_true_initiations_stops_no_packet_of_a_peer_and_keeps_no_new_one_ou
         assert!(answered < INITIATIONS as u64 / 2, "few were answered: {answered}");
     }
 }
+
+#[test]
+fn programs_hear_that_nobody_or_nobodys_endpoint_is_behind_an_address() {
+    if !root() {
+        return;
+    }
+    let field = Field::new("nowhere", 2);
+    let nowhere = |number: u8| PeerConfig {
+        key: public(number),
+        allowed_ips: vec![format!("10.91.{number}.0/24").parse().expect("prefix")],
+        candidates: Vec::new(),
+        ..field.spokes[0].as_peer()
+    };
+    let peers = [INSIDER, INSIDER + 1, INSIDER + 2, INSIDER + 3].map(nowhere).to_vec();
+    let owners: BTreeSet<_> = peers.iter().map(|peer| Share::new(0, 2).owner(&peer.key)).collect();
+    assert_eq!(owners.len(), 2, "a peer of each shard");
+    field.data.as_ref().expect("running").set_peers(peers);
+    for number in [INSIDER, INSIDER + 1, INSIDER + 2, INSIDER + 3, 200] {
+        let to = format!("10.91.{number}.1");
+        let output = run_in(&field.netns, || {
+            Ok(std::process::Command::new("ping")
+                .args(["-n", "-c", "1", "-W", "5", &to])
+                .output()?)
+        });
+        let output = output.expect("ping runs");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(text.contains("Destination Host Unreachable"), "{to}: {text}");
+    }
+    assert!(field.snapshot().tunnel.unreachables_sent >= 5);
+}

@@ -201,6 +201,11 @@ pub const GSO_REFUSED_DESTINATIONS_MAX: usize = 1_024;
 /// take 110 unless told otherwise) has 500; a daemon keeps it at that.
 pub const SOURCES_UNPRUNED_MAX: usize = 2_048;
 
+/// "Host unreachable" a second and at once, from one shard: programs and pods hear why within a try or two, and a scan of the
+/// mesh's prefixes from inside is no load. The kernel's own bound for all ICMP errors is 1,000 a second (`icmp_msgs_per_sec`).
+pub const UNREACHABLES_PER_SECOND: u32 = 100;
+pub const UNREACHABLES_BURST: u32 = 50;
+
 /// Datagrams of ours remembered while their fragments come back from the device: those in its queues at one time. What is
 /// forgotten goes round once more, in fragments.
 pub const OWN_FRAGMENTS_MAX: usize = 64;

@@ -160,6 +160,11 @@ impl DataSnapshot {
             ("handshake_initiations_received", "Initiations read", tunnel.initiations_received),
             ("sessions_established", "Sessions begun", tunnel.sessions_established),
             ("cookies_sent", "Cookie replies sent, under load", tunnel.cookies_sent),
+            (
+                "unreachables_sent",
+                "Senders told that a host is unreachable",
+                tunnel.unreachables_sent,
+            ),
             ("endpoint_changes", "Peers that roamed", tunnel.endpoint_changes),
             ("handed_handshakes", "Handshake messages for other shards", handover.handshakes),
             ("handed_datagrams", "Datagrams received for other shards", handover.datagrams),

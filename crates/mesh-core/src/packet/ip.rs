@@ -15,6 +15,8 @@ pub const IPV6_HEADER_BYTES: usize = 40;
 /// Extension headers walked before we give up: RFC 8200 names seven, each at most once but one.
 const EXTENSION_HEADERS_MAX: usize = 8;
 
+const FRAGMENT_HEADER_BYTES: usize = 8;
+
 const HOP_BY_HOP: u8 = 0;
 const FRAGMENT: u8 = 44;
 const DESTINATION_OPTIONS: u8 = 60;
@@ -132,6 +134,31 @@ impl IpHeader {
             }
         }
         None
+    }
+}
+
+/// What a fragment says of the datagram it is a part of.
+pub(crate) struct Fragment {
+    pub(crate) protocol: u8,
+    pub(crate) id: u32,
+    pub(crate) first: bool,
+    /// Where its payload begins.
+    pub(crate) at: usize,
+}
+
+impl Fragment {
+    pub(crate) fn of(ip: &IpHeader, packet: &[u8]) -> Option<Self> {
+        if ip.version == IpVersion::V4 {
+            let [i0, i1, f0, f1] = *packet.get(4..)?.first_chunk()?;
+            let id = u32::from(u16::from_be_bytes([i0, i1]));
+            let first = u16::from_be_bytes([f0, f1]) & 0x1fff == 0;
+            return Some(Self { protocol: ip.protocol, id, first, at: ip.header_len });
+        }
+        let [protocol, _, f0, f1, id @ ..] =
+            *packet.get(IPV6_HEADER_BYTES..)?.first_chunk::<FRAGMENT_HEADER_BYTES>()?;
+        let first = u16::from_be_bytes([f0, f1]) >> 3 == 0;
+        let at = IPV6_HEADER_BYTES + FRAGMENT_HEADER_BYTES;
+        Some(Self { protocol, id: u32::from_be_bytes(id), first, at })
     }
 }
 

@@ -19,6 +19,7 @@ pub mod checksum;
 pub mod coalesce;
 pub mod ip;
 pub mod segment;
+pub mod unreachable;
 pub mod vnet;
 
 #[cfg(test)]

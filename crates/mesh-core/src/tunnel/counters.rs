@@ -118,6 +118,8 @@ pub struct Counters {
     pub cookies_sent: u64,
     pub cookies_received: u64,
     pub endpoint_changes: u64,
+    /// Packets from the device answered by "host unreachable".
+    pub unreachables_sent: u64,
     drops: [u64; REASONS],
 }
 
@@ -137,6 +139,7 @@ impl Default for Counters {
             cookies_sent: 0,
             cookies_received: 0,
             endpoint_changes: 0,
+            unreachables_sent: 0,
             drops: [0; REASONS],
         }
     }
@@ -163,6 +166,7 @@ impl Counters {
             cookies_sent,
             cookies_received,
             endpoint_changes,
+            unreachables_sent,
             drops,
         } = other;
         self.tx_packets += tx_packets;
@@ -178,6 +182,7 @@ impl Counters {
         self.cookies_sent += cookies_sent;
         self.cookies_received += cookies_received;
         self.endpoint_changes += endpoint_changes;
+        self.unreachables_sent += unreachables_sent;
         for (own, other) in self.drops.iter_mut().zip(drops) {
             *own += other;
         }

@@ -18,6 +18,7 @@ use super::engine::{
 };
 use super::front::{Message, Verdict};
 use super::peers::Peer;
+use crate::packet::unreachable::UNREACHABLE_BYTES_MAX;
 use crate::packet::{CoalesceOptions, Coalescer, Ecn, IpHeader, ip};
 use mesh_types::limits::{HANDSHAKES_PER_PEER_PER_SECOND, TUN_DRAIN_BYTES};
 
@@ -51,6 +52,21 @@ impl Receive {
 
     pub(super) fn set_options(&mut self, options: CoalesceOptions) {
         self.coalescer.set_options(options);
+    }
+
+    /// Adds a packet of our own; false if there is none, or no room.
+    pub(super) fn give(&mut self, write: impl FnOnce(&mut [u8]) -> Option<usize>) -> bool {
+        if !self.has_room(UNREACHABLE_BYTES_MAX) {
+            return false;
+        }
+        let room = self.arena.get_mut(self.used..).unwrap_or_default();
+        let Some(len) = write(room) else { return false };
+        let range = self.used..self.used + len;
+        let taken = self.coalescer.push(&self.arena, range.clone()).is_ok();
+        if taken {
+            self.used = range.end;
+        }
+        taken
     }
 
     /// Whether a burst of `bytes` can be taken in.

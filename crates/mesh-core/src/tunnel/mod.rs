@@ -65,7 +65,7 @@ pub use counters::{Counters, DropReason};
 use crate::packet::CoalesceOptions;
 use allowed_ips::AllowedIps;
 use engine::{EngineFactory, HandshakeBuffer, INITIATION_BYTES};
-use front::Front;
+use front::{Bucket, Front};
 use inbound::Receive;
 use own::OwnDatagrams;
 use path::{Endpoint, ProbeLimiter};
@@ -101,6 +101,8 @@ pub struct Tunnel<F: EngineFactory> {
     /// Relays among the peers of all shards, and where this node can be reached, for peers that are to call.
     relays: Relays,
     own_datagrams: OwnDatagrams,
+    /// Answers to packets that go nowhere.
+    unreachables: Bucket,
     initiate_next: MonoTime,
     /// Whether they begin although one is unanswered.
     initiate_forced: bool,
@@ -135,6 +137,7 @@ impl<F: EngineFactory> Tunnel<F> {
             remembered: BTreeMap::new(),
             relays: Relays::default(),
             own_datagrams: OwnDatagrams::default(),
+            unreachables: Bucket::default(),
             initiate_next: MonoTime::ZERO,
             initiate_forced: false,
             forgotten_at: None,

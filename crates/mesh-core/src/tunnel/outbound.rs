@@ -1,5 +1,6 @@
 //! From the TUN to the wire: find the peer, cut into slots, seal; or stage and begin a handshake.
 
+use mesh_types::limits::{UNREACHABLES_BURST, UNREACHABLES_PER_SECOND};
 use mesh_types::time::MonoTime;
 
 use super::Tunnel;
@@ -9,6 +10,7 @@ use super::engine::{Engine, EngineError, EngineFactory};
 use super::path::Endpoint;
 use super::staging::Pushed;
 use super::transmit::{Flow, padded_len, slot_len};
+use crate::packet::unreachable::unreachable;
 use crate::packet::{IpHeader, Segmenter, VnetHeader};
 
 impl<F: EngineFactory> Tunnel<F> {
@@ -31,6 +33,7 @@ impl<F: EngineFactory> Tunnel<F> {
         let ip = segmenter.ip();
         let Some(slot) = self.allowed.lookup(ip.destination) else {
             self.counters.count_drop(DropReason::NoPeer);
+            self.tell_unreachable(now, ip, packet);
             return None;
         };
         if self.config.setting == Setting::Mesh && self.allowed.lookup(ip.source).is_some() {
@@ -130,6 +133,18 @@ impl<F: EngineFactory> Tunnel<F> {
         })
     }
 
+    /// Tells whoever sent the packet that it goes nowhere, as the kernel's `wg_xmit` does. Bounded; behind a device that does not
+    /// collect, nobody is told.
+    fn tell_unreachable(&mut self, now: MonoTime, ip: &IpHeader, packet: &[u8]) {
+        let (rate, burst) = (UNREACHABLES_PER_SECOND, UNREACHABLES_BURST);
+        if self.unreachables.has(now, rate, burst)
+            && self.receive.give(|out| unreachable(ip, packet, out))
+        {
+            self.unreachables.take(now, rate, burst);
+            self.counters.unreachables_sent += 1;
+        }
+    }
+
     fn count_tx(&mut self, slot: u32, bytes: usize) {
         self.counters.tx_bytes += bytes as u64;
         if let Some(peer) = self.peers.get_mut(slot) {
@@ -178,6 +193,9 @@ impl<F: EngineFactory> Tunnel<F> {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         if !peer.is_known() {
             self.counters.count_drop(DropReason::NoEndpoint);
+            if let Ok(ip) = IpHeader::parse(packet) {
+                self.tell_unreachable(now, &ip, packet);
+            }
             return;
         }
         match peer.staged.push(&mut self.staged, *header, packet) {

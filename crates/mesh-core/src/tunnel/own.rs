@@ -12,10 +12,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use mesh_types::limits::OWN_FRAGMENTS_MAX;
 
-use crate::packet::ip::{IPV6_HEADER_BYTES, IpVersion};
+use crate::packet::ip::Fragment;
 use crate::packet::{IpHeader, PROTOCOL_UDP};
-
-const FRAGMENT_HEADER_BYTES: usize = 8;
 
 #[derive(Debug, Default)]
 pub(super) struct OwnDatagrams {
@@ -23,31 +21,6 @@ pub(super) struct OwnDatagrams {
     pub(super) port: u16,
     /// Datagrams of ours of which the first fragment came, newest last.
     fragmented: VecDeque<(IpAddr, IpAddr, u32)>,
-}
-
-/// What a fragment says of the datagram it is a part of.
-struct Fragment {
-    protocol: u8,
-    id: u32,
-    first: bool,
-    /// Where its payload begins.
-    at: usize,
-}
-
-impl Fragment {
-    fn of(ip: &IpHeader, packet: &[u8]) -> Option<Self> {
-        if ip.version == IpVersion::V4 {
-            let [i0, i1, f0, f1] = *packet.get(4..)?.first_chunk()?;
-            let id = u32::from(u16::from_be_bytes([i0, i1]));
-            let first = u16::from_be_bytes([f0, f1]) & 0x1fff == 0;
-            return Some(Self { protocol: ip.protocol, id, first, at: ip.header_len });
-        }
-        let [protocol, _, f0, f1, id @ ..] =
-            *packet.get(IPV6_HEADER_BYTES..)?.first_chunk::<FRAGMENT_HEADER_BYTES>()?;
-        let first = u16::from_be_bytes([f0, f1]) >> 3 == 0;
-        let at = IPV6_HEADER_BYTES + FRAGMENT_HEADER_BYTES;
-        Some(Self { protocol, id: u32::from_be_bytes(id), first, at })
-    }
 }
 
 impl OwnDatagrams {

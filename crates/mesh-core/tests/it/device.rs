@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use mesh_core::packet::VnetHeader;
 use mesh_core::tunnel::config::Setting;
 use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
 use mesh_core::tunnel::model::{ModelFactory, public_key};
 use mesh_core::tunnel::{DropReason, PeerConfig, Tunnel, TunnelConfig};
 use mesh_types::key::PrivateKey;
+use mesh_types::limits::{UNREACHABLES_BURST, UNREACHABLES_PER_SECOND};
 
 use crate::network::{Network, ipv4, net, preshared};
 
@@ -212,4 +214,42 @@ fn a_device_does_not_carry_its_own_datagrams() {
     }
     assert_eq!(network.dropped(0, DropReason::OwnDatagram), 1, "others' datagrams are packets");
     assert_eq!(network.log.len(), sent + 2);
+}
+
+#[test]
+fn senders_of_what_goes_nowhere_are_told_so_up_to_a_bound() {
+    let mut network = devices(12, 2);
+    let told = |network: &mut Network| {
+        let tunnel = &mut network.hosts[0].tunnel;
+        let mut told = Vec::new();
+        while let Some(frame) = tunnel.poll_tun() {
+            told.push(frame.pieces().flatten().copied().collect::<Vec<u8>>());
+        }
+        told
+    };
+    // To nobody's address, and to a peer of whom nobody knows where it is.
+    for to in [[10, 99, 0, 1], [10, 1, 0, 1]] {
+        let mut packet = ipv4([10, 0, 0, 1], to, 0, b"hello");
+        network.hosts[0].tunnel.handle_tun_input(network.now, &VnetHeader::PLAIN, &mut packet);
+        let told = told(&mut network);
+        assert_eq!(told.len(), 1, "{to:?}");
+        assert_eq!((&told[0][12..16], &told[0][16..20]), (&to[..], &[10, 0, 0, 1][..]));
+        assert_eq!((told[0][9], &told[0][20..22], &told[0][28..]), (1, &[3, 1][..], &packet[..]));
+    }
+    let mut packet = ipv4([10, 0, 0, 1], [10, 99, 0, 1], 0, b"hello");
+    let mut total = 0;
+    for ms in 0..10_000 {
+        let now = network.now + Duration::from_millis(ms);
+        network.hosts[0].tunnel.handle_tun_input(now, &VnetHeader::PLAIN, &mut packet);
+        total += told(&mut network).len();
+    }
+    let most = 10 * UNREACHABLES_PER_SECOND + UNREACHABLES_BURST;
+    assert!((most * 9 / 10..=most).contains(&u32::try_from(total).expect("few")), "{total}");
+    assert_eq!(network.dropped(0, DropReason::NoPeer), 10_001);
+    // One whose endpoint is known is waited for.
+    point(&mut network, 0, 1);
+    network.send(0, 1, "hello");
+    network.run_ms(100);
+    assert_eq!(network.texts(1, 0), ["hello"]);
+    assert!(told(&mut network).is_empty());
 }
