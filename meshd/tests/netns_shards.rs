@@ -53,6 +53,7 @@ fn public(number: u8) -> PublicKey {
 /// A peer of the node.
 struct Spoke {
     number: u8,
+    local: IpAddr,
     tunnel: Tunnel<BoringFactory>,
     socket: UdpSocket,
     batch: RecvBatch,
@@ -61,10 +62,6 @@ struct Spoke {
 }
 
 impl Spoke {
-    fn local(number: u8) -> IpAddr {
-        IpAddr::from([127, 0, 1, number])
-    }
-
     fn new(number: u8, hub: SocketAddr) -> Self {
         let mut factory = BoringFactory::new();
         factory.set_own_key(OwnKeyId(0), &key(number));
@@ -84,7 +81,8 @@ impl Spoke {
         assert_eq!(tunnel.set_peers(clock::now(), &[peer]), []);
         let socket = UdpSocket::open(&UdpOptions::default()).expect("a socket");
         let batch = RecvBatch::new(4);
-        Self { number, tunnel, socket, batch, expected: BTreeMap::new() }
+        let local = IpAddr::from([127, 0, 1, number]);
+        Self { number, local, tunnel, socket, batch, expected: BTreeMap::new() }
     }
 
     fn as_peer(&self) -> PeerConfig {
@@ -92,7 +90,7 @@ impl Spoke {
             key: public(self.number),
             preshared: None,
             allowed_ips: vec![format!("10.91.{}.0/24", self.number).parse().expect("prefix")],
-            candidates: vec![SocketAddr::new(Self::local(self.number), self.socket.local_port())],
+            candidates: vec![SocketAddr::new(self.local, self.socket.local_port())],
             keepalive: None,
             mtu: 1420,
             role: Default::default(),
@@ -141,7 +139,7 @@ impl Spoke {
         }
         self.run_timers();
         while let Some(sent) = self.tunnel.poll_transmit() {
-            let local = Some(Self::local(self.number));
+            let local = Some(self.local);
             let (ecn, len) = (sent.ecn.bits(), sent.segment_len);
             self.socket.send(sent.dst, local, ecn, len, sent.bytes).expect("send");
         }
@@ -379,7 +377,8 @@ fn every_packet_of_every_flow_arrives_in_order_whichever_shard_owns_its_peer() {
             field.round(BURST, every, every);
         }
         for spoke in &mut field.spokes {
-            // Roams: another port, heard of with what comes from there.
+            // Roams: another address and port, heard of with what comes from there.
+            spoke.local = IpAddr::from([127, 0, 3, spoke.number]);
             let moved = run_in(&field.netns, || UdpSocket::open(&UdpOptions::default()));
             spoke.socket = moved.expect("a socket");
         }
