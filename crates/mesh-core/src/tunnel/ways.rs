@@ -52,6 +52,8 @@ const SEEK: Duration = Duration::from_millis(1_050);
 const SEEK_MAX: Duration = Duration::from_secs(60);
 /// Between two invitations: one is answered by our own, if ours is older than that.
 const CALL_BACK: Duration = Duration::from_secs(5);
+/// An invitation within this time after another is not looked at: each may name addresses of people who never heard of us.
+const TOLD_EVERY: Duration = Duration::from_secs(1);
 /// Unanswered probes remembered: every candidate, what the peer told, every relay, twice.
 const ASKED_MAX: usize = 64;
 /// Ways beside the candidates that are probed: what the peer told, and where its probes came from.
@@ -105,6 +107,7 @@ pub struct Ways {
     heard_relayed: Option<MonoTime>,
     asked: VecDeque<Asked>,
     told: Vec<SocketAddr>,
+    told_at: Option<MonoTime>,
     used: Option<MonoTime>,
     check_at: Option<MonoTime>,
     seek_at: Option<MonoTime>,
@@ -190,6 +193,10 @@ impl Ways {
 
     /// The peer says where it can be reached, and that its NAT lets us in now.
     pub fn told(&mut self, now: MonoTime, addresses: impl Iterator<Item = SocketAddr>) {
+        if self.told_at.is_some_and(|at| now.since(at) < TOLD_EVERY) {
+            return;
+        }
+        self.told_at = Some(now);
         self.told.clear();
         self.told.extend(addresses.take(TOLD_MAX));
         self.used = Some(now);
@@ -393,4 +400,87 @@ fn pause(seeks: u32, random: u64) -> Duration {
     let pause = (SEEK * (1 << doublings)).min(SEEK_MAX);
     let jitter = u32::try_from(random % 256).unwrap_or(0);
     if doublings == 0 { pause } else { pause - pause / 4 * jitter / 256 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(ms: u64) -> MonoTime {
+        MonoTime::ZERO + Duration::from_millis(ms)
+    }
+
+    fn addr(text: &str) -> SocketAddr {
+        text.parse().expect("an endpoint")
+    }
+
+    fn relay() -> Endpoint {
+        Endpoint { carry: Some([7; 32]), ..Endpoint::direct(addr("203.0.113.1:1")) }
+    }
+
+    /// One tick; where probes go.
+    fn probes(
+        ways: &mut Ways,
+        ms: u64,
+        direct: Option<&str>,
+        relays: &[Endpoint],
+    ) -> Vec<Endpoint> {
+        let (mut out, mut drawn) = (Vec::new(), ms << 16);
+        let direct = direct.map(|text| Endpoint::direct(addr(text)));
+        let around = Around { direct, candidates: &[], relays };
+        let token = || {
+            drawn += 1;
+            drawn
+        };
+        ways.tick(at(ms), &around, &mut ProbeLimiter::default(), token, &mut out);
+        let to = out.iter().filter_map(|ask| match ask {
+            Ask::Probe { to, .. } => Some(*to),
+            Ask::CallMeNow { .. } => None,
+        });
+        to.collect()
+    }
+
+    #[test]
+    fn a_peer_that_invites_in_a_row_makes_us_probe_what_it_names_once_a_second() {
+        let mut ways = Ways::default();
+        let mut asked = 0;
+        for call in 0..2_000_u64 {
+            let named = (0..16).map(|i| SocketAddr::from(([198, 51, (call % 250) as u8, i], 1)));
+            ways.told(at(call), named);
+            asked += probes(&mut ways, call, None, &[]).len();
+        }
+        assert_eq!(asked, 2 * 16, "two seconds");
+    }
+
+    #[test]
+    fn an_answer_counts_only_from_where_its_probe_went() {
+        let mut ways = Ways::default();
+        ways.told(at(0), [addr("192.0.2.1:1")].into_iter());
+        let to = probes(&mut ways, 0, None, &[relay()]);
+        assert!(to.contains(&Endpoint::direct(addr("192.0.2.1:1"))));
+        let around = Around { direct: None, candidates: &[], relays: &[relay()] };
+        let tokens: Vec<u64> = ways.asked.iter().map(|asked| asked.token).collect();
+        for token in tokens {
+            assert_eq!(ways.answered(at(10), token, addr("192.0.2.9:1"), false), None);
+            assert_eq!(ways.answered(at(10), token, addr("192.0.2.1:1"), true), None);
+            assert_eq!(ways.answered(at(10), token + 1_000, addr("192.0.2.1:1"), false), None);
+        }
+        assert_eq!(ways.way(at(11), &around), Some(relay()));
+    }
+
+    #[test]
+    fn a_punched_way_is_believed_for_fifteen_seconds_and_a_published_one_for_a_session() {
+        let direct = Endpoint::direct(addr("192.0.2.1:1"));
+        for (candidates, seconds) in [(vec![], 15), (vec![direct.addr], 180)] {
+            let mut ways = Ways::default();
+            ways.heard(at(0), direct.addr, false);
+            let around =
+                Around { direct: Some(direct), candidates: &candidates, relays: &[relay()] };
+            let end = seconds * 1_000;
+            assert_eq!(ways.way(at(end - 1), &around), Some(direct));
+            assert_eq!(ways.way(at(end), &around), Some(relay()));
+            let alone = Around { relays: &[], ..around };
+            assert_eq!(ways.way(at(end), &alone), Some(direct), "there is no other");
+        }
+    }
 }
