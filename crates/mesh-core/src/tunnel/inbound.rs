@@ -17,6 +17,7 @@ use super::engine::{
     OwnKeyId, TRANSPORT_BYTES_MIN,
 };
 use super::front::{Message, Verdict};
+use super::path::plain;
 use super::peers::Peer;
 use crate::packet::unreachable::UNREACHABLE_BYTES_MAX;
 use crate::packet::{CoalesceOptions, Coalescer, Ecn, IpHeader, ip};
@@ -97,16 +98,18 @@ impl<F: EngineFactory> Tunnel<F> {
     pub fn handle_udp_input(&mut self, now: MonoTime, meta: &UdpMeta, input: &mut [u8]) {
         self.now = now;
         self.counters.rx_bursts += 1;
+        // Ways and relays are told apart by it.
+        let meta = &UdpMeta { source: plain(meta.source), carried: None, ..*meta };
         let step = if meta.segment_len == 0 { input.len() } else { meta.segment_len };
-        let mut run = (None, UdpMeta { carried: None, ..*meta });
+        let mut run = (None, None);
         let mut at = 0;
         while at < input.len() {
             let range = at..at.saturating_add(step).min(input.len());
             at = range.end;
             let datagram = input.get(range.clone()).unwrap_or_default();
-            let (range, from) = match self.taken_from_relay(meta, datagram) {
-                Ok(None) => (range, UdpMeta { carried: None, ..*meta }),
-                Ok(Some(from)) => (range.start + CARRY_HEADER_BYTES..range.end, from),
+            let (range, carried) = match self.taken_from_relay(meta, datagram) {
+                Ok(None) => (range, None),
+                Ok(carried) => (range.start + CARRY_HEADER_BYTES..range.end, carried),
                 Err(reason) => {
                     self.counters.count_drop(reason);
                     continue;
@@ -118,20 +121,21 @@ impl<F: EngineFactory> Tunnel<F> {
                 _ => None,
             };
             let full = self.receive.datagrams.len() >= BURST_MAX;
-            if index != run.0 || from.carried != run.1.carried || full {
-                self.open_run(now, &run.1, input, run.0);
-                run = (index, from);
+            if (index, carried) != run || full {
+                self.open_run(now, &UdpMeta { carried: run.1, ..*meta }, input, run.0);
+                run = (index, carried);
             }
             match message {
                 Some(Message::Transport(_)) => self.receive.datagrams.push(range),
                 Some(message) => {
                     let datagram = input.get(range).unwrap_or_default();
+                    let from = UdpMeta { carried, ..*meta };
                     self.handle_handshake(now, &from, message, datagram);
                 }
                 None => self.counters.count_drop(DropReason::UdpMalformed),
             }
         }
-        self.open_run(now, &run.1, input, run.0);
+        self.open_run(now, &UdpMeta { carried: run.1, ..*meta }, input, run.0);
     }
 
     /// The next write to the TUN. Until it has answered `None`, no more can be taken in.

@@ -23,10 +23,10 @@ use super::Tunnel;
 use super::config::{Event, PeerConfig, Role, UdpMeta};
 use super::counters::DropReason;
 use super::engine::EngineFactory;
-use super::path::Endpoint;
+use super::path::{Endpoint, MemberKey};
 use super::peers::Peer;
 use super::transmit::{Flow, slot_len};
-use super::ways::{Around, Ask};
+use super::ways::{Around, Ask, TOKENS_MAX};
 use crate::packet::Ecn;
 
 /// A relay is asked so often where we are: it learns of a new address, and a NAT keeps its mapping (RFC 4787 REQ-5: two minutes
@@ -166,16 +166,15 @@ impl<F: EngineFactory> Tunnel<F> {
         &self,
         meta: &UdpMeta,
         datagram: &[u8],
-    ) -> Result<Option<UdpMeta>, DropReason> {
+    ) -> Result<Option<MemberKey>, DropReason> {
         if !carry::is_carried(datagram) {
             return Ok(None);
         }
-        let source = SocketAddr::new(meta.source.ip().to_canonical(), meta.source.port());
-        if !self.relays.addresses.contains(&source) {
+        if !self.relays.addresses.contains(&meta.source) {
             return Err(DropReason::NoRelay);
         }
         let carried = carry::parse(datagram).ok_or(DropReason::UdpMalformed)?;
-        Ok(Some(UdpMeta { source, carried: Some(*carried.key), ..*meta }))
+        Ok(Some(*carried.key))
     }
 
     /// A session with a relay stands: whoever waited for a way through it may begin.
@@ -213,14 +212,15 @@ impl<F: EngineFactory> Tunnel<F> {
 
     /// Asks a relay where we are, when that is due.
     pub(super) fn ask_address(&mut self, now: MonoTime, slot: u32) {
-        let token = self.peers.draw();
-        let Some(relay) = self.peers.get_mut(slot) else { return };
+        let Some(relay) = self.peers.get(slot) else { return };
         let Some(to) = relay.path.endpoint().filter(|_| relay.sender(now).is_some()) else {
             return;
         };
         if relay.registration.ask_at.is_none_or(|at| at > now) {
             return;
         }
+        let token = self.peers.draw();
+        let Some(relay) = self.peers.get_mut(slot) else { return };
         let answered = relay.registration.token.is_none();
         relay.registration.ask_at = Some(now + if answered { ASK_AGAIN } else { ASK });
         relay.registration.token = Some(token);
@@ -229,9 +229,13 @@ impl<F: EngineFactory> Tunnel<F> {
 
     /// Probes ways and invites the peer, when that is due.
     pub(super) fn tend_ways(&mut self, now: MonoTime, slot: u32) {
+        let due = |peer: &Peer<F::Engine>| peer.ways.deadline().is_some_and(|at| at <= now);
+        if !self.peers.get(slot).is_some_and(due) {
+            return;
+        }
         let relays = self.relay_ways(now, slot);
         let mut asks = std::mem::take(&mut self.relays.asks);
-        let mut tokens = [0; 1 + 2 * 16 + RELAYS_MAX].map(|_: u64| self.peers.draw()).into_iter();
+        let mut tokens = [0; TOKENS_MAX].map(|_: u64| self.peers.draw()).into_iter();
         if let Some(peer) = self.peers.get_mut(slot).filter(|peer| peer.sender(now).is_some()) {
             let around = Around {
                 direct: peer.path.endpoint(),

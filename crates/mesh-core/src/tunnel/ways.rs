@@ -27,6 +27,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use mesh_types::limits::{CANDIDATES_PER_NODE_MAX, RELAYS_MAX};
 use mesh_types::time::MonoTime;
 
 use super::path::{Endpoint, ProbeLimiter};
@@ -58,6 +59,10 @@ const TOLD_EVERY: Duration = Duration::from_secs(1);
 const ASKED_MAX: usize = 64;
 /// Ways beside the candidates that are probed: what the peer told, and where its probes came from.
 const TOLD_MAX: usize = 16;
+
+/// Tokens one tick draws at most: for each candidate, told address and relay, the last endpoint, the way in use, and the next
+/// pause.
+pub const TOKENS_MAX: usize = CANDIDATES_PER_NODE_MAX + TOLD_MAX + RELAYS_MAX + 3;
 
 /// What is known besides, at the time of a question.
 #[derive(Debug, Clone, Copy)]
@@ -450,6 +455,27 @@ mod tests {
             asked += probes(&mut ways, call, None, &[]).len();
         }
         assert_eq!(asked, 2 * 16, "two seconds");
+    }
+
+    #[test]
+    fn one_tick_draws_no_more_tokens_than_there_are() {
+        let addresses = |net: u8| (0..16).map(move |i| SocketAddr::from(([198, 51, net, i], 1)));
+        let candidates: Vec<_> = addresses(1).collect();
+        let relays: Vec<_> = (0..RELAYS_MAX as u8)
+            .map(|i| Endpoint { addr: SocketAddr::from(([203, 0, 113, i], 1)), ..relay() })
+            .collect();
+        let mut ways = Ways::default();
+        ways.told(at(0), addresses(2));
+        let direct = Some(Endpoint::direct(addr("192.0.2.1:1")));
+        let around = Around { direct, candidates: &candidates, relays: &relays };
+        let (mut out, mut drawn) = (Vec::new(), 0);
+        let token = || {
+            drawn += 1;
+            drawn
+        };
+        ways.tick(at(0), &around, &mut ProbeLimiter::default(), token, &mut out);
+        assert!(out.len() > 16 + 16 + RELAYS_MAX, "everything was asked: {}", out.len());
+        assert!(drawn as usize <= TOKENS_MAX, "{drawn}");
     }
 
     #[test]
