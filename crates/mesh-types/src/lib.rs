@@ -5,6 +5,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`key`] | public, private and preshared keys; redacted and zeroised |
+//! | [`nat`] | what NATs do to a node's packets |
 //! | [`net`] | cluster prefixes, pod CIDRs, endpoints and which of them are believable |
 //! | [`node`] | validated node names, sites |
 //! | [`annotations`] | the Kubernetes keys we read and write, with their parsers |
@@ -25,6 +26,7 @@ pub mod carry;
 pub mod defaults;
 pub mod key;
 pub mod limits;
+pub mod nat;
 pub mod net;
 pub mod netstate;
 pub mod node;

@@ -14,25 +14,28 @@
 //!
 //!  between node and relay                                             body
 //!  kind 1  what is my address?  token chosen by the asker             address, zero
-//!  kind 2  this is your address the same token; where 1 came from     address
+//!  kind 2  this is your address the same token; where it came from    address, other port in its zeroes
 //!  kind 3  not here             nobody with this key is registered    key (32)
 //!  kind 4  leaving              the relay stops soon: use another     none
+//!  kind 5  answer elsewhere     with 2, from a port I do not know     address, zero
+//!  kind 6  does this arrive?    answered with 2; of any length        zeroes
 //!
 //!  between two nodes, through a relay or on any path
 //!  kind 16 probe                token chosen by the asker             address, zero
 //!  kind 17 heard you            the same token; where 16 came from    address
-//!  kind 18 call me now          where the sender can be reached       count (1), zero (7), count addresses
+//!  kind 18 call me now          where the sender can be reached       count (1), NAT (2), zero (5), count addresses
 //!
-//!  address (24)  IPv6, or IPv4 mapped into ::ffff:0:0/96 (16)   port (2)   zero (6)
+//!  address (24)  IPv6, or IPv4 mapped into ::ffff:0:0/96 (16)   port (2)   zero (6); of kind 2: other port (2), zero (4)
 //! ```
 //!
-//! A question and its answer are equally long, so that an answer is never larger than its question. A packet is padded with zeroes
-//! to a multiple of 16, as WireGuard pads; the IPv6 header tells where the frame ends.
+//! An answer is never larger than its question. A packet is padded with zeroes to a multiple of 16, as WireGuard pads, but for
+//! kind 6, whose length is what it is about; the IPv6 header tells where the frame ends.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use crate::key::KEY_LEN;
-use crate::limits::CANDIDATES_PER_NODE_MAX;
+use crate::limits::{CANDIDATES_PER_NODE_MAX, RELAY_SIZE_PACKET_BYTES_MAX};
+use crate::nat::Nat;
 
 /// Version of the layout above.
 pub const VERSION: u8 = 1;
@@ -89,18 +92,23 @@ impl Addresses {
 pub enum Frame {
     /// Node to relay: what is my address?
     WhatIsMyAddress { token: u64 },
-    /// Relay to node: your datagram came from here.
-    YourAddressIs { token: u64, address: SocketAddr },
+    /// Relay to node: your datagram came from here. Questions at `other_port` are answered, too, and register nobody;
+    /// 0 if there is none.
+    YourAddressIs { token: u64, address: SocketAddr, other_port: u16 },
     /// Relay to node: nobody with this key is registered with me.
     NotHere { key: [u8; KEY_LEN] },
     /// Relay to node: I stop soon.
     Leaving,
+    /// Node to relay: answer from a port I have never sent to.
+    AnswerElsewhere { token: u64 },
+    /// Node to relay: does a packet of [`Frame::packet_len`] bytes arrive?
+    DoesThisArrive { token: u64, packet_bytes: u16 },
     /// Node to node: does this way carry?
     Probe { token: u64 },
     /// Node to node: it does; your probe came from here.
     HeardYou { token: u64, address: SocketAddr },
     /// Node to node: send to me there now, my NAT is about to let you in.
-    CallMeNow { addresses: Addresses },
+    CallMeNow { addresses: Addresses, nat: Nat },
 }
 
 /// Why a packet holds no frame.
@@ -134,6 +142,8 @@ impl Frame {
             Self::YourAddressIs { .. } => 2,
             Self::NotHere { .. } => 3,
             Self::Leaving => 4,
+            Self::AnswerElsewhere { .. } => 5,
+            Self::DoesThisArrive { .. } => 6,
             Self::Probe { .. } => 16,
             Self::HeardYou { .. } => 17,
             Self::CallMeNow { .. } => 18,
@@ -144,6 +154,8 @@ impl Frame {
         match *self {
             Self::WhatIsMyAddress { token }
             | Self::YourAddressIs { token, .. }
+            | Self::AnswerElsewhere { token }
+            | Self::DoesThisArrive { token, .. }
             | Self::Probe { token }
             | Self::HeardYou { token, .. } => token,
             Self::NotHere { .. } | Self::Leaving | Self::CallMeNow { .. } => 0,
@@ -152,7 +164,9 @@ impl Frame {
 
     fn ends(&self) -> (Ipv6Addr, Ipv6Addr) {
         match self {
-            Self::WhatIsMyAddress { .. } => (NODE, RELAY),
+            Self::WhatIsMyAddress { .. }
+            | Self::AnswerElsewhere { .. }
+            | Self::DoesThisArrive { .. } => (NODE, RELAY),
             Self::YourAddressIs { .. } | Self::NotHere { .. } | Self::Leaving => (RELAY, NODE),
             Self::Probe { .. } | Self::HeardYou { .. } | Self::CallMeNow { .. } => (NODE, NODE),
         }
@@ -162,17 +176,22 @@ impl Frame {
         match self {
             Self::WhatIsMyAddress { .. }
             | Self::YourAddressIs { .. }
+            | Self::AnswerElsewhere { .. }
             | Self::Probe { .. }
             | Self::HeardYou { .. } => ADDRESS_BYTES,
+            Self::DoesThisArrive { packet_bytes, .. } => usize::from(*packet_bytes)
+                .clamp(PACKET_BYTES, RELAY_SIZE_PACKET_BYTES_MAX)
+                .saturating_sub(BODY_AT),
             Self::NotHere { .. } => KEY_LEN,
             Self::Leaving => 0,
-            Self::CallMeNow { addresses } => COUNT_BYTES + addresses.count * ADDRESS_BYTES,
+            Self::CallMeNow { addresses, .. } => COUNT_BYTES + addresses.count * ADDRESS_BYTES,
         }
     }
 
     /// Bytes of the padded packet that carries this frame.
     pub fn packet_len(&self) -> usize {
-        (BODY_AT + self.body_len()).next_multiple_of(16)
+        let len = BODY_AT + self.body_len();
+        if matches!(self, Self::DoesThisArrive { .. }) { len } else { len.next_multiple_of(16) }
     }
 
     /// Writes the packet that carries this frame, padded; returns its length.
@@ -192,22 +211,28 @@ impl Frame {
         head[41] = self.kind();
         head[48..56].copy_from_slice(&self.token().to_be_bytes());
         match self {
-            Self::WhatIsMyAddress { .. } | Self::Probe { .. } | Self::Leaving => {}
-            Self::YourAddressIs { address, .. } | Self::HeardYou { address, .. } => {
-                write_address(body, address);
+            Self::WhatIsMyAddress { .. }
+            | Self::AnswerElsewhere { .. }
+            | Self::DoesThisArrive { .. }
+            | Self::Probe { .. }
+            | Self::Leaving => {}
+            Self::HeardYou { address, .. } => write_address(body, address, 0),
+            Self::YourAddressIs { address, other_port, .. } => {
+                write_address(body, address, *other_port);
             }
             Self::NotHere { key } => {
                 if let Some(at) = body.first_chunk_mut() {
                     *at = *key;
                 }
             }
-            Self::CallMeNow { addresses } => {
-                if let Some(count) = body.first_mut() {
+            Self::CallMeNow { addresses, nat } => {
+                if let Some([count, kinds @ ..]) = body.first_chunk_mut::<3>() {
                     *count = addresses.count as u8;
+                    *kinds = nat.to_bytes();
                 }
                 let list = body.get_mut(COUNT_BYTES..).unwrap_or_default();
                 for (at, address) in list.chunks_exact_mut(ADDRESS_BYTES).zip(addresses.iter()) {
-                    write_address(at, &address);
+                    write_address(at, &address, 0);
                 }
             }
         }
@@ -233,12 +258,20 @@ impl Frame {
         let token = u64::from_be_bytes(field(head, 48));
         let frame = match kind {
             1 => Self::WhatIsMyAddress { token },
-            2 => Self::YourAddressIs { token, address: read_address(body)? },
+            2 => {
+                let (address, other_port) = read_address_and_port(body)?;
+                Self::YourAddressIs { token, address, other_port }
+            }
             3 => Self::NotHere { key: *body.first_chunk().ok_or(FrameError::Length)? },
             4 => Self::Leaving,
+            5 => Self::AnswerElsewhere { token },
+            6 => Self::DoesThisArrive { token, packet_bytes: (BODY_AT + length) as u16 },
             16 => Self::Probe { token },
             17 => Self::HeardYou { token, address: read_address(body)? },
-            18 => Self::CallMeNow { addresses: read_addresses(body)? },
+            18 => {
+                let (addresses, nat) = read_addresses(body)?;
+                Self::CallMeNow { addresses, nat }
+            }
             other => return Err(FrameError::Kind(other)),
         };
         if frame.body_len() != body.len() {
@@ -248,7 +281,13 @@ impl Frame {
         if head[8..24] != from.octets() || head[24..40] != to.octets() {
             return Err(FrameError::NotOurs);
         }
-        let empty = matches!(frame, Self::WhatIsMyAddress { .. } | Self::Probe { .. });
+        let empty = matches!(
+            frame,
+            Self::WhatIsMyAddress { .. }
+                | Self::AnswerElsewhere { .. }
+                | Self::DoesThisArrive { .. }
+                | Self::Probe { .. }
+        );
         if frame.token() != token || (empty && body.iter().any(|&byte| byte != 0)) {
             return Err(FrameError::Reserved);
         }
@@ -256,25 +295,35 @@ impl Frame {
     }
 }
 
-fn write_address(at: &mut [u8], address: &SocketAddr) {
+fn write_address(at: &mut [u8], address: &SocketAddr, other_port: u16) {
     let Some(at) = at.first_chunk_mut::<ADDRESS_BYTES>() else { return };
     at[..16].copy_from_slice(&as_v6(address.ip()).octets());
     at[16..18].copy_from_slice(&address.port().to_be_bytes());
+    at[18..20].copy_from_slice(&other_port.to_be_bytes());
 }
 
 fn read_address(at: &[u8]) -> Result<SocketAddr, FrameError> {
+    match read_address_and_port(at)? {
+        (address, 0) => Ok(address),
+        _ => Err(FrameError::Reserved),
+    }
+}
+
+fn read_address_and_port(at: &[u8]) -> Result<(SocketAddr, u16), FrameError> {
     let at: &[u8; ADDRESS_BYTES] = at.try_into().map_err(|_| FrameError::Length)?;
-    if at[18..].iter().any(|&byte| byte != 0) {
+    if at[20..].iter().any(|&byte| byte != 0) {
         return Err(FrameError::Reserved);
     }
     let ip = Ipv6Addr::from(field::<_, 16>(at, 0));
     let port = u16::from_be_bytes([at[16], at[17]]);
-    Ok(SocketAddr::new(IpAddr::V6(ip).to_canonical(), port))
+    let other_port = u16::from_be_bytes([at[18], at[19]]);
+    Ok((SocketAddr::new(IpAddr::V6(ip).to_canonical(), port), other_port))
 }
 
-fn read_addresses(body: &[u8]) -> Result<Addresses, FrameError> {
+fn read_addresses(body: &[u8]) -> Result<(Addresses, Nat), FrameError> {
     let (head, list) = body.split_first_chunk::<COUNT_BYTES>().ok_or(FrameError::Length)?;
-    if head[1..].iter().any(|&byte| byte != 0) {
+    let nat = Nat::from_bytes([head[1], head[2]]);
+    if head[3..].iter().any(|&byte| byte != 0) {
         return Err(FrameError::Reserved);
     }
     let count = usize::from(head[0]);
@@ -286,7 +335,7 @@ fn read_addresses(body: &[u8]) -> Result<Addresses, FrameError> {
         *slot = read_address(at)?;
     }
     addresses.count = count;
-    Ok(addresses)
+    Ok((addresses, nat))
 }
 
 fn as_v6(address: IpAddr) -> Ipv6Addr {
@@ -308,11 +357,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::nat::{Filtering, Mapping};
+
+    const HARD: Nat = Nat { mapping: Mapping::Dependent, filtering: Filtering::PortDependent };
 
     fn encoded(frame: Frame) -> Vec<u8> {
-        let mut packet = vec![0xff; PACKET_BYTES_MAX];
+        let mut packet = vec![0xff; RELAY_SIZE_PACKET_BYTES_MAX];
         let length = frame.encode(&mut packet).expect("room");
-        assert_eq!(length % 16, 0);
+        assert!(length % 16 == 0 || matches!(frame, Frame::DoesThisArrive { .. }));
         packet.truncate(length);
         packet
     }
@@ -322,7 +374,7 @@ mod tests {
     }
 
     fn answer(text: &str) -> Frame {
-        Frame::YourAddressIs { token: 7, address: address(text) }
+        Frame::YourAddressIs { token: 7, address: address(text), other_port: 0 }
     }
 
     fn every_kind() -> Vec<Frame> {
@@ -331,13 +383,17 @@ mod tests {
             Frame::WhatIsMyAddress { token: 7 },
             answer("192.0.2.1:9"),
             answer("[2001:db8::1]:65535"),
+            Frame::YourAddressIs { token: 7, address: address("192.0.2.1:9"), other_port: 15_193 },
             Frame::NotHere { key: [9; KEY_LEN] },
             Frame::Leaving,
+            Frame::AnswerElsewhere { token: 3 },
+            Frame::DoesThisArrive { token: 3, packet_bytes: PACKET_BYTES as u16 },
+            Frame::DoesThisArrive { token: 3, packet_bytes: 1_411 },
             Frame::Probe { token: u64::MAX },
             Frame::HeardYou { token: 1, address: address("192.0.2.1:9") },
-            Frame::CallMeNow { addresses: Addresses::new([]) },
-            Frame::CallMeNow { addresses: Addresses::new(addresses) },
-            Frame::CallMeNow { addresses: Addresses::new([address("192.0.2.1:9"); 99]) },
+            Frame::CallMeNow { addresses: Addresses::new([]), nat: Nat::default() },
+            Frame::CallMeNow { addresses: Addresses::new(addresses), nat: HARD },
+            Frame::CallMeNow { addresses: Addresses::new([address("192.0.2.1:9"); 99]), nat: HARD },
         ]
     }
 
@@ -363,7 +419,8 @@ mod tests {
     fn every_kind_comes_back_and_is_known_as_a_frame() {
         for frame in every_kind() {
             let packet = encoded(frame);
-            assert!(is_frame(&packet) && packet.len() <= PACKET_BYTES_MAX, "{frame:?}");
+            let sized = matches!(frame, Frame::DoesThisArrive { .. });
+            assert!(is_frame(&packet) && (sized || packet.len() <= PACKET_BYTES_MAX), "{frame:?}");
             assert_eq!(Frame::decode(&packet), Ok(frame));
         }
         let mapped = Frame::decode(&encoded(answer("[::ffff:192.0.2.1]:9")));
@@ -398,7 +455,7 @@ mod tests {
     #[test]
     fn more_addresses_than_a_node_may_have_are_refused() {
         let full = Addresses::new([address("192.0.2.1:9"); CANDIDATES_PER_NODE_MAX]);
-        let mut packet = encoded(Frame::CallMeNow { addresses: full });
+        let mut packet = encoded(Frame::CallMeNow { addresses: full, nat: HARD });
         packet[BODY_AT] = CANDIDATES_PER_NODE_MAX as u8 + 1;
         assert_eq!(Frame::decode(&packet), Err(FrameError::Length));
     }
@@ -406,7 +463,7 @@ mod tests {
     proptest! {
         #[test]
         fn arbitrary_bytes_decode_to_an_error_or_to_what_encodes_alike(
-            mut packet in proptest::collection::vec(any::<u8>(), 0..2 * PACKET_BYTES_MAX),
+            mut packet in proptest::collection::vec(any::<u8>(), 0..2 * RELAY_SIZE_PACKET_BYTES_MAX),
             like in proptest::sample::select(every_kind()),
             ours in any::<bool>(),
         ) {

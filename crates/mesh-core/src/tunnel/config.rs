@@ -7,11 +7,13 @@ use std::time::Duration;
 use ipnet::IpNet;
 use mesh_types::key::{PresharedKey, PublicKey};
 use mesh_types::limits::GSO_SEGMENTS_MAX;
+use mesh_types::nat::Nat;
 use mesh_types::status::PathKind;
 use mesh_types::time::MonoTime;
 
 use super::engine::OwnKeyId;
 use super::path::{Endpoint, MemberKey};
+use super::sight::Sight;
 use super::steer::Share;
 use crate::packet::{CoalesceOptions, Ecn, VnetHeader};
 
@@ -98,8 +100,12 @@ pub struct PeerSnapshot {
     pub session: bool,
     /// Why there is no session, in an operator's words; empty when there is one.
     pub problem: &'static str,
-    /// Of a relay: where it sees us.
-    pub reflexive: Option<SocketAddr>,
+    /// Of a relay: what it shows us of ourselves.
+    pub sight: Sight,
+    /// What the peer says of its NAT.
+    pub nat: Nat,
+    /// Why packets take a relay, in an operator's words; empty where they do not.
+    pub not_direct: &'static str,
 }
 
 /// Where a receive buffer came from: one datagram, or a GRO burst of equal ones (the last may be shorter).
@@ -162,6 +168,8 @@ pub struct Transmit<'a> {
     pub local: Option<IpAddr>,
     pub ecn: Ecn,
     pub segment_len: usize,
+    /// Not to be fragmented: its length is the question.
+    pub whole: bool,
     pub bytes: &'a [u8],
 }
 
@@ -198,10 +206,14 @@ pub enum Event {
         key: PublicKey,
         endpoint: SocketAddr,
     },
-    /// A relay of this shard said where it sees us.
-    SeenAt {
+    /// A relay of this shard shows us otherwise than before.
+    Seen {
         relay: PublicKey,
-        address: SocketAddr,
+        sight: Sight,
+    },
+    /// Nothing comes back through a relay of another shard: it may not know this node any more.
+    RelayInDoubt {
+        relay: PublicKey,
     },
     /// No answer for 90 s; what waited for the session was dropped.
     HandshakeGaveUp {

@@ -502,7 +502,10 @@ impl<F: EngineFactory> Tunnel<F> {
                 return;
             }
         }
-        if !carried && peer.path.heard(now, meta.source, meta.local) {
+        // A relay is where configuration says; its other ports only answer questions.
+        let stray =
+            peer.config.role == Role::Relay && !peer.path.candidates().contains(&meta.source);
+        if !carried && !stray && peer.path.heard(now, meta.source, meta.local) {
             let key = peer.config.key;
             self.counters.endpoint_changes += 1;
             self.event(Event::EndpointChanged { key, endpoint: meta.source });

@@ -42,11 +42,13 @@ pub mod peers;
 pub mod places;
 mod relays;
 mod setup;
+pub mod sight;
 pub mod staging;
 pub mod steer;
 mod timers;
 pub mod transmit;
 pub mod ways;
+pub mod why;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -167,6 +169,7 @@ impl<F: EngineFactory> Tunnel<F> {
             if let Some(way) = self.way(now, slot).filter(|way| way.carry.is_some()) {
                 snapshot.endpoint = Some(way.addr);
                 snapshot.path = if snapshot.session { PathKind::Relayed } else { PathKind::None };
+                snapshot.not_direct = self.not_direct(now, slot);
             }
             out.push(snapshot);
         }

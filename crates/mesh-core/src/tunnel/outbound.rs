@@ -156,7 +156,7 @@ impl<F: EngineFactory> Tunnel<F> {
     fn flow(&self, now: MonoTime, slot: u32) -> Option<Flow> {
         let index = self.peers.get(slot)?.sender(now)?.index;
         let to = self.way(now, slot)?;
-        Some(Flow { slot, index, to, ecn: crate::packet::Ecn::NotEct })
+        Some(Flow { slot, index, to, ecn: crate::packet::Ecn::NotEct, whole: false })
     }
 
     fn push_segments(&mut self, now: MonoTime, flow: Flow, segmenter: &Segmenter<'_>) {

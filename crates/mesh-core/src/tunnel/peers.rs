@@ -25,7 +25,7 @@ use super::config::{PeerConfig, PeerSnapshot};
 use super::engine::{Engine, OwnKeyId};
 use super::front::Bucket;
 use super::path::Path;
-use super::relays::Registration;
+use super::sight::Look;
 use super::staging::StagedQueue;
 use super::steer::Share;
 use super::ways::Ways;
@@ -69,8 +69,8 @@ pub struct Peer<E> {
     pub path: Path,
     /// Used only where relays are known for the peer.
     pub ways: Ways,
-    /// Of a relay: what it said of us.
-    pub registration: Registration,
+    /// Of a relay: what it shows us of ourselves.
+    pub look: Look,
     pub staged: StagedQueue,
     /// Initiations accepted, responses and cookie replies looked at.
     pub initiations: Bucket,
@@ -98,7 +98,7 @@ impl<E: Engine> Peer<E> {
             members: Vec::with_capacity(1),
             path: Path::default(),
             ways: Ways::default(),
-            registration: Registration::default(),
+            look: Look::default(),
             staged: StagedQueue::default(),
             initiations: Bucket::default(),
             answers: Bucket::default(),
@@ -156,7 +156,7 @@ impl<E: Engine> Peer<E> {
         let session = || self.sender(now).is_some();
         let ways = self.is_relayed().then(|| self.ways.deadline()).flatten();
         let ways = ways.filter(|_| session());
-        let ask = self.registration.ask_at.filter(|_| session());
+        let ask = self.look.deadline().filter(|_| session());
         let own =
             [self.path.probe_at().filter(|_| !self.is_relayed()), self.initiate_at, ways, ask];
         engines.chain(retire).chain(own.into_iter().flatten()).min()
@@ -184,7 +184,9 @@ impl<E: Engine> Peer<E> {
             tx_bytes: self.tx_bytes,
             session,
             problem: if session { "" } else { self.problem() },
-            reflexive: self.registration.reflexive,
+            sight: self.look.sight(),
+            nat: self.ways.told_nat(),
+            not_direct: "",
         }
     }
 

@@ -1,7 +1,7 @@
 //! Relays as the tunnel uses them: registered at by a session, asked where we are, sent through to peers.
 //!
 //! ```text
-//!  relay = a peer with Role::Relay: handshake at once, then every ASK "what is my address?"   -> registered, reflexive address
+//!  relay = a peer with Role::Relay: handshake at once, then questions (`sight`)   -> registered, where we are seen
 //!  peer with relays = Ways decides:  header(key) + message -> relay's address -> header(our key) + message -> peer
 //!  frames (probe, heard you, call me now) travel in the session of the two peers, over the way they speak of
 //! ```
@@ -15,6 +15,7 @@ use std::time::Duration;
 use mesh_types::carry;
 use mesh_types::key::PublicKey;
 use mesh_types::limits::{FRAMES_MAX, RELAYS_MAX};
+use mesh_types::nat::Nat;
 use mesh_types::net::{Reach, reach};
 use mesh_types::relay_frame::{self, Addresses, Frame};
 use mesh_types::time::MonoTime;
@@ -25,24 +26,11 @@ use super::counters::DropReason;
 use super::engine::EngineFactory;
 use super::path::{Endpoint, MemberKey};
 use super::peers::Peer;
+use super::sight::{Look, Question, Sight, TOKENS_MAX as LOOK_TOKENS_MAX, nat_of};
 use super::transmit::{Flow, slot_len};
 use super::ways::{Around, Ask, TOKENS_MAX};
+use super::why::{self, Ends};
 use crate::packet::Ecn;
-
-/// A relay is asked so often where we are: it learns of a new address, and a NAT keeps its mapping (RFC 4787 REQ-5: two minutes
-/// at least, many give 30 s).
-const ASK: Duration = Duration::from_secs(20);
-/// Until a question is answered; the first may be lost.
-const ASK_AGAIN: Duration = Duration::from_secs(1);
-
-/// What a relay said of this node.
-#[derive(Debug, Default)]
-pub struct Registration {
-    pub reflexive: Option<SocketAddr>,
-    /// The question under way.
-    token: Option<u64>,
-    pub ask_at: Option<MonoTime>,
-}
 
 /// Relays of all shards, and what goes into invitations.
 #[derive(Debug, Default)]
@@ -52,13 +40,14 @@ pub(super) struct Relays {
     keys: Vec<PublicKey>,
     /// Where this node can be reached, as control knows.
     own: Vec<SocketAddr>,
-    /// Where relays of other shards see us.
-    seen: BTreeMap<PublicKey, SocketAddr>,
+    /// What relays of other shards show of us.
+    seen: BTreeMap<PublicKey, Sight>,
     /// Frames of the burst that is being taken in.
     frames: Vec<Result<Frame, relay_frame::FrameError>>,
     /// Whether any are expected: a mesh without relays looks at none.
     used: bool,
     asks: Vec<Ask>,
+    questions: Vec<(Question, u64)>,
 }
 
 impl Relays {
@@ -85,7 +74,7 @@ impl Relays {
     }
 }
 
-/// The ways through relays to one peer, best first.
+/// The ways through relays to one peer, nearest first.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RelayWays {
     ways: [Endpoint; RELAYS_MAX],
@@ -103,7 +92,68 @@ impl Deref for RelayWays {
 impl<F: EngineFactory> Tunnel<F> {
     /// Where this node can be reached, for peers that are invited to try. What relays see is added.
     pub fn set_own_addresses(&mut self, addresses: Vec<SocketAddr>) {
+        if self.relays.own == addresses {
+            return;
+        }
         self.relays.own = addresses;
+        // Relays may see us elsewhere, too, and carry nothing of ours until they do.
+        let now = self.now;
+        self.each_relay(now, |look| look.ask_now(now));
+    }
+
+    /// Finds out anew what relays show of this node: its address, its NAT, how much arrives at once.
+    pub fn check_relays(&mut self, now: MonoTime) {
+        self.now = now;
+        self.each_relay(now, |look| look.check(now));
+    }
+
+    fn each_relay(&mut self, now: MonoTime, mut tell: impl FnMut(&mut Look)) {
+        for at in 0..self.relays.keys.len() {
+            let slot = self.relays.keys.get(at).and_then(|key| self.peers.slot_of(key));
+            if let Some((slot, relay)) =
+                slot.and_then(|slot| Some((slot, self.peers.get_mut(slot)?)))
+            {
+                tell(&mut relay.look);
+                self.peers.reschedule(now, slot);
+            }
+        }
+    }
+
+    /// A relay of this shard may not know this node any more: it is asked at once.
+    pub fn doubt_relay(&mut self, now: MonoTime, relay: &PublicKey) {
+        let Some(slot) = self.peers.slot_of(relay) else { return };
+        if let Some(relay) = self.peers.get_mut(slot).filter(|it| it.config.role == Role::Relay) {
+            relay.look.ask_now(now);
+            self.peers.reschedule(now, slot);
+        }
+    }
+
+    /// What this node's NAT does, as far as relays can tell.
+    pub fn nat(&self) -> Nat {
+        nat_of(self.sights())
+    }
+
+    fn sights(&self) -> impl Iterator<Item = Sight> + Clone + '_ {
+        let slots = self.relays.keys.iter().filter_map(|key| self.peers.slot_of(key));
+        let relays = slots.filter_map(|slot| self.peers.get(slot));
+        let own = relays.map(|peer| peer.look.sight()).filter(|sight| *sight != Sight::default());
+        own.chain(self.relays.seen.values().copied())
+    }
+
+    /// Why packets to the peer take a relay.
+    pub(super) fn not_direct(&self, now: MonoTime, slot: u32) -> &'static str {
+        let Some(peer) = self.peers.get(slot) else { return "" };
+        let (seeks, active) = peer.ways.seeking(now);
+        let ours: Vec<SocketAddr> = self.own_addresses().iter().collect();
+        let theirs = [peer.path.candidates(), peer.ways.told_addresses()].concat();
+        why::not_direct(&Ends {
+            ours: self.nat(),
+            theirs: peer.ways.told_nat(),
+            our_addresses: &ours,
+            their_addresses: &theirs,
+            active,
+            seeks,
+        })
     }
 
     /// How packets reach the peer now.
@@ -124,14 +174,24 @@ impl<F: EngineFactory> Tunnel<F> {
         let registered = peer.config.relays.iter().filter_map(|key| {
             let Some(slot) = self.peers.slot_of(key) else {
                 // Another shard's: where it was heard there, this node is registered for all of them.
-                return self.foreign.place_of(key).map(Endpoint::direct);
+                let way = Endpoint::direct(self.foreign.place_of(key)?);
+                return Some((self.relays.seen.get(key).and_then(|sight| sight.rtt), way));
             };
             let relay = self.peers.get(slot)?;
             relay.sender(now)?;
-            relay.path.endpoint()
+            Some((relay.look.sight().rtt, relay.path.endpoint()?))
         });
-        for (way, relay) in found.ways.iter_mut().zip(registered) {
-            *way = Endpoint { carry: Some(*peer.config.key.as_bytes()), ..relay };
+        let mut rtts = [Duration::MAX; RELAYS_MAX];
+        for (rtt, way) in registered.take(RELAYS_MAX) {
+            // One that has not answered yet comes last; of equals the one written first is first.
+            let rtt = rtt.unwrap_or(Duration::MAX);
+            let mut at = found.count;
+            while let Some(before) = at.checked_sub(1).filter(|before| rtts[*before] > rtt) {
+                (rtts[at], found.ways[at]) = (rtts[before], found.ways[before]);
+                at = before;
+            }
+            let carry = Some(*peer.config.key.as_bytes());
+            (rtts[at], found.ways[at]) = (rtt, Endpoint { carry, ..way });
             found.count += 1;
         }
         found
@@ -180,17 +240,17 @@ impl<F: EngineFactory> Tunnel<F> {
     /// A session with a relay stands: whoever waited for a way through it may begin.
     pub(super) fn registered(&mut self, now: MonoTime, slot: u32) {
         let Some(relay) = self.peers.get_mut(slot) else { return };
-        relay.registration.ask_at = Some(now);
+        relay.look.ask_now(now);
         let key = relay.config.key;
         // At once: until a first transport message came, nobody is registered.
         self.ask_address(now, slot);
         self.relay_is_there(now, &key);
     }
 
-    /// A relay that another shard serves sees us there.
-    pub fn note_seen(&mut self, relay: PublicKey, address: SocketAddr) {
+    /// What a relay that another shard serves shows of us.
+    pub fn note_seen(&mut self, relay: PublicKey, sight: Sight) {
         if self.foreign.holds(&relay) {
-            self.relays.seen.insert(relay, address);
+            self.relays.seen.insert(relay, sight);
         }
     }
 
@@ -210,21 +270,35 @@ impl<F: EngineFactory> Tunnel<F> {
         }
     }
 
-    /// Asks a relay where we are, when that is due.
+    /// Asks a relay what is due: where we are, what our NAT does.
     pub(super) fn ask_address(&mut self, now: MonoTime, slot: u32) {
         let Some(relay) = self.peers.get(slot) else { return };
-        let Some(to) = relay.path.endpoint().filter(|_| relay.sender(now).is_some()) else {
+        let due = relay.look.deadline().is_some_and(|at| at <= now);
+        let Some(to) = relay.path.endpoint().filter(|_| due && relay.sender(now).is_some()) else {
             return;
         };
-        if relay.registration.ask_at.is_none_or(|at| at > now) {
-            return;
+        let mut tokens = [0; LOOK_TOKENS_MAX].map(|_: u64| self.peers.draw()).into_iter();
+        let mut questions = std::mem::take(&mut self.relays.questions);
+        questions.clear();
+        if let Some(relay) = self.peers.get_mut(slot) {
+            let token = || tokens.next().unwrap_or_default();
+            relay.look.tick(now, to.addr, relay.path.candidates(), token, &mut questions);
         }
-        let token = self.peers.draw();
-        let Some(relay) = self.peers.get_mut(slot) else { return };
-        let answered = relay.registration.token.is_none();
-        relay.registration.ask_at = Some(now + if answered { ASK_AGAIN } else { ASK });
-        relay.registration.token = Some(token);
-        self.send_frame(now, slot, to, Frame::WhatIsMyAddress { token });
+        for (question, token) in questions.drain(..) {
+            let (to, frame) = match question {
+                Question::Address => (to, Frame::WhatIsMyAddress { token }),
+                Question::AddressAt { to: other } => {
+                    let local = to.local.filter(|ip| ip.is_ipv4() == other.is_ipv4());
+                    (Endpoint { addr: other, local, carry: None }, Frame::WhatIsMyAddress { token })
+                }
+                Question::Elsewhere => (to, Frame::AnswerElsewhere { token }),
+                Question::Size { packet_bytes } => {
+                    (to, Frame::DoesThisArrive { token, packet_bytes })
+                }
+            };
+            self.send_frame(now, slot, to, frame);
+        }
+        self.relays.questions = questions;
     }
 
     /// Probes ways and invites the peer, when that is due.
@@ -248,11 +322,31 @@ impl<F: EngineFactory> Tunnel<F> {
         for ask in asks.drain(..) {
             let (to, frame) = match ask {
                 Ask::Probe { to, token } => (to, Frame::Probe { token }),
-                Ask::CallMeNow { to } => (to, Frame::CallMeNow { addresses: self.own_addresses() }),
+                Ask::CallMeNow { to } => {
+                    let (addresses, nat) = (self.own_addresses(), self.nat());
+                    (to, Frame::CallMeNow { addresses, nat })
+                }
             };
             self.send_frame(now, slot, to, frame);
         }
         self.relays.asks = asks;
+        self.ask_doubted(now, slot);
+    }
+
+    /// Nothing came back through a relay: after a change of our address it knows us only once it has heard of us.
+    fn ask_doubted(&mut self, now: MonoTime, slot: u32) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        let Some(at) = peer.ways.take_doubted() else { return };
+        for key in peer.config.relays.clone() {
+            if self.foreign.place_of(&key) == Some(at) {
+                self.event(Event::RelayInDoubt { relay: key });
+            } else if let Some(slot) = self.peers.slot_of(&key)
+                && let Some(relay) = self.peers.get(slot)
+                && relay.path.endpoint().is_some_and(|endpoint| endpoint.addr == at)
+            {
+                self.doubt_relay(now, &key);
+            }
+        }
     }
 
     /// What control messages of a burst ask for.
@@ -277,15 +371,19 @@ impl<F: EngineFactory> Tunnel<F> {
 
     fn relay_says(&mut self, now: MonoTime, slot: u32, meta: &UdpMeta, frame: &Frame) -> bool {
         match *frame {
-            Frame::YourAddressIs { token, address } => {
+            Frame::YourAddressIs { token, address, other_port } => {
+                let own = &self.relays.own;
                 let Some(relay) = self.peers.get_mut(slot) else { return false };
-                if relay.registration.token.take_if(|asked| *asked == token).is_none() {
+                let Some(at) = relay.path.endpoint() else { return false };
+                let said = (address, other_port);
+                let before = relay.look.sight();
+                if relay.look.answered(now, token, meta.source, at.addr, said, own).is_none() {
                     return false;
                 }
-                relay.registration.reflexive = Some(address);
-                relay.registration.ask_at = Some(now + ASK);
-                let relay = relay.config.key;
-                self.event(Event::SeenAt { relay, address });
+                let (relay, sight) = (relay.config.key, relay.look.sight());
+                if sight != before {
+                    self.event(Event::Seen { relay, sight });
+                }
             }
             Frame::NotHere { key } => {
                 let Some(peer) = self.peer_of(&key) else { return false };
@@ -333,7 +431,7 @@ impl<F: EngineFactory> Tunnel<F> {
                     self.counters.endpoint_changes += 1;
                 }
             }
-            Frame::CallMeNow { addresses } => {
+            Frame::CallMeNow { addresses, nat } => {
                 let allowed = &self.allowed;
                 let candidates: Vec<SocketAddr> = peer.path.candidates().to_vec();
                 let usable = addresses.iter().filter(|address| {
@@ -346,7 +444,7 @@ impl<F: EngineFactory> Tunnel<F> {
                     // Inside the cluster it would lead into the tunnel.
                     reached && address.port() != 0 && allowed.lookup(address.ip()).is_none()
                 });
-                peer.ways.told(now, usable);
+                peer.ways.told(now, usable, nat);
             }
             _ => return false,
         }
@@ -355,16 +453,14 @@ impl<F: EngineFactory> Tunnel<F> {
 
     /// Whether an invitation comes from behind the same public address as ours: then private ones may be the peer's way.
     fn is_near(&self, frame: &Frame) -> bool {
-        let Frame::CallMeNow { addresses } = frame else { return false };
+        let Frame::CallMeNow { addresses, .. } = frame else { return false };
         let public = |address: &SocketAddr| reach(address.ip()) == Reach::Public;
         let ours: Vec<_> = self.reflexive().filter(public).map(|own| own.ip()).collect();
         addresses.iter().filter(public).any(|theirs| ours.contains(&theirs.ip()))
     }
 
     fn reflexive(&self) -> impl Iterator<Item = SocketAddr> + '_ {
-        let peers = self.peers.slots().filter_map(|slot| self.peers.get(slot));
-        let own = peers.filter_map(|peer| peer.registration.reflexive);
-        own.chain(self.relays.seen.values().copied())
+        self.sights().flat_map(|sight| sight.addresses())
     }
 
     /// What relays see first, then what control knows.
@@ -388,7 +484,8 @@ impl<F: EngineFactory> Tunnel<F> {
     fn send_frame(&mut self, now: MonoTime, slot: u32, to: Endpoint, frame: Frame) {
         let peer = self.peers.get(slot);
         let Some(index) = peer.and_then(|peer| Some(peer.sender(now)?.index)) else { return };
-        let flow = Flow { slot, index, to, ecn: Ecn::NotEct };
+        let whole = matches!(frame, Frame::DoesThisArrive { .. });
+        let flow = Flow { slot, index, to, ecn: Ecn::NotEct, whole };
         let len = frame.packet_len();
         self.flush(now);
         let written = match self.transmit.push(flow, slot_len(len)) {

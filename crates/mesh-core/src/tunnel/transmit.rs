@@ -32,6 +32,8 @@ pub struct Flow {
     pub index: u32,
     pub to: Endpoint,
     pub ecn: Ecn,
+    /// Not to be fragmented.
+    pub whole: bool,
 }
 
 #[derive(Debug)]
@@ -59,6 +61,7 @@ struct Ready {
     to: Endpoint,
     ecn: Ecn,
     segment_len: usize,
+    whole: bool,
     range: Range<usize>,
 }
 
@@ -169,8 +172,8 @@ impl TransmitQueue {
             Closed { flow: open.flow, packets: self.slots.len(), bytes: range.len(), sealed };
         self.slots.clear();
         if sealed.is_ok() {
-            let Flow { to, ecn, .. } = open.flow;
-            self.ready.push_back(Ready { to, ecn, segment_len: open.segment_len, range });
+            let (Flow { to, ecn, whole, .. }, segment_len) = (open.flow, open.segment_len);
+            self.ready.push_back(Ready { to, ecn, segment_len, whole, range });
         } else {
             self.used = range.start;
         }
@@ -189,7 +192,7 @@ impl TransmitQueue {
         }
         message.copy_from_slice(datagram);
         self.used = range.end;
-        self.ready.push_back(Ready { to, ecn: Ecn::NotEct, segment_len, range });
+        self.ready.push_back(Ready { to, ecn: Ecn::NotEct, segment_len, whole: false, range });
         true
     }
 
@@ -201,9 +204,10 @@ impl TransmitQueue {
             }
             return None;
         };
-        let bytes = self.arena.get(ready.range)?;
+        let bytes = self.arena.get(ready.range.clone())?;
         let Endpoint { addr: dst, local, .. } = ready.to;
-        Some(Transmit { dst, local, ecn: ready.ecn, segment_len: ready.segment_len, bytes })
+        let Ready { ecn, segment_len, whole, .. } = ready;
+        Some(Transmit { dst, local, ecn, segment_len, whole, bytes })
     }
 
     /// Moves the open batch to the front when it stands at the end and everything else has left.
@@ -229,7 +233,7 @@ mod tests {
 
     fn flow(port: u16, ecn: Ecn) -> Flow {
         let addr = std::net::SocketAddr::from(([192, 0, 2, 1], port));
-        Flow { slot: 0, index: 0, to: Endpoint::direct(addr), ecn }
+        Flow { slot: 0, index: 0, to: Endpoint::direct(addr), ecn, whole: false }
     }
 
     /// Pushes slots by the rules of the tunnel and returns (segment length, bytes) of the sends.

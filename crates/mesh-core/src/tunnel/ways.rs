@@ -28,6 +28,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_types::limits::{CANDIDATES_PER_NODE_MAX, RELAYS_MAX};
+use mesh_types::nat::Nat;
 use mesh_types::time::MonoTime;
 
 use super::path::{Endpoint, ProbeLimiter};
@@ -107,12 +108,17 @@ struct Asked {
 pub struct Ways {
     direct: Option<Proven>,
     relay: Option<Proven>,
-    /// When the peer's data came last, by kind of way.
+    /// Round trips to the peer through each relay.
+    relay_rtts: [Option<(SocketAddr, Duration)>; RELAYS_MAX],
+    /// When the peer's data came last, by kind of way, and through which relay.
     heard_direct: Option<MonoTime>,
-    heard_relayed: Option<MonoTime>,
+    heard_relayed: Option<(SocketAddr, MonoTime)>,
     asked: VecDeque<Asked>,
     told: Vec<SocketAddr>,
     told_at: Option<MonoTime>,
+    told_nat: Nat,
+    /// A relay that may not know us any more.
+    doubted: Option<SocketAddr>,
     used: Option<MonoTime>,
     check_at: Option<MonoTime>,
     seek_at: Option<MonoTime>,
@@ -141,16 +147,17 @@ impl Ways {
 
     /// Something came, straight or carried by a relay, that goes only over ways the peer has proven: no probe and no answer.
     pub fn heard(&mut self, now: MonoTime, source: SocketAddr, carried: bool) {
-        let known = if carried { self.relay } else { self.direct };
-        let rtt = known.filter(|way| way.addr == source).and_then(|way| way.rtt);
-        let proven = Some(Proven { addr: source, at: now, rtt });
         if carried {
-            self.heard_relayed = Some(now);
-            self.relay = proven;
+            self.heard_relayed = Some((source, now));
+            if !self.keeps_relay(now, source) {
+                self.relay = Some(Proven { addr: source, at: now, rtt: self.relay_rtt(source) });
+            }
             // The peer does not trust the direct way any more, or not yet.
             self.check_at = self.direct.map(|_| now).or(self.check_at);
             return;
         }
+        let rtt = self.direct.filter(|way| way.addr == source).and_then(|way| way.rtt);
+        let proven = Some(Proven { addr: source, at: now, rtt });
         self.heard_direct = Some(now);
         if self.distrust_until.is_none_or(|until| until <= now) {
             self.direct = proven;
@@ -175,8 +182,9 @@ impl Ways {
         self.asked.retain(|other| other.to != asked.to || other.at > asked.at);
         let proven = Proven { addr: source, at: now, rtt: Some(rtt) };
         if carried {
+            self.note_relay_rtt(source, rtt);
             let better = self.relay.is_none_or(|relay| {
-                relay.addr == source || relay.rtt.is_none_or(|before| much_faster(rtt, before))
+                relay.addr == source || relay.rtt.is_some_and(|before| much_faster(rtt, before))
             });
             if better {
                 self.relay = Some(proven);
@@ -196,12 +204,42 @@ impl Ways {
         Some(source)
     }
 
-    /// The peer says where it can be reached, and that its NAT lets us in now.
-    pub fn told(&mut self, now: MonoTime, addresses: impl Iterator<Item = SocketAddr>) {
+    /// The peer speaks through another relay than we do: it may have reason to, but not if ours is proven and much nearer.
+    fn keeps_relay(&self, now: MonoTime, other: SocketAddr) -> bool {
+        let Some(relay) = self.relay.filter(|relay| relay.addr != other) else { return false };
+        let (ours, theirs) = (self.relay_rtt(relay.addr), self.relay_rtt(other));
+        let nearer = ours.zip(theirs).is_some_and(|(ours, theirs)| much_faster(ours, theirs));
+        nearer && now.since(relay.at) < CHECK + LOST
+    }
+
+    fn relay_rtt(&self, relay: SocketAddr) -> Option<Duration> {
+        let known = self.relay_rtts.iter().flatten().find(|(addr, _)| *addr == relay);
+        known.map(|(_, rtt)| *rtt)
+    }
+
+    fn note_relay_rtt(&mut self, relay: SocketAddr, rtt: Duration) {
+        let is_it = |slot: &Option<(SocketAddr, Duration)>| slot.is_some_and(|it| it.0 == relay);
+        let at = self.relay_rtts.iter().position(is_it);
+        // Relays that are none any more make room, oldest first.
+        let at = at.unwrap_or_else(|| {
+            self.relay_rtts.rotate_left(1);
+            RELAYS_MAX - 1
+        });
+        if let Some(slot) = self.relay_rtts.get_mut(at) {
+            *slot = Some((relay, rtt));
+        }
+        if let Some(relay) = self.relay.as_mut().filter(|it| it.addr == relay) {
+            relay.rtt = Some(rtt);
+        }
+    }
+
+    /// The peer says where it can be reached, what its NAT does, and that this lets us in now.
+    pub fn told(&mut self, now: MonoTime, addresses: impl Iterator<Item = SocketAddr>, nat: Nat) {
         if self.told_at.is_some_and(|at| now.since(at) < TOLD_EVERY) {
             return;
         }
         self.told_at = Some(now);
+        self.told_nat = nat;
         self.told.clear();
         self.told.extend(addresses.take(TOLD_MAX));
         self.used = Some(now);
@@ -217,6 +255,26 @@ impl Ways {
         }
         self.told.push(source);
         self.seek_at = Some(now);
+    }
+
+    /// What the peer said of its NAT.
+    pub fn told_nat(&self) -> Nat {
+        self.told_nat
+    }
+
+    /// Where the peer said it can be reached.
+    pub fn told_addresses(&self) -> &[SocketAddr] {
+        &self.told
+    }
+
+    /// How often a direct way was sought since the last one was lost, and whether it is.
+    pub fn seeking(&self, now: MonoTime) -> (u32, bool) {
+        (self.seeks, self.is_active(now))
+    }
+
+    /// A relay through which nothing came back, to be asked whether it knows us; once.
+    pub fn take_doubted(&mut self) -> Option<SocketAddr> {
+        self.doubted.take()
     }
 
     /// When [`Self::tick`] has something to do.
@@ -281,11 +339,17 @@ impl Ways {
 
     /// Whether something came over the way in use so lately that it needs no probe.
     fn is_heard(&self, now: MonoTime, way: &Endpoint) -> bool {
-        let heard = match way.carry {
-            Some(_) => self.heard_relayed,
+        self.heard_over(way).is_some_and(|heard| now.since(heard) < CHECK)
+    }
+
+    fn heard_over(&self, way: &Endpoint) -> Option<MonoTime> {
+        match way.carry {
+            Some(_) => {
+                let this = self.heard_relayed.filter(|(relay, _)| *relay == way.addr);
+                this.map(|(_, at)| at)
+            }
             None => self.heard_direct,
-        };
-        heard.is_some_and(|heard| now.since(heard) < CHECK)
+        }
     }
 
     fn patience(&self, asked: &Asked) -> Duration {
@@ -302,10 +366,7 @@ impl Ways {
                 return;
             }
             self.asked.pop_front();
-            let heard = match asked.to.carry {
-                Some(_) => self.heard_relayed,
-                None => self.heard_direct,
-            };
+            let heard = self.heard_over(&asked.to);
             if way.is_some_and(|way| way.addr == asked.to.addr && way.carry == asked.to.carry)
                 && heard.is_none_or(|heard| heard < asked.at)
             {
@@ -319,6 +380,7 @@ impl Ways {
             Some(_) => {
                 self.avoid = Some((way.addr, now + AVOID));
                 self.relay = None;
+                self.doubted = Some(way.addr);
             }
             None => {
                 self.direct = None;
@@ -364,10 +426,10 @@ impl Ways {
                 self.ask(now, Endpoint::direct(addr), limiter, token, out);
             }
         }
-        for relay in around.relays.iter().filter(|relay| Some(**relay) != way) {
-            if self.seeks == 0 {
-                self.ask(now, *relay, limiter, token, out);
-            }
+        // All of them, also the one in use: how far it is that way is compared.
+        let compare = self.seeks == 0 && around.relays.len() > 1;
+        for relay in around.relays.iter().filter(|_| compare) {
+            self.ask(now, *relay, limiter, token, out);
         }
         self.seeks = self.seeks.saturating_add(1);
         self.seek_at = Some(now + pause(self.seeks, token()));
@@ -451,7 +513,7 @@ mod tests {
         let mut asked = 0;
         for call in 0..2_000_u64 {
             let named = (0..16).map(|i| SocketAddr::from(([198, 51, (call % 250) as u8, i], 1)));
-            ways.told(at(call), named);
+            ways.told(at(call), named, Nat::default());
             asked += probes(&mut ways, call, None, &[]).len();
         }
         assert_eq!(asked, 2 * 16, "two seconds");
@@ -465,7 +527,7 @@ mod tests {
             .map(|i| Endpoint { addr: SocketAddr::from(([203, 0, 113, i], 1)), ..relay() })
             .collect();
         let mut ways = Ways::default();
-        ways.told(at(0), addresses(2));
+        ways.told(at(0), addresses(2), Nat::default());
         let direct = Some(Endpoint::direct(addr("192.0.2.1:1")));
         let around = Around { direct, candidates: &candidates, relays: &relays };
         let (mut out, mut drawn) = (Vec::new(), 0);
@@ -481,7 +543,7 @@ mod tests {
     #[test]
     fn an_answer_counts_only_from_where_its_probe_went() {
         let mut ways = Ways::default();
-        ways.told(at(0), [addr("192.0.2.1:1")].into_iter());
+        ways.told(at(0), [addr("192.0.2.1:1")].into_iter(), Nat::default());
         let to = probes(&mut ways, 0, None, &[relay()]);
         assert!(to.contains(&Endpoint::direct(addr("192.0.2.1:1"))));
         let around = Around { direct: None, candidates: &[], relays: &[relay()] };

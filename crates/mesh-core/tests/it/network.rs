@@ -34,6 +34,8 @@ pub(crate) struct Network {
     /// Pairs of addresses between which nothing passes, one way.
     pub(crate) cut: BTreeSet<(IpAddr, IpAddr)>,
     pub(crate) latency: Duration,
+    /// What datagrams to and from an address take longer.
+    pub(crate) far: BTreeMap<IpAddr, Duration>,
     pub(crate) jitter: Duration,
     pub(crate) loss_percent: u64,
     /// Datagrams that arrive twice.
@@ -150,6 +152,7 @@ impl Network {
             relays: Vec::new(),
             cut: BTreeSet::new(),
             latency: Duration::from_millis(10),
+            far: BTreeMap::new(),
             jitter: Duration::ZERO,
             loss_percent: 0,
             twice_percent: 0,
@@ -262,7 +265,12 @@ impl Network {
     pub(crate) fn inject(&mut self, from: SocketAddr, to: SocketAddr, bytes: &[u8]) {
         let sequence = self.next_sequence();
         let datagram = Datagram { from, to, ecn: Ecn::NotEct, segment_len: 0, bytes: bytes.into() };
-        self.queue.insert((self.now + self.latency, sequence), datagram);
+        self.queue.insert((self.now + self.latency_of(from, to), sequence), datagram);
+    }
+
+    fn latency_of(&self, from: SocketAddr, to: SocketAddr) -> Duration {
+        let more = [from, to].iter().filter_map(|end| self.far.get(&end.ip())).sum::<Duration>();
+        self.latency + more
     }
 
     pub(crate) fn run_for(&mut self, time: Duration) {
@@ -341,13 +349,15 @@ impl Network {
             self.hand_over(host, from, to, datagram);
             return;
         }
-        if let Some(relay) = self.relays.iter_mut().find(|relay| relay.addr == to && relay.up) {
+        let at = |relay: &&mut Relay| relay.is_at(to) && relay.up;
+        if let Some(relay) = self.relays.iter_mut().find(at) {
             let step = if datagram.segment_len == 0 { usize::MAX } else { datagram.segment_len };
             let from = datagram.from;
             let pieces = datagram.bytes.chunks(step.min(datagram.bytes.len()));
-            let out: Vec<_> = pieces.flat_map(|one| relay.receive(self.now, from, one)).collect();
-            for (dst, bytes) in out {
-                self.inject(to, dst, &bytes);
+            let out: Vec<_> =
+                pieces.flat_map(|one| relay.receive(self.now, from, to, one)).collect();
+            for (src, dst, bytes) in out {
+                self.inject(src, dst, &bytes);
             }
             return;
         }
@@ -450,7 +460,8 @@ impl Network {
             let copies = 1 + u64::from(self.random.next() % 100 < self.twice_percent);
             for _ in 0..copies {
                 let jitter_ns = u64::try_from(self.jitter.as_nanos()).expect("short") + 1;
-                let delay = self.latency + Duration::from_nanos(self.random.next() % jitter_ns);
+                let delay = self.latency_of(from, to)
+                    + Duration::from_nanos(self.random.next() % jitter_ns);
                 let sequence = self.next_sequence();
                 let datagram = Datagram { from, to, ecn, segment_len, bytes: bytes.clone() };
                 self.queue.insert((self.now + delay, sequence), datagram);

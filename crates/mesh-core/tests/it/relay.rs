@@ -11,7 +11,7 @@ use mesh_core::tunnel::front::Message;
 use mesh_core::tunnel::model::{ModelEngine, ModelFactory, public_key};
 use mesh_types::carry;
 use mesh_types::key::{PrivateKey, PublicKey};
-use mesh_types::relay_frame::Frame;
+use mesh_types::relay_frame::{Frame, PACKET_BYTES};
 use mesh_types::time::MonoTime;
 
 const OWN: OwnKeyId = OwnKeyId(0);
@@ -22,8 +22,11 @@ pub(crate) struct Relay {
     pub(crate) up: bool,
     /// What it tells everybody who asks; a lie, if set.
     pub(crate) lie: Option<SocketAddr>,
-    /// Datagrams carried.
+    /// Questions answered at the other port, and from a third one.
+    pub(crate) looks: usize,
+    /// Datagrams carried, and those of them that are long enough to be packets of somebody.
     pub(crate) carried: usize,
+    pub(crate) carried_data: usize,
     factory: ModelFactory,
     members: Vec<PublicKey>,
     engines: BTreeMap<PublicKey, (u32, ModelEngine)>,
@@ -38,7 +41,9 @@ impl Relay {
             key: public_key(&private),
             up: true,
             lie: None,
+            looks: 0,
             carried: 0,
+            carried_data: 0,
             factory: ModelFactory::new(&private),
             members,
             engines: BTreeMap::new(),
@@ -46,20 +51,34 @@ impl Relay {
         }
     }
 
-    /// What leaves for one datagram that came.
+    /// Whether it hears at this address: its own, or its other port.
+    pub(crate) fn is_at(&self, to: SocketAddr) -> bool {
+        to == self.addr || to == self.port(1)
+    }
+
+    fn port(&self, further: u16) -> SocketAddr {
+        SocketAddr::new(self.addr.ip(), self.addr.port() + further)
+    }
+
+    /// What leaves for one datagram that came to `to`: from where, where to.
     pub(crate) fn receive(
         &mut self,
         now: MonoTime,
         from: SocketAddr,
+        to: SocketAddr,
         datagram: &[u8],
-    ) -> Option<(SocketAddr, Vec<u8>)> {
-        if carry::is_carried(datagram) {
-            return self.carry(from, datagram);
+    ) -> Option<(SocketAddr, SocketAddr, Vec<u8>)> {
+        if to == self.addr && carry::is_carried(datagram) {
+            let (dst, bytes) = self.carry(from, datagram)?;
+            return Some((to, dst, bytes));
         }
         match Message::of(datagram)? {
-            Message::Initiation => self.greet(now, from, datagram),
-            Message::Transport(index) => self.answer(now, from, index >> 8, datagram),
-            Message::Response(_) | Message::Cookie(_) => None,
+            Message::Initiation if to == self.addr => {
+                let (dst, bytes) = self.greet(now, from, datagram)?;
+                Some((to, dst, bytes))
+            }
+            Message::Transport(index) => self.answer(now, (from, to), index >> 8, datagram),
+            Message::Initiation | Message::Response(_) | Message::Cookie(_) => None,
         }
     }
 
@@ -70,6 +89,9 @@ impl Relay {
         let mut datagram = datagram.to_vec();
         carry::readdress(&mut datagram, sender.as_bytes());
         self.carried += 1;
+        let message = carry::parse(&datagram)?.message;
+        let probe = TRANSPORT_HEADER_BYTES + PACKET_BYTES + TAG_BYTES;
+        self.carried_data += usize::from(message.first() == Some(&4) && message.len() < probe);
         Some((dst, datagram))
     }
 
@@ -94,10 +116,13 @@ impl Relay {
     fn answer(
         &mut self,
         now: MonoTime,
-        from: SocketAddr,
+        (from, to): (SocketAddr, SocketAddr),
         index: u32,
         datagram: &[u8],
-    ) -> Option<(SocketAddr, Vec<u8>)> {
+    ) -> Option<(SocketAddr, SocketAddr, Vec<u8>)> {
+        let other_port = self.port(1).port();
+        let third = self.port(2);
+        let main = self.addr;
         let (peer, (_, engine)) = self.engines.iter_mut().find(|(_, (at, _))| *at == index)?;
         let (mut input, mut output) = (datagram.to_vec(), vec![0; datagram.len()]);
         let (mut used, mut results) = (0, Vec::with_capacity(1));
@@ -113,16 +138,21 @@ impl Relay {
             },
         );
         let opened = results.pop()?.ok()?;
-        self.registered.insert(*peer, from);
-        let Ok(Frame::WhatIsMyAddress { token }) = Frame::decode(&output[opened]) else {
-            return None;
+        if to == main {
+            self.registered.insert(*peer, from);
+        }
+        let (token, src) = match Frame::decode(&output[opened]).ok()? {
+            Frame::WhatIsMyAddress { token } => (token, to),
+            Frame::AnswerElsewhere { token } => (token, third),
+            _ => return None,
         };
-        let frame = Frame::YourAddressIs { token, address: self.lie.unwrap_or(from) };
+        self.looks += usize::from(src != main);
+        let frame = Frame::YourAddressIs { token, address: self.lie.unwrap_or(from), other_port };
         let mut sealed = vec![0; TRANSPORT_HEADER_BYTES + frame.packet_len() + TAG_BYTES];
         frame.encode(&mut sealed[TRANSPORT_HEADER_BYTES..]).expect("room");
         let slot = 0..sealed.len();
         let slots = std::slice::from_ref(&slot);
         engine.seal(now, SealBatch { buffer: &mut sealed, slots }).ok()?;
-        Some((from, sealed))
+        Some((src, from, sealed))
     }
 }

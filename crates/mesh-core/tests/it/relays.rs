@@ -1,10 +1,12 @@
 //! Ways through relays: at once, direct where NATs allow it, back when that is lost. Simulated; same seed, same run.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use mesh_core::tunnel::config::Role;
 use mesh_core::tunnel::{DropReason, PeerConfig};
 use mesh_types::carry;
+use mesh_types::nat::{self, Filtering, Mapping};
 use mesh_types::status::PathKind;
 
 use crate::network::{MTU, Nat, Network, PORT};
@@ -15,6 +17,14 @@ const SECOND: &str = "203.0.113.2:15192";
 
 /// Two nodes at home, each with the NAT given, or on the internet; and relays.
 fn homes(nats: [Option<Nat>; 2], relays: &[&str]) -> Network {
+    homes_with(nats, relays, |_| {})
+}
+
+fn homes_with(
+    nats: [Option<Nat>; 2],
+    relays: &[&str],
+    change: impl FnOnce(&mut Network),
+) -> Network {
     let mut net = Network::new(7);
     for (i, nat) in nats.into_iter().enumerate() {
         let home = format!("192.168.{i}.5:{PORT}");
@@ -26,6 +36,7 @@ fn homes(nats: [Option<Nat>; 2], relays: &[&str]) -> Network {
     for (number, addr) in (200..).zip(relays) {
         net.relays.push(Relay::new(number, addr, members.clone()));
     }
+    change(&mut net);
     for host in 0..2 {
         let peers = peers_of(&net, host);
         net.set_peers(host, &peers);
@@ -172,6 +183,67 @@ fn a_relay_that_dies_is_left_for_another_within_two_seconds() {
     let before = net.relays[alive].carried;
     assert_eq!(talk(&mut net, 2_000), [20, 20], "everything arrives again");
     assert!(net.relays[alive].carried >= before + 40);
+}
+
+#[test]
+fn the_nearest_relay_is_taken_first_whichever_is_written_first() {
+    for (far, near) in [(0, 1), (1, 0)] {
+        let mut net = homes_with([strict(0), strict(1)], &[RELAY, SECOND], |net| {
+            let at = net.relays[far].addr.ip();
+            net.far.insert(at, Duration::from_millis(40));
+        });
+        assert_eq!(talk(&mut net, 2_000), [20, 20]);
+        let before = net.relays[far].carried_data;
+        assert_eq!(talk(&mut net, 5_000), [50, 50]);
+        assert_eq!(net.relays[far].carried_data, before, "packets take the nearest");
+        assert!(net.relays[near].carried_data >= 100);
+    }
+}
+
+#[test]
+fn a_nat_that_maps_a_relayed_node_anew_costs_it_less_than_three_seconds() {
+    let mut net = homes([strict(0), strict(1)], &[RELAY]);
+    assert_eq!(talk(&mut net, 3_000), [30, 30]);
+    net.hosts[0].nat.as_mut().expect("a NAT").rebind();
+    talk(&mut net, 3_000);
+    assert_eq!(
+        talk(&mut net, 3_000),
+        [30, 30],
+        "registered again, long before the next question is due"
+    );
+    assert_eq!(kinds(&net), [PathKind::Relayed; 2]);
+}
+
+#[test]
+fn both_ends_know_both_nats_and_why_they_do_not_meet() {
+    let mut net = homes([strict(0), strict(1)], &[RELAY]);
+    talk(&mut net, 10_000);
+    let strict = nat::Nat { mapping: Mapping::Dependent, filtering: Filtering::PortDependent };
+    for (host, other) in [(0, 1), (1, 0)] {
+        assert_eq!(net.hosts[host].tunnel.nat(), strict);
+        let seen = net.snapshot(host, other);
+        assert_eq!(seen.nat, strict);
+        assert!(seen.not_direct.contains("NATs of both ends"), "{}", seen.not_direct);
+    }
+    let mut net = homes([home(0), None], &[RELAY]);
+    talk(&mut net, 10_000);
+    let (cone, open) = (net.hosts[0].tunnel.nat(), net.hosts[1].tunnel.nat());
+    assert_eq!((cone.mapping, open.mapping), (Mapping::EndpointIndependent, Mapping::None));
+    assert_eq!(open.filtering, Filtering::PortIndependent);
+    assert_eq!(net.snapshot(0, 1).not_direct, "");
+}
+
+#[test]
+fn what_a_relays_other_ports_send_moves_neither_the_relay_nor_us() {
+    let mut net = homes([home(0), home(1)], &[RELAY]);
+    net.run_s(10);
+    assert!(net.relays[0].looks > 0, "tests of NATs were made");
+    let relay = net.relays[0].key;
+    let mut all = Vec::new();
+    net.hosts[0].tunnel.snapshot(net.now, &mut all);
+    let seen = all.into_iter().find(|peer| peer.key == relay).expect("the relay");
+    assert_eq!(seen.endpoint, Some(net.relays[0].addr));
+    assert_eq!(talk(&mut net, 3_000), [30, 30]);
 }
 
 #[test]

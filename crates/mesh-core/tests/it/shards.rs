@@ -412,6 +412,7 @@ fn what_a_relay_carries_reaches_the_shards_of_its_peers_merged_or_not() {
 
 /// As [`settle`], with a relay alone in between, which sends what it has for one machine together.
 fn settle_by(machines: &mut [Machine], relay: &mut Relay) {
+    let relay_at = relay.addr;
     for _ in 0..100 {
         let mut sent = Vec::new();
         for machine in machines.iter_mut() {
@@ -428,8 +429,9 @@ fn settle_by(machines: &mut [Machine], relay: &mut Relay) {
             if to != relay.addr {
                 continue;
             }
-            let answers = bytes.chunks(segment_len).filter_map(|it| relay.receive(now(), from, it));
-            for (to, datagram) in answers {
+            let carried = bytes.chunks(segment_len);
+            let answers = carried.filter_map(|it| relay.receive(now(), from, to, it));
+            for (_, to, datagram) in answers.filter(|(src, ..)| *src == relay_at) {
                 together.entry((to, datagram.len())).or_default().extend(datagram);
             }
         }
