@@ -44,6 +44,10 @@ pub(crate) struct Run {
     #[arg(long, env = "KEYRELAY_PORT", default_value_t = KEYRELAY_PORT, conflicts_with = "listen")]
     pub(crate) port: u16,
 
+    /// Second UDP port, at which nodes measure what their NAT does, instead of the one after the first; 0: none.
+    #[arg(long, env = "KEYRELAY_PROBE_PORT", value_name = "PORT")]
+    pub(crate) probe_port: Option<u16>,
+
     /// Public key of a member, beside those of the first keys file; may be given several times.
     #[arg(long = "allow-key", value_name = "KEY")]
     pub(crate) allow_keys: Vec<PublicKey>,

@@ -3,6 +3,7 @@
 mod args;
 
 use std::io::Write;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use anyhow::Context;
 use clap::Parser;
 use keyrelay::core::relay::{Limits, Relay};
 use keyrelay::members::Rosters;
-use keyrelay::server::{self, Server, Shared};
+use keyrelay::server::{self, LookSockets, Server, Shared};
 use keyrelay::{clock, keyfile, metrics, streams, whoami};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -74,11 +75,13 @@ async fn run(args: Run) -> anyhow::Result<()> {
     let (address, sockets) = server::open(args.listen, args.port, threads)?;
     let tls = args.tls_listen.map(streams::Listener::bind).transpose()?;
     let sender = sockets.first().context("no socket")?.sender();
-    let server = Server::start(relay, sockets)?;
+    let looks = looks(address, args.probe_port)?;
+    let probe_port = looks.as_ref().map_or(0, LookSockets::port);
+    let server = Server::start(relay, sockets, looks)?;
     if let Some(listener) = metrics {
         tokio::spawn(metrics::serve(listener, Arc::clone(&server.shared)));
     }
-    tracing::info!(%address, key = %public_key(&key), ?origin, members = server.shared.relay.members(), threads, "listening");
+    tracing::info!(%address, key = %public_key(&key), ?origin, members = server.shared.relay.members(), threads, probe_port, "listening");
     let tls = match tls {
         Some(listener) => {
             tracing::info!(address = %listener.address()?, "listening for TLS");
@@ -101,6 +104,24 @@ async fn run(args: Run) -> anyhow::Result<()> {
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// The ports that NATs are measured by. Where nobody asked for one it may be taken, and the relay does without.
+fn looks(main: SocketAddr, port: Option<u16>) -> anyhow::Result<Option<LookSockets>> {
+    let wanted = match port {
+        Some(0) => return Ok(None),
+        Some(port) => Some(port),
+        None => main.port().checked_add(1),
+    };
+    match wanted.map(|wanted| server::open_looks(main, wanted)).transpose() {
+        Ok(looks) => Ok(looks),
+        Err(error) if port.is_none() => {
+            let why = format!("{error:#}");
+            tracing::warn!(why, "nodes cannot measure their NAT here: choose a --probe-port");
+            Ok(None)
+        }
+        Err(error) => Err(error.context("choose another --probe-port, or 0 for none")),
+    }
 }
 
 /// What ends the relay, and what makes it read its files.

@@ -7,6 +7,7 @@
 //!          thread 0         thread 1         thread 2         and leave, whoever they are for, by that one too
 //!             └──────── Relay, shared ──────────┘
 //!   once a second, main thread: expire          leaving: thread 0
+//!   thread "looks": a second port, whose questions register nobody     a third, which only sends: NATs are measured by both
 //! ```
 //! A turn: one receive call, control and handshakes first, then data, each burst out by a segmented send. Nothing is
 //! queued but in the kernel's socket buffers.
@@ -38,6 +39,10 @@ pub const EXPIRE_EVERY: Duration = Duration::from_secs(1);
 /// How soon an idle thread sees that it is to end.
 const WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
 
+/// Of the second port: an idle one needs little, and a flood of it is to be lost.
+const LOOK_RECEIVE_MESSAGES: usize = 4;
+const LOOK_BUFFER_BYTES: usize = 64 * 1024;
+
 /// Pause after a receive that failed, so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -49,6 +54,8 @@ pub struct Shared {
     counters: Vec<Arc<Counters>>,
     udp: Vec<Mutex<UdpCounters>>,
     panics: AtomicU64,
+    /// Sends from a port that nobody sends to.
+    elsewhere: Option<Mutex<UdpSocket>>,
     leaving: AtomicBool,
     stop: AtomicBool,
 }
@@ -115,14 +122,52 @@ pub fn open(
     Ok((SocketAddr::new(options.address.unwrap_or(unspecified), first.local_port()), sockets))
 }
 
+/// What NATs are measured by: a port that answers, and one that only sends.
+#[derive(Debug)]
+pub struct LookSockets {
+    other: UdpSocket,
+    elsewhere: UdpSocket,
+}
+
+impl LookSockets {
+    /// The one that answers.
+    pub fn port(&self) -> u16 {
+        self.other.local_port()
+    }
+}
+
+/// Opens them at the address of the main port: `port`, and one that the kernel chooses.
+pub fn open_looks(main: SocketAddr, port: u16) -> anyhow::Result<LookSockets> {
+    let any = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    let open = |port| {
+        UdpSocket::open(&UdpOptions {
+            address: Some(main.ip()).filter(|ip| *ip != any),
+            port,
+            gro: false,
+            gso: false,
+            buffer_bytes: LOOK_BUFFER_BYTES,
+            ..UdpOptions::default()
+        })
+    };
+    let other = open(port).with_context(|| format!("cannot use UDP port {port}"))?;
+    Ok(LookSockets { other, elsewhere: open(0)? })
+}
+
 impl Server {
-    /// Starts a thread for each socket.
-    pub fn start(relay: Relay<BoringFactory>, sockets: Vec<UdpSocket>) -> anyhow::Result<Self> {
+    /// Starts a thread for each socket, and one for the ports that NATs are measured by.
+    pub fn start(
+        relay: Relay<BoringFactory>,
+        sockets: Vec<UdpSocket>,
+        looks: Option<LookSockets>,
+    ) -> anyhow::Result<Self> {
+        let (other, elsewhere) = looks.map(|it| (it.other, it.elsewhere)).unzip();
+        relay.set_other_port(other.as_ref().map_or(0, UdpSocket::local_port));
         let shared = Arc::new(Shared {
             relay,
             streams: Arc::default(),
             stream_counters: Arc::default(),
-            counters: sockets.iter().map(|_| Arc::default()).collect(),
+            counters: sockets.iter().map(|_| Arc::default()).chain([Arc::default()]).collect(),
+            elsewhere: elsewhere.map(Mutex::new),
             udp: sockets.iter().map(|_| Mutex::default()).collect(),
             panics: AtomicU64::new(0),
             leaving: AtomicBool::new(false),
@@ -133,6 +178,11 @@ impl Server {
             let mut carrier = Carrier::new(number, socket, Arc::clone(&shared));
             let thread = thread::Builder::new().name(format!("carry-{number}"));
             threads.push(thread.spawn(move || carrier.run()).context("cannot start a thread")?);
+        }
+        if let Some(other) = other {
+            let mut looks = Looks::new(other, Arc::clone(&shared));
+            let thread = thread::Builder::new().name("looks".to_owned());
+            threads.push(thread.spawn(move || looks.run()).context("cannot start a thread")?);
         }
         Ok(Self { shared, threads })
     }
@@ -207,7 +257,7 @@ impl Carrier {
                 let from = Reach { source: Source::Udp(message.source), local: message.local };
                 let arrival = Arrival { from, segment_len: message.segment_len, ecn: message.ecn };
                 let Some(bytes) = self.batch.bytes_mut(slot) else { continue };
-                let mut out = Sockets { udp: &mut self.socket, streams: &self.shared.streams };
+                let mut out = Sockets { udp: &mut self.socket, shared: &self.shared };
                 self.shared.relay.handle(now, &arrival, bytes, &mut self.worker, &mut out);
             }
         }
@@ -228,7 +278,7 @@ impl Carrier {
         let Some(from) = self.told.filter(|_| self.shared.leaving.load(Ordering::Relaxed)) else {
             return;
         };
-        let mut out = Sockets { udp: &mut self.socket, streams: &self.shared.streams };
+        let mut out = Sockets { udp: &mut self.socket, shared: &self.shared };
         let (relay, count) = (&self.shared.relay, RELAY_LEAVING_PER_TURN);
         self.told = relay.leave(clock::now(), from, count, &mut self.worker, &mut out);
     }
@@ -237,7 +287,7 @@ impl Carrier {
 /// Where a thread sends.
 struct Sockets<'a> {
     udp: &'a mut UdpSocket,
-    streams: &'a Streams,
+    shared: &'a Shared,
 }
 
 impl Outlet for Sockets<'_> {
@@ -248,7 +298,71 @@ impl Outlet for Sockets<'_> {
                     tracing::trace!(%address, %error, "not sent");
                 }
             }
-            Source::Stream { id, .. } => self.streams.send(id, segment_len, bytes),
+            Source::Stream { id, .. } => self.shared.streams.send(id, segment_len, bytes),
         }
+    }
+
+    fn send_elsewhere(&mut self, to: &Reach, datagram: &[u8]) {
+        let (Source::Udp(address), Some(elsewhere)) = (to.source, &self.shared.elsewhere) else {
+            return;
+        };
+        let mut elsewhere = elsewhere.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = elsewhere.send(address, to.local, 0, datagram.len(), datagram) {
+            tracing::trace!(%address, %error, "not sent");
+        }
+    }
+}
+
+/// The thread of the other port: a few questions from each member in a day, and whatever else the internet sends.
+struct Looks {
+    socket: UdpSocket,
+    batch: RecvBatch,
+    worker: Worker,
+    shared: Arc<Shared>,
+}
+
+impl Looks {
+    fn new(socket: UdpSocket, shared: Arc<Shared>) -> Self {
+        let counters = shared.counters.last().cloned().unwrap_or_default();
+        let batch = RecvBatch::new(LOOK_RECEIVE_MESSAGES);
+        Self { socket, batch, worker: Worker::new(counters), shared }
+    }
+
+    fn run(&mut self) {
+        while !self.shared.stop.load(Ordering::Relaxed) {
+            match catch_unwind(AssertUnwindSafe(|| self.turn())) {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "cannot receive from the second UDP port");
+                    thread::sleep(PAUSE);
+                }
+                Err(_) => {
+                    self.shared.panics.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(
+                        "a question met a fault of keyrelay's: please report the lines above"
+                    );
+                    thread::sleep(PAUSE);
+                }
+            }
+        }
+    }
+
+    fn turn(&mut self) -> io::Result<()> {
+        let filled = self.socket.recv(&mut self.batch)?;
+        if filled == 0 {
+            return match poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&WAIT)) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+                Err(error) => Err(error.into()),
+            };
+        }
+        let now = clock::now();
+        for slot in 0..filled {
+            let Some(message) = self.batch.get(slot) else { continue };
+            let from = Reach { source: Source::Udp(message.source), local: message.local };
+            let Some(bytes) = self.batch.bytes_mut(slot) else { continue };
+            let mut out = Sockets { udp: &mut self.socket, shared: &self.shared };
+            self.shared.relay.handle_other(now, from, bytes, &mut self.worker, &mut out);
+        }
+        Ok(())
     }
 }

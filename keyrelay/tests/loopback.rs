@@ -9,9 +9,10 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use mesh_types::key::PublicKey;
+use mesh_types::relay_frame::{Frame, PACKET_BYTES_MAX};
 use wg_engine::{generate_private_key, public_key};
 
-use support::{PROGRAM, start};
+use support::{Client, PROGRAM, open, seal, start, start_with};
 
 fn write_key(folder: &Path) -> (std::path::PathBuf, PublicKey) {
     let path = folder.join("client");
@@ -108,4 +109,85 @@ fn a_relay_whose_log_nobody_reads_ends_well_when_told_to() {
     let pid = rustix::process::Pid::from_child(&relay.child);
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("told to end");
     assert!(relay.child.wait().expect("a status").success());
+}
+
+/// Where the relay answers besides, as it says itself.
+fn other_port(client: &mut Client) -> u16 {
+    say(client, None, Frame::WhatIsMyAddress { token: 3 });
+    match client.frame() {
+        Some(Frame::YourAddressIs { token: 3, other_port, .. }) => other_port,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn say(client: &mut Client, port: Option<u16>, frame: Frame) {
+    let mut packet = [0; PACKET_BYTES_MAX];
+    let length = frame.encode(&mut packet).expect("room");
+    let datagram = seal(&mut client.relay, &packet[..length]);
+    match port {
+        None => client.socket.send(&datagram).expect("sent"),
+        Some(port) => client.socket.send_to(&datagram, ("127.0.0.1", port)).expect("sent"),
+    };
+}
+
+#[test]
+fn nats_are_measured_by_a_second_port_that_answers_and_a_third_that_only_sends() {
+    let key = generate_private_key();
+    let relay = start("127.0.0.1:0", &[public_key(&key)]);
+    let mut client = Client::join(&relay, &key, 1);
+    let other = other_port(&mut client);
+    assert_eq!(other, relay.address.port() + 1);
+    // From any port, as a NAT's test takes it; a connected socket would be the strictest of filters.
+    let ours = client.socket.local_addr().expect("an address");
+    client.socket = UdpSocket::bind((ours.ip(), 0)).expect("a socket");
+    client.socket.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+    let hears = |client: &mut Client, token| {
+        let mut buffer = [0; 256];
+        let (got, from) = client.socket.recv_from(&mut buffer).expect("an answer");
+        let packet = open(&mut client.relay, &buffer[..got]).expect("of the session");
+        let here = client.socket.local_addr().expect("an address");
+        let frame = Frame::decode(&packet).expect("a frame");
+        let wanted = Frame::YourAddressIs { token, address: here, other_port: other };
+        assert_eq!(frame, wanted);
+        from.port()
+    };
+    say(&mut client, Some(other), Frame::WhatIsMyAddress { token: 4 });
+    assert_eq!(hears(&mut client, 4), other);
+    client.socket.connect(relay.address).expect("a way");
+    say(&mut client, None, Frame::WhatIsMyAddress { token: 5 });
+    assert_eq!(hears(&mut client, 5), relay.address.port());
+    let main = relay.address.port();
+    let packet = Frame::AnswerElsewhere { token: 6 };
+    let (again, mut sealed) =
+        (client.socket.local_addr().expect("an address"), [0; PACKET_BYTES_MAX]);
+    let length = packet.encode(&mut sealed).expect("room");
+    let datagram = seal(&mut client.relay, &sealed[..length]);
+    drop(std::mem::replace(&mut client.socket, UdpSocket::bind("127.0.0.1:0").expect("one")));
+    client.socket = UdpSocket::bind(again).expect("the same address, connected to nobody");
+    client.socket.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+    client.socket.send_to(&datagram, relay.address).expect("sent");
+    let from = hears(&mut client, 6);
+    assert!(from != main && from != other, "{from}");
+}
+
+#[test]
+fn a_relay_without_a_second_port_says_so_and_serves() {
+    let key = generate_private_key();
+    let relay = start_with("127.0.0.1:0", &[public_key(&key)], &["--probe-port", "0"]);
+    assert_eq!(other_port(&mut Client::join(&relay, &key, 1)), 0);
+    let taken = UdpSocket::bind("127.0.0.1:0").expect("a socket");
+    let port = taken.local_addr().expect("an address").port().to_string();
+    let folder = tempfile::tempdir().expect("a folder");
+    let refused = Command::new(PROGRAM)
+        .args(["run", "--listen", "127.0.0.1:0", "--probe-port", &port, "--allow-key"])
+        .arg(public_key(&key).to_string())
+        .arg("--private-key-file")
+        .arg(folder.path().join("key"))
+        .output()
+        .expect("it ends");
+    let errors = String::from_utf8_lossy(&refused.stderr);
+    assert!(
+        !refused.status.success() && errors.contains("choose another --probe-port"),
+        "{errors}"
+    );
 }

@@ -113,7 +113,10 @@ fn join(relay: &Running, tls: &mut Tls, key: &PrivateKey) -> BoringEngine {
     send(tls, &seal(&mut session, &packet[..length]));
     let answer = open(&mut session, &receive(tls)).expect("opened");
     let address = tls.sock.local_addr().expect("an address");
-    assert_eq!(Frame::decode(&answer), Ok(Frame::YourAddressIs { token: 5, address }));
+    let seen = Frame::decode(&answer);
+    assert!(
+        matches!(seen, Ok(Frame::YourAddressIs { token: 5, address: at, .. }) if at == address)
+    );
     session
 }
 

@@ -147,7 +147,7 @@ impl<E: Engine> Asker<E> {
         self.engine.open(now, burst);
         let packet = results.pop().and_then(Result::ok).and_then(|range| opened.get(range));
         match packet.map(Frame::decode) {
-            Some(Ok(Frame::YourAddressIs { token, address })) if token == self.token => {
+            Some(Ok(Frame::YourAddressIs { token, address, .. })) if token == self.token => {
                 self.ask_at = None;
                 Step::Answered(address)
             }

@@ -20,7 +20,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use mesh_core::tunnel::engine::{
@@ -32,6 +32,7 @@ use mesh_types::carry;
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::{
     RELAY_CLIENT_BYTES_PER_SECOND, RELAY_OLD_INITIATION_PAUSE, RELAY_ROSTER_BYTES_PER_SECOND,
+    RELAY_SIZE_PACKET_BYTES_MAX,
 };
 use mesh_types::relay_frame::{Frame, PACKET_BYTES};
 use mesh_types::time::MonoTime;
@@ -47,8 +48,8 @@ const OWN: OwnKeyId = OwnKeyId(0);
 /// A sealed question or answer.
 pub const DATAGRAM_BYTES: usize = TRANSPORT_HEADER_BYTES + PACKET_BYTES + TAG_BYTES;
 
-/// Largest control datagram: any handshake message or question. A longer one is nobody's.
-pub const RECEIVE_BYTES: usize = 256;
+/// Largest control datagram: the longest question for what arrives whole. A longer one is nobody's.
+pub const RECEIVE_BYTES: usize = TRANSPORT_HEADER_BYTES + RELAY_SIZE_PACKET_BYTES_MAX + TAG_BYTES;
 
 /// Where the sender's index stands in a response, the counter in a transport message (whitepaper sections 5.4.3, 5.4.6).
 const RESPONSE_SENDER: Range<usize> = 4..8;
@@ -83,6 +84,10 @@ pub struct Arrival {
 pub trait Outlet {
     /// Sends `bytes` as datagrams of `segment_len`, the last may be shorter.
     fn send(&mut self, to: &Reach, segment_len: usize, ecn: u8, bytes: &[u8]);
+
+    /// Sends one datagram from a port that nobody sends to, so that it arrives only where a NAT lets everybody in. Does nothing
+    /// where there is none.
+    fn send_elsewhere(&mut self, _to: &Reach, _datagram: &[u8]) {}
 }
 
 /// What one thread works with.
@@ -117,6 +122,16 @@ pub struct Relay<F: EngineFactory> {
     pub(super) registry: Registry<F::Engine>,
     pub(super) limits: Limits,
     leaving: AtomicBool,
+    /// Where questions are answered besides; 0 if nowhere.
+    other_port: AtomicU16,
+}
+
+/// Which of the relay's ports a datagram came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Port {
+    Main,
+    /// Where NATs are measured: nobody registers by what comes there.
+    Other,
 }
 
 impl<F: EngineFactory> Relay<F> {
@@ -137,6 +152,7 @@ impl<F: EngineFactory> Relay<F> {
             registry: Registry::new(seeds()),
             limits,
             leaving: AtomicBool::new(false),
+            other_port: AtomicU16::new(0),
         })
     }
 
@@ -205,6 +221,30 @@ impl<F: EngineFactory> Relay<F> {
             };
             rest = rest.get_mut(used..).unwrap_or_default();
         }
+    }
+
+    /// Questions are answered at this port, too: those who ask are told.
+    pub fn set_other_port(&self, port: u16) {
+        self.other_port.store(port, Ordering::Relaxed);
+    }
+
+    /// Takes one datagram that came to the other port. Only questions of members with a session are answered there, and nothing
+    /// is known afterwards that was not before.
+    pub fn handle_other(
+        &self,
+        now: MonoTime,
+        from: Reach,
+        datagram: &mut [u8],
+        worker: &mut Worker,
+        out: &mut impl Outlet,
+    ) {
+        let Some(Message::Transport(wire)) = Message::of(datagram) else {
+            worker.lose(Reason::Malformed);
+            return;
+        };
+        let arrival = Arrival { from, segment_len: datagram.len(), ecn: 0 };
+        let written = self.transport(now, Port::Other, &arrival, wire, datagram, worker, out);
+        self.reply(&arrival, datagram.len(), written, worker, out);
     }
 
     /// Lets engines forget expired keys, and ends registrations whose session is over. Nothing is sent.
@@ -294,13 +334,25 @@ impl<F: EngineFactory> Relay<F> {
         let written = match Message::of(datagram) {
             Some(Message::Initiation) => self.initiation(now, arrival, datagram, worker),
             Some(Message::Transport(wire)) => {
-                self.transport(now, arrival, wire, datagram, worker, out)
+                self.transport(now, Port::Main, arrival, wire, datagram, worker, out)
             }
             // It never initiates, so no response or cookie can be meant for it.
             Some(Message::Response(_) | Message::Cookie(_)) | None => Err(Reason::Malformed),
         };
+        self.reply(arrival, datagram.len(), written, worker, out);
+    }
+
+    /// Sends what was written, if it is no longer than what it answers.
+    fn reply(
+        &self,
+        arrival: &Arrival,
+        asked_len: usize,
+        written: Result<usize, Reason>,
+        worker: &Worker,
+        out: &mut impl Outlet,
+    ) {
         match written {
-            Ok(length) if length > 0 && length <= datagram.len() => {
+            Ok(length) if length > 0 && length <= asked_len => {
                 let reply = worker.reply.get(..length).unwrap_or_default();
                 out.send(&arrival.from, length, 0, reply);
             }
@@ -408,9 +460,11 @@ impl<F: EngineFactory> Relay<F> {
         })
     }
 
+    #[allow(clippy::too_many_arguments)] // of one message, and where it came to
     fn transport(
         &self,
         now: MonoTime,
+        port: Port,
         arrival: &Arrival,
         wire: u32,
         datagram: &mut [u8],
@@ -425,12 +479,19 @@ impl<F: EngineFactory> Relay<F> {
         let engine = control.engine_at(index).ok_or(Reason::Unopened)?;
         let opened = open(engine, now, datagram, worker).ok_or(Reason::Unopened)?;
         let before = client.reach(now);
-        if let Some(registration) = control.opened(wire, counter, arrival.from) {
+        if port == Port::Main
+            && let Some(registration) = control.opened(wire, counter, arrival.from)
+        {
             self.registry.register(&client, &control, registration);
         }
         let moved = client.reach(now).filter(|reach| before != Some(*reach));
-        let written = self.answer(now, arrival, &client, &mut control, index, opened, worker);
+        let mut written = self.answer(now, arrival, &client, &mut control, index, opened, worker);
         drop(control);
+        if let Ok((length, true)) = written {
+            out.send_elsewhere(&arrival.from, worker.reply.get(..length).unwrap_or_default());
+            written = Ok((0, false));
+        }
+        let written = written.map(|(length, _)| length);
         if let Some(reach) = moved {
             worker.counters.add(Event::Registrations, 1);
             if self.leaving.load(Ordering::Relaxed) {
@@ -441,7 +502,7 @@ impl<F: EngineFactory> Relay<F> {
         written
     }
 
-    /// What an opened message asks for; `worker.reply` has the answer.
+    /// What an opened message asks for; `worker.reply` has the answer. Its length, and whether it is to go from elsewhere.
     #[allow(clippy::too_many_arguments)] // of one message, and its session
     fn answer(
         &self,
@@ -452,17 +513,22 @@ impl<F: EngineFactory> Relay<F> {
         index: u32,
         opened: Range<usize>,
         worker: &mut Worker,
-    ) -> Result<usize, Reason> {
+    ) -> Result<(usize, bool), Reason> {
         if opened.is_empty() {
-            return Ok(0);
+            return Ok((0, false));
         }
         let packet = worker.opened.get(opened).ok_or(Reason::NoFrame)?;
-        let Ok(Frame::WhatIsMyAddress { token }) = Frame::decode(packet) else {
-            return Err(Reason::NoFrame);
+        let (token, elsewhere) = match Frame::decode(packet) {
+            Ok(Frame::WhatIsMyAddress { token } | Frame::DoesThisArrive { token, .. }) => {
+                (token, false)
+            }
+            Ok(Frame::AnswerElsewhere { token }) => (token, true),
+            Ok(_) | Err(_) => return Err(Reason::NoFrame),
         };
         let mut address = arrival.from.source.address();
         address.set_ip(address.ip().to_canonical());
-        let frame = Frame::YourAddressIs { token, address };
+        let other_port = self.other_port.load(Ordering::Relaxed);
+        let frame = Frame::YourAddressIs { token, address, other_port };
         let engine = control.engine_at(index).ok_or(Reason::Unopened)?;
         let written = seal_frame(engine, now, frame, &mut worker.reply).ok_or(Reason::Unopened);
         worker.counters.add(Event::Answers, usize::from(written.is_ok()));
@@ -470,7 +536,7 @@ impl<F: EngineFactory> Relay<F> {
         if control.engine.as_ref().is_some_and(Engine::spent) {
             self.set_aside(client, control);
         }
-        written
+        written.map(|length| (length, elsewhere))
     }
 
     /// Sets an engine aside; the next handshake makes another, under another index.

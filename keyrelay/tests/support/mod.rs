@@ -199,7 +199,7 @@ impl Client {
         let length = question.encode(&mut packet).expect("room");
         self.socket.send(&seal(&mut self.relay, &packet[..length])).expect("sent");
         let ours = self.socket.local_addr().expect("an address");
-        matches!(self.frame(), Some(Frame::YourAddressIs { token: 9, address }) if address == ours)
+        matches!(self.frame(), Some(Frame::YourAddressIs { token: 9, address, .. }) if address == ours)
     }
 
     /// The frame the relay sends next.

@@ -3,6 +3,7 @@
 mod abuse;
 mod carrying;
 mod cost;
+mod looks;
 mod session;
 mod threads;
 
