@@ -3,7 +3,7 @@
 //! ```text
 //! TCP  127.0.0.1:15191    /healthz /readyz /metrics            nothing secret, anybody on the host
 //! TCP  OVERLAY:--metrics-port                                  the same, for scrapers inside the mesh
-//! unix RUN_DIR/meshd.sock /healthz /readyz /metrics /status    0600 in a 0700 directory, root only
+//! unix RUN_DIR/meshd.sock the same, /status /netcheck          0600 in a 0700 directory, root only
 //! unix --probe-socket     /healthz /readyz                     for probes of this very pod: no other daemon has it
 //! ```
 
@@ -29,7 +29,7 @@ use tokio::sync::Semaphore;
 
 use crate::config::Paths;
 use crate::view::{Snapshot, View};
-use crate::{files, metrics, status};
+use crate::{files, metrics, netcheck, status};
 
 /// Connections served at once on each listener: a kubelet, a scraper and a few people; more wait.
 const CONNECTIONS_MAX: usize = 32;
@@ -87,7 +87,10 @@ impl Admin {
     pub async fn serve(self, view: Arc<View>) {
         let public = routes().with_state(Arc::clone(&view));
         let probed = probes().with_state(Arc::clone(&view));
-        let private = routes().route("/status", get(status_document)).with_state(view);
+        let private = routes()
+            .route("/status", get(status_document))
+            .route("/netcheck", get(netcheck_document))
+            .with_state(view);
         let probe = async {
             if let Some(listener) = self.probe {
                 serve_unix(listener, probed).await;
@@ -264,6 +267,14 @@ async fn scrape(State(view): State<Arc<View>>) -> Response {
 async fn status_document(State(view): State<Arc<View>>) -> Response {
     match snapshot(view).await {
         Ok(snapshot) => Json(status::build(&snapshot)).into_response(),
+        Err(error) => failed(&error),
+    }
+}
+
+/// Takes seconds: relays are asked.
+async fn netcheck_document(State(view): State<Arc<View>>) -> Response {
+    match netcheck::run(view).await {
+        Ok(found) => Json(found).into_response(),
         Err(error) => failed(&error),
     }
 }

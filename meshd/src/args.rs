@@ -47,6 +47,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Print what this node thinks of itself and of every other node.
     Status(StatusArgs),
+    /// Find out how this node looks from outside: NAT, IPv6, whether UDP is blocked, MTU and latency to the relays.
+    Netcheck(StatusArgs),
     /// Measure the way to another node, through the tunnel.
     Ping(PingArgs),
     /// Remove everything of ours from this node: TUN, routes, rules, guard, keys.

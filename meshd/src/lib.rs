@@ -50,6 +50,7 @@ pub mod kube;
 pub mod last_heard;
 pub mod lock;
 pub mod metrics;
+pub mod netcheck;
 pub mod nft_bundle;
 pub mod node_file;
 pub mod offload;

@@ -21,6 +21,7 @@ fn main() -> ExitCode {
     let result = match &args.command {
         Command::Run(run) => meshd::app::run(run),
         Command::Status(status) => meshd::status::print(status),
+        Command::Netcheck(args) => meshd::netcheck::print(args),
         Command::Ping(ping) => meshd::ping::run(ping),
         Command::Uninstall(uninstall) => meshd::uninstall::run(uninstall),
         Command::CniInstall(install) => cni_install(install),

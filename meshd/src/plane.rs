@@ -219,6 +219,10 @@ fn listener(news: mpsc::Sender<()>, recorder: Recorder) -> impl Fn(DataEvent) + 
 struct Asked(Snapshots);
 
 impl DataSource for Asked {
+    fn check_relays(&self) {
+        self.0.check_relays();
+    }
+
     fn figures(&self) -> anyhow::Result<DataFigures> {
         let mut figures = DataFigures::from(self.0.take()?);
         figures.drops.extend(kernel_drops());

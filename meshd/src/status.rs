@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use mesh_core::tunnel::config::PeerSnapshot;
+use mesh_core::tunnel::sight::{self, Sight};
 use mesh_types::key::PublicKey;
+use mesh_types::nat::{Mapping, Nat};
 use mesh_types::status::{
     KeyrelayStatus, PathKind, PeerStatus, RefusedNode, STATUS_VERSION, Status,
 };
@@ -16,7 +18,7 @@ use mesh_types::status::{
 use crate::args::StatusArgs;
 use crate::ask::{Answer, ask};
 use crate::config;
-use crate::view::{PeerFacts, RelayFacts, Snapshot};
+use crate::view::{Facts, PeerFacts, RelayFacts, Snapshot};
 
 /// How long a daemon may take to answer before we say that it hangs.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -40,6 +42,7 @@ pub fn build(snapshot: &Snapshot) -> Status {
         conditions: conditions.clone(),
         peers: facts.peers.iter().map(|peer| peer_status(peer, &seen, snapshot)).collect(),
         keyrelays: facts.relays.iter().map(|relay| relay_status(relay, &seen)).collect(),
+        nat: nat_of(facts, &seen),
         refused: facts
             .refused
             .iter()
@@ -107,7 +110,22 @@ pub fn table(status: &Status) -> String {
     rows.extend(status.peers.iter().map(peer_row));
     text.push('\n');
     text.push_str(&columns(&rows));
+    let relayed = status.peers.iter().filter(|peer| !peer.not_direct.is_empty());
+    let relayed: Vec<_> = relayed.collect();
+    if !relayed.is_empty() {
+        text.push_str("\nrelayed, not direct:\n");
+        for peer in relayed {
+            let _ = writeln!(
+                text,
+                "  {}: {} (its NAT: {})",
+                peer.node,
+                peer.not_direct,
+                nat_words(peer.nat)
+            );
+        }
+    }
     if !status.keyrelays.is_empty() {
+        let _ = writeln!(text, "\nNAT {}", nat_words(status.nat));
         let head = ["KEYRELAY", "ENDPOINT", "REGISTERED", "SEES US AT", "RTT", "PROBLEM"];
         let mut rows = vec![head.map(String::from).to_vec()];
         rows.extend(status.keyrelays.iter().map(relay_row));
@@ -161,13 +179,25 @@ fn peer_status(
             .config
             .keepalive
             .map(|interval| u16::try_from(interval.as_secs()).unwrap_or(u16::MAX)),
+        nat: seen.map_or_else(Nat::default, |seen| seen.nat),
+        not_direct: seen.map_or("", |seen| seen.not_direct).to_owned(),
         problem,
     }
 }
 
+/// What all relays say together of the NAT before this node.
+fn nat_of(facts: &Facts, seen: &BTreeMap<PublicKey, &PeerSnapshot>) -> Nat {
+    let relays = facts.relays.iter().filter_map(|relay| seen.get(&relay.key));
+    let known = |sight: &Sight| *sight != Sight::default();
+    sight::nat_of(relays.map(|relay| relay.sight).filter(known))
+}
+
 fn relay_status(relay: &RelayFacts, seen: &BTreeMap<PublicKey, &PeerSnapshot>) -> KeyrelayStatus {
     let snapshot = seen.get(&relay.key);
-    let registered = snapshot.is_some_and(|seen| seen.session && seen.reflexive.is_some());
+    let sight = snapshot.map_or_else(Sight::default, |seen| seen.sight);
+    // Its answer over a connection tells no address.
+    let answered = sight.addresses().next().is_some() || sight.nat.mapping == Mapping::NoUdp;
+    let registered = snapshot.is_some_and(|seen| seen.session) && answered;
     let problem = match snapshot {
         _ if relay.candidates.is_empty() => {
             format!("{} resolves to no address that may be used", relay.endpoint)
@@ -183,8 +213,11 @@ fn relay_status(relay: &RelayFacts, seen: &BTreeMap<PublicKey, &PeerSnapshot>) -
         candidates: relay.candidates.clone(),
         endpoint: snapshot.and_then(|seen| seen.endpoint),
         registered,
-        reflexive: snapshot.and_then(|seen| seen.reflexive),
-        rtt_ms: snapshot.and_then(|seen| seen.rtt).map(|rtt| rtt.as_secs_f64() * 1000.0),
+        reflexive: sight.v4.or(sight.v6),
+        reflexive_v6: sight.v6,
+        nat: sight.nat,
+        mtu: sight.mtu,
+        rtt_ms: sight.rtt.map(|rtt| rtt.as_secs_f64() * 1000.0),
         problem,
     }
 }
@@ -217,6 +250,14 @@ fn peer_row(peer: &PeerStatus) -> Vec<String> {
         peer.mtu.to_string(),
         or_dash(Some(peer.problem.clone())),
     ]
+}
+
+/// What a NAT does, as people read it.
+pub fn nat_words(nat: Nat) -> String {
+    match nat.mapping {
+        Mapping::Unknown | Mapping::NoUdp => nat.mapping.as_str().to_owned(),
+        mapping => format!("{}, lets in {}", mapping.as_str(), nat.filtering.as_str()),
+    }
 }
 
 /// A path as people read it.

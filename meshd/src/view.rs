@@ -143,6 +143,9 @@ pub trait DataSource: Send + Sync {
 
     /// Whether it answers at all.
     fn pulse(&self) -> anyhow::Result<()>;
+
+    /// Finds out anew what relays show of this node; the figures say when that is done. Does not wait.
+    fn check_relays(&self) {}
 }
 
 /// Shared by all of the control side.
@@ -252,6 +255,14 @@ impl View {
         let outcome = source.map_or(Ok(()), |source| source.pulse());
         self.lock().pulse_taken = false;
         self.heard(began, outcome);
+    }
+
+    /// Has the data plane find out anew what relays show of this node.
+    pub fn check_relays(&self) {
+        let source = self.lock().data.clone();
+        if let Some(source) = source {
+            source.check_relays();
+        }
     }
 
     /// For how long the data plane has answered nobody who asked.
@@ -400,7 +411,9 @@ pub(crate) mod tests {
                     tx_bytes: 5 << 20,
                     session: true,
                     problem: "",
-                    reflexive: None,
+                    sight: Default::default(),
+                    nat: Default::default(),
+                    not_direct: "",
                 }],
                 drops: vec![Counter { reason: "source_not_allowed".into(), count: 7 }],
                 totals: vec![Total { name: "udp_sends", help: "UDP send calls", value: 12 }],

@@ -11,6 +11,7 @@
 //! | [`annotations`] | the Kubernetes keys we read and write, with their parsers |
 //! | [`defaults`] | port, mark, table and names we use unless told otherwise |
 //! | [`limits`] | every bound, each with its reason |
+//! | [`netcheck`] | the document behind `meshd netcheck --json` |
 //! | [`netstate`] | kernel objects as data: what the core wants and `netcfg` does |
 //! | [`node_file`] | the file `meshd` leaves for the CNI plugin |
 //! | [`attachment`] | the record the CNI plugin keeps for each pod interface |
@@ -28,6 +29,7 @@ pub mod key;
 pub mod limits;
 pub mod nat;
 pub mod net;
+pub mod netcheck;
 pub mod netstate;
 pub mod node;
 pub mod node_file;

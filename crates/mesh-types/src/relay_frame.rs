@@ -364,7 +364,7 @@ mod tests {
     fn encoded(frame: Frame) -> Vec<u8> {
         let mut packet = vec![0xff; RELAY_SIZE_PACKET_BYTES_MAX];
         let length = frame.encode(&mut packet).expect("room");
-        assert!(length % 16 == 0 || matches!(frame, Frame::DoesThisArrive { .. }));
+        assert!(length.is_multiple_of(16) || matches!(frame, Frame::DoesThisArrive { .. }));
         packet.truncate(length);
         packet
     }

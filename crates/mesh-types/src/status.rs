@@ -6,6 +6,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::key::PublicKey;
+use crate::nat::Nat;
 use crate::node::NodeName;
 
 /// Version of the document below; fields are added, never changed, within one.
@@ -31,6 +32,9 @@ pub struct Status {
     /// Relays this node registers at.
     #[serde(default)]
     pub keyrelays: Vec<KeyrelayStatus>,
+    /// What the NAT before this node does, as far as relays can tell.
+    #[serde(default)]
+    pub nat: Nat,
     /// Nodes that are not meshed, or only in part, and why.
     pub refused: Vec<RefusedNode>,
     pub drops: Vec<Counter>,
@@ -66,8 +70,18 @@ pub struct KeyrelayStatus {
     /// Where it answers.
     pub endpoint: Option<SocketAddr>,
     pub registered: bool,
-    /// Where it sees us.
+    /// Where it sees us; over IPv4 where both families reach it.
     pub reflexive: Option<SocketAddr>,
+    /// Where it sees us over IPv6, if it does.
+    #[serde(default)]
+    pub reflexive_v6: Option<SocketAddr>,
+    /// What our NAT does on the way to it.
+    #[serde(default)]
+    pub nat: Nat,
+    /// Longest IP packet that arrived there whole, bytes; found out by `meshd netcheck`.
+    #[serde(default)]
+    pub mtu: Option<u16>,
+    /// Round trip of a question, smoothed.
     pub rtt_ms: Option<f64>,
     /// Why we are not registered, in words; empty when we are.
     pub problem: String,
@@ -90,6 +104,12 @@ pub struct PeerStatus {
     pub tx_bytes: u64,
     pub mtu: u32,
     pub keepalive_s: Option<u16>,
+    /// What the peer says of its NAT.
+    #[serde(default)]
+    pub nat: Nat,
+    /// Why packets to it take a relay, in words; empty where they do not.
+    #[serde(default)]
+    pub not_direct: String,
     /// Why there is no session, in words; empty when there is one.
     pub problem: String,
 }

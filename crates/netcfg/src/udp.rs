@@ -39,6 +39,10 @@ pub use group::FilterInstruction;
 /// Size of one receive buffer: the largest UDP payload, rounded up to whole pages.
 pub const RECV_BUFFER_BYTES: usize = 64 * 1024;
 
+/// See the module's documentation.
+const PMTU_V4: i32 = libc::IP_PMTUDISC_OMIT;
+const PMTU_V6: i32 = libc::IPV6_PMTUDISC_DONT;
+
 /// How long a destination that refused a segmented send gets single datagrams: long enough not to fail
 /// on every send, short enough to profit when its route has changed.
 const GSO_REFUSED_FOR: Duration = Duration::from_secs(60);
@@ -322,6 +326,27 @@ impl UdpSocket {
         sent
     }
 
+    /// Sends one datagram that no router may fragment, whatever the kernel believes of the path; an error where it is too long for
+    /// the link. For a question now and then: it switches the socket over and back.
+    pub fn send_whole(
+        &mut self,
+        destination: SocketAddr,
+        source: Option<IpAddr>,
+        bytes: &[u8],
+    ) -> io::Result<()> {
+        let v4 = destination.ip().to_canonical().is_ipv4();
+        let (level, option, probe, usual) = match v4 {
+            true => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE, PMTU_V4),
+            false => {
+                (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE, PMTU_V6)
+            }
+        };
+        sys::set_option(&self.fd, level, option, probe)?;
+        let sent = self.send_one(destination, source, 0, None, bytes);
+        sys::set_option(&self.fd, level, option, usual)?;
+        sent
+    }
+
     fn send_as_it_goes(
         &mut self,
         destination: SocketAddr,
@@ -469,14 +494,14 @@ fn set_options(fd: &OwnedFd, dual_stack: bool, options: &UdpOptions) -> anyhow::
     let set = |level, option, value: i32| sys::set_option(fd, level, option, value);
     if dual_stack {
         set(libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, 0).context("make the UDP socket dual-stack")?;
-        set(libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
+        set(libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, PMTU_V6)
             .context("let the kernel fragment by the path MTU (IPv6)")?;
         set(libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1).context("ask for local addresses")?;
         set(libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1).context("ask for traffic classes")?;
     } else {
         set(libc::IPPROTO_IP, libc::IP_PKTINFO, 1).context("ask for local addresses")?;
     }
-    set(libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_OMIT)
+    set(libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, PMTU_V4)
         .context("switch path MTU discovery off (IPv4)")?;
     set(libc::IPPROTO_IP, libc::IP_RECVTOS, 1).context("ask for type of service")?;
     set(libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1).context("ask for the overflow counter")?;

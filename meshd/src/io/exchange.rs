@@ -17,6 +17,7 @@ use mesh_core::packet::VnetHeader;
 use mesh_core::tunnel::Tunnel;
 use mesh_core::tunnel::config::{Admitted, UdpMeta};
 use mesh_core::tunnel::engine::EngineFactory;
+use mesh_core::tunnel::sight::Sight;
 use mesh_core::tunnel::steer::Share;
 use mesh_types::key::PublicKey;
 use mesh_types::time::MonoTime;
@@ -200,10 +201,17 @@ impl Exchange {
         }
     }
 
-    /// Tells the other shards where a relay of ours sees this node.
-    pub(super) fn tell_seen(&self, relay: PublicKey, address: SocketAddr) {
+    /// Tells the other shards what a relay of ours shows of this node.
+    pub(super) fn tell_seen(&self, relay: PublicKey, sight: Sight) {
         for to in self.to.iter().flatten() {
-            to.packets.mailbox().note_seen(relay, address);
+            to.packets.mailbox().note_seen(relay, sight);
+        }
+    }
+
+    /// Tells the shard whose relay this is that nothing comes back through it.
+    pub(super) fn tell_doubt(&self, relay: PublicKey) {
+        for to in self.to.iter().flatten() {
+            to.packets.mailbox().doubt_relay(relay);
         }
     }
 

@@ -5,7 +5,7 @@
 //! ```
 //! The lock is held for a move, and the shard takes it only after its eventfd woke it: never per packet.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -13,6 +13,7 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail};
 use mesh_core::tunnel::engine::OwnKeyId;
+use mesh_core::tunnel::sight::Sight;
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::{NODES_MAX, RELAYS_MAX, SNAPSHOT_REQUESTS_MAX};
 use netcfg::udp::UdpSocket;
@@ -34,8 +35,12 @@ pub(super) struct Letters<P, T, S> {
     pub(super) own_addresses: Option<Vec<SocketAddr>>,
     /// Where peers of other shards were heard; of one peer the last word counts.
     pub(super) places: BTreeMap<PublicKey, SocketAddr>,
-    /// Where relays of other shards see this node.
-    pub(super) seen: BTreeMap<PublicKey, SocketAddr>,
+    /// What relays of other shards show of this node.
+    pub(super) seen: BTreeMap<PublicKey, Sight>,
+    /// Relays of ours that may not know this node any more.
+    pub(super) doubted: BTreeSet<PublicKey>,
+    /// What relays show of this node is to be found out anew.
+    pub(super) check_relays: bool,
     pub(super) initiate_all: bool,
     pub(super) initiate_anew: bool,
     pub(super) initiate_forgotten: bool,
@@ -54,6 +59,8 @@ impl<P, T, S> Default for Letters<P, T, S> {
             own_addresses: None,
             places: BTreeMap::new(),
             seen: BTreeMap::new(),
+            doubted: BTreeSet::new(),
+            check_relays: false,
             initiate_all: false,
             initiate_anew: false,
             initiate_forgotten: false,
@@ -120,13 +127,26 @@ impl<P, T, S> Mailbox<P, T, S> {
         });
     }
 
-    /// Tells where a relay of another shard sees this node.
-    pub(super) fn note_seen(&self, relay: PublicKey, address: SocketAddr) {
+    /// Tells what a relay of another shard shows of this node.
+    pub(super) fn note_seen(&self, relay: PublicKey, sight: Sight) {
         self.post(|letters| {
             if letters.seen.len() < RELAYS_MAX || letters.seen.contains_key(&relay) {
-                letters.seen.insert(relay, address);
+                letters.seen.insert(relay, sight);
             }
         });
+    }
+
+    /// Tells that nothing comes back through a relay.
+    pub(super) fn doubt_relay(&self, relay: PublicKey) {
+        self.post(|letters| {
+            if letters.doubted.len() < RELAYS_MAX {
+                letters.doubted.insert(relay);
+            }
+        });
+    }
+
+    pub(super) fn check_relays(&self) {
+        self.post(|letters| letters.check_relays = true);
     }
 
     pub(super) fn initiate_all(&self) {

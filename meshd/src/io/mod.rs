@@ -199,6 +199,11 @@ impl DataPlane {
         self.shards.each(Mailbox::initiate_all);
     }
 
+    /// Finds out anew what relays show of this node; snapshots say when that is done.
+    pub fn check_relays(&self) {
+        self.shards.each(Mailbox::check_relays);
+    }
+
     /// A handle that only begins handshakes.
     pub fn greeter(&self) -> Greeter {
         Greeter { shards: self.shards.clone() }
@@ -353,6 +358,11 @@ pub struct Snapshots {
 }
 
 impl Snapshots {
+    /// As [`DataPlane::check_relays`].
+    pub fn check_relays(&self) {
+        self.shards.each(Mailbox::check_relays);
+    }
+
     /// As [`DataPlane::snapshot`].
     pub fn take(&self) -> anyhow::Result<DataSnapshot> {
         self.shards.snapshot()

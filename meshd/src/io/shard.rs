@@ -205,9 +205,12 @@ impl Shard {
                         exchange.tell_place(key, endpoint);
                     }
                 }
-                if let (Event::SeenAt { relay, address }, Some(exchange)) = (event, &self.exchange)
-                {
-                    exchange.tell_seen(relay, address);
+                match (event, &self.exchange) {
+                    (Event::Seen { relay, sight }, Some(exchange)) => {
+                        exchange.tell_seen(relay, sight);
+                    }
+                    (Event::RelayInDoubt { relay }, Some(exchange)) => exchange.tell_doubt(relay),
+                    _ => {}
                 }
                 (self.on_event)(DataEvent::Tunnel(event));
             }
@@ -314,8 +317,14 @@ impl Shard {
             tunnel.note_endpoint(now, key, at);
             self.note_place(key, at);
         }
-        for (relay, address) in letters.seen {
-            tunnel.note_seen(relay, address);
+        for (relay, sight) in letters.seen {
+            tunnel.note_seen(relay, sight);
+        }
+        for relay in &letters.doubted {
+            tunnel.doubt_relay(now, relay);
+        }
+        if letters.check_relays {
+            tunnel.check_relays(now);
         }
         if letters.initiate_all {
             tunnel.initiate_all(now);
@@ -536,6 +545,12 @@ fn possible(wanted: CoalesceOptions, features: TunFeatures) -> CoalesceOptions {
 fn send_ready(tunnel: &mut BoringTunnel, udp: &mut UdpSocket) {
     let mut lost: Vec<(IpAddr, SocketAddr)> = Vec::new();
     while let Some(transmit) = tunnel.poll_transmit() {
+        if transmit.whole {
+            if let Err(error) = udp.send_whole(transmit.dst, transmit.local, transmit.bytes) {
+                tracing::trace!(dst = %transmit.dst, %error, "send whole");
+            }
+            continue;
+        }
         let (dst, ecn, len) = (transmit.dst, transmit.ecn.bits(), transmit.segment_len);
         let local = transmit.local;
         let sent = match udp.send(dst, local, ecn, len, transmit.bytes) {

@@ -210,7 +210,7 @@ mod tests {
 
     fn peer(number: u8, rx_bytes: u64, tx_bytes: u64) -> PeerSnapshot {
         let key = wg_engine::public_key(&mesh_types::key::PrivateKey::from_bytes([number; 32]));
-        let (endpoint, last_handshake, rtt, reflexive) = (None, None, None, None);
+        let (endpoint, last_handshake, rtt) = (None, None, None);
         let (path, session, problem) = (PathKind::None, false, "");
         PeerSnapshot {
             key,
@@ -222,7 +222,9 @@ mod tests {
             tx_bytes,
             session,
             problem,
-            reflexive,
+            sight: Default::default(),
+            nat: Default::default(),
+            not_direct: "",
         }
     }
 

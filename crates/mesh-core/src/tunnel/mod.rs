@@ -169,7 +169,9 @@ impl<F: EngineFactory> Tunnel<F> {
             if let Some(way) = self.way(now, slot).filter(|way| way.carry.is_some()) {
                 snapshot.endpoint = Some(way.addr);
                 snapshot.path = if snapshot.session { PathKind::Relayed } else { PathKind::None };
-                snapshot.not_direct = self.not_direct(now, slot);
+                if snapshot.session {
+                    snapshot.not_direct = self.not_direct(now, slot);
+                }
             }
             out.push(snapshot);
         }
