@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use ipnet::IpNet;
 use mesh_types::defaults::KEYRELAY_PORT;
 use mesh_types::net::overlay_address;
+use mesh_types::netcheck::Netcheck;
 use mesh_types::status::Status;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -223,6 +224,13 @@ impl Cluster {
         let meshd = self.lab.programs().meshd.display().to_string();
         let text = self.net.node(name)?.run(&[&meshd, "status", "--json"])?;
         serde_json::from_str(&text).with_context(|| format!("meshd status of {name} is no status"))
+    }
+
+    /// `meshd netcheck --json` of one node.
+    pub fn netcheck(&self, name: &str) -> Result<Netcheck> {
+        let meshd = self.lab.programs().meshd.display().to_string();
+        let text = self.net.node(name)?.run(&[&meshd, "netcheck", "--json"])?;
+        serde_json::from_str(&text).with_context(|| format!("meshd netcheck of {name}"))
     }
 
     /// Waits until `name` has a session with every other node of the cluster.

@@ -8,6 +8,8 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::mesh::TIMEOUT;
+use mesh_types::nat::{Filtering, Mapping};
+use mesh_types::netcheck::Udp;
 use mesh_types::status::PathKind;
 use testbed::cluster::Cluster;
 use testbed::lab::{Namespace, two_homes_plan};
@@ -15,6 +17,8 @@ use testbed::oracle::{self, Oracle};
 use testbed::traffic::{Family, GapProbe};
 
 const PAIR: (&str, &str) = ("c1-pod1", "d1-pod1");
+const HOME: (Mapping, Filtering) = (Mapping::EndpointIndependent, Filtering::PortDependent);
+const STRICT: (Mapping, Filtering) = (Mapping::Dependent, Filtering::PortDependent);
 const EVERY: Duration = Duration::from_millis(10);
 
 /// Another port for every destination, drawn at random: nobody else finds it.
@@ -76,6 +80,10 @@ fn two_homes_come_to_a_direct_path_and_need_the_relay_no_more() {
             Ok(if paths.into_iter().all(direct) { Ok(()) } else { Err(format!("{paths:?}")) })
         });
         wait.expect("direct both ways");
+        let found = cluster.netcheck("c1").expect("netcheck");
+        assert!(found.complete && found.udp == Udp::Works, "{found:?}");
+        assert_eq!((found.nat.mapping, found.nat.filtering), HOME);
+        assert_eq!((found.mtu, &found.advice[..]), (Some(1_500), &[][..]), "{found:?}");
         let killed = Instant::now();
         cluster.kill_keyrelay().expect("killed");
         let before = talk.answered();
@@ -103,6 +111,21 @@ fn behind_two_symmetric_nats_everything_goes_through_the_relay_and_is_seen_by_no
         assert!(relay.registered && relay.problem.is_empty(), "{relay:?}");
         let seen = relay.reflexive.expect("where it sees us");
         assert_eq!(seen.ip().to_string(), testbed::lab::HOME_ADDRESS_V4);
+        let peer = &status.peers[0];
+        assert_eq!((peer.nat.mapping, peer.nat.filtering), STRICT, "{peer:?}");
+        cluster
+            .wait(TIMEOUT, || {
+                let why = cluster.status("c1")?.peers[0].not_direct.clone();
+                Ok(if why.contains("NATs of both ends") { Ok(()) } else { Err(why) })
+            })
+            .expect("why it is relayed");
+        // A link of a shorter packet on the way.
+        let router = &cluster.net.home;
+        router.run(&["ip", "link", "set", "wan", "mtu", "1400"]).expect("a short link");
+        let found = cluster.netcheck("c1").expect("netcheck");
+        assert_eq!((found.nat.mapping, found.nat.filtering), STRICT);
+        assert_eq!(found.mtu, Some(1_400), "{found:?}");
+        assert!(found.advice.iter().any(|it| it.contains("mtu 1400")), "{found:?}");
         talk.finish(some).expect("echoes");
         finish(cluster, oracle);
     }
