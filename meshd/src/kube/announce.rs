@@ -20,6 +20,7 @@ use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
 use mesh_core::cluster::RawNode;
+use kube_edge::jittered;
 use mesh_types::annotations::FIELD_MANAGER;
 use mesh_types::node::NodeName;
 use mesh_types::status::Condition;
@@ -29,7 +30,7 @@ use tokio::time::Instant;
 
 use super::node::{SeenCondition, SeenNode};
 use super::verdict::{Due, NOTE_BYTES_MAX, Telling, clip, verdict};
-use super::{jittered, words};
+use super::words;
 
 /// Between two writes of the condition that only change its words, and between two Events: these are kept for an hour, and a
 /// few say it all.

@@ -9,9 +9,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ::kube::runtime::watcher::Event;
-use mesh_core::cluster::RawNode;
+use mesh_core::cluster::{Gate, RawNode, Verdict};
 
-use super::gate::{Gate, Verdict};
 use super::node::SeenNode;
 use crate::source::ClusterEvent;
 

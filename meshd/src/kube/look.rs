@@ -13,12 +13,13 @@ use anyhow::{Context, anyhow};
 use k8s_openapi::api::core::v1::{Container, ContainerStatus, Pod};
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Status;
+use kube_edge::{CONNECT_TIMEOUT, config_of, read_file};
 use mesh_core::cluster::RawNode;
 use mesh_types::limits::{FILE_BYTES_MAX, NODES_MAX};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 use super::node::{SeenCondition, SeenNode};
-use super::{CONNECT_TIMEOUT, config_of, read_file, words};
+use super::words;
 
 /// Objects asked for at a time, as kubectl does.
 const PAGE: u32 = 500;

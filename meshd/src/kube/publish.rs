@@ -15,6 +15,7 @@ use std::time::Duration;
 use ::kube::Client;
 use ::kube::api::{Api, Patch, PatchParams};
 use mesh_core::cluster::RawNode;
+use kube_edge::jittered;
 use mesh_types::annotations::{
     ENDPOINTS, FIELD_MANAGER, KEYRELAY, OVERLAY, PUBLIC_KEY, VERSION, format_endpoints,
     format_keyrelays,
@@ -24,7 +25,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::node::SeenNode;
-use super::{jittered, words};
+use super::words;
 use crate::source::{OwnRecord, Published};
 
 /// Pause after a failed write, shortest and longest.

@@ -17,6 +17,7 @@
 pub mod candidates;
 pub mod claims;
 pub mod desired;
+pub mod gate;
 pub mod index;
 pub mod policy;
 pub mod record;
@@ -24,6 +25,7 @@ pub mod record;
 pub use candidates::{EndpointRefusal, PathMtus, own_endpoints};
 pub use claims::Held;
 pub use desired::{ClusterView, Desired, DesiredPeer, NodeFileInput, OwnState, Refused, desired};
+pub use gate::{Gate, Verdict};
 pub use index::{Change, ClusterIndex};
 pub use policy::{Keyrelay, LocalNode, Policy};
 pub use record::{NodeRecord, RawAddress, RawNode, Refusal};

@@ -14,7 +14,7 @@ const MISSING_ALWAYS: usize = 1;
 
 /// What to do with a list.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub enum Verdict {
     Believe,
     /// Ask again; this many of the known are missing.
     Confirm {
@@ -25,13 +25,13 @@ pub(super) enum Verdict {
 
 /// Remembers what the last suspicious list lacked.
 #[derive(Debug, Default)]
-pub(super) struct Gate {
+pub struct Gate {
     suspected: BTreeSet<String>,
 }
 
 impl Gate {
     /// Judges a complete list of names against the names known.
-    pub(super) fn judge<'a>(
+    pub fn judge<'a>(
         &mut self,
         known: impl Iterator<Item = &'a str>,
         live: &BTreeSet<&str>,
