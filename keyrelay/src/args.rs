@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use keyrelay::kube::publish::AddressOf;
 use mesh_types::defaults::KEYRELAY_PORT;
 use mesh_types::key::PublicKey;
 use mesh_types::limits::{
@@ -57,6 +58,14 @@ pub(crate) struct Run {
     #[arg(long = "keys-file", env = "KEYRELAY_KEYS_FILE", value_name = "FILE")]
     pub(crate) keys_files: Vec<PathBuf>,
 
+    /// Take as members, in a roster of their own, whose keys the Nodes of the cluster carry (`meshd.dev/public-key`). The
+    /// last known ones are kept beside the private key.
+    #[arg(long, env = "KEYRELAY_MEMBERS_FROM_NODES")]
+    pub(crate) members_from_nodes: bool,
+
+    #[command(flatten)]
+    pub(crate) publish: Publish,
+
     /// Threads that carry packets, instead of one for each core.
     #[arg(long, env = "KEYRELAY_THREADS", value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=RELAY_THREADS_MAX as i64))]
     pub(crate) threads: Option<u16>,
@@ -64,6 +73,10 @@ pub(crate) struct Run {
     /// Address to serve health and metrics at.
     #[arg(long, env = "KEYRELAY_METRICS", value_name = "ADDRESS:PORT")]
     pub(crate) metrics: Option<SocketAddr>,
+
+    /// Port to serve health and metrics at, at every address.
+    #[arg(long, env = "KEYRELAY_METRICS_PORT", value_name = "PORT", conflicts_with = "metrics")]
+    pub(crate) metrics_port: Option<u16>,
 
     /// Address to serve members over TLS at, whose networks block UDP, like [::]:443.
     #[arg(long, env = "KEYRELAY_TLS_LISTEN", value_name = "ADDRESS:PORT")]
@@ -80,6 +93,53 @@ pub(crate) struct Run {
     /// Bytes carried for the members of one keys file together in a second.
     #[arg(long, env = "KEYRELAY_ROSTER_BYTES_PER_S", value_name = "BYTES", default_value_t = RELAY_ROSTER_BYTES_PER_SECOND, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) roster_bytes_per_s: u64,
+}
+
+/// How nodes of a cluster find the relay.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Publish {
+    /// Kubeconfig of the cluster, instead of the service account of the pod.
+    #[arg(long, env = "KEYRELAY_KUBECONFIG", value_name = "FILE")]
+    pub(crate) kubeconfig: Option<PathBuf>,
+
+    /// ConfigMap to publish key and address in, for the nodes to find.
+    #[arg(
+        long,
+        env = "KEYRELAY_PUBLISH_TO",
+        value_name = "NAMESPACE/CONFIGMAP",
+        requires = "publish_as"
+    )]
+    pub(crate) publish_to: Option<String>,
+
+    /// Name of the relay's entry there, and of the Node or Service that says its address.
+    #[arg(long, env = "KEYRELAY_PUBLISH_AS", value_name = "NAME")]
+    pub(crate) publish_as: Option<String>,
+
+    /// Whose address is published: `node` (where `meshd.dev/endpoint` says, else its ExternalIP, else its InternalIP) or
+    /// `service` (of its load balancer).
+    #[arg(long, env = "KEYRELAY_PUBLISH_ADDRESS_OF", value_name = "WHOSE", default_value = "node", value_parser = address_of)]
+    pub(crate) publish_address_of: AddressOf,
+
+    /// UDP port to publish, where a Service has another than ours.
+    #[arg(long, env = "KEYRELAY_PUBLISH_PORT", value_name = "PORT")]
+    pub(crate) publish_port: Option<u16>,
+
+    /// Host to publish for the relay of this name, instead; repeat or separate by commas for other relays.
+    #[arg(
+        long = "publish-host",
+        env = "KEYRELAY_PUBLISH_HOST",
+        value_name = "NAME=HOST",
+        value_delimiter = ','
+    )]
+    pub(crate) publish_hosts: Vec<String>,
+}
+
+fn address_of(text: &str) -> Result<AddressOf, String> {
+    match text {
+        "node" => Ok(AddressOf::Node),
+        "service" => Ok(AddressOf::Service),
+        _ => Err("say node or service".into()),
+    }
 }
 
 #[derive(Debug, clap::Args)]

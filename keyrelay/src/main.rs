@@ -1,9 +1,10 @@
 //! `keyrelay run` and `keyrelay whoami`.
 
 mod args;
+mod cluster;
 
 use std::io::Write;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,9 +12,10 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Parser;
 use keyrelay::core::relay::{Limits, Relay};
+use keyrelay::health::Doubt;
 use keyrelay::members::Rosters;
 use keyrelay::server::{self, LookSockets, Server, Shared};
-use keyrelay::{clock, keyfile, metrics, streams, whoami};
+use keyrelay::{clock, keyfile, metrics, streams, vantage, whoami};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
@@ -21,6 +23,10 @@ use tracing_subscriber::EnvFilter;
 use wg_engine::{BoringFactory, public_key};
 
 use crate::args::{Args, Command, Run, Whoami};
+use crate::cluster::{Cluster, Nodes, Published};
+
+/// How often it is looked at where members come from.
+const LOOK_AROUND_EVERY: Duration = Duration::from_secs(10);
 
 /// How often the keys files are looked at; a changed one is read at the second look.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
@@ -55,8 +61,11 @@ async fn start(args: Args) -> anyhow::Result<()> {
 
 async fn run(args: Run) -> anyhow::Result<()> {
     let named = args.allow_keys.iter().copied().collect();
-    let mut rosters = Rosters::load(&args.keys_files, named)?;
     let (key, origin) = keyfile::load_or_create(&args.private_key_file)?;
+    let cluster = Cluster::of(&args).await?;
+    let mut nodes = cluster.as_ref().and_then(|cluster| cluster.nodes(&args));
+    let known = nodes.as_ref().map(Nodes::keys);
+    let mut rosters = Rosters::load(&args.keys_files, named, known)?;
     let limits = Limits {
         client_bytes_per_s: args.client_bytes_per_s,
         roster_bytes_per_s: args.roster_bytes_per_s,
@@ -65,12 +74,7 @@ async fn run(args: Run) -> anyhow::Result<()> {
         .context("the private key is of no use")?;
     relay.set_members(&rosters.lists(), rand::random);
     let mut signals = Signals::watch()?;
-    let metrics = match args.metrics {
-        Some(at) => Some(TcpListener::bind(at).await.with_context(|| {
-            format!("cannot listen on TCP {at}: choose another --metrics address")
-        })?),
-        None => None,
-    };
+    let metrics = listen_for_metrics(&args).await?;
     let threads = args.threads.map_or_else(server::default_threads, usize::from);
     let (address, sockets) = server::open(args.listen, args.port, threads)?;
     let tls = args.tls_listen.map(streams::Listener::bind).transpose()?;
@@ -90,13 +94,24 @@ async fn run(args: Run) -> anyhow::Result<()> {
         }
         None => None,
     };
-    attend(&server.shared, &mut rosters, &mut signals, None).await;
+    if let Some(nodes) = &mut nodes {
+        nodes.take(&server.shared, &mut rosters);
+    }
+    let entry = |cluster: &Cluster| {
+        cluster.publish(&args, public_key(&key), address.port(), &server.shared.health)
+    };
+    let published = cluster.as_ref().map(entry).transpose()?.flatten();
+    attend(&server.shared, &mut rosters, &mut nodes, &mut signals, None).await;
+    let published = published.map(Published::leave);
     let relay = &server.shared.relay;
     if relay.registered() > 0 {
         server.leave();
         tracing::info!(clients = relay.registered(), seconds = args.drain_s, "leaving");
         let until = Instant::now() + Duration::from_secs(args.drain_s);
-        attend(&server.shared, &mut rosters, &mut signals, Some(until)).await;
+        attend(&server.shared, &mut rosters, &mut nodes, &mut signals, Some(until)).await;
+    }
+    if let Some(published) = published {
+        published.await;
     }
     server.stop();
     if let Some(tls) = tls {
@@ -124,6 +139,21 @@ fn looks(main: SocketAddr, port: Option<u16>) -> anyhow::Result<Option<LookSocke
     }
 }
 
+async fn listen_for_metrics(args: &Run) -> anyhow::Result<Option<TcpListener>> {
+    let all = args.metrics_port.map(|port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)));
+    let Some(at) = args.metrics.or(all) else { return Ok(None) };
+    let listener = match TcpListener::bind(at).await {
+        // A host without IPv6.
+        Err(_) if args.metrics.is_none() => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, at.port())).await
+        }
+        bound => bound,
+    };
+    let listener = listener
+        .with_context(|| format!("cannot listen on TCP {at}: choose another --metrics address"))?;
+    Ok(Some(listener))
+}
+
 /// What ends the relay, and what makes it read its files.
 struct Signals {
     terminate: Signal,
@@ -142,10 +172,11 @@ impl Signals {
     }
 }
 
-/// Lets sessions end and follows the keys files, until told to end or `until`.
+/// Lets sessions end and follows the keys files and the cluster, until told to end or `until`.
 async fn attend(
     shared: &Shared,
     rosters: &mut Rosters,
+    nodes: &mut Option<Nodes>,
     signals: &mut Signals,
     until: Option<Instant>,
 ) {
@@ -155,6 +186,7 @@ async fn attend(
         ticks
     };
     let (mut expire, mut look) = (every(server::EXPIRE_EVERY), every(LOOK_EVERY));
+    let mut look_around = every(LOOK_AROUND_EVERY);
     let deadline = async {
         match until {
             Some(until) => sleep_until(until).await,
@@ -172,6 +204,15 @@ async fn attend(
                 true
             }
             _ = look.tick() => rosters.look(),
+            () = changed(nodes) => {
+                nodes.as_mut().is_some_and(|nodes| nodes.take(shared, rosters))
+            }
+            _ = look_around.tick() => {
+                let sources = shared.relay.addresses(clock::now());
+                let crowd = vantage::crowd(sources.into_iter().map(|source| source.ip()));
+                shared.health.set(Doubt::OneAddress, crowd.map(|crowd| crowd.why()));
+                false
+            }
             _ = expire.tick() => {
                 shared.relay.handle_timeout(clock::now());
                 false
@@ -179,8 +220,15 @@ async fn attend(
         };
         if changed {
             let change = shared.relay.set_members(&rosters.lists(), rand::random);
-            tracing::info!(?change, members = shared.relay.members(), "keys files read");
+            tracing::info!(?change, members = shared.relay.members(), "members read");
         }
+    }
+}
+
+async fn changed(nodes: &mut Option<Nodes>) {
+    match nodes {
+        Some(nodes) => nodes.changed().await,
+        None => std::future::pending().await,
     }
 }
 

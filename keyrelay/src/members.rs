@@ -5,6 +5,8 @@
 //!  later    changed and settled, or SIGHUP --> read again --> new set: who is missing has no session any more
 //!                                                └── cannot be read, or holds nobody: the last good set stays
 //! ```
+//! Nodes of a cluster (`kube`) are a roster beside the files': with them a relay starts for nobody and says that it is not ready.
+//!
 //! A file that holds nobody is taken for one that is being written: whoever wants to serve nobody stops the relay.
 
 use std::collections::BTreeSet;
@@ -24,12 +26,14 @@ pub struct BadLine {
     pub why: KeyError,
 }
 
-/// The keys files, as last read well.
+/// The keys files, as last read well, and the cluster's members.
 #[derive(Debug)]
 pub struct Rosters {
     files: Vec<KeysFile>,
-    /// Of the command line: they belong to the first file's.
+    /// Of the command line: they belong to the first roster.
     named: BTreeSet<PublicKey>,
+    /// Of the cluster, where it is asked: the last roster.
+    nodes: Option<BTreeSet<PublicKey>>,
 }
 
 #[derive(Debug)]
@@ -45,10 +49,15 @@ struct KeysFile {
 type Stamp = (u64, u64, u64, i64, i64);
 
 impl Rosters {
-    /// Reads every file. Nobody named is a mistake, not "everybody".
-    pub fn load(paths: &[PathBuf], named: BTreeSet<PublicKey>) -> anyhow::Result<Self> {
+    /// Reads every file. Nobody named is a mistake, not "everybody". `nodes`: members of the cluster, as far as they are
+    /// known, where it is asked.
+    pub fn load(
+        paths: &[PathBuf],
+        named: BTreeSet<PublicKey>,
+        nodes: Option<BTreeSet<PublicKey>>,
+    ) -> anyhow::Result<Self> {
         ensure!(
-            paths.len() <= RELAY_ROSTERS_MAX,
+            paths.len() + usize::from(nodes.is_some()) <= RELAY_ROSTERS_MAX,
             "{} keys files are given, one relay serves {RELAY_ROSTERS_MAX}: run a second one",
             paths.len()
         );
@@ -58,14 +67,15 @@ impl Rosters {
             read: None,
             seen: None,
         };
-        let mut rosters = Self { files: paths.iter().map(file).collect(), named };
+        let mut rosters = Self { files: paths.iter().map(file).collect(), named, nodes };
         for file in &mut rosters.files {
             file.read()?;
         }
         let members: usize = rosters.lists().iter().map(Vec::len).sum();
         ensure!(
-            members > 0,
-            "nobody may use this relay: name members with --allow-key or --keys-file"
+            members > 0 || rosters.nodes.is_some(),
+            "nobody may use this relay: name members with --allow-key or --keys-file, or have the cluster name them \
+             (--members-from-nodes)"
         );
         ensure!(
             members <= RELAY_CLIENTS_MAX,
@@ -76,13 +86,30 @@ impl Rosters {
 
     /// The members, one list for each roster.
     pub fn lists(&self) -> Vec<Vec<PublicKey>> {
+        let files = self.files.iter().map(|file| &file.keys).chain(&self.nodes);
         let mut lists: Vec<Vec<PublicKey>> =
-            self.files.iter().map(|file| file.keys.iter().copied().collect()).collect();
-        match lists.first_mut() {
-            Some(first) => first.extend(self.named.difference(&self.files[0].keys)),
-            None => lists.push(self.named.iter().copied().collect()),
+            files.map(|keys| keys.iter().copied().collect()).collect();
+        if lists.is_empty() {
+            lists.push(Vec::new());
+        }
+        if let Some(first) = lists.first_mut() {
+            let others = self.named.iter().filter(|key| first.binary_search(key).is_err());
+            let others: Vec<PublicKey> = others.copied().collect();
+            first.extend(others);
         }
         lists
+    }
+
+    /// Makes these the members of the cluster's roster; true if they are others than before.
+    pub fn set_nodes(&mut self, keys: BTreeSet<PublicKey>) -> bool {
+        let changed = self.nodes.as_ref() != Some(&keys);
+        self.nodes = Some(keys);
+        changed
+    }
+
+    /// Whether somebody is a member who is none of the cluster's.
+    pub fn names_others(&self) -> bool {
+        !self.named.is_empty() || self.files.iter().any(|file| !file.keys.is_empty())
     }
 
     /// Reads the files that have changed and stand still since the last look; whether any was.
@@ -202,7 +229,7 @@ mod tests {
     fn a_missing_keys_file_is_an_error_and_not_an_open_door() {
         assert!(read(Path::new("/no/such/file")).is_err());
         let named = BTreeSet::from([key(9)]);
-        assert!(Rosters::load(&["/no/such/file".into()], named).is_err());
+        assert!(Rosters::load(&["/no/such/file".into()], named, None).is_err());
     }
 
     #[test]
@@ -210,9 +237,9 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("members");
         write(&path, &[]);
-        assert!(Rosters::load(std::slice::from_ref(&path), BTreeSet::new()).is_err());
-        assert!(Rosters::load(&[], BTreeSet::new()).is_err());
-        assert!(Rosters::load(&[path], BTreeSet::from([key(9)])).is_ok());
+        assert!(Rosters::load(std::slice::from_ref(&path), BTreeSet::new(), None).is_err());
+        assert!(Rosters::load(&[], BTreeSet::new(), None).is_err());
+        assert!(Rosters::load(&[path], BTreeSet::from([key(9)]), None).is_ok());
     }
 
     #[test]
@@ -221,8 +248,28 @@ mod tests {
         let paths = ["a", "b"].map(|name| folder.path().join(name));
         write(&paths[0], &[9, 10]);
         write(&paths[1], &[11]);
-        let rosters = Rosters::load(&paths, BTreeSet::from([key(10), key(12)])).expect("read");
+        let rosters =
+            Rosters::load(&paths, BTreeSet::from([key(10), key(12)]), None).expect("read");
         assert_eq!(rosters.lists(), [vec![key(9), key(10), key(12)], vec![key(11)]]);
+    }
+
+    #[test]
+    fn nodes_are_a_roster_behind_the_files_and_may_be_nobody_yet() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("a");
+        write(&path, &[9]);
+        let named = BTreeSet::from([key(12)]);
+        let mut rosters =
+            Rosters::load(&[path], named.clone(), Some(BTreeSet::new())).expect("read");
+        assert_eq!(rosters.lists(), [vec![key(9), key(12)], vec![]]);
+        assert!(rosters.set_nodes(BTreeSet::from([key(11), key(10)])));
+        assert!(!rosters.set_nodes(BTreeSet::from([key(11), key(10)])), "the same again");
+        let mut nodes = vec![key(11), key(10)];
+        nodes.sort();
+        assert_eq!(rosters.lists(), [vec![key(9), key(12)], nodes]);
+        let alone = Rosters::load(&[], named, Some(BTreeSet::from([key(12)]))).expect("read");
+        assert_eq!(alone.lists(), [vec![key(12)]], "named keys join the nodes where no file is");
+        assert!(Rosters::load(&[], BTreeSet::new(), Some(BTreeSet::new())).is_ok());
     }
 
     #[test]
@@ -232,7 +279,7 @@ mod tests {
         let path = folder.path().join("members");
         write(&path, &[9, 10]);
         let paths = std::slice::from_ref(&path);
-        let mut rosters = Rosters::load(paths, BTreeSet::new()).expect("read");
+        let mut rosters = Rosters::load(paths, BTreeSet::new(), None).expect("read");
         assert!(!rosters.look(), "nothing changed");
         write(&path, &[9]);
         assert!(!rosters.look(), "perhaps half written");

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -21,6 +22,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
 use crate::core::counters::{Event, Reason};
+use crate::health::Doubt;
 use crate::server::Shared;
 
 /// Connections served at once: a kubelet, a scraper and a few people; more wait.
@@ -47,6 +49,17 @@ pub fn render(shared: &Shared) -> anyhow::Result<String> {
     let registered = "Addresses a member is registered at";
     gauge(&mut registry, "clients", registered, shared.relay.registered());
     gauge(&mut registry, "streams", "Connections over TLS", shared.streams.count());
+    let refused = shared.refused_keys.load(Ordering::Relaxed);
+    let refused = usize::try_from(refused).unwrap_or(usize::MAX);
+    gauge(&mut registry, "refused_keys", "Annotations of Nodes that hold no key", refused);
+    let trouble = shared.api_trouble.load(Ordering::Relaxed).into();
+    gauge(&mut registry, "api_trouble", "Whether the API server is not to be asked", trouble);
+    let doubts = Family::<[(&str, &str); 1], Gauge>::default();
+    registry.register("not_ready", "Why the relay is not ready, by reason", doubts.clone());
+    for doubt in Doubt::ALL {
+        let stands = shared.health.stands(doubt).into();
+        doubts.get_or_create_owned(&[("reason", doubt.label())]).set(stands);
+    }
     for event in Event::ALL {
         total(&mut registry, event.name(), help(event), shared.events(event));
     }
@@ -93,7 +106,7 @@ fn help(event: Event) -> &'static str {
     }
 }
 
-/// Serves `/healthz` and `/metrics` until dropped.
+/// Serves `/healthz` (it lives), `/readyz` (it is of use; the reasons where it is not) and `/metrics` until dropped.
 pub async fn serve(listener: TcpListener, shared: Arc<Shared>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
@@ -121,11 +134,15 @@ pub async fn serve(listener: TcpListener, shared: Arc<Shared>) {
 fn page(path: &str, shared: &Shared) -> Response<Full<Bytes>> {
     let (status, text) = match path {
         "/healthz" => (StatusCode::OK, "ok\n".to_owned()),
+        "/readyz" => match shared.health.page() {
+            Ok(text) => (StatusCode::OK, text),
+            Err(text) => (StatusCode::SERVICE_UNAVAILABLE, text),
+        },
         "/metrics" => match render(shared) {
             Ok(text) => (StatusCode::OK, text),
             Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n")),
         },
-        _ => (StatusCode::NOT_FOUND, "/healthz or /metrics\n".to_owned()),
+        _ => (StatusCode::NOT_FOUND, "/healthz, /readyz or /metrics\n".to_owned()),
     };
     let kind = if path == "/metrics" { OPENMETRICS } else { "text/plain" };
     let mut response = Response::new(Full::new(Bytes::from(text)));

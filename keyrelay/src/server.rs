@@ -31,6 +31,7 @@ use crate::clock;
 use crate::core::counters::{Counters, Event, Reason};
 use crate::core::relay::{Arrival, Outlet, Relay, Worker};
 use crate::core::{Reach, Source};
+use crate::health::Health;
 use crate::streams::Streams;
 
 /// How often engines may forget expired keys.
@@ -50,6 +51,10 @@ const PAUSE: Duration = Duration::from_millis(50);
 pub struct Shared {
     pub relay: Relay<BoringFactory>,
     pub streams: Arc<Streams>,
+    pub health: Arc<Health>,
+    /// Annotations of Nodes that hold no key, and whether the API is in trouble.
+    pub refused_keys: AtomicU64,
+    pub api_trouble: AtomicBool,
     pub(crate) stream_counters: Arc<Counters>,
     counters: Vec<Arc<Counters>>,
     udp: Vec<Mutex<UdpCounters>>,
@@ -165,6 +170,9 @@ impl Server {
         let shared = Arc::new(Shared {
             relay,
             streams: Arc::default(),
+            health: Arc::default(),
+            refused_keys: AtomicU64::new(0),
+            api_trouble: AtomicBool::new(false),
             stream_counters: Arc::default(),
             counters: sockets.iter().map(|_| Arc::default()).chain([Arc::default()]).collect(),
             elsewhere: elsewhere.map(Mutex::new),

@@ -10,7 +10,7 @@ use crate::args::Args;
 
 /// Keys the daemon may write, besides those this version writes: rotation is to come, and a policy is not upgraded with every
 /// daemon.
-const RESERVED: [&str; 1] = ["meshd.dev/next-public-key"];
+const RESERVED: [&str; 1] = [annotations::NEXT_PUBLIC_KEY];
 
 fn chart(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../helm").join(path)

@@ -35,7 +35,6 @@ pub const RECOVERED_AFTER: Duration = Duration::from_secs(80);
 const RETRY_MIN: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_secs(10);
 
-
 /// With the kubeconfig, or the service account of the pod; `instead` says what to pass where there is neither. Asks no
 /// server yet.
 pub async fn client(kubeconfig: Option<&Path>, instead: &str) -> anyhow::Result<Client> {

@@ -11,6 +11,8 @@ use crate::net::EndpointHint;
 
 /// Base64 public key, as `wg` prints it. Written by the daemon.
 pub const PUBLIC_KEY: &str = "meshd.dev/public-key";
+/// The key to come, by the time of a rotation: its holder is the same node. Written by the daemon.
+pub const NEXT_PUBLIC_KEY: &str = "meshd.dev/next-public-key";
 /// Comma-separated candidates, `203.0.113.7:15190,[2001:db8::7]:15190`. Written by the daemon.
 pub const ENDPOINTS: &str = "meshd.dev/endpoints";
 /// Version of the daemon that wrote the others. Written by the daemon.
@@ -28,6 +30,9 @@ pub const REGION_LABEL: &str = "topology.kubernetes.io/region";
 
 /// Field manager of our server-side apply.
 pub const FIELD_MANAGER: &str = "meshd";
+
+/// Field manager of a relay's entry in the ConfigMap of relays, in front of the entry's name.
+pub const KEYRELAYS_FIELD_MANAGER: &str = "keyrelay";
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EndpointsError {
@@ -96,6 +101,21 @@ pub fn format_keyrelays(keys: &[PublicKey]) -> String {
     keys.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
+/// The keys a Node says are its own, its next one too, and what is none: each costs itself alone.
+pub fn node_keys<'a>(
+    annotation: impl Fn(&str) -> Option<&'a str>,
+) -> (Vec<PublicKey>, Vec<(&'static str, KeyError)>) {
+    let (mut keys, mut refused) = (Vec::new(), Vec::new());
+    for name in [PUBLIC_KEY, NEXT_PUBLIC_KEY] {
+        match annotation(name).map(|text| text.trim().parse()) {
+            Some(Ok(key)) if !keys.contains(&key) => keys.push(key),
+            Some(Err(why)) => refused.push((name, why)),
+            Some(Ok(_)) | None => {}
+        }
+    }
+    (keys, refused)
+}
+
 /// Parses [`ENDPOINT_OVERRIDE`]: `ADDRESS:PORT` or `NAME:PORT`.
 pub fn parse_override(text: &str) -> Result<EndpointHint, EndpointsError> {
     text.trim().parse().map_err(|_| EndpointsError::NotAnEndpoint(text.chars().take(64).collect()))
@@ -124,6 +144,29 @@ mod tests {
         assert!(parse_endpoints(&"1.2.3.4:5,".repeat(10_000)).is_err());
         let seventeen: Vec<_> = (1..=17).map(|port| format!("1.2.3.4:{port}")).collect();
         assert_eq!(parse_endpoints(&seventeen.join(",")), Err(EndpointsError::TooMany));
+    }
+
+    #[test]
+    fn a_node_has_the_keys_it_names_and_a_bad_one_costs_itself_alone() {
+        let [now, next] = [9, 8].map(|byte| PublicKey::from_bytes([byte; 32]).expect("a point"));
+        let read = |own: &str, coming: &str| {
+            node_keys(|name| match name {
+                PUBLIC_KEY => Some(own).filter(|text| !text.is_empty()),
+                NEXT_PUBLIC_KEY => Some(coming).filter(|text| !text.is_empty()),
+                _ => None,
+            })
+        };
+        let (now_text, next_text) = (now.to_string(), next.to_string());
+        assert_eq!(read(&now_text, &next_text), (vec![now, next], vec![]));
+        assert_eq!(read(&now_text, &now_text), (vec![now], vec![]));
+        assert_eq!(read("", ""), (vec![], vec![]));
+        let nothing = PublicKey::from_bytes([0; 32]).expect_err("no key of anybody");
+        let zeroes = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
+        assert_eq!(read(zeroes, &next_text), (vec![next], vec![(PUBLIC_KEY, nothing)]));
+        assert_eq!(
+            read(&now_text, "x!"),
+            (vec![now], vec![(NEXT_PUBLIC_KEY, KeyError::NotBase64)])
+        );
     }
 
     #[test]

@@ -18,7 +18,7 @@
 //! session, whose clock went back. Whoever replays it gets a response he cannot use.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
@@ -172,6 +172,12 @@ impl<F: EngineFactory> Relay<F> {
     /// How many addresses a member is registered at.
     pub fn registered(&self) -> usize {
         self.registry.registered()
+    }
+
+    /// Where members are registered now, one address for each.
+    pub fn addresses(&self, now: MonoTime) -> Vec<SocketAddr> {
+        let all = self.registry.all();
+        all.iter().filter_map(|client| Some(client.reach(now)?.source.address())).collect()
     }
 
     /// Whether a member is registered at `source`.

@@ -19,8 +19,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 
-use ::kube::api::Api;
 use ::kube::Client;
+use ::kube::api::Api;
 use ::kube::runtime::{WatchStreamExt, watcher};
 use futures::StreamExt;
 use kube_edge::{Backoff, CONFIRM_AFTER, RECOVERED_AFTER, watched};

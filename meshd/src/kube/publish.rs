@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use ::kube::Client;
 use ::kube::api::{Api, Patch, PatchParams};
-use mesh_core::cluster::RawNode;
 use kube_edge::jittered;
+use mesh_core::cluster::RawNode;
 use mesh_types::annotations::{
     ENDPOINTS, FIELD_MANAGER, KEYRELAY, OVERLAY, PUBLIC_KEY, VERSION, format_endpoints,
     format_keyrelays,
