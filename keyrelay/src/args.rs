@@ -124,6 +124,10 @@ pub(crate) struct Publish {
     #[arg(long, env = "KEYRELAY_PUBLISH_PORT", value_name = "PORT")]
     pub(crate) publish_port: Option<u16>,
 
+    /// TCP port to publish for TLS, where a Service has another than ours.
+    #[arg(long, env = "KEYRELAY_PUBLISH_TLS_PORT", value_name = "PORT")]
+    pub(crate) publish_tls_port: Option<u16>,
+
     /// Host to publish for the relay of this name, instead; repeat or separate by commas for other relays.
     #[arg(
         long = "publish-host",

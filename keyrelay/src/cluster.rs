@@ -101,6 +101,7 @@ fn entry(args: &Run, key: PublicKey, port: u16) -> anyhow::Result<Option<Entry>>
         host,
         key,
         port: told.publish_port.unwrap_or(port),
+        tls_port: args.tls_listen.map(|at| told.publish_tls_port.unwrap_or(at.port())),
     };
     entry.check().map_err(|why| anyhow!("--publish-to, --publish-as, --publish-host: {why}"))?;
     Ok(Some(entry))

@@ -5,7 +5,8 @@
 //!  later    changed and settled, or SIGHUP --> read again --> new set: who is missing has no session any more
 //!                                                └── cannot be read, or holds nobody: the last good set stays
 //! ```
-//! Nodes of a cluster (`kube`) are a roster beside the files': with them a relay starts for nobody and says that it is not ready.
+//! Nodes of a cluster (`kube`) are the first roster, so that no file takes a node away from the others; with them a relay starts
+//! for nobody, too, and says that it is not ready.
 //!
 //! A file that holds nobody is taken for one that is being written: whoever wants to serve nobody stops the relay.
 
@@ -30,9 +31,9 @@ pub struct BadLine {
 #[derive(Debug)]
 pub struct Rosters {
     files: Vec<KeysFile>,
-    /// Of the command line: they belong to the first roster.
+    /// Of the command line: they belong to the first file's, or to the nodes where no file is.
     named: BTreeSet<PublicKey>,
-    /// Of the cluster, where it is asked: the last roster.
+    /// Of the cluster, where it is asked: the first roster.
     nodes: Option<BTreeSet<PublicKey>>,
 }
 
@@ -86,13 +87,14 @@ impl Rosters {
 
     /// The members, one list for each roster.
     pub fn lists(&self) -> Vec<Vec<PublicKey>> {
-        let files = self.files.iter().map(|file| &file.keys).chain(&self.nodes);
+        let files = self.files.iter().map(|file| &file.keys);
         let mut lists: Vec<Vec<PublicKey>> =
-            files.map(|keys| keys.iter().copied().collect()).collect();
+            self.nodes.iter().chain(files).map(|keys| keys.iter().copied().collect()).collect();
+        let first_file = usize::from(self.nodes.is_some() && !self.files.is_empty());
         if lists.is_empty() {
             lists.push(Vec::new());
         }
-        if let Some(first) = lists.first_mut() {
+        if let Some(first) = lists.get_mut(first_file) {
             let others = self.named.iter().filter(|key| first.binary_search(key).is_err());
             let others: Vec<PublicKey> = others.copied().collect();
             first.extend(others);
@@ -254,19 +256,19 @@ mod tests {
     }
 
     #[test]
-    fn nodes_are_a_roster_behind_the_files_and_may_be_nobody_yet() {
+    fn nodes_are_a_roster_before_the_files_and_may_be_nobody_yet() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("a");
         write(&path, &[9]);
         let named = BTreeSet::from([key(12)]);
         let mut rosters =
             Rosters::load(&[path], named.clone(), Some(BTreeSet::new())).expect("read");
-        assert_eq!(rosters.lists(), [vec![key(9), key(12)], vec![]]);
+        assert_eq!(rosters.lists(), [vec![], vec![key(9), key(12)]]);
         assert!(rosters.set_nodes(BTreeSet::from([key(11), key(10)])));
         assert!(!rosters.set_nodes(BTreeSet::from([key(11), key(10)])), "the same again");
         let mut nodes = vec![key(11), key(10)];
         nodes.sort();
-        assert_eq!(rosters.lists(), [vec![key(9), key(12)], nodes]);
+        assert_eq!(rosters.lists(), [nodes, vec![key(9), key(12)]]);
         let alone = Rosters::load(&[], named, Some(BTreeSet::from([key(12)]))).expect("read");
         assert_eq!(alone.lists(), [vec![key(12)]], "named keys join the nodes where no file is");
         assert!(Rosters::load(&[], BTreeSet::new(), Some(BTreeSet::new())).is_ok());

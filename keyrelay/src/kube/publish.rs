@@ -38,6 +38,9 @@ const LOOKS_PER_SEARCH: u64 = 10;
 const TIMEOUT: Duration = Duration::from_secs(15);
 const LAST_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// Where nodes try TLS unless told otherwise.
+const TLS_PORT: u16 = 443;
+
 /// Whose address is the relay's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AddressOf {
@@ -46,6 +49,16 @@ pub enum AddressOf {
 }
 
 impl Entry {
+    /// What nodes read. TLS is expected at 443.
+    fn text(&self, address: &EndpointHint) -> String {
+        let tls = match self.tls_port {
+            Some(TLS_PORT) => String::new(),
+            Some(port) => format!("/tls={port}"),
+            None => "/tls=off".to_owned(),
+        };
+        format!("{}@{address}{tls}", self.key)
+    }
+
     /// Refuses what the API server would, or nodes.
     pub fn check(&self) -> Result<(), String> {
         let is_name = |text: &str| {
@@ -86,6 +99,8 @@ pub struct Entry {
     pub host: Option<String>,
     pub key: PublicKey,
     pub port: u16,
+    /// Where it takes TLS, if it does.
+    pub tls_port: Option<u16>,
 }
 
 /// Keeps the entry in step until told to leave; then takes it away and ends.
@@ -157,7 +172,7 @@ impl Publisher {
 
     /// One look; the value the ConfigMap has now.
     async fn look(&self, search: bool) -> Result<String, String> {
-        let value = format!("{}@{}", self.entry.key, self.address().await?);
+        let value = self.entry.text(&self.address().await?);
         let what = format!("read the ConfigMap {}/{}", self.entry.namespace, self.entry.config_map);
         let map =
             within(self.maps.get(&self.entry.config_map), &what).await?.data.unwrap_or_default();
@@ -329,6 +344,30 @@ mod tests {
         assert_eq!(found(json!([{"ip": "203.0.113.8"}])).as_deref(), Some("203.0.113.8"));
         assert_eq!(found(json!([{"hostname": "a.elb.test"}])).as_deref(), Some("a.elb.test"));
         assert_eq!(host_of_service(&Service::default()), None);
+    }
+
+    #[test]
+    fn an_entry_says_where_tls_is_taken_unless_it_is_where_nodes_try_it() {
+        let key = PublicKey::from_bytes([9; 32]).expect("a point");
+        let entry = |tls_port| Entry {
+            namespace: "n".into(),
+            config_map: "c".into(),
+            name: "a".into(),
+            address_of: AddressOf::Node,
+            host: None,
+            key,
+            port: 15192,
+            tls_port,
+        };
+        let address = "203.0.113.7:15192".parse().expect("an endpoint");
+        for (port, end) in [(None, "/tls=off"), (Some(443), ""), (Some(8443), "/tls=8443")] {
+            assert_eq!(entry(port).text(&address), format!("{key}@203.0.113.7:15192{end}"));
+        }
+        assert_eq!(entry(None).check(), Ok(()));
+        for host in ["a b", "relay.example.org:15192", ""] {
+            assert!(Entry { host: Some(host.into()), ..entry(None) }.check().is_err(), "{host}");
+        }
+        assert!(Entry { name: "a/b".into(), ..entry(None) }.check().is_err());
     }
 
     #[test]
