@@ -320,6 +320,9 @@ async fn start_source(
             let asked = Arc::clone(view);
             let announcer = source.announcer(&config.node);
             tokio::spawn(announcer.run(move || asked.conditions(), view.changes()));
+            if let Some(config_map) = &config.keyrelays_config_map {
+                tokio::spawn(source.relays(config_map.clone(), events.clone()));
+            }
             tokio::spawn(async move {
                 if let Err(error) = source.watch(known, events).await {
                     tracing::error!(error = format!("{error:#}"), "Nodes are no longer watched");

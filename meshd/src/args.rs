@@ -132,6 +132,9 @@ pub struct RunArgs {
         value_delimiter = ','
     )]
     pub keyrelays: Vec<String>,
+    /// ConfigMap in which the cluster's own relays publish themselves, behind those of --keyrelay; four are used in all.
+    #[arg(long, env = "MESHD_KEYRELAYS_CONFIG_MAP", value_name = "NAMESPACE/NAME")]
+    pub keyrelays_config_map: Option<String>,
 }
 
 /// How wide the data plane is and how its threads run.

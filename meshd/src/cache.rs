@@ -3,6 +3,7 @@
 //! A restart begins handshakes from here at once, and who held which prefix and key is not forgotten. Public
 //! things only: names, public keys, prefixes, endpoints.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,9 @@ pub struct Cached {
     version: u32,
     pub nodes: Vec<RawNode>,
     pub held: Held,
+    /// Relays the cluster published, by name; a file of before they were has none.
+    #[serde(default)]
+    pub keyrelays: BTreeMap<String, String>,
 }
 
 /// The file and what it says.
@@ -52,7 +56,12 @@ impl CacheKeeper {
 
     /// Brings the file up to date. Nodes are written at most every few seconds; rights (`held`) at once, because
     /// losing them could hand a contested prefix to somebody else.
-    pub fn keep(&mut self, index: &ClusterIndex, held: &Held) -> anyhow::Result<()> {
+    pub fn keep(
+        &mut self,
+        index: &ClusterIndex,
+        held: &Held,
+        keyrelays: &BTreeMap<String, String>,
+    ) -> anyhow::Result<()> {
         let rights_changed = self.written.held != *held;
         let recent =
             |then: Option<Instant>| then.is_some_and(|then| then.elapsed() < WRITE_INTERVAL);
@@ -60,13 +69,15 @@ impl CacheKeeper {
         if recent(self.last_failure) {
             return Ok(());
         }
-        if !rights_changed && (recent(self.last_write) || index.raws().eq(&self.written.nodes)) {
+        let same = index.raws().eq(&self.written.nodes) && self.written.keyrelays == *keyrelays;
+        if !rights_changed && (recent(self.last_write) || same) {
             return Ok(());
         }
         let now = Cached {
             version: CACHE_VERSION,
             nodes: index.raws().cloned().collect(),
             held: held.clone(),
+            keyrelays: keyrelays.clone(),
         };
         let text = serde_json::to_vec(&now).context("format the cache")?;
         self.last_failure = Some(Instant::now());
@@ -108,16 +119,35 @@ mod tests {
         held
     }
 
+    fn keep(keeper: &mut CacheKeeper, names: &[&str], holder: &str) -> anyhow::Result<()> {
+        keeper.keep(&index(names), &held(holder), &relays())
+    }
+
+    fn relays() -> BTreeMap<String, String> {
+        BTreeMap::from([("a".to_owned(), "KEY@relay.example.org:15192".to_owned())])
+    }
+
     #[test]
     fn what_was_known_is_known_again_after_a_restart() {
         let dir = tempfile::tempdir().expect("scratch");
         let path = dir.path().join("cluster.json");
         let (mut keeper, cached) = CacheKeeper::open(path.clone());
         assert!(cached.nodes.is_empty());
-        keeper.keep(&index(&["a", "b"]), &held("a")).expect("written");
+        keep(&mut keeper, &["a", "b"], "a").expect("written");
         let (_, cached) = CacheKeeper::open(path);
         assert_eq!(cached.nodes.len(), 2);
-        assert_eq!(cached.held, held("a"));
+        assert_eq!((cached.held, cached.keyrelays), (held("a"), relays()));
+    }
+
+    #[test]
+    fn a_file_of_before_relays_were_published_is_read() {
+        let dir = tempfile::tempdir().expect("scratch");
+        let path = dir.path().join("cluster.json");
+        std::fs::write(&path, r#"{"version":1,"nodes":[],"held":{"prefixes":{},"keys":{}}}"#)
+            .expect("written");
+        let (_, cached) = CacheKeeper::open(path.clone());
+        assert_eq!(cached.version, CACHE_VERSION, "it was not set aside");
+        assert!(path.exists() && cached.keyrelays.is_empty());
     }
 
     #[test]
@@ -126,10 +156,10 @@ mod tests {
         let path = dir.path().join("cluster.json");
         let (mut keeper, _) = CacheKeeper::open(path.clone());
         let on_disk = || CacheKeeper::open(path.clone()).1;
-        keeper.keep(&index(&["a"]), &held("a")).expect("written");
-        keeper.keep(&index(&["a", "b"]), &held("a")).expect("too soon");
+        keep(&mut keeper, &["a"], "a").expect("written");
+        keep(&mut keeper, &["a", "b"], "a").expect("too soon");
         assert_eq!(on_disk().nodes.len(), 1);
-        keeper.keep(&index(&["a", "b"]), &held("b")).expect("written");
+        keep(&mut keeper, &["a", "b"], "b").expect("written");
         assert_eq!(on_disk().nodes.len(), 2);
         assert_eq!(on_disk().held, held("b"));
     }
@@ -140,8 +170,8 @@ mod tests {
         let path = dir.path().join("cluster.json");
         let (mut keeper, _) = CacheKeeper::open(path.clone());
         std::fs::create_dir(&path).expect("a directory in the way");
-        assert!(keeper.keep(&index(&["a"]), &held("a")).is_err());
-        assert!(keeper.keep(&index(&["a"]), &held("a")).is_ok(), "too soon");
+        assert!(keep(&mut keeper, &["a"], "a").is_err());
+        assert!(keep(&mut keeper, &["a"], "a").is_ok(), "too soon");
     }
 
     #[test]
@@ -152,7 +182,7 @@ mod tests {
             std::fs::write(&path, damage).expect("write");
             let (mut keeper, cached) = CacheKeeper::open(path.clone());
             assert_eq!(cached, Cached::default(), "{damage}");
-            keeper.keep(&index(&["a"]), &held("a")).expect("written");
+            keep(&mut keeper, &["a"], "a").expect("written");
         }
     }
 }

@@ -43,6 +43,8 @@ pub struct Config {
     pub use_interfaces: Vec<String>,
     pub joined_sites: Vec<(Site, Site)>,
     pub keyrelays: Vec<Keyrelay>,
+    /// Namespace and name of the ConfigMap in which the cluster publishes more.
+    pub keyrelays_config_map: Option<(String, String)>,
     pub probe_socket: Option<PathBuf>,
     pub metrics_port: Option<u16>,
     pub sysctl_dir: Option<PathBuf>,
@@ -202,6 +204,7 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
         use_interfaces: args.use_interfaces.clone(),
         joined_sites: joined_sites(&args.joined_sites)?,
         keyrelays: keyrelays(&args.keyrelays)?,
+        keyrelays_config_map: keyrelays_config_map(args)?,
         probe_socket: args.probe_socket.clone(),
         metrics_port: args.metrics_port,
         sysctl_dir: args.host.sysctl_dir.clone(),
@@ -356,7 +359,22 @@ fn joined_sites(texts: &[String]) -> anyhow::Result<Vec<(Site, Site)>> {
         .collect()
 }
 
-fn keyrelays(texts: &[String]) -> anyhow::Result<Vec<Keyrelay>> {
+fn keyrelays_config_map(args: &RunArgs) -> anyhow::Result<Option<(String, String)>> {
+    let Some(text) = &args.keyrelays_config_map else { return Ok(None) };
+    ensure!(
+        args.roster.is_none(),
+        "--keyrelays-config-map is of a Kubernetes cluster: with --roster name relays by --keyrelay"
+    );
+    let parts = text.split_once('/').filter(|(namespace, name)| {
+        let good = |part: &str| part.parse::<NodeName>().is_ok();
+        good(namespace) && good(name)
+    });
+    let (namespace, name) =
+        parts.with_context(|| format!("--keyrelays-config-map {text:?} is not NAMESPACE/NAME"))?;
+    Ok(Some((namespace.to_owned(), name.to_owned())))
+}
+
+pub(crate) fn keyrelays(texts: &[String]) -> anyhow::Result<Vec<Keyrelay>> {
     let mut all: Vec<Keyrelay> = Vec::new();
     for text in texts.iter().map(|text| text.trim()).filter(|text| !text.is_empty()) {
         let (key, endpoint) = text
@@ -424,6 +442,9 @@ mod tests {
             ("--cluster-cidr 10.244.0.0/16 --join-sites a", "--join-sites"),
             ("--cluster-cidr 10.244.0.0/16 --keyrelay relay.example.org:1", "KEY@HOST:PORT"),
             ("--cluster-cidr 10.244.0.0/16 --keyrelay abc@relay.example.org:1", "public key"),
+            ("--cluster-cidr 10.244.0.0/16 --keyrelays-config-map relays", "NAMESPACE/NAME"),
+            ("--cluster-cidr 10.244.0.0/16 --keyrelays-config-map a/b/c", "NAMESPACE/NAME"),
+            ("--cluster-cidr 10.244.0.0/16 --roster /r --keyrelays-config-map a/b", "--roster"),
             ("--cluster-cidr 10.244.0.0/16 --probe-socket here", "--probe-socket"),
             ("--cluster-cidr 10.244.0.0/16 --probe-socket /run/meshd/meshd.sock", "status socket"),
             ("--cluster-cidr 10.244.0.0/16 --cni-conf-dir here", "--cni-conf-dir"),

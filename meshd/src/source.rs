@@ -3,11 +3,14 @@
 //! ```text
 //! kube/watch ──┐
 //!              ├── ClusterEvent, bounded channel ──> reconcile: ClusterIndex
+//!  kube/relays ┤
 //! roster ──────┘
 //! ```
 //!
 //! A source never takes nodes away because it cannot see: silence, errors, a vanished file and a suspiciously
 //! short list leave the last good state standing and are told as [`ClusterEvent::Trouble`].
+
+use std::collections::BTreeMap;
 
 use mesh_core::cluster::RawNode;
 
@@ -29,6 +32,8 @@ pub enum ClusterEvent {
     Trouble(String),
     /// The source is in order again, and nothing had changed.
     Recovered,
+    /// The relays the cluster publishes, `KEY@HOST:PORT` by name.
+    Keyrelays(BTreeMap<String, String>),
 }
 
 /// What this node tells the others; kept in step with its Node's annotations by `kube/publish`.

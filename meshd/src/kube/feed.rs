@@ -150,6 +150,7 @@ mod tests {
             ClusterEvent::Delete { name, .. } => format!("delete {name}"),
             ClusterEvent::Trouble(_) => "trouble".into(),
             ClusterEvent::Recovered => "recovered".into(),
+            ClusterEvent::Keyrelays(_) => "relays".into(),
         };
         news.events.iter().map(show).collect()
     }

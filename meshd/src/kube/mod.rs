@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! API server ── list, watch ──> watch ──> node: RawNode ──> feed (gate) ──> ClusterEvent
+//!            ── list, watch ──> relays: ConfigMap of relays ────────────────> ClusterEvent
 //!            <── apply ──────── publish  <── OwnRecord wanted, own RawNode as the watch shows it
 //!            <── apply, events ─ announce <── conditions of readiness
 //!            <── list, exec ──── look     <── kubectl mesh
@@ -12,6 +13,7 @@ mod feed;
 pub mod look;
 mod node;
 mod publish;
+mod relays;
 mod verdict;
 mod words;
 
@@ -73,6 +75,15 @@ impl KubeSource {
         let (sender, shown) = watch::channel(None);
         self.shown.push((node.as_str().to_owned(), sender));
         shown
+    }
+
+    /// Follows the ConfigMap in which relays publish themselves, until nobody listens.
+    pub fn relays(
+        &self,
+        config_map: (String, String),
+        events: mpsc::Sender<ClusterEvent>,
+    ) -> impl Future<Output = ()> + use<> {
+        relays::follow(self.client.clone(), config_map, events)
     }
 
     /// Lists and watches until nobody listens.

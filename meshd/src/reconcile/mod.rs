@@ -13,12 +13,14 @@
 
 mod kernel;
 mod linux;
+mod relays;
 mod run;
 mod steps;
 mod strays;
 
 pub use kernel::{Kernel, Made, PodsMade};
 pub use linux::{Linux, guard_config, marks, own_addresses};
+use relays::Relays;
 pub use run::{Inputs, SLOW_PERIOD, run};
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -73,6 +75,7 @@ pub struct Reconciler<K, P> {
     mtus: PathMtus,
     local: LocalNode,
     policy: Policy,
+    relays: Relays,
     operator_endpoints: Vec<std::net::SocketAddr>,
     choice: Choice,
     listen_port: u16,
@@ -152,6 +155,11 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             addresses: Vec::new(),
         };
         let (cache, cached) = CacheKeeper::open(config.paths.cache());
+        // Where nobody publishes any, what an earlier run kept is nobody's word.
+        let published = config.keyrelays_config_map.as_ref().map(|_| cached.keyrelays);
+        let mut relays = Relays::new(config.keyrelays.clone(), published.unwrap_or_default());
+        let mut policy = policy(config, earlier);
+        policy.keyrelays = relays.chosen();
         let mut reconciler = Self {
             kernel,
             plane,
@@ -161,7 +169,8 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             resolved: BTreeMap::new(),
             mtus: PathMtus::default(),
             local,
-            policy: policy(config, earlier),
+            policy,
+            relays,
             operator_endpoints: config.endpoints.clone(),
             choice: Choice::of(config),
             listen_port: config.listen_port,
@@ -206,6 +215,12 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             ClusterEvent::Apply(node) => self.index.apply(node),
             ClusterEvent::Delete { name, uid } => self.index.delete(&name, &uid),
             ClusterEvent::Recovered => Change::Nothing,
+            // Of Nodes it says nothing.
+            ClusterEvent::Keyrelays(published) => {
+                let changed = self.relays.hear(published);
+                self.policy.keyrelays = self.relays.chosen();
+                return changed;
+            }
             ClusterEvent::Trouble(why) => {
                 self.knowledge = match &self.knowledge {
                     Knowledge::None(_) => Knowledge::None(why),
@@ -299,7 +314,6 @@ fn policy(config: &Config, earlier: &[IpNet]) -> Policy {
     policy.earlier = earlier.to_vec();
     policy.excluded.clone_from(&config.service_cidrs);
     policy.joined_sites.clone_from(&config.joined_sites);
-    policy.keyrelays.clone_from(&config.keyrelays);
     policy.tun.clone_from(&config.kernel.tun);
     policy.table = config.kernel.table;
     policy.rule_priority = config.kernel.rule_priority;

@@ -88,7 +88,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
 
     /// Not being able to write costs a slower next start, nothing now.
     pub(super) fn keep_cache(&mut self) {
-        if let Err(error) = self.cache.keep(&self.index, &self.held) {
+        if let Err(error) = self.cache.keep(&self.index, &self.held, self.relays.published()) {
             tracing::warn!(
                 error = format!("{error:#}"),
                 "cannot keep the cluster on disk: a restart without its source would know less"

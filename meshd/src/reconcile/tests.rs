@@ -147,9 +147,14 @@ fn config(dir: &std::path::Path) -> Config {
 }
 
 fn bench_in(dir: tempfile::TempDir) -> Bench {
+    bench_of(dir, |_| {})
+}
+
+fn bench_of(dir: tempfile::TempDir, change: impl FnOnce(&mut crate::config::Config)) -> Bench {
     let model = Shared::default();
     model.with(|model| model.path_mtu = 1500);
-    let config = config(dir.path());
+    let mut config = config(dir.path());
+    change(&mut config);
     let view = Arc::new(View::new(Identity {
         node: config.node.clone(),
         public_key: key(1),
@@ -191,6 +196,32 @@ fn condition_of(view: &View, name: &str) -> (bool, String) {
     let found = view.conditions().into_iter().find(|condition| condition.name == name);
     let found = found.expect("a condition");
     (found.ok, found.message)
+}
+
+#[test]
+fn relays_the_cluster_publishes_are_used_and_known_again_after_a_restart_without_it() {
+    let publishing = |config: &mut crate::config::Config| {
+        config.keyrelays_config_map = Some(("meshd-system".into(), "meshd-keyrelays".into()));
+    };
+    let mut bench = bench_of(tempfile::tempdir().expect("scratch"), publishing);
+    let entries = |byte: u8| {
+        [("a".to_owned(), format!("{}@relay.example.org:15192", key(byte)))].into_iter().collect()
+    };
+    assert!(bench.reconciler.hear(ClusterEvent::Keyrelays(entries(7))), "a turn follows");
+    assert!(!bench.reconciler.hear(ClusterEvent::Keyrelays(entries(7))), "the same again");
+    bench.reconciler.turn(Scope::All);
+    assert_eq!(bench.own.borrow().keyrelays, [key(7)], "told to the others");
+
+    let mut again = bench_of(bench.dir, publishing);
+    again.reconciler.turn(Scope::All);
+    assert_eq!(again.own.borrow().keyrelays, [key(7)], "from disk");
+    assert!(again.reconciler.hear(ClusterEvent::Keyrelays(entries(8))));
+    again.reconciler.turn(Scope::All);
+    assert_eq!(again.own.borrow().keyrelays, [key(8)], "the relay has another key now");
+
+    let mut without = bench_in(again.dir);
+    without.reconciler.turn(Scope::All);
+    assert_eq!(without.own.borrow().keyrelays, [], "nobody publishes any more");
 }
 
 #[test]
