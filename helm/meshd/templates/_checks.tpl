@@ -16,7 +16,8 @@ What the schema cannot say. Each refusal is one line that names the value and sa
 {{- range $path := list "image.repository" "image.tag" "image.digest" "image.pullPolicy" "k8sServiceHost" "k8sServicePort"
   "cni.install" "cni.binDir" "cni.confDir" "cni.confName" "cni.strict" "cni.removeOthers" "listenPort" "shards" "adminPort" "log" "logFormat"
   "kernel.tunName" "kernel.table" "kernel.rulePriority" "kernel.mark" "stateDir" "runDir" "wireguardDir" "machineIdFile" "resources" "maxUnavailable"
-  "privileged" "seLinuxType" "operators.group" "keyrelay.enabled" "keyrelay.port" "keyrelay.stateDir" "keyrelay.resources"
+  "privileged" "seLinuxType" "operators.group" "keyrelay.enabled" "keyrelay.kind" "keyrelay.port" "keyrelay.tlsPort"
+  "keyrelay.adminPort" "keyrelay.replicas" "keyrelay.service.loadBalancerClass" "keyrelay.stateDir" "keyrelay.resources"
   "metrics.enabled" "metrics.podMonitor.enabled" "metrics.podMonitor.interval" "metrics.scrapeConfig.enabled" "metrics.rules.operator"
   "metrics.rules.configMap" "metrics.dashboard.enabled" "test.nodes" "test.timeoutSeconds" "cleanup.enabled" -}}
   {{- $at := $.Values -}}
@@ -166,9 +167,7 @@ plugin of the next pod too. Where it is now, the DaemonSet of the release says.
 
 {{- define "meshd.check.values" -}}
 {{- $v := .Values -}}
-{{- if and $v.keyrelay.enabled (eq (int $v.keyrelay.port) (int $v.listenPort)) -}}
-{{- fail (printf "keyrelay.port and listenPort are both %d: both are UDP ports of the same node" (int $v.listenPort)) -}}
-{{- end -}}
+{{- if $v.keyrelay.enabled }}{{ include "meshd.check.keyrelay" $v }}{{ end -}}
 {{- if not (regexMatch `^$|^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$|^[0-9A-Fa-f:]*:[0-9A-Fa-f:.]+$` $v.k8sServiceHost) -}}
 {{- fail (printf "k8sServiceHost: %s: write a name or an address alone, without scheme, brackets and port; the port is k8sServicePort" $v.k8sServiceHost) -}}
 {{- end -}}
@@ -179,12 +178,6 @@ plugin of the next pod too. Where it is now, the DaemonSet of the release says.
 {{- end -}}
 {{- if and $v.cni.strict $v.cni.removeOthers -}}
 {{- fail "cni.strict refuses to install beside another network plugin and cni.removeOthers removes it: choose one" -}}
-{{- end -}}
-{{- if and $v.keyrelay.enabled (not $v.keyrelay.nodeSelector) -}}
-{{- fail "keyrelay.nodeSelector: say which nodes with a public address run the keyrelay, like {meshd.dev/keyrelay: \"true\"} after kubectl label node NODE meshd.dev/keyrelay=true" -}}
-{{- end -}}
-{{- if and $v.keyrelay.enabled (not $v.keyrelay.keys) -}}
-{{- fail "keyrelay.keys: list the public keys of the nodes it answers; without one it refuses to start (values.yaml says how to print them)" -}}
 {{- end -}}
 {{- include "meshd.check.folders" . -}}
 {{- include "meshd.check.mark" $v.kernel.mark -}}
@@ -204,6 +197,35 @@ plugin of the next pod too. Where it is now, the DaemonSet of the release says.
 {{- end -}}
 {{- if and (not $v.metrics.enabled) (or $v.metrics.podMonitor.enabled $v.metrics.scrapeConfig.enabled) -}}
 {{- fail "metrics.enabled is false: there is nothing metrics.podMonitor and metrics.scrapeConfig could scrape" -}}
+{{- end -}}
+{{- end }}
+
+{{- define "meshd.check.keyrelay" -}}
+{{- $relay := .keyrelay -}}
+{{- if eq $relay.kind "hostNetwork" -}}
+  {{- if not $relay.nodeSelector -}}
+    {{- fail "keyrelay.nodeSelector: say which nodes with a public address run the keyrelay, like {meshd.dev/keyrelay: \"true\"} after kubectl label node NODE meshd.dev/keyrelay=true" -}}
+  {{- end -}}
+  {{- /* The daemon's too: both are on the network of the same node. */ -}}
+  {{- if eq (int $relay.port) (int .listenPort) -}}
+    {{- fail (printf "keyrelay.port and listenPort are both %d: both are UDP ports of the same node" (int .listenPort)) -}}
+  {{- end -}}
+  {{- range $name := list "adminPort" "tlsPort" -}}
+    {{- if eq (int (get $relay $name)) (int $.adminPort) -}}
+      {{- fail (printf "keyrelay.%s and adminPort are both %d: both are TCP ports of the same node" $name (int $.adminPort)) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- if eq (int $relay.adminPort) (int $relay.tlsPort) -}}
+{{- fail (printf "keyrelay.adminPort and keyrelay.tlsPort are both %d: both are TCP ports of the relay" (int $relay.tlsPort)) -}}
+{{- end -}}
+{{- if eq $relay.kind "service" -}}
+  {{- if has (int $relay.adminPort) (list 15443) -}}
+    {{- fail "keyrelay.adminPort: 15443 is where the relay's pod takes TLS: choose another" -}}
+  {{- end -}}
+  {{- if lt (int $relay.adminPort) 1024 -}}
+    {{- fail (printf "keyrelay.adminPort: %d needs rights the relay's pod does not have: choose one above 1023" (int $relay.adminPort)) -}}
+  {{- end -}}
 {{- end -}}
 {{- end }}
 

@@ -92,3 +92,24 @@ own. Call with (dict "add" (list "NET_ADMIN") "ports" (list 15190)). */}}
 - name: MESHD_MARK
   value: {{ .Values.kernel.mark | quote }}
 {{- end }}
+
+{{/* A token of the pod, and what else a client of the API server reads. */}}
+{{- define "meshd.tokenSources" -}}
+- serviceAccountToken:
+    path: token
+    expirationSeconds: 3607
+- configMap:
+    name: kube-root-ca.crt
+    items:
+      - {key: ca.crt, path: ca.crt}
+- downwardAPI:
+    items:
+      - path: namespace
+        fieldRef:
+          fieldPath: metadata.namespace
+{{- end }}
+
+{{/* The user name of the relays' service account. */}}
+{{- define "meshd.relayUser" -}}
+system:serviceaccount:{{ .Release.Namespace }}:meshd-keyrelay
+{{- end }}
