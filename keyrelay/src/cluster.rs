@@ -61,7 +61,8 @@ impl Cluster {
         let (sender, state) =
             watch::channel(State { members: members.clone(), ..State::default() });
         tokio::spawn(kube::follow(self.client.clone(), members, sender));
-        Some(Nodes { state, copy, fresh: false, not_before: Instant::now() })
+        // What was kept is news, too: whether it is anything has to be told.
+        Some(Nodes { state, copy, fresh: true, not_before: Instant::now() })
     }
 
     /// Begins to publish the relay, where that is wanted.

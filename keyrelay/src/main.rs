@@ -94,9 +94,6 @@ async fn run(args: Run) -> anyhow::Result<()> {
         }
         None => None,
     };
-    if let Some(nodes) = &mut nodes {
-        nodes.take(&server.shared, &mut rosters);
-    }
     let entry = |cluster: &Cluster| {
         cluster.publish(&args, public_key(&key), address.port(), &server.shared.health)
     };

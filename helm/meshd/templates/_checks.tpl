@@ -210,6 +210,9 @@ plugin of the next pod too. Where it is now, the DaemonSet of the release says.
   {{- if eq (int $relay.port) (int .listenPort) -}}
     {{- fail (printf "keyrelay.port and listenPort are both %d: both are UDP ports of the same node" (int .listenPort)) -}}
   {{- end -}}
+  {{- if eq (add $relay.port 1) (int .listenPort) -}}
+    {{- fail (printf "keyrelay.port: %d, and listenPort is the next one, by which the relay lets nodes measure their NAT: choose another" (int $relay.port)) -}}
+  {{- end -}}
   {{- range $name := list "adminPort" "tlsPort" -}}
     {{- if eq (int (get $relay $name)) (int $.adminPort) -}}
       {{- fail (printf "keyrelay.%s and adminPort are both %d: both are TCP ports of the same node" $name (int $.adminPort)) -}}
@@ -220,7 +223,10 @@ plugin of the next pod too. Where it is now, the DaemonSet of the release says.
 {{- fail (printf "keyrelay.adminPort and keyrelay.tlsPort are both %d: both are TCP ports of the relay" (int $relay.tlsPort)) -}}
 {{- end -}}
 {{- if eq $relay.kind "service" -}}
-  {{- if has (int $relay.adminPort) (list 15443) -}}
+  {{- if eq (int $relay.port) 15193 -}}
+    {{- fail "keyrelay.port: 15193 is where the relay's Service takes what nodes measure their NAT by: choose another" -}}
+  {{- end -}}
+  {{- if eq (int $relay.adminPort) 15443 -}}
     {{- fail "keyrelay.adminPort: 15443 is where the relay's pod takes TLS: choose another" -}}
   {{- end -}}
   {{- if lt (int $relay.adminPort) 1024 -}}
