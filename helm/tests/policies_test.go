@@ -132,10 +132,13 @@ func plugin(t *testing.T, golden string) *validating.Plugin {
 			objects = append(objects, object)
 		}
 	}
-	if len(objects) != 10 {
-		t.Fatalf("%d policies and bindings, expected 10", len(objects))
+	want := map[string]int{"golden/default.yaml": 10, "golden/keyrelay.yaml": 12, "golden/keyrelay-service.yaml": 12, "golden/everything.yaml": 12}[golden]
+	if len(objects) != want {
+		t.Fatalf("%d policies and bindings, expected %d", len(objects), want)
 	}
-	objects = append(objects, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "default"}})
+	for _, name := range []string{"default", "meshd-system"} {
+		objects = append(objects, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}})
+	}
 	client := fake.NewClientset(objects...)
 	factory := informers.NewSharedInformerFactory(client, 0)
 	plugin, err := validating.NewPlugin(nil)

@@ -25,7 +25,7 @@ func read(t *testing.T, path string) string {
 // Free maps of the schema: their keys are the user's.
 var free = map[string]bool{
 	"global": true, "keyrelay.nodeSelector": true, "metrics.podMonitor.labels": true, "metrics.rules.labels": true,
-	"metrics.dashboard.labels": true,
+	"metrics.dashboard.labels": true, "keyrelay.service.annotations": true, "keyrelay.hosts": true,
 }
 
 type description struct {
