@@ -62,7 +62,8 @@ impl Cluster {
             watch::channel(State { members: members.clone(), ..State::default() });
         tokio::spawn(kube::follow(self.client.clone(), members, sender));
         // What was kept is news, too: whether it is anything has to be told.
-        Some(Nodes { state, copy, fresh: true, not_before: Instant::now() })
+        let now = Instant::now();
+        Some(Nodes { state, copy, fresh: true, not_before: now, retry_at: None })
     }
 
     /// Begins to publish the relay, where that is wanted.
@@ -74,7 +75,7 @@ impl Cluster {
         health: &Arc<Health>,
     ) -> anyhow::Result<Option<Published>> {
         let Some(entry) = entry(args, key, port)? else { return Ok(None) };
-        health.set(Doubt::Published, Some("not published yet".into()));
+        health.begin(Doubt::Published, "not published yet");
         let (leave, leaving) = watch::channel(false);
         let task = publish::keep(self.client.clone(), entry, Arc::clone(health), leaving);
         Ok(Some(Published { leave, task: tokio::spawn(task) }))
@@ -132,6 +133,8 @@ pub(crate) struct Nodes {
     /// There are news that were not taken.
     fresh: bool,
     not_before: Instant,
+    /// The copy could not be written.
+    retry_at: Option<Instant>,
 }
 
 impl Nodes {
@@ -142,9 +145,13 @@ impl Nodes {
     /// Waits until there is something to take. What was waited for is not lost when the waiting ends early.
     pub(crate) async fn changed(&mut self) {
         if !self.fresh {
-            if self.state.changed().await.is_err() {
-                tracing::error!("Nodes are no longer watched");
-                std::future::pending::<()>().await;
+            let retry_at = self.retry_at;
+            tokio::select! {
+                changed = self.state.changed() => if changed.is_err() {
+                    tracing::error!("Nodes are no longer watched");
+                    std::future::pending::<()>().await;
+                },
+                () = due(retry_at) => {}
             }
             self.fresh = true;
         }
@@ -158,19 +165,18 @@ impl Nodes {
         let refused = u64::try_from(state.refused).unwrap_or(u64::MAX);
         shared.refused_keys.store(refused, Ordering::Relaxed);
         tell_trouble(shared, state.trouble.as_deref());
-        shared.health.set(Doubt::Members, nobody(&state, rosters));
+        tell_nobody(shared, &state, rosters);
         // What was never heard is not to replace what a disk that could not be read just now may hold.
         let changed = match state.heard || !state.members.is_empty() {
             true => self.copy.keep(&state.members),
             false => Ok(false),
         };
+        self.retry_at = changed.is_err().then(|| Instant::now() + RETRY);
         if let Err(error) = changed {
             tracing::warn!(
                 error = format!("{error:#}"),
                 "a restart would begin with older members"
             );
-            // Tried again with the next news, and so that they come.
-            (self.fresh, self.not_before) = (true, Instant::now() + RETRY);
         }
         rosters.set_nodes(keys(&state))
     }
@@ -192,14 +198,30 @@ fn tell_trouble(shared: &Shared, trouble: Option<&str>) {
     }
 }
 
-/// Why nobody is a member, if nobody is.
-fn nobody(state: &State, rosters: &Rosters) -> Option<String> {
+/// Whether anybody is a member, and why nobody.
+fn tell_nobody(shared: &Shared, state: &State, rosters: &Rosters) {
+    let health = &shared.health;
     if !state.members.is_empty() || rosters.names_others() {
-        return None;
+        return health.set(Doubt::Members, None);
     }
-    Some(match (&state.trouble, state.heard) {
-        (Some(why), _) => format!("nobody is served, there is no copy of an earlier answer: {why}"),
-        (None, false) => "nobody is served until the API server has answered".to_owned(),
-        (None, true) => "no Node carries a key yet (meshd.dev/public-key)".to_owned(),
-    })
+    match (&state.trouble, state.heard) {
+        (Some(why), _) => health.set(
+            Doubt::Members,
+            Some(format!("nobody is served, there is no copy of an earlier answer: {why}")),
+        ),
+        (None, false) => {
+            health.begin(Doubt::Members, "nobody is served until the API server has answered");
+        }
+        (None, true) => health.set(
+            Doubt::Members,
+            Some("nobody is served: no Node has a key yet (meshd.dev/public-key)".to_owned()),
+        ),
+    }
+}
+
+async fn due(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
 }

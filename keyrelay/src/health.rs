@@ -32,22 +32,35 @@ impl Doubt {
 /// What is amiss now.
 #[derive(Debug, Default)]
 pub struct Health {
-    doubts: Mutex<BTreeMap<Doubt, String>>,
+    doubts: Mutex<BTreeMap<Doubt, Told>>,
+}
+
+/// Why, and whether the log has it: what is only beginning is no reason to look.
+#[derive(Debug)]
+struct Told {
+    why: String,
+    logged: bool,
 }
 
 impl Health {
+    /// What is to come to order by itself in a moment; not logged.
+    pub fn begin(&self, doubt: Doubt, why: &str) {
+        let told = Told { why: why.to_owned(), logged: false };
+        self.doubts().insert(doubt, told);
+    }
+
     /// Tells how it stands; logged when it begins and when it ends.
     pub fn set(&self, doubt: Doubt, why: Option<String>) {
         let mut doubts = self.doubts();
         match why {
             Some(why) => {
-                if !doubts.contains_key(&doubt) {
+                let before = doubts.insert(doubt, Told { why: why.clone(), logged: true });
+                if !before.is_some_and(|told| told.logged) {
                     tracing::warn!(reason = doubt.label(), "not ready: {why}");
                 }
-                doubts.insert(doubt, why);
             }
             None => {
-                if doubts.remove(&doubt).is_some() {
+                if doubts.remove(&doubt).is_some_and(|told| told.logged) {
                     tracing::info!(reason = doubt.label(), "in order");
                 }
             }
@@ -64,10 +77,13 @@ impl Health {
         if doubts.is_empty() {
             return Ok("ok\n".to_owned());
         }
-        Err(doubts.iter().map(|(doubt, why)| format!("{}: {why}\n", doubt.label())).collect())
+        Err(doubts
+            .iter()
+            .map(|(doubt, told)| format!("{}: {}\n", doubt.label(), told.why))
+            .collect())
     }
 
-    fn doubts(&self) -> MutexGuard<'_, BTreeMap<Doubt, String>> {
+    fn doubts(&self) -> MutexGuard<'_, BTreeMap<Doubt, Told>> {
         self.doubts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -80,6 +96,9 @@ mod tests {
     fn every_doubt_is_told_and_the_last_to_end_makes_it_ready() {
         let health = Health::default();
         assert_eq!(health.page(), Ok("ok\n".into()));
+        health.begin(Doubt::Published, "not yet");
+        assert_eq!(health.page(), Err("published: not yet\n".into()));
+        health.set(Doubt::Published, None);
         health.set(Doubt::OneAddress, Some("from 10.0.0.7".into()));
         health.set(Doubt::Members, Some("nobody".into()));
         health.set(Doubt::Members, Some("nobody yet".into()));

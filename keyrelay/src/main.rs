@@ -16,6 +16,7 @@ use keyrelay::health::Doubt;
 use keyrelay::members::Rosters;
 use keyrelay::server::{self, LookSockets, Server, Shared};
 use keyrelay::{clock, keyfile, metrics, streams, vantage, whoami};
+use mesh_types::limits::RELAY_CLIENTS_MAX;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
@@ -218,6 +219,12 @@ async fn attend(
         if changed {
             let change = shared.relay.set_members(&rosters.lists(), rand::random);
             tracing::info!(?change, members = shared.relay.members(), "members read");
+            if change.left_out > 0 {
+                tracing::warn!(
+                    left_out = change.left_out,
+                    "not served: the relay's own key, or more members than one relay serves ({RELAY_CLIENTS_MAX})"
+                );
+            }
         }
     }
 }

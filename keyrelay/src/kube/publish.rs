@@ -11,6 +11,7 @@
 use std::future::Future;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Node, NodeStatus, Service};
@@ -158,6 +159,8 @@ struct Publisher {
     nodes: Api<Node>,
     services: Api<Service>,
     entry: Entry,
+    /// The log has it that nodes may not reach us.
+    warned: AtomicBool,
 }
 
 impl Publisher {
@@ -167,6 +170,7 @@ impl Publisher {
             services: Api::namespaced(client.clone(), &entry.namespace),
             nodes: Api::all(client),
             entry,
+            warned: AtomicBool::new(false),
         }
     }
 
@@ -230,6 +234,16 @@ impl Publisher {
         found.unwrap_or(false)
     }
 
+    fn tell_of_shortcut(&self, host: &str, is_reached: bool) {
+        if !is_reached && !self.warned.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                host,
+                "kube-proxy of this cluster's nodes may lead this address to our pod by itself, where outer packets cannot go: \
+                 if no node registers, have the load balancer set ipMode Proxy or a host name, or run the relay on the host's network"
+            );
+        }
+    }
+
     async fn address(&self) -> Result<EndpointHint, String> {
         let Entry { name, address_of, host, port, .. } = &self.entry;
         if let Some(host) = host {
@@ -239,7 +253,13 @@ impl Publisher {
         let what = format!("read {} {name}", address_of.kind());
         let host = match address_of {
             AddressOf::Node => host_of_node(&within(self.nodes.get(name), &what).await?),
-            AddressOf::Service => host_of_service(&within(self.services.get(name), &what).await?),
+            AddressOf::Service => {
+                let found = host_of_service(&within(self.services.get(name), &what).await?);
+                found.map(|(host, is_reached)| {
+                    self.tell_of_shortcut(&host, is_reached);
+                    host
+                })
+            }
         };
         let host = host.ok_or_else(|| match address_of {
             AddressOf::Node => format!("node {name} has no address yet"),
@@ -294,10 +314,15 @@ fn addresses<'a>(status: &'a NodeStatus, kind: &'a str) -> impl Iterator<Item = 
     all.filter_map(|address| address.address.parse().ok()).filter(|ip| reach(*ip) != Reach::Never)
 }
 
-/// What the load balancer in front of a Service says it is reached at.
-fn host_of_service(service: &Service) -> Option<String> {
+/// What the load balancer in front of a Service says it is reached at, and whether nodes of the cluster get there: kube-proxy
+/// leads an address to the pods itself, past the network, unless it is told by name or as of a proxy.
+fn host_of_service(service: &Service) -> Option<(String, bool)> {
     let ingress = service.status.as_ref()?.load_balancer.as_ref()?.ingress.as_ref()?;
-    ingress.iter().find_map(|at| at.ip.clone().or_else(|| at.hostname.clone()))
+    ingress.iter().find_map(|at| match (&at.ip, &at.hostname) {
+        (Some(ip), _) => Some((ip.clone(), at.ip_mode.as_deref() == Some("Proxy"))),
+        (None, Some(name)) => Some((name.clone(), true)),
+        (None, None) => None,
+    })
 }
 
 #[cfg(test)]
@@ -341,8 +366,12 @@ mod tests {
             host_of_service(&serde_json::from_value(service).expect("a Service"))
         };
         assert_eq!(found(json!([])), None);
-        assert_eq!(found(json!([{"ip": "203.0.113.8"}])).as_deref(), Some("203.0.113.8"));
-        assert_eq!(found(json!([{"hostname": "a.elb.test"}])).as_deref(), Some("a.elb.test"));
+        let ip = |is_reached| Some(("203.0.113.8".to_owned(), is_reached));
+        assert_eq!(found(json!([{"ip": "203.0.113.8"}])), ip(false));
+        assert_eq!(found(json!([{"ip": "203.0.113.8", "ipMode": "VIP"}])), ip(false));
+        assert_eq!(found(json!([{"ip": "203.0.113.8", "ipMode": "Proxy"}])), ip(true));
+        let name = Some(("a.elb.test".to_owned(), true));
+        assert_eq!(found(json!([{}, {"hostname": "a.elb.test"}])), name);
         assert_eq!(host_of_service(&Service::default()), None);
     }
 

@@ -1,4 +1,4 @@
-//! keyrelay as the chart runs it: on the nodes that were chosen, asked by nodes with their own keys.
+//! keyrelay as the chart runs it: on the nodes that were chosen, found by the daemons without a key or a list written by hand.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,7 +17,7 @@ use crate::lab::HOME_ADDRESS_V4;
 
 pub(super) const TESTS: &[Test] = &[test(
     "keyrelay",
-    "keyrelay runs on the chosen nodes alone and tells members, behind NAT too, what they look like",
+    "keyrelay runs on the chosen nodes alone; every daemon finds it, is its member and is told, behind NAT too, what it looks like",
     chosen_nodes,
 )];
 
@@ -40,37 +40,25 @@ fn chosen_nodes(suite: &mut Suite<'_>) -> Result<String> {
 fn run(suite: &mut Suite<'_>) -> Result<String> {
     let reachable: Vec<_> = suite.kube.plan.iter().filter(|plan| plan.reachable).cloned().collect();
     let first = reachable.first().context("no node others reach")?.clone();
-    let keys: Result<Vec<String>> = suite.nodes().iter().map(|node| key_of(suite, node)).collect();
-    let keys = format!("keyrelay.keys={{{}}}", keys?.join(","));
     suite.kube.kubectl(&["label", "node", &first.name, &format!("{LABEL}=yes")])?;
-    let values =
-        ["keyrelay.enabled=true", &format!("keyrelay.nodeSelector.{LABEL}=yes"), keys.as_str()];
+    let values = ["keyrelay.enabled=true", &format!("keyrelay.nodeSelector.{LABEL}=yes")];
     suite.kube.upgrade_chart(&values)?;
+    suite.kube.wait_rolled_out()?;
     wait_on(suite, &[&first.name])?;
-    let relay_key = relay_key(suite, &first.name)?;
+    let relay_key = published(suite, &[&first.name])?.remove(0);
 
-    let mut told = Vec::new();
+    let mut told = 0;
     for plan in suite.kube.plan.clone() {
-        let key = private_key(suite.kube, &plan.name)?;
-        for relay in first
-            .addresses
-            .iter()
-            .filter(|ip| plan.addresses.iter().any(|own| own.is_ipv4() == ip.is_ipv4()))
-        {
-            let seen = whoami(suite.kube, &plan.name, *relay, &relay_key, &key, "20")?;
-            // A key that begins two handshakes at once is heard once, and again when it asks again, 5 s later.
-            std::thread::sleep(Duration::from_millis(100));
-            let expected: Vec<IpAddr> = match plan.reachable {
-                true => plan.addresses.clone(),
-                false => vec![HOME_ADDRESS_V4.parse()?],
-            };
-            ensure!(
-                expected.contains(&seen.ip()) && seen.is_ipv4() == relay.is_ipv4(),
-                "{} is told {seen}, not one of {expected:?}",
-                plan.name
-            );
-            told.push(seen);
-        }
+        let expected: Vec<IpAddr> = match plan.reachable {
+            true => plan.addresses.clone(),
+            false => vec![HOME_ADDRESS_V4.parse()?],
+        };
+        suite.wait(&format!("{} is registered at the relay", plan.name), |suite| {
+            let seen = seen_at(suite, &plan.name, &relay_key)?;
+            ensure!(expected.contains(&seen.ip()), "it is told {seen}, not one of {expected:?}");
+            Ok(())
+        })?;
+        told += 1;
     }
     // Who is no member is not answered: or the answers above prove no key.
     let stranger = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
@@ -84,8 +72,9 @@ fn run(suite: &mut Suite<'_>) -> Result<String> {
         wait_on(suite, &[&first.name, &second.name])?;
         suite.kube.kubectl(&["label", "node", &first.name, &format!("{LABEL}-")])?;
         wait_on(suite, &[&second.name])?;
+        published(suite, &[&second.name])?;
     }
-    Ok(format!("{} answers", told.len()))
+    Ok(format!("{told} daemons registered"))
 }
 
 /// Waits until ready pods of the relay are on these nodes and no pod of it anywhere else.
@@ -107,25 +96,34 @@ fn wait_on(suite: &Suite<'_>, nodes: &[&str]) -> Result<()> {
     })
 }
 
-fn key_of(suite: &Suite<'_>, node: &str) -> Result<String> {
-    let object = suite.json(&["get", "node", node])?;
-    Ok(text(&object, "/metadata/annotations/meshd.dev~1public-key").to_owned())
+/// Waits until the list of relays names these and no others; their keys.
+fn published(suite: &Suite<'_>, nodes: &[&str]) -> Result<Vec<String>> {
+    let mut keys = Vec::new();
+    suite.wait(&format!("relays of {nodes:?} are published, and no others"), |suite| {
+        let words = ["-n", chart::NAMESPACE, "get", "configmap", "meshd-keyrelays"];
+        let map = suite.json(&words)?;
+        let data = map.get("data").and_then(Value::as_object).cloned().unwrap_or_default();
+        let names: BTreeSet<&str> = data.keys().map(String::as_str).collect();
+        ensure!(names == nodes.iter().copied().collect(), "published: {names:?}");
+        keys.clear();
+        for text in data.values().filter_map(Value::as_str) {
+            keys.push(text.split_once('@').context("no KEY@HOST:PORT")?.0.to_owned());
+        }
+        Ok(())
+    })?;
+    Ok(keys)
 }
 
-/// The line of its log that its members are given.
-fn relay_key(suite: &Suite<'_>, node: &str) -> Result<String> {
-    let of_node = format!("--field-selector=spec.nodeName={node}");
-    let words = ["-n", chart::NAMESPACE, "get", "pods", "-l", COMPONENT, &of_node, "-o", "name"];
-    let pod = suite.kube.kubectl(&words)?.trim().to_owned();
-    let log = suite.kube.kubectl(&["-n", chart::NAMESPACE, "logs", &pod])?;
-    let key = log.split_whitespace().find_map(|word| word.strip_prefix("key="));
-    key.map(str::to_owned).with_context(|| format!("no key in the relay's log: {log}"))
-}
-
-fn private_key(kube: &Kube, node: &str) -> Result<String> {
-    let path = format!("{}/{}", mesh_types::defaults::STATE_DIR, mesh_types::defaults::KEY_FILE);
-    let file: Value = serde_json::from_str(&fs::read_to_string(kube.node(node)?.path(&path))?)?;
-    Ok(text(&file, "/private_key").to_owned())
+/// At what address the relay with this key sees a node's daemon, by the daemon's status.
+fn seen_at(suite: &Suite<'_>, node: &str, relay_key: &str) -> Result<SocketAddr> {
+    let program = suite.kube.lab.programs().meshd.display().to_string();
+    let said = suite.kube.node(node)?.run(&[&program, "status", "--json"])?;
+    let status: Value = serde_json::from_str(&said).context("its status")?;
+    let relays = status.get("keyrelays").and_then(Value::as_array).cloned().unwrap_or_default();
+    let relay = relays.iter().find(|relay| text(relay, "/public_key") == relay_key);
+    let relay = relay.with_context(|| format!("it knows {} relays", relays.len()))?;
+    let seen = text(relay, "/reflexive");
+    seen.parse().with_context(|| format!("not registered: {relay}"))
 }
 
 /// Asks the relay on a node, with this key.
