@@ -29,6 +29,9 @@ use crate::args::Run;
 /// Changes of so long become one: when a cluster of thousands starts, each key would else be a list of all.
 const TOGETHER: Duration = Duration::from_millis(200);
 
+/// An API server that has not answered the first question within this time is told of.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+
 /// The copy of the members, beside the private key.
 const COPY_FILE: &str = "members.json";
 
@@ -63,7 +66,8 @@ impl Cluster {
         tokio::spawn(kube::follow(self.client.clone(), members, sender));
         // What was kept is news, too: whether it is anything has to be told.
         let now = Instant::now();
-        Some(Nodes { state, copy, fresh: true, not_before: now, retry_at: None })
+        let answer_due = now + ANSWER_WITHIN;
+        Some(Nodes { state, copy, fresh: true, not_before: now, again_at: None, answer_due })
     }
 
     /// Begins to publish the relay, where that is wanted.
@@ -133,8 +137,9 @@ pub(crate) struct Nodes {
     /// There are news that were not taken.
     fresh: bool,
     not_before: Instant,
-    /// The copy could not be written.
-    retry_at: Option<Instant>,
+    /// There is something to be done then, news or not.
+    again_at: Option<Instant>,
+    answer_due: Instant,
 }
 
 impl Nodes {
@@ -145,13 +150,13 @@ impl Nodes {
     /// Waits until there is something to take. What was waited for is not lost when the waiting ends early.
     pub(crate) async fn changed(&mut self) {
         if !self.fresh {
-            let retry_at = self.retry_at;
+            let again_at = self.again_at;
             tokio::select! {
                 changed = self.state.changed() => if changed.is_err() {
                     tracing::error!("Nodes are no longer watched");
                     std::future::pending::<()>().await;
                 },
-                () = due(retry_at) => {}
+                () = due(again_at) => {}
             }
             self.fresh = true;
         }
@@ -161,7 +166,13 @@ impl Nodes {
     /// Takes the news in; true where the members are others.
     pub(crate) fn take(&mut self, shared: &Shared, rosters: &mut Rosters) -> bool {
         (self.fresh, self.not_before) = (false, Instant::now() + TOGETHER);
-        let state = self.state.borrow_and_update().clone();
+        let mut state = self.state.borrow_and_update().clone();
+        // The client tries for minutes before it says a word.
+        let is_late = !state.heard && Instant::now() >= self.answer_due;
+        if is_late && state.trouble.is_none() {
+            state.trouble = Some("the API server has not answered yet".to_owned());
+        }
+        self.again_at = (!state.heard && !is_late).then_some(self.answer_due);
         let refused = u64::try_from(state.refused).unwrap_or(u64::MAX);
         shared.refused_keys.store(refused, Ordering::Relaxed);
         tell_trouble(shared, state.trouble.as_deref());
@@ -171,8 +182,8 @@ impl Nodes {
             true => self.copy.keep(&state.members),
             false => Ok(false),
         };
-        self.retry_at = changed.is_err().then(|| Instant::now() + RETRY);
         if let Err(error) = changed {
+            self.again_at = Some(Instant::now() + RETRY);
             tracing::warn!(
                 error = format!("{error:#}"),
                 "a restart would begin with older members"

@@ -26,8 +26,11 @@ use wg_engine::{BoringFactory, public_key};
 use crate::args::{Args, Command, Run, Whoami};
 use crate::cluster::{Cluster, Nodes, Published};
 
+/// What is logged unless RUST_LOG says otherwise: not every attempt of the API's client, we tell how it stands.
+const LOG: &str = "info,kube_client=off,kube_runtime=off";
+
 /// How often it is looked at where members come from.
-const LOOK_AROUND_EVERY: Duration = Duration::from_secs(10);
+const LOOK_AROUND_EVERY: Duration = Duration::from_secs(5);
 
 /// How often the keys files are looked at; a changed one is read at the second look.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
@@ -45,7 +48,7 @@ async fn main() -> ExitCode {
 }
 
 async fn start(args: Args) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOG));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

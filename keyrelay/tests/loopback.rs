@@ -103,6 +103,24 @@ fn a_taken_port_is_one_clear_line() {
 }
 
 #[test]
+fn a_relay_whose_members_all_come_from_one_inner_address_says_that_it_is_not_ready_and_serves() {
+    let keys: Vec<_> = (0..4).map(|_| generate_private_key()).collect();
+    let members: Vec<_> = keys.iter().map(public_key).collect();
+    let mut relay = start("127.0.0.1:0", &members);
+    assert!(relay.page("/readyz").starts_with("HTTP/1.1 200"));
+    // The highest byte of the number is none of the address.
+    let mut clients: Vec<_> =
+        (1..).zip(&keys).map(|(high, key)| Client::join(&relay, key, (high << 24) | 1)).collect();
+    let line = relay.says("not ready: all 4 members come from 1 inner address(es) like 127.0.0.1");
+    assert!(line.contains(" WARN ") && line.contains("externalTrafficPolicy"), "{line}");
+    let page = relay.page("/readyz");
+    assert!(page.starts_with("HTTP/1.1 503") && page.contains("one_address: all 4"), "{page}");
+    assert!(relay.page("/healthz").starts_with("HTTP/1.1 200"), "it is not to be killed for it");
+    assert_eq!(relay.metric("keyrelay_not_ready{reason=\"one_address\"}"), 1);
+    assert!(clients.iter_mut().all(Client::ask), "served all the same");
+}
+
+#[test]
 fn a_relay_whose_log_nobody_reads_ends_well_when_told_to() {
     let member = public_key(&generate_private_key());
     let mut relay = start("127.0.0.1:0", &[member]);
