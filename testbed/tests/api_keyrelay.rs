@@ -266,3 +266,27 @@ fn files_are_rosters_beside_the_nodes() {
     relay.has_members(2);
     assert!(relay.answers(&a, "20"));
 }
+
+/// What 10,000 registered members take beyond 10,000 named ones (`keyrelay/tests/memory.rs`) fits beside it into 256 MiB.
+const RESIDENT_BYTES_MAX: u64 = 128 << 20;
+
+#[test]
+fn ten_thousand_nodes_leave_room_for_their_sessions_in_256_mib() {
+    let folder = tempfile::tempdir().expect("scratch");
+    let api = Api::start(&[]);
+    for number in 0..10_000_u64 {
+        let mut bytes = [7; 32];
+        bytes[..8].copy_from_slice(&number.to_be_bytes());
+        let key = mesh_types::key::PublicKey::from_bytes(bytes).expect("an ordinary point");
+        let created = api.handle.create_node(&node(&format!("node-{number}"), &key.to_string()));
+        created.expect("a Node");
+    }
+    let relay = Relay::start(folder.path(), &api, &[]);
+    relay.has_members(10_000);
+    let status = std::fs::read_to_string(format!("/proc/{}/status", relay.child.id()));
+    let status = status.expect("its status");
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("a line");
+    let kib: u64 = line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("KiB");
+    println!("10000 members from Nodes: {:.1} MiB resident at most", kib as f64 / 1024.0);
+    assert!(kib * 1024 < RESIDENT_BYTES_MAX, "{kib} KiB");
+}
