@@ -19,6 +19,7 @@ pub(crate) struct Args {
     pub(crate) command: Command,
 }
 
+#[allow(clippy::large_enum_variant, reason = "there is one, for the life of the program")]
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Serve the members of a mesh.

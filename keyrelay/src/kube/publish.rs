@@ -329,7 +329,7 @@ fn host_of_service(service: &Service) -> Option<(String, bool)> {
 mod tests {
     use super::*;
 
-    fn node(annotations: serde_json::Value, addresses: &[(&str, &str)]) -> Node {
+    fn node(annotations: &serde_json::Value, addresses: &[(&str, &str)]) -> Node {
         let addresses: Vec<_> =
             addresses.iter().map(|(kind, text)| json!({"type": kind, "address": text})).collect();
         let node =
@@ -345,7 +345,9 @@ mod tests {
             ("ExternalIP", "203.0.113.7"),
             ("Hostname", "node-1"),
         ];
-        let found = |annotations, addresses| host_of_node(&node(annotations, addresses));
+        let found = |annotations: serde_json::Value, addresses| {
+            host_of_node(&node(&annotations, addresses))
+        };
         assert_eq!(found(json!({}), &both).as_deref(), Some("203.0.113.7"));
         assert_eq!(found(json!({}), &both[..2]).as_deref(), Some("2001:db8::7"));
         assert_eq!(found(json!({}), &both[..1]).as_deref(), Some("10.0.0.7"));
