@@ -20,6 +20,7 @@ pub mod addr;
 pub mod capture;
 pub mod clock;
 mod cmsg;
+pub mod conntrack;
 pub mod guard;
 pub mod link;
 pub mod neigh;

@@ -37,9 +37,11 @@
 //! site      namespaces and wires                      wire      what is said to the host on the internet
 //! host      reflector and relay there                 probe     measures what a site does (RFC 5780)
 //! expected  direct or relayed, from two kinds         punch     tries it with plain sockets
-//! pairs     all of them, by whatever connects them    page      the guide
+//! daemons   connects it as users do                   pairs     all of them, by whatever connects them
+//! page      the guide
 //! ```
 
+mod daemons;
 mod expected;
 mod host;
 mod kind;
@@ -62,6 +64,7 @@ use serde::Serialize;
 use crate::lab::{self, Lab, Programs};
 use crate::{interrupt, progress};
 
+pub use daemons::Daemons;
 pub use expected::{Expected, Reason, expected, reason};
 pub use host::Host;
 pub use kind::{Behaviour, Filtering, Kind, Lifetime, Mapping, Neighbours, Ports};
@@ -74,6 +77,18 @@ pub use site::{NatLab, Side, Site};
 /// Pairs connected at once: they wait, mostly.
 pub const PARALLEL: usize = 8;
 
+/// The same with daemons: each pair has two of them, and two relays.
+pub const PARALLEL_DAEMONS: usize = 12;
+
+/// What connects the pairs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum By {
+    /// What users run: `meshd` and `keyrelay`
+    Daemons,
+    /// Hole punching by the laboratory itself, which shows what the sites allow
+    Sockets,
+}
+
 #[derive(Debug, Clone, clap::Args)]
 pub struct NatOptions {
     /// One JSON document on stdout instead of the table
@@ -82,6 +97,9 @@ pub struct NatOptions {
     /// One pair of kinds of site, or every pair with one kind
     #[arg(long, value_name = "A[,B]", value_delimiter = ',', value_enum)]
     pub only: Vec<Kind>,
+    /// What connects the pairs
+    #[arg(long, value_enum, default_value_t = By::Daemons)]
+    pub by: By,
     /// Write the guide's page here, when every pair is as expected
     #[arg(long, value_name = "FILE", conflicts_with = "only")]
     pub page: Option<PathBuf>,
@@ -125,14 +143,27 @@ fn connect_all(lab: Lab, options: &NatOptions) -> Result<Vec<Pair>> {
     let kinds: Vec<Kind> = Kind::ALL.into_iter().filter(used).collect();
     progress(&format!("building {} kinds of site, one for either side", kinds.len()));
     let built = NatLab::build(lab, &kinds, &Side::BOTH)?;
-    let host = Host::start(&built.host)?;
-    progress(&format!("connecting {} pairs by plain sockets", wanted.len()));
-    let pairs = connect_pairs(&built, &Sockets, &wanted, PARALLEL, |pair| {
+    let said = |pair: &Pair| {
         if !pair.ok {
             progress(&page::problem(pair));
         }
-    });
-    drop(host);
+    };
+    let count = wanted.len();
+    let pairs = match options.by {
+        By::Sockets => {
+            let host = Host::start(&built.host)?;
+            progress(&format!("connecting {count} pairs by plain sockets"));
+            let pairs = connect_pairs(&built, &Sockets, &wanted, PARALLEL, said);
+            drop(host);
+            pairs
+        }
+        By::Daemons => {
+            let parallel = PARALLEL_DAEMONS.min(count);
+            let daemons = Daemons::prepare(&built, parallel)?;
+            progress(&format!("connecting {count} pairs by daemons, {parallel} at a time"));
+            connect_pairs(&built, &daemons, &wanted, parallel, said)
+        }
+    };
     progress("taking the laboratory down");
     built.lab.down()?;
     Ok(pairs)

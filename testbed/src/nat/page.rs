@@ -171,15 +171,15 @@ fn behaviour(behaviour: Option<Behaviour>) -> String {
 
 /// One line about a pair that is not as expected.
 pub(super) fn problem(pair: &Pair) -> String {
-    let stream = if pair.stream_survived == Some(false) { "; the stream broke" } else { "" };
-    let why = pair.error.as_deref().map(|error| format!(": {error}")).unwrap_or_default();
+    let why = pair.error.iter().chain(&pair.late).map(String::as_str).collect::<Vec<_>>();
+    let why = if why.is_empty() { String::new() } else { format!(": {}", why.join("; ")) };
     let apart = match pair.a.neighbours().filter(|_| pair.a == pair.b) {
         Some(Neighbours::SameNetwork) => " (one network)",
         Some(Neighbours::SeparateNetworks) => " (one NAT)",
         None => "",
     };
     let Pair { a, b, expected, got, .. } = pair;
-    format!("{a} and {b}{apart}: expected {expected}, got {got}{stream}{why}")
+    format!("{a} and {b}{apart}: expected {expected}, got {got}{why}")
 }
 
 /// A line a pair, for a terminal.

@@ -1,8 +1,6 @@
 //! Every pair of sites, connected in turn or some at once, and what came of it.
 
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -11,6 +9,14 @@ use serde::Serialize;
 use super::expected::{Expected, expected};
 use super::kind::Kind;
 use super::site::{NatLab, Side, Site};
+use crate::parallel;
+
+/// Within which time things have to happen; a pair that takes longer is told as a problem.
+pub(super) const FIRST_PACKET_MAX: Duration = Duration::from_secs(2);
+pub(super) const DIRECT_MAX: Duration = Duration::from_secs(5);
+pub(super) const RELAY_MOVE_MAX: Duration = Duration::from_secs(2);
+pub(super) const ADDRESS_CHANGE_MAX: Duration = Duration::from_secs(5);
+pub(super) const PUBLIC_ADDRESS_CHANGE_MAX: Duration = Duration::from_secs(1);
 
 /// How a pair was connected in the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -42,7 +48,7 @@ impl fmt::Display for Got {
 }
 
 /// What became of one pair. Times are from when both were told to connect until both had it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
     pub got: Got,
     /// The first packet of each had reached the other, by whatever way.
@@ -51,12 +57,40 @@ pub struct Outcome {
     pub direct: Option<Duration>,
     /// Whether a TCP stream between the two lived through every change of path; none where there is none.
     pub stream_survived: Option<bool>,
+    pub changes: Changes,
+    /// What went wrong with the stream or a path.
+    pub broken: Vec<String>,
+}
+
+/// How long no packet came through, or until one did; none where it was not tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Changes {
+    /// From the start of both daemons to the first answered packet.
+    pub start: Option<Duration>,
+    /// The direct path was blocked.
+    pub blocked: Option<Duration>,
+    /// From its opening until both said direct.
+    pub direct_again: Option<Duration>,
+    /// One side got another address or port.
+    pub address_change: Option<Duration>,
+    /// It was one that everybody can reach.
+    pub public_side_moved: bool,
+    /// The relay in use was killed.
+    pub relay_move: Option<Duration>,
+    /// Nobody had spoken for longer than short mappings live.
+    pub after_silence: Option<Duration>,
 }
 
 /// What connects two nodes: plain sockets, or daemons.
 pub trait Connect: Sync {
     /// Its name in the report.
     fn by(&self) -> &'static str;
+
+    /// Names of what a pair needs for itself alone while it is connected.
+    fn needs(&self, a: &Site, b: &Site) -> Vec<String> {
+        let _ = (a, b);
+        Vec::new()
+    }
 
     /// Connects the nodes of two sites and leaves nothing running. Pairs that share a site may be connected at once.
     fn connect(&self, a: &Site, b: &Site) -> Result<Outcome>;
@@ -77,6 +111,21 @@ pub struct Pair {
     pub stream_survived: Option<bool>,
     pub ok: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blocked_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub direct_again_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address_change_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub relay_move_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub after_silence_ms: Option<f64>,
+    /// What took longer than it may.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub late: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 
@@ -84,24 +133,78 @@ impl Pair {
     fn of(a: Kind, b: Kind, by: &'static str, result: Result<Outcome>) -> Self {
         let expected = expected(a, b);
         let error = result.as_ref().err().map(|error| format!("{error:#}"));
-        let nothing =
-            Outcome { got: Got::Nothing, first_packet: None, direct: None, stream_survived: None };
-        let outcome = result.unwrap_or(nothing);
+        let outcome = result.unwrap_or_else(|_| Outcome::nothing());
         let ms =
             |time: Option<Duration>| time.map(|time| (time.as_secs_f64() * 1e4).round() / 10.0);
+        let Outcome { got, first_packet, direct, stream_survived, changes, broken } = outcome;
+        let late = late(expected, first_packet, direct, &changes);
+        let error = error.or_else(|| (!broken.is_empty()).then(|| broken.join("; ")));
         Self {
             a,
             b,
             by,
             expected,
-            got: outcome.got,
-            first_packet_ms: ms(outcome.first_packet),
-            direct_ms: ms(outcome.direct),
-            stream_survived: outcome.stream_survived,
-            ok: outcome.got.is(expected) && outcome.stream_survived != Some(false),
+            got,
+            first_packet_ms: ms(first_packet),
+            direct_ms: ms(direct),
+            stream_survived,
+            ok: got.is(expected) && error.is_none() && late.is_empty(),
+            start_ms: ms(changes.start),
+            blocked_ms: ms(changes.blocked),
+            direct_again_ms: ms(changes.direct_again),
+            address_change_ms: ms(changes.address_change),
+            relay_move_ms: ms(changes.relay_move),
+            after_silence_ms: ms(changes.after_silence),
+            late,
             error,
         }
     }
+
+    /// Whether it came to be as expected, and nothing broke, however long it took.
+    pub fn is_right(&self) -> bool {
+        self.got.is(self.expected) && self.error.is_none()
+    }
+}
+
+impl Outcome {
+    pub(super) fn nothing() -> Self {
+        Self {
+            got: Got::Nothing,
+            first_packet: None,
+            direct: None,
+            stream_survived: None,
+            changes: Changes::default(),
+            broken: Vec::new(),
+        }
+    }
+}
+
+/// What took longer than it may, each with its bound.
+fn late(
+    expected: Expected,
+    first_packet: Option<Duration>,
+    direct: Option<Duration>,
+    changes: &Changes,
+) -> Vec<String> {
+    let moved = match changes.public_side_moved {
+        true => PUBLIC_ADDRESS_CHANGE_MAX,
+        false => ADDRESS_CHANGE_MAX,
+    };
+    let direct = direct.filter(|_| expected == Expected::Direct);
+    let bounds = [
+        ("first packet", first_packet, FIRST_PACKET_MAX),
+        ("first packet of two that start", changes.start, FIRST_PACKET_MAX),
+        ("direct", direct, DIRECT_MAX),
+        ("another relay", changes.relay_move, RELAY_MOVE_MAX),
+        ("change of address", changes.address_change, moved),
+        ("first packet after a silence", changes.after_silence, FIRST_PACKET_MAX),
+    ];
+    let over = bounds.into_iter().filter_map(|(what, took, max)| Some((what, took?, max)));
+    let over = over.filter(|(_, took, max)| took > max);
+    over.map(|(what, took, max)| {
+        format!("{what} after {} ms, not {}", took.as_millis(), max.as_millis())
+    })
+    .collect()
 }
 
 /// Every pair once, whoever begins; with `only` one kind those with it, with two that one.
@@ -128,30 +231,24 @@ pub fn run(
     parallel: usize,
     progress: impl Fn(&Pair) + Sync,
 ) -> Vec<Pair> {
-    let pairs = Mutex::new(vec![None; wanted.len()]);
-    let next = AtomicUsize::new(0);
-    std::thread::scope(|scope| {
-        for _ in 0..parallel.max(1) {
-            scope.spawn(|| {
-                loop {
-                    let at = next.fetch_add(1, Ordering::Relaxed);
-                    let Some((a, b)) = wanted.get(at).copied() else { break };
-                    let sites =
-                        lab.site(a, Side::A).and_then(|site| Ok((site, lab.site(b, Side::B)?)));
-                    let result = sites.and_then(|(a, b)| connect.connect(a, b));
-                    let pair = Pair::of(a, b, connect.by(), result);
-                    progress(&pair);
-                    if let Some(slot) =
-                        pairs.lock().unwrap_or_else(PoisonError::into_inner).get_mut(at)
-                    {
-                        *slot = Some(pair);
-                    }
-                }
-            });
-        }
-    });
-    let pairs = pairs.into_inner().unwrap_or_else(PoisonError::into_inner);
-    pairs.into_iter().flatten().collect()
+    let sites = |(a, b): &(Kind, Kind)| {
+        let (of_a, of_b) = sides(*a, *b);
+        Ok::<_, anyhow::Error>((lab.site(*a, of_a)?, lab.site(*b, of_b)?))
+    };
+    let needs = |pair: &(Kind, Kind)| sites(pair).map_or(Vec::new(), |(a, b)| connect.needs(a, b));
+    parallel::run(wanted, parallel, needs, |pair| {
+        let result = sites(pair).and_then(|(a, b)| connect.connect(a, b));
+        let pair = Pair::of(pair.0, pair.1, connect.by(), result);
+        progress(&pair);
+        pair
+    })
+}
+
+/// Which of its two sites each of a pair takes: either is in as many pairs as the other.
+fn sides(a: Kind, b: Kind) -> (Side, Side) {
+    let at = |kind: Kind| Kind::ALL.iter().position(|other| *other == kind).unwrap_or(0);
+    let turned = (at(a) + at(b)) % 2 == 1;
+    if turned { (Side::B, Side::A) } else { (Side::A, Side::B) }
 }
 
 #[cfg(test)]
@@ -174,7 +271,7 @@ mod tests {
             got: Got::Direct,
             first_packet: Some(Duration::from_micros(1_540)),
             direct: Some(Duration::from_millis(2)),
-            stream_survived: None,
+            ..Outcome::nothing()
         };
         let pair = Pair::of(Kind::FullCone, Kind::V6Only, "sockets", Ok(outcome));
         let text = serde_json::to_string(&pair).expect("JSON");
@@ -185,7 +282,11 @@ mod tests {
     #[test]
     fn only_what_was_expected_with_its_stream_alive_is_good() {
         let outcome = |got, stream_survived| {
-            let outcome = Outcome { got, first_packet: None, direct: None, stream_survived };
+            let broken = match stream_survived {
+                Some(false) => vec!["the stream broke".to_owned()],
+                _ => Vec::new(),
+            };
+            let outcome = Outcome { got, stream_survived, broken, ..Outcome::nothing() };
             Pair::of(Kind::Open, Kind::Open, "sockets", Ok(outcome)).ok
         };
         assert!(outcome(Got::Direct, None) && outcome(Got::Direct, Some(true)));

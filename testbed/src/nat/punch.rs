@@ -62,7 +62,7 @@ impl Connect for Sockets {
             (None, None) => Got::Nothing,
         };
         // There is no tunnel for a stream to be in.
-        Ok(Outcome { got, first_packet: first, direct, stream_survived: None })
+        Ok(Outcome { got, first_packet: first, direct, ..Outcome::nothing() })
     }
 }
 

@@ -38,6 +38,9 @@ impl Side {
     }
 }
 
+/// The internet's address on its wire, IPv4 first.
+const GATEWAYS: [&str; 2] = ["192.0.2.1", "2001:db8:f::1"];
+
 /// Ports of a side; none is used twice in a run, so no socket finds what an earlier one left in a NAT.
 const PORTS_PER_SIDE: u16 = 10_000;
 
@@ -91,6 +94,15 @@ impl NatLab {
         self.sites
             .get(&(kind, side))
             .with_context(|| format!("{kind} was not built as {}", side.name()))
+    }
+
+    /// A machine on the internet with an address of each family; `number` is the last part of both.
+    pub(super) fn add_machine(&self, name: &str, number: u8) -> Result<Namespace> {
+        let machine = self.lab.add_namespace(name, Role::Router)?;
+        let places = [format!("192.0.2.{number}/24"), format!("2001:db8:f::{number}/64")];
+        self.join_internet(&machine, "eth0", &places)?;
+        machine.wait_for_addresses()?;
+        Ok(machine)
     }
 
     pub fn sites(&self) -> impl Iterator<Item = &Site> {
@@ -242,7 +254,7 @@ impl NatLab {
         let mut lines = Vec::new();
         for place in places {
             let place = place.as_ref();
-            let gateway = if place.contains(':') { "2001:db8:f::1" } else { "192.0.2.1" };
+            let gateway = GATEWAYS[usize::from(place.contains(':'))];
             lines.push(format!("addr add {place} dev {interface}"));
             lines.push(format!("route add default via {gateway} dev {interface}"));
         }
@@ -256,11 +268,47 @@ impl NatLab {
 }
 
 impl Site {
-    /// A socket of the node with a port no other has had.
-    pub fn socket(&self, family: Family) -> Result<UdpSocket> {
+    /// A port that nothing on the node has had.
+    pub(super) fn next_port(&self) -> Result<u16> {
         let port = self.next_port.fetch_add(1, Ordering::Relaxed);
         let first = self.side.first_port();
         ensure!(port < first + PORTS_PER_SIDE, "{} has used all its ports", self.node.name());
+        Ok(port)
+    }
+
+    /// A number no other site has.
+    pub(super) fn number(&self) -> u8 {
+        number(self.kind, self.side)
+    }
+
+    /// Where the node is seen on the internet.
+    pub(super) fn seen_at(&self) -> Vec<IpAddr> {
+        match (self.kind, self.kind.neighbours()) {
+            (Kind::Open | Kind::V6Only, _) => self.addresses.clone(),
+            (kind, Some(_)) => vec![public_v4(kind, Side::A).into()],
+            (kind, None) => vec![public_v4(kind, self.side).into()],
+        }
+    }
+
+    /// The node's way out, one for each of its addresses.
+    pub(super) fn gateways(&self) -> Vec<String> {
+        let gateway = |own: &IpAddr| match (self.kind, own) {
+            (Kind::V6Only, _) => format!("2001:db8:{}::1", self.number()),
+            (_, IpAddr::V4(_)) => GATEWAYS[0].to_owned(),
+            (_, IpAddr::V6(_)) => GATEWAYS[1].to_owned(),
+        };
+        self.addresses.iter().map(gateway).collect()
+    }
+
+    /// The rules of its nearest router, as they were set up.
+    pub(super) fn home_rules(&self) -> String {
+        let side = if self.kind.neighbours().is_some() { Side::A } else { self.side };
+        rules::home(self.kind, public_v4(self.kind, side))
+    }
+
+    /// A socket of the node with a port no other has had.
+    pub fn socket(&self, family: Family) -> Result<UdpSocket> {
+        let port = self.next_port()?;
         let address = SocketAddr::new(self.address(family)?, port);
         self.node
             .run_in(|| UdpSocket::bind(address).with_context(|| format!("cannot bind {address}")))

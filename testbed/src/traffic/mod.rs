@@ -11,8 +11,6 @@ mod udp;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -21,6 +19,7 @@ use serde::Serialize;
 
 use crate::canary::Canary;
 use crate::lab::Pod;
+use crate::parallel;
 
 pub(crate) use icmp::first_answer;
 pub use probe::{Gap, GapProbe};
@@ -144,27 +143,16 @@ pub fn matrix(
     progress: impl Fn(&PairResult) + Sync,
 ) -> Vec<PairResult> {
     let jobs = jobs(parties);
-    let results = Mutex::new(vec![None; jobs.len()]);
-    let next = AtomicUsize::new(0);
-    std::thread::scope(|scope| {
-        for _ in 0..parallel.max(1) {
-            scope.spawn(|| {
-                loop {
-                    let at = next.fetch_add(1, Ordering::Relaxed);
-                    let Some((from, to, family, protocol)) = jobs.get(at) else { break };
-                    let result = check(from, to, *family, *protocol, canary);
-                    progress(&result);
-                    let mut results =
-                        results.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                    if let Some(slot) = results.get_mut(at) {
-                        *slot = Some(result);
-                    }
-                }
-            });
-        }
-    });
-    let results = results.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    results.into_iter().flatten().collect()
+    parallel::run(
+        &jobs,
+        parallel,
+        |_| [(); 0],
+        |(from, to, family, protocol)| {
+            let result = check(from, to, *family, *protocol, canary);
+            progress(&result);
+            result
+        },
+    )
 }
 
 type Job<'a> = (&'a Party, &'a Party, Family, Protocol);
