@@ -123,7 +123,7 @@ impl<F: EngineFactory> Tunnel<F> {
     pub fn doubt_relay(&mut self, now: MonoTime, relay: &PublicKey) {
         let Some(slot) = self.peers.slot_of(relay) else { return };
         if let Some(relay) = self.peers.get_mut(slot).filter(|it| it.config.role == Role::Relay) {
-            relay.look.ask_now(now);
+            relay.look.doubt(now);
             self.peers.reschedule(now, slot);
         }
     }
@@ -250,7 +250,27 @@ impl<F: EngineFactory> Tunnel<F> {
     /// What a relay that another shard serves shows of us.
     pub fn note_seen(&mut self, relay: PublicKey, sight: Sight) {
         if self.foreign.holds(&relay) {
-            self.relays.seen.insert(relay, sight);
+            let before = self.relays.seen.insert(relay, sight).unwrap_or_default();
+            self.seen_elsewhere(self.now, before, sight);
+        }
+    }
+
+    /// Peers hear at once where this node is now, if a relay saw it elsewhere before.
+    fn seen_elsewhere(&mut self, now: MonoTime, before: Sight, after: Sight) {
+        let moved = |(before, after): (Option<SocketAddr>, Option<SocketAddr>)| {
+            before.is_some() && after.is_some() && before != after
+        };
+        if ![(before.v4, after.v4), (before.v6, after.v6)].into_iter().any(moved) {
+            return;
+        }
+        // Others carry nothing of ours until they have heard of us.
+        self.each_relay(now, |look| look.doubt(now));
+        let slots: Vec<u32> = self.peers.slots().collect();
+        for slot in slots {
+            if let Some(peer) = self.peers.get_mut(slot).filter(|peer| peer.is_relayed()) {
+                peer.ways.moved(now);
+                self.peers.reschedule(now, slot);
+            }
         }
     }
 
@@ -333,17 +353,16 @@ impl<F: EngineFactory> Tunnel<F> {
         self.ask_doubted(now, slot);
     }
 
-    /// Nothing came back through a relay: after a change of our address it knows us only once it has heard of us.
+    /// A way was lost: if that was a change of our address, relays know us only once they have heard of us.
     fn ask_doubted(&mut self, now: MonoTime, slot: u32) {
-        let Some(peer) = self.peers.get_mut(slot) else { return };
-        let Some(at) = peer.ways.take_doubted() else { return };
+        let Some(peer) = self.peers.get_mut(slot).filter(|peer| peer.is_relayed()) else { return };
+        if !peer.ways.take_doubted() {
+            return;
+        }
         for key in peer.config.relays.clone() {
-            if self.foreign.place_of(&key) == Some(at) {
+            if self.foreign.holds(&key) {
                 self.event(Event::RelayInDoubt { relay: key });
-            } else if let Some(slot) = self.peers.slot_of(&key)
-                && let Some(relay) = self.peers.get(slot)
-                && relay.path.endpoint().is_some_and(|endpoint| endpoint.addr == at)
-            {
+            } else {
                 self.doubt_relay(now, &key);
             }
         }
@@ -383,6 +402,7 @@ impl<F: EngineFactory> Tunnel<F> {
                 let (relay, sight) = (relay.config.key, relay.look.sight());
                 if sight != before {
                     self.event(Event::Seen { relay, sight });
+                    self.seen_elsewhere(now, before, sight);
                 }
             }
             Frame::NotHere { key } => {

@@ -113,6 +113,8 @@ pub struct Look {
     /// Where the relay answers besides.
     other_port: u16,
     ask_at: Option<MonoTime>,
+    /// When our address was asked for last.
+    asked_at: Option<MonoTime>,
     /// Questions for our address since the last answer.
     unanswered: u8,
     test_at: Option<MonoTime>,
@@ -132,7 +134,14 @@ impl Look {
         self.ask_at.into_iter().chain(self.test_at).min()
     }
 
-    /// A session with the relay begins, or there is reason to believe that it may not know us any more.
+    /// The relay may not know us any more. However many say so, it is asked once in a [`TRY`].
+    pub fn doubt(&mut self, now: MonoTime) {
+        let soon = self.asked_at.map_or(now, |at| (at + TRY).max(now));
+        self.ask_at = Some(self.ask_at.map_or(soon, |at| at.min(soon)));
+        self.unanswered = 0;
+    }
+
+    /// A session with the relay begins, or this node's addresses have changed.
     pub fn ask_now(&mut self, now: MonoTime) {
         self.ask_at = Some(now);
         self.unanswered = 0;
@@ -159,6 +168,7 @@ impl Look {
         let mut wanted = Vec::new();
         if self.ask_at.is_some_and(|at| at <= now) {
             self.unanswered = self.unanswered.saturating_add(1);
+            self.asked_at = Some(now);
             self.ask_at = Some(now + if self.unanswered < TRIES { TRY } else { ASK });
             wanted.push(Question::Address);
             let other = candidates.iter().find(|at| at.is_ipv4() != relay.is_ipv4());

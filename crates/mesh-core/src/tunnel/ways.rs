@@ -13,6 +13,9 @@
 //!        └───────┘      or not proven for so long that a NAT may have forgotten us (TRUST)
 //!   seek: "call me now" through the relay, probes to all direct ways; after 0, 1, 2 ... s, then doubling to a minute
 //!   no answer through this relay for LOST: the next relay
+//!   a relay sees us elsewhere: relayed and seeking at once, so that the peer hears of it
+//!   the peer invites and does not name the direct way in use: the same
+//!   any way lost: relays are asked whether they still know us
 //! ```
 //!
 //! All of it happens in one session, so a change of way breaks nothing. A probe is a sealed packet to one address; its
@@ -54,7 +57,7 @@ const SEEK: Duration = Duration::from_millis(1_050);
 const SEEK_MAX: Duration = Duration::from_secs(60);
 /// Between two invitations: one is answered by our own, if ours is older than that.
 const CALL_BACK: Duration = Duration::from_secs(5);
-/// An invitation within this time after another is not looked at: each may name addresses of people who never heard of us.
+/// An invitation within this time after another is looked at when it is over, the last of them: each may name addresses of people who never heard of us.
 const TOLD_EVERY: Duration = Duration::from_secs(1);
 /// Unanswered probes remembered: every candidate, what the peer told, every relay, twice.
 const ASKED_MAX: usize = 64;
@@ -117,13 +120,18 @@ pub struct Ways {
     told: Vec<SocketAddr>,
     told_at: Option<MonoTime>,
     told_nat: Nat,
-    /// A relay that may not know us any more.
-    doubted: Option<SocketAddr>,
+    /// What was said too early after that.
+    told_next: Option<(Vec<SocketAddr>, Nat)>,
+    /// Relays may not know us any more.
+    doubted: bool,
     used: Option<MonoTime>,
     check_at: Option<MonoTime>,
     seek_at: Option<MonoTime>,
     seeks: u32,
-    called: Option<MonoTime>,
+    /// Seeks since the peer said where it is.
+    turn: usize,
+    /// The last invitation, and through which relay.
+    called: Option<(MonoTime, SocketAddr)>,
     distrust_until: Option<MonoTime>,
     avoid: Option<(SocketAddr, MonoTime)>,
 }
@@ -233,15 +241,31 @@ impl Ways {
         }
     }
 
-    /// The peer says where it can be reached, what its NAT does, and that this lets us in now.
-    pub fn told(&mut self, now: MonoTime, addresses: impl Iterator<Item = SocketAddr>, nat: Nat) {
-        if self.told_at.is_some_and(|at| now.since(at) < TOLD_EVERY) {
-            return;
+    /// This node is seen elsewhere than before: packets of the peer may go astray, and it has to be told.
+    pub fn moved(&mut self, now: MonoTime) {
+        self.direct = None;
+        (self.seeks, self.called) = (0, None);
+        if self.is_active(now) {
+            (self.seek_at, self.check_at) = (Some(now), Some(now));
         }
-        self.told_at = Some(now);
-        self.told_nat = nat;
-        self.told.clear();
-        self.told.extend(addresses.take(TOLD_MAX));
+    }
+
+    /// The peer says where it can be reached, what its NAT does, and that this lets us in now. So it reaches us by a relay
+    /// alone: the direct way is none to it, and may be none to us if it is not among those named.
+    pub fn told(&mut self, now: MonoTime, addresses: impl Iterator<Item = SocketAddr>, nat: Nat) {
+        let told = (addresses.take(TOLD_MAX).collect(), nat);
+        if self.told_at.is_some_and(|at| now.since(at) < TOLD_EVERY) {
+            // The last word counts, in its time: it may name where the peer has gone since the one before.
+            self.told_next = Some(told);
+        } else {
+            self.take_told(now, told);
+        }
+    }
+
+    fn take_told(&mut self, now: MonoTime, (addresses, nat): (Vec<SocketAddr>, Nat)) {
+        (self.told_at, self.told_next) = (Some(now), None);
+        (self.told, self.told_nat, self.turn) = (addresses, nat, 0);
+        self.direct.take_if(|direct| !self.told.contains(&direct.addr));
         self.used = Some(now);
         self.seek_at = Some(now);
         self.check_at.get_or_insert(now);
@@ -272,15 +296,16 @@ impl Ways {
         (self.seeks, self.is_active(now))
     }
 
-    /// A relay through which nothing came back, to be asked whether it knows us; once.
-    pub fn take_doubted(&mut self) -> Option<SocketAddr> {
-        self.doubted.take()
+    /// Whether a way was lost since the last question: relays are to be asked whether they know us.
+    pub fn take_doubted(&mut self) -> bool {
+        std::mem::take(&mut self.doubted)
     }
 
     /// When [`Self::tick`] has something to do.
     pub fn deadline(&self) -> Option<MonoTime> {
         let lost = self.asked.front().map(|asked| asked.at + self.patience(asked));
-        [lost, self.check_at, self.seek_at].into_iter().flatten().min()
+        let told = self.told_at.filter(|_| self.told_next.is_some()).map(|at| at + TOLD_EVERY);
+        [lost, told, self.check_at, self.seek_at].into_iter().flatten().min()
     }
 
     /// Does what is due. `token` draws a number nobody can guess.
@@ -296,13 +321,21 @@ impl Ways {
         if !self.is_active(now) {
             (self.check_at, self.seek_at) = (None, None);
             self.asked.clear();
+            self.told_next = None;
             return;
+        }
+        if self.told_at.is_none_or(|at| now.since(at) >= TOLD_EVERY)
+            && let Some(told) = self.told_next.take()
+        {
+            self.take_told(now, told);
         }
         self.give_up_lost(now, around);
         let way = self.way(now, around);
         if self.check_at.is_some_and(|at| at <= now) {
-            self.check_at = Some(now + CHECK);
-            if let Some(way) = way.filter(|way| !self.is_heard(now, way)) {
+            // Not later than CHECK after something was heard: how long a silence lasts must not depend on when it begins.
+            let heard = way.and_then(|way| self.heard_lately(now, &way));
+            self.check_at = Some(heard.unwrap_or(now) + CHECK);
+            if let Some(way) = way.filter(|_| heard.is_none()) {
                 self.ask(now, way, limiter, &mut token, out);
             }
         }
@@ -337,9 +370,9 @@ impl Ways {
         usable.find(in_use).or(first).copied()
     }
 
-    /// Whether something came over the way in use so lately that it needs no probe.
-    fn is_heard(&self, now: MonoTime, way: &Endpoint) -> bool {
-        self.heard_over(way).is_some_and(|heard| now.since(heard) < CHECK)
+    /// When something came over the way, if so lately that it needs no probe.
+    fn heard_lately(&self, now: MonoTime, way: &Endpoint) -> Option<MonoTime> {
+        self.heard_over(way).filter(|heard| now.since(*heard) < CHECK)
     }
 
     fn heard_over(&self, way: &Endpoint) -> Option<MonoTime> {
@@ -380,7 +413,6 @@ impl Ways {
             Some(_) => {
                 self.avoid = Some((way.addr, now + AVOID));
                 self.relay = None;
-                self.doubted = Some(way.addr);
             }
             None => {
                 self.direct = None;
@@ -389,6 +421,8 @@ impl Ways {
         }
         (self.seeks, self.seek_at, self.check_at) = (0, Some(now), Some(now));
         self.called = None;
+        // Perhaps it was our own address that changed.
+        self.doubted = true;
     }
 
     /// The relay at `addr` does not know the peer, or is about to end.
@@ -411,20 +445,30 @@ impl Ways {
             self.seek_at = None;
             return;
         }
-        let due = self.called.is_none_or(|called| now.since(called) >= CALL_BACK);
-        if let Some(to) = way.filter(|way| way.carry.is_some() && due) {
-            self.called = Some(now);
+        // One through a relay that has been left since is taken for lost.
+        let due = |relay: SocketAddr| {
+            self.called.is_none_or(|(at, by)| {
+                now.since(at) >= if by == relay { CALL_BACK } else { TOLD_EVERY }
+            })
+        };
+        if let Some(to) = way.filter(|way| way.carry.is_some() && due(way.addr)) {
+            self.called = Some((now, to.addr));
             out.push(Ask::CallMeNow { to });
         }
-        let told = self.told.clone();
         let last = around.direct.map(|direct| direct.addr);
-        let others = around.candidates.iter().chain(&told).copied();
+        let all = self.told.iter().copied().chain(last).chain(around.candidates.iter().copied());
         let mut tried: Vec<SocketAddr> = Vec::new();
-        for addr in last.into_iter().chain(others) {
+        for addr in all {
             if !tried.contains(&addr) {
                 tried.push(addr);
-                self.ask(now, Endpoint::direct(addr), limiter, token, out);
             }
+        }
+        // Of several ports of one address the first alone is probed: each in turn, those that were told last before others.
+        let first = self.turn % tried.len().max(1);
+        tried.rotate_left(first);
+        self.turn = self.turn.wrapping_add(1);
+        for addr in tried {
+            self.ask(now, Endpoint::direct(addr), limiter, token, out);
         }
         // All of them, also the one in use: how far it is that way is compared.
         let compare = self.seeks == 0 && around.relays.len() > 1;

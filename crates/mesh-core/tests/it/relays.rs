@@ -246,6 +246,76 @@ fn what_a_relays_other_ports_send_moves_neither_the_relay_nor_us() {
     assert_eq!(talk(&mut net, 3_000), [30, 30]);
 }
 
+/// Both speak every 20 ms; how long, at the longest, one of them heard nothing.
+fn longest_silence(net: &mut Network, ms: u64) -> Duration {
+    let counts = |net: &Network| [0, 1].map(|host| net.texts(host, 1 - host).len());
+    let (mut before, mut since) = (counts(net), [net.now; 2]);
+    let mut longest = Duration::ZERO;
+    for _ in 0..ms / 20 {
+        net.send(0, 1, "there");
+        net.send(1, 0, "back");
+        net.run_ms(20);
+        let heard = counts(net);
+        for host in 0..2 {
+            if heard[host] > before[host] {
+                since[host] = net.now;
+            }
+            longest = longest.max(net.now.since(since[host]));
+        }
+        before = heard;
+    }
+    longest
+}
+
+#[test]
+fn a_relay_that_dies_at_whatever_moment_is_left_within_two_seconds() {
+    for phase in (0..1_000).step_by(40) {
+        let mut net = homes([strict(0), strict(1)], &[RELAY, SECOND]);
+        longest_silence(&mut net, 3_000 + phase);
+        let before = [0, 1].map(|relay: usize| net.relays[relay].carried);
+        longest_silence(&mut net, 200);
+        let used = usize::from(net.relays[1].carried > before[1]);
+        net.relays[used].up = false;
+        let silence = longest_silence(&mut net, 5_000);
+        assert!(silence <= Duration::from_secs(2), "{phase} ms: {silence:?}");
+    }
+}
+
+#[test]
+fn two_homes_find_each_other_again_within_seconds_after_a_nat_maps_anew() {
+    for minutes in [0, 3] {
+        let mut net = homes([home(0), home(1)], &[RELAY, SECOND]);
+        longest_silence(&mut net, 3_000 + minutes * 60_000);
+        assert!(kinds(&net).into_iter().all(is_direct));
+        net.hosts[0].nat.as_mut().expect("a NAT").rebind();
+        let silence = longest_silence(&mut net, 7_000);
+        assert!(silence <= Duration::from_secs(5), "{silence:?}");
+        assert!(kinds(&net).into_iter().all(is_direct), "{:?}", kinds(&net));
+        for relay in &mut net.relays {
+            relay.up = false;
+        }
+        assert!(longest_silence(&mut net, 3_000) <= Duration::from_millis(40), "direct it is");
+    }
+}
+
+#[test]
+fn whoever_gets_another_address_on_the_internet_is_reached_within_a_second() {
+    for other in [home(1), strict(1), None] {
+        for phase in (0..1_000).step_by(90) {
+            let mut net = homes([None, nat_again(&other)], &[RELAY, SECOND]);
+            longest_silence(&mut net, 3_000 + phase);
+            assert!(kinds(&net).into_iter().all(is_direct));
+            let elsewhere = format!("198.51.100.77:{PORT}").parse().expect("an endpoint");
+            net.hosts[0].addr = elsewhere;
+            net.run_ms(100);
+            net.hosts[0].tunnel.set_own_addresses(vec![elsewhere]);
+            let silence = longest_silence(&mut net, 5_000);
+            assert!(silence <= Duration::from_millis(900), "{phase} ms: {silence:?}");
+            assert!(kinds(&net).into_iter().all(is_direct), "{:?}", kinds(&net));
+        }
+    }
+}
+
 #[test]
 fn nobody_speaks_and_nothing_is_sent_but_to_the_relay() {
     let mut net = homes([home(0), home(1)], &[RELAY]);
