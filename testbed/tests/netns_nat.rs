@@ -10,8 +10,8 @@ use std::time::Duration;
 use rustix::process::Signal;
 use testbed::lab::{Lab, ProcessRef};
 use testbed::nat::{
-    Host, Kind, NatLab, PARALLEL, Side, Site, Sockets, connect_pairs, measure, reaches_by_tcp,
-    wanted,
+    Daemons, Got, Host, Kind, NatLab, PARALLEL, PARALLEL_DAEMONS, Side, Site, Sockets,
+    connect_pairs, measure, reaches_by_tcp, wanted,
 };
 
 /// Of a program that is stopped and goes on; more often than that it is not stopped.
@@ -64,7 +64,50 @@ fn every_pair_of_sites_is_connected_as_the_table_says() {
     assert!(wrong.is_empty(), "{wrong:#?}");
     for pair in &pairs {
         assert!(pair.first_packet_ms.is_some(), "nothing came through: {pair:?}");
-        assert_eq!(pair.direct_ms.is_some(), pair.got == testbed::nat::Got::Direct, "{pair:?}");
+        assert_eq!(pair.direct_ms.is_some(), pair.got == Got::Direct, "{pair:?}");
+    }
+}
+
+/// Of every reason one, and of the usual ones some.
+const BY_DAEMONS: [(Kind, Kind); 12] = [
+    (Kind::Open, Kind::SymmetricRandom),
+    (Kind::Open, Kind::Open),
+    (Kind::FullCone, Kind::PortRestricted),
+    (Kind::AddressRestricted, Kind::Symmetric),
+    (Kind::PortRestricted, Kind::PortRestricted),
+    (Kind::PortRestricted, Kind::Symmetric),
+    (Kind::Symmetric, Kind::SymmetricRandom),
+    (Kind::Cgnat, Kind::V6Only),
+    (Kind::Hairpin, Kind::Hairpin),
+    (Kind::NoHairpin, Kind::NoHairpin),
+    (Kind::Shared, Kind::Shared),
+    (Kind::V6Only, Kind::V6Only),
+];
+
+#[test]
+fn daemons_connect_pairs_as_the_table_says_and_a_stream_lives_through_every_change() {
+    if !common::root() {
+        return;
+    }
+    let lab = Lab::create(&common::lab_name("natdaemons"), common::programs()).expect("lab");
+    let kinds: Vec<Kind> = Kind::ALL
+        .into_iter()
+        .filter(|kind| BY_DAEMONS.iter().any(|(a, b)| a == kind || b == kind))
+        .collect();
+    let built = NatLab::build(lab, &kinds, &Side::BOTH).expect("sites");
+    let daemons = Daemons::prepare(&built, PARALLEL_DAEMONS).expect("relays");
+    let pairs = connect_pairs(&built, &daemons, &BY_DAEMONS, PARALLEL_DAEMONS, |_| {});
+    assert_eq!(pairs.len(), BY_DAEMONS.len());
+    // How long it took depends on who else uses this machine: that is for the laboratory's report.
+    let wrong: Vec<_> = pairs.iter().filter(|pair| !pair.is_right()).collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    for pair in &pairs {
+        assert!(pair.first_packet_ms.is_some() && pair.start_ms.is_some(), "{pair:?}");
+        assert_eq!(pair.stream_survived, Some(true), "{pair:?}");
+        assert!(pair.address_change_ms.is_some(), "{pair:?}");
+        assert_eq!(pair.direct_ms.is_some(), pair.got == Got::Direct, "{pair:?}");
+        assert_eq!(pair.direct_again_ms.is_some(), pair.got == Got::Direct, "{pair:?}");
+        assert_eq!(pair.relay_move_ms.is_some(), pair.got == Got::Relayed, "{pair:?}");
     }
 }
 
@@ -79,6 +122,8 @@ fn a_run_that_stands_still_now_and_then_ends_as_any_other() {
             "--json",
             "--only",
             "udp-blocked,symmetric",
+            "--by",
+            "sockets",
             "--lab",
             &common::lab_name("natstop"),
         ])

@@ -60,6 +60,8 @@ pub struct Outcome {
     pub changes: Changes,
     /// What went wrong with the stream or a path.
     pub broken: Vec<String>,
+    /// Why it was not tried; nothing is said of such a pair.
+    pub not_yet: Option<&'static str>,
 }
 
 /// How long no packet came through, or until one did; none where it was not tried.
@@ -125,6 +127,9 @@ pub struct Pair {
     /// What took longer than it may.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub late: Vec<String>,
+    /// Why it was not tried.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_yet: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
@@ -136,7 +141,8 @@ impl Pair {
         let outcome = result.unwrap_or_else(|_| Outcome::nothing());
         let ms =
             |time: Option<Duration>| time.map(|time| (time.as_secs_f64() * 1e4).round() / 10.0);
-        let Outcome { got, first_packet, direct, stream_survived, changes, broken } = outcome;
+        let Outcome { got, first_packet, direct, stream_survived, changes, broken, not_yet } =
+            outcome;
         let late = late(expected, first_packet, direct, &changes);
         let error = error.or_else(|| (!broken.is_empty()).then(|| broken.join("; ")));
         Self {
@@ -148,7 +154,7 @@ impl Pair {
             first_packet_ms: ms(first_packet),
             direct_ms: ms(direct),
             stream_survived,
-            ok: got.is(expected) && error.is_none() && late.is_empty(),
+            ok: not_yet.is_some() || got.is(expected) && error.is_none() && late.is_empty(),
             start_ms: ms(changes.start),
             blocked_ms: ms(changes.blocked),
             direct_again_ms: ms(changes.direct_again),
@@ -156,6 +162,7 @@ impl Pair {
             relay_move_ms: ms(changes.relay_move),
             after_silence_ms: ms(changes.after_silence),
             late,
+            not_yet,
             error,
         }
     }
@@ -175,6 +182,7 @@ impl Outcome {
             stream_survived: None,
             changes: Changes::default(),
             broken: Vec::new(),
+            not_yet: None,
         }
     }
 }
