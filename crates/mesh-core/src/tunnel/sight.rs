@@ -26,6 +26,7 @@ use super::engine::{TAG_BYTES, TRANSPORT_HEADER_BYTES};
 const ASK: Duration = Duration::from_secs(20);
 /// Until a question is asked again that was not answered.
 const TRY: Duration = Duration::from_secs(1);
+const TRY_FIRST: Duration = Duration::from_millis(250);
 /// So often, then the silence is the answer: two datagrams lost in a row are rare.
 const TRIES: u8 = 3;
 /// Lengths of IP packets that links are known to have as their limit: Ethernet, PPPoE, tunnels, and the least of IPv6.
@@ -169,7 +170,7 @@ impl Look {
         if self.ask_at.is_some_and(|at| at <= now) {
             self.unanswered = self.unanswered.saturating_add(1);
             self.asked_at = Some(now);
-            self.ask_at = Some(now + if self.unanswered < TRIES { TRY } else { ASK });
+            self.ask_at = Some(now + self.pause());
             wanted.push(Question::Address);
             let other = candidates.iter().find(|at| at.is_ipv4() != relay.is_ipv4());
             if let Some(other) = other.filter(|_| self.other_port != 0) {
@@ -187,6 +188,17 @@ impl Look {
             }
             self.asked.push(Asked { token, what, at: now });
             out.push((what, token));
+        }
+    }
+
+    /// Until our address is asked for again. The first question after a change of addresses is often lost, for want of a route;
+    /// where an answer takes longer than that it is waited for.
+    fn pause(&self) -> Duration {
+        let is_near = self.sight.rtt.is_some_and(|rtt| rtt * 2 < TRY_FIRST);
+        match self.unanswered {
+            0 | 1 if is_near => TRY_FIRST,
+            tries if tries <= TRIES => TRY,
+            _ => ASK,
         }
     }
 
