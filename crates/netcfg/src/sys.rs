@@ -258,8 +258,10 @@ impl ReceiveRing {
         }
     }
 
-    /// `recvmmsg(2)` without waiting; returns how many slots were filled.
-    pub(crate) fn receive(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+    /// `recvmmsg(2)`; returns how many slots were filled. It waits for the first message where it may and the descriptor
+    /// blocks, and never for another.
+    pub(crate) fn receive(&mut self, fd: BorrowedFd<'_>, may_wait: bool) -> io::Result<usize> {
+        let flags = if may_wait { libc::MSG_WAITFORONE } else { libc::MSG_DONTWAIT };
         self.aim();
         // SAFETY: each header points at one vector, name and control buffer, and each vector at one part of the storage,
         // all owned by `self`, with their true lengths; the exclusive borrow keeps everybody else away from them
@@ -269,7 +271,7 @@ impl ReceiveRing {
                 fd.as_raw_fd(),
                 self.headers.as_mut_ptr(),
                 len_u32(self.headers.len())?,
-                libc::MSG_DONTWAIT as _,
+                flags as _,
                 std::ptr::null_mut(),
             )
         };

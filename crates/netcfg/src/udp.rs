@@ -1,7 +1,7 @@
 //! The UDP socket of a shard: one dual-stack socket, segmentation and coalescing by the kernel.
 //!
 //! ```text
-//! send(dst, src, ecn, segment_len, bytes)                 recv(&mut RecvBatch)
+//! send(dst, src, ecn, segment_len, bytes)                 recv(&mut RecvBatch), recv_or_wait(..)
 //!   one sendmsg, UDP_SEGMENT = segment_len                  one recvmmsg, each buffer 64 KiB
 //!     EIO, EINVAL, EMSGSIZE: the same datagrams again,      UDP_GRO cmsg = size of the glued datagrams
 //!       one by one, and so to dst for 60 s                  PKTINFO    = the address we were reached at
@@ -280,9 +280,25 @@ impl UdpSocket {
     /// Receives what waits, never blocks. Returns how many slots of `batch` were filled, 0 when nothing
     /// waited; the messages are then read from `batch`.
     pub fn recv(&mut self, batch: &mut RecvBatch) -> io::Result<usize> {
+        self.receive(batch, false)
+    }
+
+    /// Lets [`Self::recv_or_wait`] wait, and no longer than this. Everything else on the socket goes on never to block.
+    pub fn let_wait(&self, longest: Duration) -> io::Result<()> {
+        use rustix::net::sockopt::{Timeout, set_socket_timeout};
+        set_socket_timeout(&self.fd, Timeout::Recv, Some(longest))?;
+        Ok(rustix::io::ioctl_fionbio(&self.fd, false)?)
+    }
+
+    /// As [`Self::recv`], but waits for the first message: one call where looking, waiting and looking again are three.
+    pub fn recv_or_wait(&mut self, batch: &mut RecvBatch) -> io::Result<usize> {
+        self.receive(batch, true)
+    }
+
+    fn receive(&mut self, batch: &mut RecvBatch, may_wait: bool) -> io::Result<usize> {
         batch.filled = 0;
         let filled = loop {
-            match batch.ring.receive(self.fd.as_fd()) {
+            match batch.ring.receive(self.fd.as_fd(), may_wait) {
                 Ok(filled) => break filled,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
@@ -753,6 +769,24 @@ mod tests {
             assert_eq!(receive(&mut other, 6).0[0].0, to);
             assert_eq!(seen[0].0.port(), other.local_port());
         }
+    }
+
+    #[test]
+    fn a_socket_that_may_wait_is_woken_by_a_datagram_and_gives_up_in_time() {
+        let mut receiver = open(&UdpOptions::default());
+        let mut sender = open(&UdpOptions { v4_only: true, ..UdpOptions::default() });
+        let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), receiver.local_port());
+        let mut batch = RecvBatch::new(4);
+        receiver.let_wait(Duration::from_millis(20)).expect("let it wait");
+        assert_eq!(receiver.recv_or_wait(&mut batch).expect("nothing"), 0, "in time");
+        assert_eq!(receiver.recv(&mut batch).expect("nothing"), 0, "at once");
+        receiver.let_wait(Duration::from_secs(600)).expect("let it wait");
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| receiver.recv_or_wait(&mut batch).expect("woken"));
+            sender.send(to, None, 0, 5, b"wake!").expect("send");
+            assert_eq!(waiting.join().expect("woken"), 1, "it does not wait for a second");
+        });
+        assert_eq!(batch.get(0).expect("a message").bytes, b"wake!");
     }
 
     #[test]
