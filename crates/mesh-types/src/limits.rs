@@ -69,6 +69,10 @@ pub const HANDSHAKE_SOURCES_MAX: usize = 8_192;
 /// about 100 us (two to four X25519 operations), so this is a fifth of a core.
 pub const HANDSHAKES_PER_SECOND_BEFORE_COOKIES: u32 = 2_000;
 
+/// Of these, those in the name of nobody known: more than so many in a second are a flood, whatever their number, and take a
+/// hundredth of a core.
+pub const STRANGERS_PER_SECOND_BEFORE_COOKIES: u32 = 100;
+
 /// Cookie replies a second over all sources. One costs a few microseconds, so this is some percent of a core; and sources may
 /// be forged: 1.3 MB a second is what we can be made to send to somebody who asked for nothing. Ten times the handshakes
 /// answered, so that of true initiators under a flood of that size all are asked.

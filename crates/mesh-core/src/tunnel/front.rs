@@ -21,6 +21,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use mesh_types::limits::{
     COOKIES_BURST, COOKIES_PER_SECOND, HANDSHAKE_SOURCES_MAX, HANDSHAKES_PER_SECOND_BEFORE_COOKIES,
     HANDSHAKES_PER_SOURCE_BURST, HANDSHAKES_PER_SOURCE_PER_SECOND,
+    STRANGERS_PER_SECOND_BEFORE_COOKIES,
 };
 use mesh_types::time::MonoTime;
 
@@ -120,6 +121,7 @@ pub struct Front {
     known: Vec<IpAddr>,
     window_start_ns: u64,
     in_window: u32,
+    strangers_in_window: u32,
     /// Loaded until then: a full window, then one second.
     loaded_until_ns: u64,
     /// Cookie replies to addresses that configuration names, and to all others.
@@ -151,6 +153,7 @@ impl Front {
             known: Vec::new(),
             window_start_ns: 0,
             in_window: 0,
+            strangers_in_window: 0,
             loaded_until_ns: 0,
             cookies: [Bucket::default(); 2],
         }
@@ -195,15 +198,28 @@ impl Front {
         }
     }
 
-    fn count(&mut self, now: MonoTime) {
-        let now_ns = now.as_nanos();
-        if now_ns.saturating_sub(self.window_start_ns) >= SECOND_NS {
-            self.window_start_ns = now_ns;
-            self.in_window = 0;
+    /// What was accepted was of nobody known: an answer to a cookie is asked of everybody sooner than for the same number
+    /// of handshakes that somebody needs.
+    pub fn was_stranger(&mut self, now: MonoTime) {
+        self.look_at_window(now);
+        self.strangers_in_window = self.strangers_in_window.saturating_add(1);
+        if self.strangers_in_window > STRANGERS_PER_SECOND_BEFORE_COOKIES {
+            self.loaded_until_ns = now.as_nanos().saturating_add(SECOND_NS);
         }
+    }
+
+    fn count(&mut self, now: MonoTime) {
+        self.look_at_window(now);
         self.in_window = self.in_window.saturating_add(1);
         if self.in_window > HANDSHAKES_PER_SECOND_BEFORE_COOKIES {
-            self.loaded_until_ns = now_ns.saturating_add(SECOND_NS);
+            self.loaded_until_ns = now.as_nanos().saturating_add(SECOND_NS);
+        }
+    }
+
+    fn look_at_window(&mut self, now: MonoTime) {
+        if now.as_nanos().saturating_sub(self.window_start_ns) >= SECOND_NS {
+            self.window_start_ns = now.as_nanos();
+            (self.in_window, self.strangers_in_window) = (0, 0);
         }
     }
 
@@ -289,6 +305,24 @@ mod tests {
         assert_eq!(front.admit(at(1), other, false), Verdict::Cookie { load: true });
         assert_eq!(front.admit(at(1), other, true), Verdict::Accept);
         assert_eq!(front.admit(at(1_001), other, false), Verdict::Accept);
+    }
+
+    #[test]
+    fn few_strangers_ask_for_cookies_where_many_known_ones_do_not() {
+        let mut front = Front::new(1);
+        let from = |i: u32| IpAddr::V4((0x0a00_0000 + i).into());
+        for i in 0..=STRANGERS_PER_SECOND_BEFORE_COOKIES {
+            assert_eq!(front.admit(at(0), from(i), false), Verdict::Accept, "{i}");
+        }
+        assert!(!front.loaded(at(0)), "they may be known");
+        for _ in 0..STRANGERS_PER_SECOND_BEFORE_COOKIES {
+            front.was_stranger(at(1));
+        }
+        assert!(!front.loaded(at(1)));
+        front.was_stranger(at(1));
+        assert_eq!(front.admit(at(2), from(9_999), false), Verdict::Cookie { load: true });
+        assert_eq!(front.admit(at(2), from(9_999), true), Verdict::Accept);
+        assert_eq!(front.admit(at(1_002), from(9_998), false), Verdict::Accept, "it is over");
     }
 
     #[test]
