@@ -390,7 +390,14 @@ impl<F: EngineFactory> Relay<F> {
         let verdict = front.admit(now, source.ip(), proven);
         drop(front);
         match verdict {
-            Verdict::Accept => self.handshake(now, source.ip(), datagram, worker),
+            Verdict::Accept => {
+                let outcome = self.handshake(now, source.ip(), datagram, worker);
+                if outcome == Err(Reason::Stranger) {
+                    let mut front = self.front.lock().unwrap_or_else(PoisonError::into_inner);
+                    front.was_stranger(now);
+                }
+                outcome
+            }
             Verdict::Cookie { .. } => {
                 let mut factory = self.factory.write().unwrap_or_else(PoisonError::into_inner);
                 let reply = &mut worker.reply;

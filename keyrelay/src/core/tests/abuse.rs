@@ -1,5 +1,7 @@
 //! What must not work, by name.
 
+use mesh_types::limits::STRANGERS_PER_SECOND_BEFORE_COOKIES;
+
 use super::*;
 
 const HERE: &str = "203.0.113.7:1";
@@ -27,6 +29,19 @@ fn a_flood_of_strangers_leaves_no_state_and_gets_no_answer_larger_than_it_sent()
     assert!(bytes_out <= bytes_in);
     assert_eq!((bench.relay.registered(), bench.events(Event::Handshakes)), (0, 0));
     assert!(bench.drops(Reason::Stranger) > 0 && bench.drops(Reason::Unregistered) == 5_000);
+}
+
+#[test]
+fn strangers_that_know_our_key_cost_few_key_agreements() {
+    let mut bench = Bench::new(&[&generate_private_key()]);
+    let known = initiation(&mut engine(&generate_private_key(), bench.key), at_ms(0));
+    for n in 0..2_000u32 {
+        let from = SocketAddr::from(([10, 0, (n >> 8) as u8, n as u8], 1));
+        bench.burst(at_ms(1000 + u64::from(n) / 10), from, known.len(), &known);
+    }
+    let looked_at = u64::from(STRANGERS_PER_SECOND_BEFORE_COOKIES) + 1;
+    assert_eq!(bench.drops(Reason::Stranger), looked_at);
+    assert_eq!(bench.events(Event::Cookies), 2_000 - looked_at);
 }
 
 #[test]
