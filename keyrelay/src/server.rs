@@ -1,7 +1,7 @@
 //! The shell around the relay: threads that carry, each with its own socket on the one port.
 //!
 //! ```text
-//!            UDP port, SO_REUSEPORT: by addresses and ports
+//!            UDP port, SO_REUSEPORT: by addresses and ports, or all to socket 0 while that is enough (`spread.rs`)
 //!             │                │                │
 //!          socket 0         socket 1         socket 2         a sender's packets always come to the same
 //!          thread 0         thread 1         thread 2         and leave, whoever they are for, by that one too
@@ -9,8 +9,8 @@
 //!   once a second, main thread: expire          leaving: thread 0
 //!   thread "looks": a second port, whose questions register nobody     a third, which only sends: NATs are measured by both
 //! ```
-//! A turn: one receive call, control and handshakes first, then data, each burst out by a segmented send. Nothing is
-//! queued but in the kernel's socket buffers.
+//! A turn: one receive call, control and handshakes first, then data, each burst out by a segmented send; what came one by one is
+//! made into bursts (`glue.rs`). Nothing is queued but in the kernel's socket buffers.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -22,23 +22,25 @@ use std::time::Duration;
 
 use anyhow::Context;
 use mesh_types::limits::{RELAY_LEAVING_PER_TURN, RELAY_RECEIVE_MESSAGES, RELAY_THREADS_MAX};
+use mesh_types::time::MonoTime;
 use netcfg::release::Release;
 use netcfg::udp::{RecvBatch, UdpCounters, UdpOptions, UdpSocket};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use wg_engine::BoringFactory;
 
 use crate::clock;
 use crate::core::counters::{Counters, Event, Reason};
 use crate::core::relay::{Arrival, Outlet, Relay, Worker};
 use crate::core::{Reach, Source};
+use crate::glue::Glue;
 use crate::health::Health;
+use crate::spread::{Meter, Shares, Way};
 use crate::streams::Streams;
 
 /// How often engines may forget expired keys.
 pub const EXPIRE_EVERY: Duration = Duration::from_secs(1);
 
-/// How soon an idle thread sees that it is to end.
-const WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+/// How soon an idle thread sees that it is to end, and how old what it counted may look.
+const WAIT: Duration = Duration::from_millis(200);
 
 /// Of the second port: an idle one needs little, and a flood of it is to be lost.
 const LOOK_RECEIVE_MESSAGES: usize = 4;
@@ -58,6 +60,7 @@ pub struct Shared {
     pub(crate) stream_counters: Arc<Counters>,
     counters: Vec<Arc<Counters>>,
     udp: Vec<Mutex<UdpCounters>>,
+    shares: Shares,
     panics: AtomicU64,
     /// Sends from a port that nobody sends to.
     elsewhere: Option<Mutex<UdpSocket>>,
@@ -177,17 +180,20 @@ impl Server {
             counters: sockets.iter().map(|_| Arc::default()).chain([Arc::default()]).collect(),
             elsewhere: elsewhere.map(Mutex::new),
             udp: sockets.iter().map(|_| Mutex::default()).collect(),
+            shares: Shares::new(sockets.len()),
             panics: AtomicU64::new(0),
             leaving: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
         let mut threads = Vec::with_capacity(sockets.len());
         for (number, socket) in sockets.into_iter().enumerate() {
+            socket.let_wait(WAIT).context("let the UDP socket wait")?;
             let mut carrier = Carrier::new(number, socket, Arc::clone(&shared));
             let thread = thread::Builder::new().name(format!("carry-{number}"));
             threads.push(thread.spawn(move || carrier.run()).context("cannot start a thread")?);
         }
         if let Some(other) = other {
+            other.let_wait(WAIT).context("let the second UDP socket wait")?;
             let mut looks = Looks::new(other, Arc::clone(&shared));
             let thread = thread::Builder::new().name("looks".to_owned());
             threads.push(thread.spawn(move || looks.run()).context("cannot start a thread")?);
@@ -215,8 +221,14 @@ struct Carrier {
     number: usize,
     socket: UdpSocket,
     batch: RecvBatch,
+    glue: Glue,
     worker: Worker,
     shared: Arc<Shared>,
+    /// When the socket's counters were last shown.
+    shown: MonoTime,
+    meter: Meter,
+    /// Of thread 0: how datagrams come to the threads, where that can be chosen.
+    way: Option<Way>,
     /// Members told that we stop.
     told: Option<usize>,
 }
@@ -226,10 +238,42 @@ impl Carrier {
         let counters = shared.counters.get(number).cloned().unwrap_or_default();
         let told = (number == 0).then_some(0);
         let batch = RecvBatch::new(RELAY_RECEIVE_MESSAGES);
-        Self { number, socket, batch, worker: Worker::new(counters), shared, told }
+        Self {
+            number,
+            socket,
+            batch,
+            glue: Glue::default(),
+            worker: Worker::new(counters),
+            shared,
+            shown: MonoTime::ZERO,
+            meter: Meter::default(),
+            way: None,
+            told,
+        }
+    }
+
+    /// Where several threads share the port, the first has all datagrams until it needs help. A kernel that takes no filter
+    /// spreads them from the beginning.
+    fn gather(&mut self) {
+        let is_first = self.number == 0 && self.shared.udp.len() > 1;
+        if is_first && self.socket.set_filter(&Way::Gathered.filter()).is_ok() {
+            self.way = Some(Way::Gathered);
+        }
+    }
+
+    fn measure(&mut self, now: MonoTime, filled: usize) {
+        let (way, shares) = (self.way.unwrap_or(Way::Spread), &self.shared.shares);
+        let better = self.meter.turn(now, filled, clock::of_this_thread, self.number, shares, way);
+        let Some(better) = better.filter(|_| self.way.is_some()) else { return };
+        tracing::debug!(way = ?better, "datagrams come to other threads");
+        match self.socket.set_filter(&better.filter()) {
+            Ok(()) => self.way = Some(better),
+            Err(error) => tracing::debug!(%error, "the kernel takes no other filter"),
+        }
     }
 
     fn run(&mut self) {
+        self.gather();
         while !self.shared.stop.load(Ordering::Relaxed) {
             // A fault costs the burst that met it, not the relay.
             match catch_unwind(AssertUnwindSafe(|| self.turn())) {
@@ -251,34 +295,63 @@ impl Carrier {
 
     fn turn(&mut self) -> io::Result<()> {
         self.tell_leaving();
-        let filled = self.socket.recv(&mut self.batch)?;
-        if filled == 0 {
-            return self.wait();
-        }
+        let filled = self.socket.recv_or_wait(&mut self.batch)?;
         let now = clock::now();
-        for urgent in [true, false] {
-            for slot in 0..filled {
-                let Some(message) = self.batch.get(slot) else { continue };
-                if Relay::<BoringFactory>::is_urgent(message.bytes) != urgent {
-                    continue;
-                }
-                let from = Reach { source: Source::Udp(message.source), local: message.local };
-                let arrival = Arrival { from, segment_len: message.segment_len, ecn: message.ecn };
-                let Some(bytes) = self.batch.bytes_mut(slot) else { continue };
-                let mut out = Sockets { udp: &mut self.socket, shared: &self.shared };
-                self.shared.relay.handle(now, &arrival, bytes, &mut self.worker, &mut out);
-            }
+        self.measure(now, filled);
+        if now >= self.shown + WAIT {
+            self.shown = now;
+            self.show_counters();
         }
+        for slot in 0..filled {
+            let Some((arrival, true)) = self.look(slot) else { continue };
+            self.handle(now, &arrival, slot);
+        }
+        self.glue.clear();
+        for slot in 0..filled {
+            let Some((arrival, false)) = self.look(slot) else { continue };
+            self.handle_data(now, &arrival, slot);
+        }
+        self.handle_glued(now);
         Ok(())
     }
 
-    fn wait(&mut self) -> io::Result<()> {
+    /// Where the message in `slot` came from, and whether it is looked at first.
+    fn look(&self, slot: usize) -> Option<(Arrival, bool)> {
+        let message = self.batch.get(slot)?;
+        let from = Reach { source: Source::Udp(message.source), local: message.local };
+        let arrival = Arrival { from, segment_len: message.segment_len, ecn: message.ecn };
+        Some((arrival, Relay::<BoringFactory>::is_urgent(message.bytes)))
+    }
+
+    /// Data that came one by one goes on in bursts.
+    fn handle_data(&mut self, now: MonoTime, arrival: &Arrival, slot: usize) {
+        let Some(bytes) = self.batch.bytes_mut(slot) else { return };
+        if Glue::is_for(arrival, bytes) && self.glue.add(arrival, bytes) {
+            return;
+        }
+        self.handle_glued(now);
+        let Some(bytes) = self.batch.bytes_mut(slot) else { return };
+        if !(Glue::is_for(arrival, bytes) && self.glue.add(arrival, bytes)) {
+            self.handle(now, arrival, slot);
+        }
+    }
+
+    fn handle(&mut self, now: MonoTime, arrival: &Arrival, slot: usize) {
+        let Some(bytes) = self.batch.bytes_mut(slot) else { return };
+        let mut out = Sockets { udp: &mut self.socket, shared: &self.shared };
+        self.shared.relay.handle(now, arrival, bytes, &mut self.worker, &mut out);
+    }
+
+    fn handle_glued(&mut self, now: MonoTime) {
+        let mut out = Sockets { udp: &mut self.socket, shared: &self.shared };
+        self.glue.take(|arrival, bytes| {
+            self.shared.relay.handle(now, arrival, bytes, &mut self.worker, &mut out);
+        });
+    }
+
+    fn show_counters(&self) {
         if let Some(counters) = self.shared.udp.get(self.number) {
             *counters.lock().unwrap_or_else(PoisonError::into_inner) = *self.socket.counters();
-        }
-        match poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&WAIT)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-            Err(error) => Err(error.into()),
         }
     }
 
@@ -356,13 +429,7 @@ impl Looks {
     }
 
     fn turn(&mut self) -> io::Result<()> {
-        let filled = self.socket.recv(&mut self.batch)?;
-        if filled == 0 {
-            return match poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&WAIT)) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-                Err(error) => Err(error.into()),
-            };
-        }
+        let filled = self.socket.recv_or_wait(&mut self.batch)?;
         let now = clock::now();
         for slot in 0..filled {
             let Some(message) = self.batch.get(slot) else { continue };
