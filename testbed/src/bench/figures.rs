@@ -259,7 +259,7 @@ impl Report {
         Ok(())
     }
 
-    pub(super) fn of_tunnels(self, seconds: u64, load: Option<f64>, left_out: Vec<String>) -> Self {
+    pub(super) fn of_traffic(self, seconds: u64, load: Option<f64>, left_out: Vec<String>) -> Self {
         Self { seconds: Some(seconds), load_before: load, left_out, ..self }
     }
 

@@ -5,14 +5,18 @@
 //! node      what a plugin finds on a node, and namespaces for pods
 //! plugin    one call of a plugin, timed
 //! tunnel    rounds of our data plane and others', in turn
-//! figures   what comes of it: a table or JSON
+//! figures   what comes of it: a table or JSON     page: of the documentation
+//! cost      processor time and memory of a process    found: programs of others, and their values
 //! ```
 //!
 //! `testbed/bench` starts it in namespaces of its own that end with it, however it ends.
 
 mod cni;
+mod cost;
 mod figures;
+mod found;
 mod node;
+mod page;
 mod plugin;
 mod tunnel;
 

@@ -1,12 +1,12 @@
 //! What is measured at a site, and the figures each measurement gives.
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddrV4};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::cost::{self, Repairs};
+use super::super::cost;
+use super::cost::Repairs;
 use super::flood;
 use super::load::{self, Place, Stream, Way};
 use super::site::{PORT, Shape, Site, WIRE};
@@ -22,18 +22,7 @@ const SETTLE: Duration = Duration::from_secs(15);
 const LEAD: Duration = Duration::from_millis(500);
 
 /// Values of every figure and subject, one per round.
-#[derive(Debug, Default)]
-pub(super) struct Samples(pub(super) BTreeMap<(&'static str, Subject), Vec<f64>>);
-
-impl Samples {
-    fn push(&mut self, figure: &'static str, subject: Subject, value: f64) {
-        self.0.entry((figure, subject)).or_default().push(value);
-    }
-
-    pub(super) fn of(&self, figure: &'static str, subject: Subject) -> Option<&[f64]> {
-        self.0.get(&(figure, subject)).map(Vec::as_slice)
-    }
-}
+pub(super) type Samples = super::super::found::Samples<Subject>;
 
 /// A measurement: what runs, and the names of what it gives.
 #[derive(Debug, Clone, Copy)]
@@ -232,7 +221,7 @@ impl Measure {
             }
             Kind::RequestsIdle => {
                 let times = load::request_response(nodes, far, time)?;
-                push_ranks(self.figures, subject, &times, samples);
+                samples.push_ranks(self.figures, subject, &times);
             }
             Kind::Flood => {
                 let lost = self.flooded(site, time)?;
@@ -297,7 +286,7 @@ impl Measure {
             anyhow::Ok((ping, times))
         })?;
         samples.push(self.figures[0], subject, ping.as_secs_f64() * 1e3);
-        push_ranks(&self.figures[1..], subject, &times, samples);
+        samples.push_ranks(&self.figures[1..], subject, &times);
         Ok(())
     }
 
@@ -359,20 +348,6 @@ fn repairs(nodes: [&Place; 2]) -> Result<Repairs> {
     Ok(Repairs::read(&nodes[0].netns)?.plus(Repairs::read(&nodes[1].netns)?))
 }
 
-/// Median, 99 and 99.9 of 100, in microseconds.
-fn push_ranks(
-    figures: &[&'static str],
-    subject: Subject,
-    times: &[Duration],
-    samples: &mut Samples,
-) {
-    let mut sorted: Vec<f64> = times.iter().map(|time| time.as_nanos() as f64 / 1e3).collect();
-    sorted.sort_by(f64::total_cmp);
-    for (name, permille) in figures.iter().zip([500, 990, 999]) {
-        samples.push(name, subject, super::super::figures::rank(&sorted, permille));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -389,15 +364,5 @@ mod tests {
         assert_eq!(unique, GOALS.iter().map(|goal| goal.name).collect());
         assert!(names.iter().all(|name| named(name).is_some()));
         assert!(MEASURES.iter().all(|measure| SHAPES.contains(&measure.shape())));
-    }
-
-    #[test]
-    fn ranks_of_requests_are_microseconds() {
-        let mut samples = Samples::default();
-        let times: Vec<Duration> = (1..=1000).map(Duration::from_micros).collect();
-        let names = ["rr_idle_p50", "rr_idle_p99", "rr_idle_p99_9"];
-        push_ranks(&names, Subject::Meshd, &times, &mut samples);
-        let of = |name| samples.of(name, Subject::Meshd).map(<[f64]>::to_vec);
-        assert_eq!(names.map(of), [500.0, 990.0, 999.0].map(|value| Some(vec![value])));
     }
 }

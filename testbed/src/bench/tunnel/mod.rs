@@ -12,7 +12,7 @@
 //! site       two nodes and a wire        measures  what runs at a site
 //! crowd      peers that only answer      load      iperf3, ping, request and response
 //! flood      handshakes of strangers
-//! uapi, nebula  configuration            cost      processor time, memory, retransmits
+//! uapi, nebula  configuration            cost      what TCP repaired
 //! chart, page   what people look at      parsed    what the programs print
 //! ```
 
@@ -44,7 +44,9 @@ use measures::{MEASURES, Measure, SHAPES, Samples};
 use site::{Shape, Site};
 use subject::{Found, Subject};
 
+use super::cost::load_average;
 use super::figures::{Figure, Report, Target};
+use super::page::{self as pages, Section};
 use crate::progress;
 
 /// More only take time.
@@ -102,7 +104,7 @@ pub(super) fn run(options: &TunnelOptions) -> Result<bool> {
         (1..=SECONDS_MAX).contains(&options.seconds),
         "--seconds is between 1 and {SECONDS_MAX}"
     );
-    let found = Found::read(&options.peer_list)?;
+    let found = Found::read(&options.peer_list, Subject::named)?;
     let plan = Plan::new(options, &found, &congestion_controls())?;
     for line in &plan.left_out {
         progress(&format!("left out: {line}"));
@@ -117,14 +119,13 @@ pub(super) fn run(options: &TunnelOptions) -> Result<bool> {
     let mut figures = figures(&samples);
     let only = options.only.as_deref().unwrap_or_default();
     figures.retain(|figure| figure.name.starts_with(only));
-    let report = Report::new(plan.rounds, figures).of_tunnels(options.seconds, load, left_out);
+    let report = Report::new(plan.rounds, figures).of_traffic(options.seconds, load, left_out);
     if let Some(path) = &options.svg {
         fs::write(path, chart::draw(&report))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     if let Some(path) = &options.page {
-        fs::write(path, page::write(&report))
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        pages::put(path, Section::First, &page::write(&report))?;
     }
     report.print(options.json)?;
     let named = |name: &String| name == Subject::WireguardGo.name();
@@ -139,12 +140,6 @@ pub(super) fn run(options: &TunnelOptions) -> Result<bool> {
 /// What this kernel has.
 fn congestion_controls() -> String {
     fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control").unwrap_or_default()
-}
-
-/// Over the last minute.
-fn load_average() -> Option<f64> {
-    let text = fs::read_to_string("/proc/loadavg").ok()?;
-    text.split(' ').next()?.parse().ok()
 }
 
 impl Plan {

@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::super::figures::{Figure, Of, Report, digits};
+use super::super::figures::Report;
+use super::super::page as pages;
 
 const HOW: &str = "\
 # How fast the data plane is
@@ -35,52 +36,13 @@ pub(super) fn write(report: &Report) -> String {
     let mut text = HOW.to_owned();
     let _ = writeln!(text, "Measured on {}.\n", report.setting());
     text.push_str("![Everybody's values](performance.svg)\n\n");
-    text.push_str("| figure | unit | meshd | beside | its value | ratio | must | aim | |\n");
-    text.push_str("|---|---|---|---|---|---|---|---|---|\n");
-    for figure in &report.figures {
-        row(&mut text, figure);
-    }
-    if !report.left_out.is_empty() {
-        text.push_str("\nNot measured here:\n\n");
-        for line in &report.left_out {
-            let _ = writeln!(text, "- {line}");
-        }
-    }
+    pages::table(&mut text, "meshd", report);
     text
-}
-
-fn row(text: &mut String, figure: &Figure) {
-    let with_spread = |value: f64, [low, high]: [f64; 2]| {
-        format!("{} ({}–{})", digits(value), digits(low), digits(high))
-    };
-    let theirs = figure.peer_value.zip(figure.spread.peer);
-    let bound = |value: Option<f64>| match (value, figure.must_of) {
-        (Some(value), Of::Ratio) => format!("{value} ×"),
-        (Some(value), Of::Value) => format!("{value} {}", figure.unit),
-        (None, _) => String::new(),
-    };
-    let verdict = match (figure.must, figure.ok) {
-        (None, _) => "",
-        (_, true) => "ok",
-        (_, false) => "**missed**",
-    };
-    let _ = writeln!(
-        text,
-        "| {} | {} | {} | {} | {} | {} | {} | {} | {verdict} |",
-        figure.name,
-        figure.unit,
-        with_spread(figure.value, figure.spread.ours),
-        figure.peer.unwrap_or_default(),
-        theirs.map_or_else(String::new, |(value, spread)| with_spread(value, spread)),
-        figure.ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}")),
-        bound(figure.must),
-        bound(figure.aim),
-    );
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::figures::{Better, Target};
+    use super::super::super::figures::{Better, Figure, Target};
     use super::*;
 
     #[test]
@@ -88,7 +50,7 @@ mod tests {
         let what = ("tcp", "Gbit/s", Better::Higher);
         let figure = Figure::beside(what, &[1.0], Some(("peer", &[1.0])), Target::ratio(1.7, 2.0));
         let report =
-            Report::new(1, vec![figure]).of_tunnels(10, None, vec!["bbr: none".to_owned()]);
+            Report::new(1, vec![figure]).of_traffic(10, None, vec!["bbr: none".to_owned()]);
         let page = write(&report);
         assert!(page.contains("| tcp | Gbit/s | 1.00 (1.00–1.00) | peer |"), "{page}");
         assert!(page.contains("**missed**") && page.ends_with("- bbr: none\n"), "{page}");

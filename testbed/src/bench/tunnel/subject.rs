@@ -1,10 +1,5 @@
 //! What is measured: ours, others that encrypt, and two kernel ways that do not, for scale.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-
-use anyhow::{Context as _, Result};
-
 /// One way from a node to another. A further way of ours to run is one more variant here and one arm in `site`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Subject {
@@ -68,33 +63,9 @@ impl Subject {
 }
 
 /// Where the programs of the subjects are, and why some are not.
-#[derive(Debug, Default)]
-pub(super) struct Found {
-    pub(super) programs: BTreeMap<Subject, PathBuf>,
-    pub(super) missing: BTreeMap<Subject, String>,
-}
+pub(super) type Found = super::super::found::Found<Subject>;
 
 impl Found {
-    /// Reads what `testbed/scripts/tunnel-peers.sh` printed.
-    pub(super) fn read(list: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(list)
-            .with_context(|| format!("cannot read {}", list.display()))?;
-        Ok(Self::parse(&text))
-    }
-
-    fn parse(text: &str) -> Self {
-        let mut found = Self::default();
-        for line in text.lines() {
-            let Some((name, place)) = line.split_once('\t') else { continue };
-            let Some(subject) = Subject::named(name) else { continue };
-            match place.strip_prefix('!') {
-                Some(why) => drop(found.missing.insert(subject, why.to_owned())),
-                None => drop(found.programs.insert(subject, place.into())),
-            }
-        }
-        found
-    }
-
     /// Everything that can be measured here, ours first.
     pub(super) fn subjects(&self) -> Vec<Subject> {
         let all = Subject::ALL.into_iter();
@@ -108,7 +79,10 @@ mod tests {
 
     #[test]
     fn a_peer_that_was_not_built_is_left_out_with_its_reason() {
-        let found = Found::parse("wireguard-go\t/t/wg\nnebula\t!no such module\nother\t/t/x\n");
+        let found = Found::parse(
+            "wireguard-go\t/t/wg\nnebula\t!no such module\nother\t/t/x\n",
+            Subject::named,
+        );
         assert_eq!(found.missing[&Subject::Nebula], "no such module");
         let subjects = found.subjects();
         assert_eq!(subjects, [Subject::Meshd, Subject::WireguardGo, Subject::Vxlan, Subject::Veth]);

@@ -1,0 +1,88 @@
+//! Programs of others that a script has built, and what comes of measuring them.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use super::figures::rank;
+
+/// Where the programs of the subjects are, and why some are not.
+#[derive(Debug)]
+pub(super) struct Found<S> {
+    pub(super) programs: BTreeMap<S, PathBuf>,
+    pub(super) missing: BTreeMap<S, String>,
+}
+
+impl<S> Default for Found<S> {
+    fn default() -> Self {
+        Self { programs: BTreeMap::new(), missing: BTreeMap::new() }
+    }
+}
+
+impl<S: Ord> Found<S> {
+    /// Reads what a script like `testbed/scripts/tunnel-peers.sh` printed.
+    pub(super) fn read(list: &Path, named: impl Fn(&str) -> Option<S>) -> Result<Self> {
+        let text = std::fs::read_to_string(list)
+            .with_context(|| format!("cannot read {}", list.display()))?;
+        Ok(Self::parse(&text, named))
+    }
+
+    pub(super) fn parse(text: &str, named: impl Fn(&str) -> Option<S>) -> Self {
+        let mut found = Self::default();
+        for line in text.lines() {
+            let Some((name, place)) = line.split_once('\t') else { continue };
+            let Some(subject) = named(name) else { continue };
+            match place.strip_prefix('!') {
+                Some(why) => drop(found.missing.insert(subject, why.to_owned())),
+                None => drop(found.programs.insert(subject, place.into())),
+            }
+        }
+        found
+    }
+}
+
+/// Values of every figure and subject, one per round.
+#[derive(Debug)]
+pub(super) struct Samples<S>(pub(super) BTreeMap<(&'static str, S), Vec<f64>>);
+
+impl<S> Default for Samples<S> {
+    fn default() -> Self {
+        Self(BTreeMap::new())
+    }
+}
+
+impl<S: Ord + Copy> Samples<S> {
+    pub(super) fn push(&mut self, figure: &'static str, subject: S, value: f64) {
+        self.0.entry((figure, subject)).or_default().push(value);
+    }
+
+    pub(super) fn of(&self, figure: &'static str, subject: S) -> Option<&[f64]> {
+        self.0.get(&(figure, subject)).map(Vec::as_slice)
+    }
+
+    /// Median, 99 and 99.9 of 100, in microseconds, as far as there are figures for them.
+    pub(super) fn push_ranks(&mut self, figures: &[&'static str], subject: S, times: &[Duration]) {
+        let mut sorted: Vec<f64> = times.iter().map(|time| time.as_nanos() as f64 / 1e3).collect();
+        sorted.sort_by(f64::total_cmp);
+        for (name, permille) in figures.iter().zip([500, 990, 999]) {
+            self.push(name, subject, rank(&sorted, permille));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_of_requests_are_microseconds() {
+        let mut samples = Samples::default();
+        let times: Vec<Duration> = (1..=1000).map(Duration::from_micros).collect();
+        let names = ["rr_idle_p50", "rr_idle_p99", "rr_idle_p99_9"];
+        samples.push_ranks(&names, 'a', &times);
+        let of = |name| samples.of(name, 'a').map(<[f64]>::to_vec);
+        assert_eq!(names.map(of), [500.0, 990.0, 999.0].map(|value| Some(vec![value])));
+    }
+}
