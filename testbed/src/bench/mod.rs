@@ -5,6 +5,7 @@
 //! node      what a plugin finds on a node, and namespaces for pods
 //! plugin    one call of a plugin, timed
 //! tunnel    rounds of our data plane and others', in turn
+//! relay     rounds of our relay and others', in turn
 //! figures   what comes of it: a table or JSON     page: of the documentation
 //! cost      processor time and memory of a process    found: programs of others, and their values
 //! ```
@@ -18,12 +19,14 @@ mod found;
 mod node;
 mod page;
 mod plugin;
+mod relay;
 mod tunnel;
 
 use anyhow::Result;
 
 pub use cni::CniOptions;
 pub use figures::{Figure, Report};
+pub use relay::{ForwardOptions, RelayOptions};
 pub use tunnel::{CrowdOptions, TunnelOptions};
 
 #[derive(Debug, Clone, clap::Args)]
@@ -38,6 +41,11 @@ enum BenchCommand {
     Cni(CniOptions),
     /// The data plane beside those of others
     Tunnel(TunnelOptions),
+    /// The relay beside those of others
+    Relay(RelayOptions),
+    /// A relay that does nothing but swap addresses
+    #[command(hide = true)]
+    Forward(ForwardOptions),
     /// Peers that only answer
     #[command(hide = true)]
     Crowd(CrowdOptions),
@@ -48,6 +56,8 @@ pub fn run(options: &BenchOptions) -> Result<bool> {
     match &options.command {
         BenchCommand::Cni(options) => cni::run(options),
         BenchCommand::Tunnel(options) => tunnel::run(options),
+        BenchCommand::Relay(options) => relay::run(options),
+        BenchCommand::Forward(options) => relay::forward(options).map(|()| true),
         BenchCommand::Crowd(options) => tunnel::answer(options).map(|()| true),
     }
 }
