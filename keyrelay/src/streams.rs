@@ -23,6 +23,7 @@ use mesh_types::limits::{
     RELAY_STREAM_QUEUE_BYTES, RELAY_STREAMS_HALF_OPEN_MAX, RELAY_STREAMS_MAX,
     RELAY_STREAMS_PER_SOURCE_HALF_OPEN_MAX,
 };
+use mesh_types::stream_frame::{self, STREAM_FRAME_BYTES_MAX};
 use netcfg::udp::UdpSocket;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::NoServerSessionStorage;
@@ -49,9 +50,6 @@ const LOOK_EVERY: Duration = Duration::from_secs(10);
 
 /// Pause after a failed accept (no file descriptors left), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
-
-/// The longest frame with its length.
-const FRAME_BYTES_MAX: usize = 2 + u16::MAX as usize;
 
 /// Threads of its runtime.
 const THREADS: usize = 2;
@@ -88,16 +86,11 @@ impl Stream {
 
     /// Queues a datagram, unless there is no room.
     fn push(&self, datagram: &[u8]) -> bool {
-        let Ok(length) = u16::try_from(datagram.len()) else { return false };
-        let mut queue = self.queue();
-        if queue.len() + 2 + datagram.len() > RELAY_STREAM_QUEUE_BYTES {
-            return false;
+        let pushed = stream_frame::push(&mut self.queue(), datagram, RELAY_STREAM_QUEUE_BYTES);
+        if pushed {
+            self.wake.notify_one();
         }
-        queue.extend_from_slice(&length.to_be_bytes());
-        queue.extend_from_slice(datagram);
-        drop(queue);
-        self.wake.notify_one();
-        true
+        pushed
     }
 }
 
@@ -321,34 +314,19 @@ async fn read(
             return Ok(());
         }
         filled += got;
-        let used = take_frames(buffer.get_mut(..filled).unwrap_or_default(), |datagram| {
+        let used = stream_frame::take(buffer.get_mut(..filled).unwrap_or_default(), |datagram| {
             server.handle(source, datagram, &mut worker);
         });
         buffer.copy_within(used..filled, 0);
         filled -= used;
         if filled == buffer.len() {
             // A frame longer than any before; bounded by its length field.
-            buffer.resize(FRAME_BYTES_MAX, 0);
+            buffer.resize(STREAM_FRAME_BYTES_MAX, 0);
         }
         if place.is_half_open && relay.serves(clock::now(), &source) {
             place.opened();
             ticks.reset();
         }
-    }
-}
-
-/// Calls `each` with every whole frame at the front of `bytes`; returns how many bytes they were.
-fn take_frames(mut bytes: &mut [u8], mut each: impl FnMut(&mut [u8])) -> usize {
-    let whole = bytes.len();
-    loop {
-        let left = bytes.len();
-        let Some((length, rest)) = bytes.split_first_chunk_mut::<2>() else { return whole - left };
-        let Some((frame, rest)) = rest.split_at_mut_checked(u16::from_be_bytes(*length).into())
-        else {
-            return whole - left;
-        };
-        each(frame);
-        bytes = rest;
     }
 }
 
@@ -399,15 +377,6 @@ impl Outlet for Ways<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn frames_are_taken_whole_and_the_rest_stays() {
-        let mut bytes = [0, 2, 7, 8, 0, 0, 0, 3, 9, 9];
-        let mut seen = Vec::new();
-        let used = take_frames(&mut bytes, |frame| seen.push(frame.to_vec()));
-        assert_eq!((used, seen), (6, vec![vec![7, 8], vec![]]));
-        assert_eq!(take_frames(&mut [0], |_| panic!("no frame")), 0);
-    }
 
     #[test]
     fn a_source_has_few_half_open_places_and_gives_them_back() {

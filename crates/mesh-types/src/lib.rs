@@ -18,6 +18,7 @@
 //! | [`roster`] | the YAML file that replaces Kubernetes outside a cluster |
 //! | [`carry`] | the header of what `keyrelay` carries between members |
 //! | [`relay_frame`] | what nodes and `keyrelay` say to each other inside their sessions |
+//! | [`stream_frame`] | the same where they go over a stream |
 //! | [`status`] | the document behind `meshd status --json` |
 //! | [`time`] | the clock as a number, handed in by the shells |
 
@@ -36,6 +37,7 @@ pub mod node_file;
 pub mod relay_frame;
 pub mod roster;
 pub mod status;
+pub mod stream_frame;
 pub mod time;
 
 pub use ipnet::{IpNet, Ipv4Net, Ipv6Net};
