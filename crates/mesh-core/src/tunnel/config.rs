@@ -211,6 +211,20 @@ pub enum Event {
         relay: PublicKey,
         sight: Sight,
     },
+    /// A relay of this shard answered a question, from this address of its.
+    RelayAnswered {
+        relay: PublicKey,
+        by: SocketAddr,
+    },
+    /// It did not for a second, asked at `to`.
+    Unanswered {
+        relay: PublicKey,
+        to: SocketAddr,
+    },
+    /// The way in use to a peer does not answer any more.
+    WayLost {
+        key: PublicKey,
+    },
     /// Nothing comes back through a relay of another shard: it may not know this node any more.
     RelayInDoubt {
         relay: PublicKey,

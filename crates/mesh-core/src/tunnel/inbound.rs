@@ -503,8 +503,9 @@ impl<F: EngineFactory> Tunnel<F> {
             }
         }
         // A relay is where configuration says; its other ports only answer questions.
-        let stray =
-            peer.config.role == Role::Relay && !peer.path.candidates().contains(&meta.source);
+        let stray = peer.config.role == Role::Relay
+            && !peer.path.candidates().contains(&meta.source)
+            && !self.relays.is_bridge(&meta.source);
         if !carried && !stray && peer.path.heard(now, meta.source, meta.local) {
             let key = peer.config.key;
             self.counters.endpoint_changes += 1;

@@ -259,6 +259,15 @@ impl Path {
         }
     }
 
+    /// Nobody is there any more. True if that is where packets went.
+    pub fn forget(&mut self, addr: SocketAddr) -> bool {
+        let there = self.endpoint.take_if(|endpoint| endpoint.addr == addr).is_some();
+        if there {
+            (self.attempts, self.probe_at) = (0, None);
+        }
+        there
+    }
+
     /// The peer was heard through a relay: where it is says that not.
     pub fn heard_elsewhere(&mut self) {
         self.attempts = 0;

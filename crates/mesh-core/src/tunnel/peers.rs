@@ -21,7 +21,8 @@ use mesh_types::limits::{
 };
 use mesh_types::time::MonoTime;
 
-use super::config::{PeerConfig, PeerSnapshot};
+use super::bridges::Link;
+use super::config::{PeerConfig, PeerSnapshot, Role};
 use super::engine::{Engine, OwnKeyId};
 use super::front::Bucket;
 use super::path::Path;
@@ -71,6 +72,8 @@ pub struct Peer<E> {
     pub ways: Ways,
     /// Of a relay: what it shows us of ourselves.
     pub look: Look,
+    /// Of a relay: which way it is asked.
+    pub(super) link: Link,
     pub staged: StagedQueue,
     /// Initiations accepted, responses and cookie replies looked at.
     pub initiations: Bucket,
@@ -99,6 +102,7 @@ impl<E: Engine> Peer<E> {
             path: Path::default(),
             ways: Ways::default(),
             look: Look::default(),
+            link: Link::default(),
             staged: StagedQueue::default(),
             initiations: Bucket::default(),
             answers: Bucket::default(),
@@ -157,8 +161,11 @@ impl<E: Engine> Peer<E> {
         let ways = self.is_relayed().then(|| self.ways.deadline()).flatten();
         let ways = ways.filter(|_| session());
         let ask = self.look.deadline().filter(|_| session());
-        let own =
-            [self.path.probe_at().filter(|_| !self.is_relayed()), self.initiate_at, ways, ask];
+        let straight = self.link.straight_at().filter(|_| session());
+        // Relays are asked and tried in a way of their own.
+        let probed = !self.is_relayed() && self.config.role == Role::Node;
+        let probe = self.path.probe_at().filter(|_| probed);
+        let own = [probe, self.initiate_at, ways, ask, straight];
         engines.chain(retire).chain(own.into_iter().flatten()).min()
     }
 

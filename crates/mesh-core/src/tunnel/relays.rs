@@ -37,7 +37,9 @@ use crate::packet::Ecn;
 pub(super) struct Relays {
     /// Their configured addresses: who may say that it carries.
     addresses: Vec<SocketAddr>,
-    keys: Vec<PublicKey>,
+    pub(super) keys: Vec<PublicKey>,
+    /// Local addresses behind which relays are reached where UDP is blocked.
+    pub(super) bridges: BTreeMap<PublicKey, SocketAddr>,
     /// Where this node can be reached, as control knows.
     own: Vec<SocketAddr>,
     /// What relays of other shards show of us.
@@ -55,11 +57,21 @@ impl Relays {
         let relays = configs.iter().filter(|config| config.role == Role::Relay);
         self.keys.clear();
         self.keys.extend(relays.clone().map(|relay| relay.key));
-        let Self { keys, seen, .. } = self;
+        let Self { keys, seen, bridges, .. } = self;
         seen.retain(|key, _| keys.contains(key));
+        bridges.retain(|key, _| keys.contains(key));
         self.addresses.clear();
         self.addresses.extend(relays.flat_map(|relay| &relay.candidates));
         self.used = !self.addresses.is_empty();
+    }
+
+    /// Whether a relay sends from there.
+    fn sends_from(&self, source: &SocketAddr) -> bool {
+        self.addresses.contains(source) || self.is_bridge(source)
+    }
+
+    pub(super) fn is_bridge(&self, address: &SocketAddr) -> bool {
+        self.bridges.values().any(|bridge| bridge == address)
     }
 
     /// Takes a control message aside: it is no traffic, whoever sent it.
@@ -98,6 +110,13 @@ impl<F: EngineFactory> Tunnel<F> {
         self.relays.own = addresses;
         // Relays may see us elsewhere, too, and carry nothing of ours until they do.
         let now = self.now;
+        self.each_relay(now, |look| look.ask_now(now));
+        self.try_straight_now(now);
+    }
+
+    /// Asks every relay whether it is there.
+    pub fn ask_relays(&mut self, now: MonoTime) {
+        self.now = now;
         self.each_relay(now, |look| look.ask_now(now));
     }
 
@@ -219,6 +238,7 @@ impl<F: EngineFactory> Tunnel<F> {
         if way.is_some() || !session || by_relay_alone {
             self.targets.extend(relays.iter());
         }
+        self.aim_at_bridge(slot);
     }
 
     /// Takes the header off a carried datagram: who sent it, or that there is none.
@@ -230,7 +250,7 @@ impl<F: EngineFactory> Tunnel<F> {
         if !carry::is_carried(datagram) {
             return Ok(None);
         }
-        if !self.relays.addresses.contains(&meta.source) {
+        if !self.relays.sends_from(&meta.source) {
             return Err(DropReason::NoRelay);
         }
         let carried = carry::parse(datagram).ok_or(DropReason::UdpMalformed)?;
@@ -297,6 +317,11 @@ impl<F: EngineFactory> Tunnel<F> {
         let Some(to) = relay.path.endpoint().filter(|_| due && relay.sender(now).is_some()) else {
             return;
         };
+        self.ask_address_over(now, slot, to);
+    }
+
+    /// Asks what is due, there if nothing speaks against it.
+    pub(super) fn ask_address_over(&mut self, now: MonoTime, slot: u32, to: Endpoint) {
         let mut tokens = [0; LOOK_TOKENS_MAX].map(|_: u64| self.peers.draw()).into_iter();
         let mut questions = std::mem::take(&mut self.relays.questions);
         questions.clear();
@@ -304,6 +329,7 @@ impl<F: EngineFactory> Tunnel<F> {
             let token = || tokens.next().unwrap_or_default();
             relay.look.tick(now, to.addr, relay.path.candidates(), token, &mut questions);
         }
+        let to = self.way_to_ask(now, slot, to, &mut questions);
         for (question, token) in questions.drain(..) {
             let (to, frame) = match question {
                 Question::Address => (to, Frame::WhatIsMyAddress { token }),
@@ -338,6 +364,10 @@ impl<F: EngineFactory> Tunnel<F> {
             };
             let token = || tokens.next().unwrap_or_default();
             peer.ways.tick(now, &around, &mut self.limiter, token, &mut asks);
+            if peer.ways.take_lost() {
+                let key = peer.config.key;
+                self.event(Event::WayLost { key });
+            }
         }
         for ask in asks.drain(..) {
             let (to, frame) = match ask {
@@ -399,7 +429,9 @@ impl<F: EngineFactory> Tunnel<F> {
                 if relay.look.answered(now, token, meta.source, at.addr, said, own).is_none() {
                     return false;
                 }
+                relay.link.answered();
                 let (relay, sight) = (relay.config.key, relay.look.sight());
+                self.event(Event::RelayAnswered { relay, by: meta.source });
                 if sight != before {
                     self.event(Event::Seen { relay, sight });
                     self.seen_elsewhere(now, before, sight);

@@ -200,6 +200,13 @@ impl Foreign {
         }
     }
 
+    /// A peer that was there is nowhere now.
+    pub(super) fn leave(&mut self, key: &PublicKey, at: SocketAddr) {
+        if self.place_of(key) == Some(at) {
+            self.places.remove(key);
+        }
+    }
+
     /// Forgets where those are that are not here.
     pub(super) fn forget_places(&mut self) {
         self.places.retain(|key, _| self.keys.contains(key));

@@ -135,7 +135,10 @@ impl<F: EngineFactory> Tunnel<F> {
         }
         let Some(peer) = self.peers.get(slot) else { return };
         match peer.config.role {
-            Role::Relay => self.ask_address(now, slot),
+            Role::Relay => {
+                self.ask_address(now, slot);
+                self.try_straight(now, slot);
+            }
             Role::Node if peer.is_relayed() => self.tend_ways(now, slot),
             Role::Node => self.probe(now, slot),
         }
@@ -207,7 +210,7 @@ impl<F: EngineFactory> Tunnel<F> {
     }
 
     /// Sends the initiation in the buffer to all `targets`.
-    fn send_initiation(&mut self, now: MonoTime, slot: u32, len: usize) {
+    pub(super) fn send_initiation(&mut self, now: MonoTime, slot: u32, len: usize) {
         if let Some(peer) = self.peers.get_mut(slot) {
             peer.initiated_at = Some(now);
         }

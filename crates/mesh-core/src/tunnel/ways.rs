@@ -134,6 +134,8 @@ pub struct Ways {
     called: Option<(MonoTime, SocketAddr)>,
     distrust_until: Option<MonoTime>,
     avoid: Option<(SocketAddr, MonoTime)>,
+    /// A way was lost, which nobody has been told.
+    lost: bool,
 }
 
 impl Ways {
@@ -408,7 +410,13 @@ impl Ways {
         }
     }
 
+    /// Whether the way in use was lost since the last look.
+    pub fn take_lost(&mut self) -> bool {
+        std::mem::take(&mut self.lost)
+    }
+
     fn lose(&mut self, now: MonoTime, way: &Endpoint) {
+        self.lost = true;
         match way.carry {
             Some(_) => {
                 self.avoid = Some((way.addr, now + AVOID));

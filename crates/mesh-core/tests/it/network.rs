@@ -14,7 +14,9 @@ use mesh_core::packet::{Ecn, VnetHeader};
 use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
 use mesh_core::tunnel::model::{ModelFactory, public_key};
 use mesh_core::tunnel::peers::SplitMix64;
-use mesh_core::tunnel::{DropReason, PeerConfig, PeerSnapshot, Tunnel, TunnelConfig, UdpMeta};
+use mesh_core::tunnel::{
+    DropReason, Event, PeerConfig, PeerSnapshot, Tunnel, TunnelConfig, UdpMeta,
+};
 use mesh_types::key::{PresharedKey, PrivateKey, PublicKey};
 use mesh_types::limits::PEER_TIMERS_PER_TURN;
 use mesh_types::time::MonoTime;
@@ -31,6 +33,7 @@ pub(crate) struct Network {
     pub(crate) now: MonoTime,
     pub(crate) hosts: Vec<Host>,
     pub(crate) relays: Vec<Relay>,
+    pub(crate) bridges: Vec<Bridge>,
     /// Pairs of addresses between which nothing passes, one way.
     pub(crate) cut: BTreeSet<(IpAddr, IpAddr)>,
     pub(crate) latency: Duration,
@@ -56,6 +59,17 @@ pub(crate) struct Sent {
     pub(crate) to: SocketAddr,
     pub(crate) ecn: Ecn,
     pub(crate) bytes: Vec<u8>,
+}
+
+/// Leads a host to a relay by another way.
+pub(crate) struct Bridge {
+    pub(crate) host: usize,
+    /// Where the host sends to, and hears from.
+    pub(crate) local: SocketAddr,
+    /// Where the relay sees it come from.
+    pub(crate) outside: SocketAddr,
+    pub(crate) relay: SocketAddr,
+    pub(crate) up: bool,
 }
 
 pub(crate) struct Redirect {
@@ -87,6 +101,7 @@ pub(crate) struct Host {
     /// Inner packets that came out of the tunnel, super-packets cut by piece.
     pub(crate) delivered: Vec<Vec<u8>>,
     pub(crate) frames: Vec<(VnetHeader, Vec<u8>)>,
+    pub(crate) events: Vec<Event>,
 }
 
 /// One public port for the one host behind it (or, symmetric, one for each destination); lets in whom the host has written to.
@@ -150,6 +165,7 @@ impl Network {
             now: MonoTime::ZERO + Duration::from_secs(1_000),
             hosts: Vec::new(),
             relays: Vec::new(),
+            bridges: Vec::new(),
             cut: BTreeSet::new(),
             latency: Duration::from_millis(10),
             far: BTreeMap::new(),
@@ -194,6 +210,7 @@ impl Network {
             busy: false,
             delivered: Vec::new(),
             frames: Vec::new(),
+            events: Vec::new(),
         });
         self.hosts.len() - 1
     }
@@ -340,6 +357,12 @@ impl Network {
         if self.cut.contains(&(datagram.from.ip(), to.ip())) {
             return;
         }
+        if let Some(bridge) = self.bridges.iter().find(|bridge| bridge.up && bridge.outside == to) {
+            let (host, local) = (bridge.host, bridge.local);
+            let loopback = SocketAddr::new(local.ip(), PORT);
+            self.hand_over(host, local, loopback, datagram);
+            return;
+        }
         if let Some(redirect) = &self.redirect
             && redirect.seen_as == to
         {
@@ -425,7 +448,8 @@ impl Network {
             assert!(bytes.len() <= transmit.segment_len || transmit.segment_len > 0);
             out.push((transmit.dst, transmit.ecn, transmit.segment_len, bytes));
         }
-        while tunnel.poll_event().is_some() {}
+        let events: Vec<_> = std::iter::from_fn(|| tunnel.poll_event()).collect();
+        self.hosts[host].events.extend(events);
         for (dst, ecn, segment_len, bytes) in out {
             self.leave(host, dst, ecn, segment_len, bytes);
         }
@@ -436,7 +460,13 @@ impl Network {
             return;
         }
         let mut from = self.hosts[host].addr;
-        if let Some(nat) = &mut self.hosts[host].nat {
+        let mut to = to;
+        if let Some(bridge) = self.bridges.iter().find(|it| it.host == host && it.local == to) {
+            if !bridge.up {
+                return;
+            }
+            (from, to) = (bridge.outside, bridge.relay);
+        } else if let Some(nat) = &mut self.hosts[host].nat {
             from = nat.outside(to);
         }
         if let Some(redirect) = &self.redirect

@@ -12,11 +12,11 @@ use mesh_types::status::PathKind;
 use crate::network::{MTU, Nat, Network, PORT};
 use crate::relay::Relay;
 
-const RELAY: &str = "203.0.113.1:15192";
+pub(crate) const RELAY: &str = "203.0.113.1:15192";
 const SECOND: &str = "203.0.113.2:15192";
 
 /// Two nodes at home, each with the NAT given, or on the internet; and relays.
-fn homes(nats: [Option<Nat>; 2], relays: &[&str]) -> Network {
+pub(crate) fn homes(nats: [Option<Nat>; 2], relays: &[&str]) -> Network {
     homes_with(nats, relays, |_| {})
 }
 
@@ -47,7 +47,7 @@ fn homes_with(
     net
 }
 
-fn peers_of(net: &Network, host: usize) -> Vec<PeerConfig> {
+pub(crate) fn peers_of(net: &Network, host: usize) -> Vec<PeerConfig> {
     let other = 1 - host;
     let keys: Vec<_> = net.relays.iter().map(|relay| relay.key).collect();
     let mut peer = PeerConfig { relays: keys, ..net.config_of(other) };
@@ -69,7 +69,7 @@ fn peers_of(net: &Network, host: usize) -> Vec<PeerConfig> {
 }
 
 /// One packet each way every 100 ms; how many of them arrived.
-fn talk(net: &mut Network, ms: u64) -> [usize; 2] {
+pub(crate) fn talk(net: &mut Network, ms: u64) -> [usize; 2] {
     let before = [0, 1].map(|host| net.texts(host, 1 - host).len());
     for _ in 0..ms / 100 {
         net.send(0, 1, "there");
@@ -79,19 +79,19 @@ fn talk(net: &mut Network, ms: u64) -> [usize; 2] {
     [0, 1].map(|host| net.texts(host, 1 - host).len() - before[host])
 }
 
-fn kinds(net: &Network) -> [PathKind; 2] {
+pub(crate) fn kinds(net: &Network) -> [PathKind; 2] {
     [net.snapshot(0, 1).path, net.snapshot(1, 0).path]
 }
 
-const fn is_direct(kind: PathKind) -> bool {
+pub(crate) const fn is_direct(kind: PathKind) -> bool {
     matches!(kind, PathKind::Direct | PathKind::Roamed)
 }
 
-fn home(i: usize) -> Option<Nat> {
+pub(crate) fn home(i: usize) -> Option<Nat> {
     Some(Nat::new(&format!("198.51.100.1{i}:40000")))
 }
 
-fn strict(i: usize) -> Option<Nat> {
+pub(crate) fn strict(i: usize) -> Option<Nat> {
     Some(Nat::symmetric(&format!("198.51.100.1{i}:40000")))
 }
 
