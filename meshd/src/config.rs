@@ -383,14 +383,18 @@ pub(crate) fn keyrelays(texts: &[String]) -> anyhow::Result<Vec<Keyrelay>> {
         let key = key.parse().with_context(|| {
             format!("--keyrelay {text:?}: no public key in front of the @: the relay's log shows its key")
         })?;
+        let (endpoint, tls) = endpoint.split_once('/').unwrap_or((endpoint, ""));
         let endpoint = endpoint
             .parse()
             .with_context(|| format!("--keyrelay {text:?}: no HOST:PORT behind the @"))?;
+        let tls_port = tls_port(tls).with_context(|| {
+            format!("--keyrelay {text:?}: behind HOST:PORT may stand /tls=PORT or /tls=off")
+        })?;
         ensure!(
             all.iter().all(|relay| relay.key != key),
             "--keyrelay names the key {key} twice: give a relay one address or name"
         );
-        all.push(Keyrelay { key, endpoint });
+        all.push(Keyrelay { key, endpoint, tls_port });
     }
     ensure!(
         all.len() <= RELAYS_MAX,
@@ -398,6 +402,16 @@ pub(crate) fn keyrelays(texts: &[String]) -> anyhow::Result<Vec<Keyrelay>> {
         all.len()
     );
     Ok(all)
+}
+
+/// TCP port for TLS, by what stands behind the slash; `Some(None)`: not to be tried.
+fn tls_port(text: &str) -> Option<Option<u16>> {
+    match text.strip_prefix("tls=") {
+        None if text.is_empty() => Some(Some(defaults::KEYRELAY_TLS_PORT)),
+        None => None,
+        Some("off") => Some(None),
+        Some(port) => port.parse().ok().filter(|port| *port != 0).map(Some),
+    }
 }
 
 #[cfg(test)]
@@ -419,6 +433,22 @@ mod tests {
         let config = config("--cluster-cidr 10.244.0.0/16").expect("good");
         assert_eq!(config.node.as_str(), "node-1");
         assert_eq!(config.source, Source::Kubernetes(None));
+    }
+
+    #[test]
+    fn a_relay_is_tried_over_tls_at_443_unless_told_otherwise() {
+        let key = "LsI6AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
+        let cases = [
+            ("relay.example.org:15192", Some(443)),
+            ("[2001:db8::7]:15192/tls=8443", Some(8443)),
+            ("192.0.2.1:15192/tls=off", None),
+        ];
+        for (endpoint, port) in cases {
+            let flags = format!("--cluster-cidr 10.244.0.0/16 --keyrelay {key}@{endpoint}");
+            let relays = config(&flags).expect("good").keyrelays;
+            assert_eq!(relays[0].tls_port, port, "{endpoint}");
+            assert_eq!(relays[0].endpoint.to_string(), endpoint.split('/').next().expect("it"));
+        }
     }
 
     #[test]
@@ -445,6 +475,14 @@ mod tests {
             ("--cluster-cidr 10.244.0.0/16 --keyrelays-config-map relays", "NAMESPACE/NAME"),
             ("--cluster-cidr 10.244.0.0/16 --keyrelays-config-map a/b/c", "NAMESPACE/NAME"),
             ("--cluster-cidr 10.244.0.0/16 --roster /r --keyrelays-config-map a/b", "--roster"),
+            (
+                "--cluster-cidr 10.244.0.0/16 --keyrelay LsI6AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=@a:1/8443",
+                "/tls=PORT",
+            ),
+            (
+                "--cluster-cidr 10.244.0.0/16 --keyrelay LsI6AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=@a:1/tls=0",
+                "/tls=PORT",
+            ),
             ("--cluster-cidr 10.244.0.0/16 --probe-socket here", "--probe-socket"),
             ("--cluster-cidr 10.244.0.0/16 --probe-socket /run/meshd/meshd.sock", "status socket"),
             ("--cluster-cidr 10.244.0.0/16 --cni-conf-dir here", "--cni-conf-dir"),

@@ -19,6 +19,7 @@
 //! | [`cni_install`], [`host_copy`], [`nft_bundle`] | the CNI plugin's program and configuration on this node; our own for uninstalling; nft for both |
 //! | [`endpoints`], [`attachments`], [`node_file`] | own endpoints; records of pods; the file for the CNI plugin |
 //! | [`io`], [`plane`] | the data plane: TUN and UDP; the same in the reconciler's hands |
+//! | [`relay_link`] | relays over TLS, where UDP is blocked |
 //! | [`view`], [`admin`], [`metrics`], [`status`] | what the daemon knows of itself, and who may ask |
 //! | [`ask`], [`probe`] | asks a running daemon; the same for a kubelet |
 //! | [`ping`] | measures the way to another node |
@@ -61,6 +62,7 @@ pub mod preflight;
 pub mod probe;
 pub mod program;
 pub mod reconcile;
+pub mod relay_link;
 pub mod resolver;
 pub mod roster;
 pub mod source;

@@ -22,6 +22,7 @@ use crate::io::{self, DataEvent, DataPlane, DataPlaneOptions, Greeter, Snapshots
 use crate::last_heard::{Endpoints, Recorder};
 use crate::offload::Disabled;
 use crate::reconcile::Plane;
+use crate::relay_link::{self, Notes, RelayLinks};
 use crate::view::{DataFigures, DataSource, View};
 
 /// What it takes peers to hear what we heard from the API server and to let us in: mostly, and on a busy machine. An address that
@@ -45,6 +46,7 @@ pub struct NodePlane {
     recorder: Recorder,
     /// Where peers were last heard by an earlier process.
     remembered: Endpoints,
+    relays: relay_link::Options,
 }
 
 struct Running {
@@ -54,6 +56,8 @@ struct Running {
     greeted: bool,
     /// The latest, see [`Plane::greet`].
     greeting: Option<JoinHandle<()>>,
+    /// Where there are relays.
+    links: Option<RelayLinks>,
 }
 
 impl NodePlane {
@@ -77,6 +81,11 @@ impl NodePlane {
             running: None,
             recorder,
             remembered,
+            relays: relay_link::Options {
+                keyrelays: config.keyrelays.clone(),
+                mark: config.kernel.mark,
+                tunnel_port: config.listen_port,
+            },
         }
     }
 
@@ -93,6 +102,7 @@ impl NodePlane {
             let (tun, udp) = (tun.features(), udp.features());
             tracing::info!(shards = self.shards, ?tun, ?udp, "data plane starts");
         }
+        let (notes, prepared) = relay_link::prepare();
         let options = DataPlaneOptions {
             tunnel: TunnelConfig {
                 coalesce: self.disabled.coalesce(coalesce(Release::running())),
@@ -102,11 +112,18 @@ impl NodePlane {
             seed: rand::random(),
             busy_poll: self.busy_poll,
             remembered: self.remembered.clone(),
-            on_event: Box::new(listener(self.news.clone(), self.recorder.clone())),
+            on_event: Box::new(listener(self.news.clone(), self.recorder.clone(), notes)),
         };
         let data = DataPlane::start(options, tuns, sockets)?;
         self.view.set_data_source(Asked(data.snapshots()));
-        Ok(Running { data, tun_index, greeted: false, greeting: None })
+        let links = match self.relays.keyrelays.is_empty() {
+            true => None,
+            false => {
+                let board = Arc::clone(&self.view.relay_links);
+                Some(RelayLinks::start(prepared, self.relays.clone(), data.bridger(), board)?)
+            }
+        };
+        Ok(Running { data, tun_index, greeted: false, greeting: None, links })
     }
 
     /// The device's index and a queue for each shard.
@@ -140,6 +157,9 @@ impl Plane for NodePlane {
     fn set_peers(&mut self, peers: Vec<PeerConfig>, own: Vec<SocketAddr>) -> anyhow::Result<()> {
         let running = self.running.as_mut().context("the data plane does not run")?;
         running.data.set_own_addresses(&own);
+        if let Some(links) = &running.links {
+            links.set_peers(&peers);
+        }
         let greet = !running.greeted && !peers.is_empty();
         running.data.set_peers(peers);
         if greet {
@@ -194,11 +214,15 @@ pub(crate) fn gso_is_sound() -> bool {
 }
 
 /// Runs on the packet thread: never waits.
-fn listener(news: mpsc::Sender<()>, recorder: Recorder) -> impl Fn(DataEvent) + Send {
+fn listener(news: mpsc::Sender<()>, recorder: Recorder, notes: Notes) -> impl Fn(DataEvent) + Send {
     move |event| match event {
         DataEvent::Tunnel(event) => {
             tracing::debug!(?event, "tunnel");
-            if let Event::EndpointChanged { key, endpoint } = event {
+            notes.take(&event);
+            // A bridge's address is nobody's after a restart.
+            if let Event::EndpointChanged { key, endpoint } = event
+                && !endpoint.ip().is_loopback()
+            {
                 recorder.record(key, endpoint);
             }
         }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use mesh_core::tunnel::sight::{self, Sight};
 use mesh_types::key::PublicKey;
 use mesh_types::nat::{Mapping, Nat};
 use mesh_types::status::{
-    KeyrelayStatus, PathKind, PeerStatus, RefusedNode, STATUS_VERSION, Status,
+    KeyrelayStatus, Over, PathKind, PeerStatus, RefusedNode, STATUS_VERSION, Status,
 };
 
 use crate::args::StatusArgs;
@@ -41,7 +42,7 @@ pub fn build(snapshot: &Snapshot) -> Status {
         ready: conditions.iter().all(|condition| condition.ok),
         conditions: conditions.clone(),
         peers: facts.peers.iter().map(|peer| peer_status(peer, &seen, snapshot)).collect(),
-        keyrelays: facts.relays.iter().map(|relay| relay_status(relay, &seen)).collect(),
+        keyrelays: facts.relays.iter().map(|relay| relay_status(relay, &seen, snapshot)).collect(),
         nat: nat_of(facts, &seen),
         refused: facts
             .refused
@@ -126,7 +127,7 @@ pub fn table(status: &Status) -> String {
     }
     if !status.keyrelays.is_empty() {
         let _ = writeln!(text, "\nNAT {}", nat_words(status.nat));
-        let head = ["KEYRELAY", "ENDPOINT", "REGISTERED", "SEES US AT", "RTT", "PROBLEM"];
+        let head = ["KEYRELAY", "ENDPOINT", "REGISTERED", "OVER", "SEES US AT", "RTT", "PROBLEM"];
         let mut rows = vec![head.map(String::from).to_vec()];
         rows.extend(status.keyrelays.iter().map(relay_row));
         text.push('\n');
@@ -166,7 +167,7 @@ fn peer_status(
         public_key: peer.config.key,
         allowed_ips: peer.config.allowed_ips.clone(),
         candidates: peer.config.candidates.clone(),
-        endpoint: seen.and_then(|seen| seen.endpoint),
+        endpoint: seen.and_then(|seen| seen.endpoint).map(|at| beyond(at, snapshot)),
         path: seen.map_or(PathKind::None, |seen| seen.path),
         last_handshake_s: seen
             .and_then(|seen| seen.last_handshake)
@@ -192,27 +193,51 @@ fn nat_of(facts: &Facts, seen: &BTreeMap<PublicKey, &PeerSnapshot>) -> Nat {
     sight::nat_of(relays.map(|relay| relay.sight).filter(known))
 }
 
-fn relay_status(relay: &RelayFacts, seen: &BTreeMap<PublicKey, &PeerSnapshot>) -> KeyrelayStatus {
+/// What the tunnel calls a bridge's address is, for people, the relay behind it.
+fn beyond(endpoint: SocketAddr, snapshot: &Snapshot) -> SocketAddr {
+    let mut links = snapshot.relay_links.values();
+    let link = links.find(|link| link.local == Some(endpoint));
+    link.and_then(|link| link.remote).unwrap_or(endpoint)
+}
+
+fn relay_status(
+    relay: &RelayFacts,
+    seen: &BTreeMap<PublicKey, &PeerSnapshot>,
+    whole: &Snapshot,
+) -> KeyrelayStatus {
     let snapshot = seen.get(&relay.key);
     let sight = snapshot.map_or_else(Sight::default, |seen| seen.sight);
     // Its answer over a connection tells no address.
     let answered = sight.addresses().next().is_some() || sight.nat.mapping == Mapping::NoUdp;
     let registered = snapshot.is_some_and(|seen| seen.session) && answered;
+    let link = whole.relay_links.get(&relay.key);
+    let endpoint = snapshot.and_then(|seen| seen.endpoint);
+    let tls = endpoint.is_some() && link.is_some_and(|link| link.local == endpoint);
+    let over = registered.then_some(if tls { Over::Tls } else { Over::Udp });
     let problem = match snapshot {
         _ if relay.candidates.is_empty() => {
             format!("{} resolves to no address that may be used", relay.endpoint)
         }
-        _ if registered => String::new(),
+        _ if over == Some(Over::Udp) => String::new(),
+        _ if over == Some(Over::Tls) => match link.filter(|link| link.remote.is_none()) {
+            None => "reached over TLS, as no relay answers over UDP: is it blocked?".to_owned(),
+            Some(link) => format!("the connection over TLS ended ({})", link.problem),
+        },
         Some(seen) if seen.session => "it has not said yet where it sees us".to_owned(),
         _ => {
-            "no answer: is it running, is this node's key in its roster, is UDP let out?".to_owned()
+            let tls = link.filter(|link| !link.problem.is_empty());
+            let tls = tls.map(|link| format!(" Over TLS: {}", link.problem)).unwrap_or_default();
+            format!(
+                "no answer: is it running, is this node's key in its roster, is UDP let out?{tls}"
+            )
         }
     };
     KeyrelayStatus {
         public_key: relay.key,
         candidates: relay.candidates.clone(),
-        endpoint: snapshot.and_then(|seen| seen.endpoint),
+        endpoint: endpoint.map(|at| beyond(at, whole)),
         registered,
+        over,
         reflexive: sight.v4.or(sight.v6),
         reflexive_v6: sight.v6,
         nat: sight.nat,
@@ -229,6 +254,10 @@ fn relay_row(relay: &KeyrelayStatus) -> Vec<String> {
         relay.public_key.to_string(),
         or_dash(at.map(|endpoint| endpoint.to_string())),
         if relay.registered { "yes" } else { "no" }.to_owned(),
+        or_dash(relay.over.map(|over| match over {
+            Over::Udp => "UDP".to_owned(),
+            Over::Tls => "TLS".to_owned(),
+        })),
         or_dash(relay.reflexive.map(|address| address.to_string())),
         or_dash(relay.rtt_ms.map(|rtt| format!("{rtt:.1} ms"))),
         or_dash(Some(relay.problem.clone())),
@@ -316,6 +345,7 @@ pub fn fetch(run_dir: &Path) -> anyhow::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::relay_link::Link;
     use crate::view::tests::sample;
 
     #[test]
@@ -332,6 +362,37 @@ mod tests {
         assert!(!status.ready);
         let text = serde_json::to_string(&status).expect("json");
         assert_eq!(serde_json::from_str::<Status>(&text).expect("back"), status);
+    }
+
+    #[test]
+    fn a_relay_over_tls_is_shown_by_its_own_address_and_with_the_reason() {
+        let mut snapshot = sample().snapshot();
+        let addr = |text: &str| text.parse::<SocketAddr>().expect("an endpoint");
+        let (local, remote) = (addr("127.0.0.1:40001"), addr("192.0.2.20:443"));
+        let key = snapshot.data.peers[0].key;
+        snapshot.facts.relays = vec![RelayFacts {
+            key,
+            endpoint: "192.0.2.20:15192".parse().expect("a hint"),
+            candidates: vec![addr("192.0.2.20:15192")],
+        }];
+        snapshot.data.peers[0].sight.v4 = Some(addr("198.51.100.7:5000"));
+        let relay = |snapshot: &Snapshot| build(snapshot).keyrelays.remove(0);
+        assert_eq!(relay(&snapshot).over, Some(Over::Udp));
+        assert_eq!(relay(&snapshot).problem, "");
+        snapshot.data.peers[0].endpoint = Some(local);
+        let link = Link { local: Some(local), remote: Some(remote), problem: String::new() };
+        snapshot.relay_links.insert(key, link);
+        let over_tls = relay(&snapshot);
+        assert_eq!((over_tls.over, over_tls.endpoint), (Some(Over::Tls), Some(remote)));
+        assert!(over_tls.problem.contains("UDP"), "{}", over_tls.problem);
+        assert_eq!(build(&snapshot).peers[0].endpoint, Some(remote), "what it carries, too");
+        assert!(table(&build(&snapshot)).contains("TLS"));
+        snapshot.data.peers[0].session = false;
+        let failed = Link { local: Some(local), remote: None, problem: "refused".into() };
+        snapshot.relay_links.insert(key, failed);
+        let gone = relay(&snapshot);
+        assert_eq!(gone.over, None);
+        assert!(gone.problem.contains("Over TLS: refused"), "{}", gone.problem);
     }
 
     #[test]

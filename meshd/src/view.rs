@@ -20,6 +20,8 @@ use mesh_types::status::{Condition, Counter};
 use mesh_types::time::MonoTime;
 use tokio::sync::watch;
 
+use crate::relay_link::{Board, Link};
+
 /// The conditions of readiness, in the order they come to hold at start.
 pub mod condition {
     /// Pod traffic cannot leave in clear.
@@ -151,6 +153,8 @@ pub trait DataSource: Send + Sync {
 /// Shared by all of the control side.
 pub struct View {
     pub identity: Identity,
+    /// Relays over TLS; written by whoever keeps them.
+    pub relay_links: Arc<Board>,
     began: Instant,
     inner: Mutex<Inner>,
     /// Told of every change of a condition.
@@ -183,12 +187,15 @@ pub struct Snapshot {
     /// Empty where the data plane did not answer.
     pub data: DataFigures,
     pub answered: bool,
+    /// Relays over TLS.
+    pub relay_links: BTreeMap<PublicKey, Link>,
 }
 
 impl View {
     pub fn new(identity: Identity) -> Self {
         Self {
             identity,
+            relay_links: Arc::default(),
             began: Instant::now(),
             inner: Mutex::default(),
             changes: watch::Sender::new(()),
@@ -306,14 +313,19 @@ impl View {
         let began = Instant::now();
         let data = source.and_then(|source| self.heard(began, source.figures()));
         let inner = self.lock();
+        let answered = inner.data.is_none() || data.is_some();
+        let mut data = data.unwrap_or_default();
+        data.drops.extend(self.relay_links.drops());
+        data.totals.extend(self.relay_links.totals());
         Snapshot {
             identity: self.identity.clone(),
             facts: inner.facts.clone(),
             conditions: conditions(&inner),
             repairs: inner.repairs.clone(),
             turns: inner.turns,
-            answered: inner.data.is_none() || data.is_some(),
-            data: data.unwrap_or_default(),
+            answered,
+            data,
+            relay_links: self.relay_links.links(),
         }
     }
 

@@ -10,6 +10,9 @@ pub const ADMIN_PORT: u16 = 15191;
 /// UDP port of `keyrelay`.
 pub const KEYRELAY_PORT: u16 = 15192;
 
+/// TCP port at which a node tries a keyrelay where UDP is blocked: what networks let out that let out little.
+pub const KEYRELAY_TLS_PORT: u16 = 443;
+
 /// Firewall mark of our outer packets and the mask it is read with. 0x80 is AWS', 0x20/0x40
 /// KubeSpan's, 0x2000/0x4000/0x8000 portmap's and kube-proxy's, high bits Calico's, Cilium's and
 /// Tailscale's.

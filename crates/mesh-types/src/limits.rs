@@ -135,6 +135,16 @@ pub const RELAY_STREAMS_PER_SOURCE_HALF_OPEN_MAX: usize = 8;
 /// Bytes waiting to be written to one connection: a tenth of a second at 10 Mbit/s. More is delay and no help.
 pub const RELAY_STREAM_QUEUE_BYTES: usize = 128 * 1024;
 
+/// Relays a node reaches over TLS at a time: one in use and one kept warm.
+pub const RELAYS_OVER_TLS_MAX: usize = 2;
+
+/// Bytes waiting to be written to a node's connection to a relay, and as many that the kernel holds unsent: a tenth of a second
+/// at 10 Mbit/s each.
+pub const RELAY_LINK_QUEUE_BYTES: usize = 128 * 1024;
+
+/// What the data plane may tell of relays before control has looked: a question and an answer of each a second, for minutes.
+pub const RELAY_NOTES_MAX: usize = 1_024;
+
 /// Members that one thread tells of the relay's end in one turn: a message costs about 2 us.
 pub const RELAY_LEAVING_PER_TURN: usize = 256;
 

@@ -70,6 +70,9 @@ pub struct KeyrelayStatus {
     /// Where it answers.
     pub endpoint: Option<SocketAddr>,
     pub registered: bool,
+    /// What it is reached over; `None` where it is not.
+    #[serde(default)]
+    pub over: Option<Over>,
     /// Where it sees us; over IPv4 where both families reach it.
     pub reflexive: Option<SocketAddr>,
     /// Where it sees us over IPv6, if it does.
@@ -83,8 +86,17 @@ pub struct KeyrelayStatus {
     pub mtu: Option<u16>,
     /// Round trip of a question, smoothed.
     pub rtt_ms: Option<f64>,
-    /// Why we are not registered, in words; empty when we are.
+    /// Why we are not registered, or not over UDP, in words; empty when we are.
     pub problem: String,
+}
+
+/// What a relay is reached over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Over {
+    Udp,
+    /// UDP seems to be blocked.
+    Tls,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

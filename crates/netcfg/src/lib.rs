@@ -36,6 +36,7 @@ mod seal;
 pub mod state;
 mod sys;
 pub mod sysctl;
+pub mod tcp;
 pub mod tun;
 pub mod udp;
 pub mod watch;

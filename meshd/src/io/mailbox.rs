@@ -41,6 +41,9 @@ pub(super) struct Letters<P, T, S> {
     pub(super) doubted: BTreeSet<PublicKey>,
     /// What relays show of this node is to be found out anew.
     pub(super) check_relays: bool,
+    /// Bridges to relays that stand now, or do not any more; of one relay the last word counts.
+    pub(super) bridges: BTreeMap<PublicKey, Option<SocketAddr>>,
+    pub(super) ask_relays: bool,
     pub(super) initiate_all: bool,
     pub(super) initiate_anew: bool,
     pub(super) initiate_forgotten: bool,
@@ -61,6 +64,8 @@ impl<P, T, S> Default for Letters<P, T, S> {
             seen: BTreeMap::new(),
             doubted: BTreeSet::new(),
             check_relays: false,
+            bridges: BTreeMap::new(),
+            ask_relays: false,
             initiate_all: false,
             initiate_anew: false,
             initiate_forgotten: false,
@@ -134,6 +139,18 @@ impl<P, T, S> Mailbox<P, T, S> {
                 letters.seen.insert(relay, sight);
             }
         });
+    }
+
+    pub(super) fn set_bridge(&self, relay: PublicKey, bridge: Option<SocketAddr>) {
+        self.post(|letters| {
+            if letters.bridges.len() < RELAYS_MAX || letters.bridges.contains_key(&relay) {
+                letters.bridges.insert(relay, bridge);
+            }
+        });
+    }
+
+    pub(super) fn ask_relays(&self) {
+        self.post(|letters| letters.ask_relays = true);
     }
 
     /// Tells that nothing comes back through a relay.

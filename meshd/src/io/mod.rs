@@ -209,6 +209,11 @@ impl DataPlane {
         Greeter { shards: self.shards.clone() }
     }
 
+    /// A handle that leads to relays by other ways.
+    pub fn bridger(&self) -> Bridger {
+        Bridger { shards: self.shards.clone() }
+    }
+
     /// Serves `queues`, one for each shard, in place of a device that is gone.
     pub fn replace_tun(&self, queues: Vec<Tun>) {
         self.tun_lost.store(false, Ordering::SeqCst);
@@ -348,6 +353,24 @@ impl Greeter {
     /// Also with those we have a session with, which they may not have any more.
     pub fn initiate_forgotten(&self) {
         self.shards.each(Mailbox::initiate_forgotten);
+    }
+}
+
+/// See [`DataPlane::bridger`].
+#[derive(Debug)]
+pub struct Bridger {
+    shards: Mailboxes,
+}
+
+impl Bridger {
+    /// The relay can be reached at this local address now, or not any more.
+    pub fn set_bridge(&self, relay: PublicKey, bridge: Option<SocketAddr>) {
+        self.shards.each(|shard| shard.set_bridge(relay, bridge));
+    }
+
+    /// Has relays asked whether they are there.
+    pub fn ask_relays(&self) {
+        self.shards.each(Mailbox::ask_relays);
     }
 }
 

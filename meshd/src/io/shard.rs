@@ -1,9 +1,11 @@
 //! The loop of one shard. Run to completion: what one read brings is sealed and sent, or opened and written,
 //! before the next read; nothing is held back for a timer.
 
+mod bridges;
 mod handed;
 mod steering;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,10 +14,10 @@ use std::time::Duration;
 
 use mesh_core::packet::{CoalesceOptions, Ecn, VNET_HEADER_BYTES, VnetHeader};
 use mesh_core::tunnel::Tunnel;
-use mesh_core::tunnel::config::{Event, PeerConfig, TunnelConfig, UdpMeta};
+use mesh_core::tunnel::config::{PeerConfig, TunnelConfig, UdpMeta};
 use mesh_core::tunnel::engine::{EngineFactory as _, OwnKeyId};
 use mesh_core::tunnel::places::Places;
-use mesh_types::key::PrivateKey;
+use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::{
     TUN_DRAIN_BYTES, TUN_DRAIN_READS, TUN_QUEUES_PER_SHARD, UDP_DRAIN_BUFFERS, UDP_DRAIN_BYTES,
     UDP_RECV_MESSAGES_MAX,
@@ -61,6 +63,8 @@ pub(super) struct Shard {
     peers: Arc<Vec<PeerConfig>>,
     /// Where this node can be reached.
     own_addresses: Vec<SocketAddr>,
+    /// Where relays are reached that UDP does not lead to.
+    bridges: BTreeMap<PublicKey, SocketAddr>,
     /// Where the peers of all shards were last heard, in this life or one before.
     places: Places,
     tun: Option<Tun>,
@@ -118,6 +122,7 @@ impl Shard {
             mailbox,
             peers: Arc::default(),
             own_addresses: Vec::new(),
+            bridges: BTreeMap::new(),
             places,
             tun_paused_until: MonoTime::ZERO,
             tun_buffer: vec![0; VNET_HEADER_BYTES + PACKET_BYTES_MAX],
@@ -170,6 +175,9 @@ impl Shard {
         if !self.peers.is_empty() {
             self.apply_peers(&mut tunnel, clock::now());
         }
+        for (relay, at) in &self.bridges {
+            tunnel.set_bridge(clock::now(), relay, Some(*at));
+        }
         if self.counters.panics > 0 {
             self.past.tunnel_ended();
             // Peers still send on sessions that are gone, and would notice after 15 s only.
@@ -199,19 +207,7 @@ impl Shard {
                 exchange.send(now);
             }
             while let Some(event) = tunnel.poll_event() {
-                if let Event::EndpointChanged { key, endpoint } = event {
-                    self.note_place(key, endpoint);
-                    if let Some(exchange) = &self.exchange {
-                        exchange.tell_place(key, endpoint);
-                    }
-                }
-                match (event, &self.exchange) {
-                    (Event::Seen { relay, sight }, Some(exchange)) => {
-                        exchange.tell_seen(relay, sight);
-                    }
-                    (Event::RelayInDoubt { relay }, Some(exchange)) => exchange.tell_doubt(relay),
-                    _ => {}
-                }
+                self.tell_shards(&event);
                 (self.on_event)(DataEvent::Tunnel(event));
             }
             self.steer();
@@ -325,6 +321,10 @@ impl Shard {
         }
         if letters.check_relays {
             tunnel.check_relays(now);
+        }
+        self.set_bridges(tunnel, letters.bridges, now);
+        if letters.ask_relays {
+            tunnel.ask_relays(now);
         }
         if letters.initiate_all {
             tunnel.initiate_all(now);

@@ -24,6 +24,8 @@ pub struct LocalNode {
 pub struct Keyrelay {
     pub key: PublicKey,
     pub endpoint: EndpointHint,
+    /// TCP port of the same host for TLS where UDP is blocked.
+    pub tls_port: Option<u16>,
 }
 
 /// What configuration says.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
-use mesh_core::tunnel::config::{PeerConfig, Role};
+use mesh_core::tunnel::config::{Event, PeerConfig, Role};
 use mesh_core::tunnel::steer::FRONT;
 use mesh_types::key::PublicKey;
 
@@ -14,6 +14,33 @@ impl Shard {
     /// For a tunnel made anew after a panic, and for the filter.
     pub(super) fn note_place(&mut self, key: PublicKey, at: SocketAddr) {
         self.steer_anew |= self.places.note(key, at);
+    }
+
+    /// What other shards have to know of what happened to peers of ours.
+    pub(super) fn tell_shards(&mut self, event: &Event) {
+        match *event {
+            Event::EndpointChanged { key, endpoint } => {
+                self.note_place(key, endpoint);
+                if let Some(exchange) = &self.exchange {
+                    exchange.tell_place(key, endpoint);
+                }
+            }
+            Event::Seen { relay, sight } => {
+                if let Some(exchange) = &self.exchange {
+                    exchange.tell_seen(relay, sight);
+                }
+            }
+            Event::RelayInDoubt { relay } => {
+                if let Some(exchange) = &self.exchange {
+                    exchange.tell_doubt(relay);
+                }
+            }
+            Event::SessionEstablished { .. }
+            | Event::RelayAnswered { .. }
+            | Event::Unanswered { .. }
+            | Event::WayLost { .. }
+            | Event::HandshakeGaveUp { .. } => {}
+        }
     }
 
     /// Whoever is no peer any more is nowhere; of those who are yet to be one it is known where they were.
@@ -37,8 +64,8 @@ impl Shard {
             return;
         }
         let relays = self.peers.iter().filter(|peer| peer.role == Role::Relay);
-        let gathered =
-            self.places.gathered(relays.flat_map(|relay| relay.candidates.iter().copied()));
+        let relays = relays.flat_map(|relay| relay.candidates.iter().copied());
+        let gathered = self.places.gathered(relays.chain(self.bridges.values().copied()));
         if let Err(error) = self.udp.set_filter(&filter_of(self.config.share.of(), &gathered)) {
             tracing::debug!(%error, "the kernel takes no filter");
         }

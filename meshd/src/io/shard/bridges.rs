@@ -1,0 +1,27 @@
+//! Bridges to relays, told to the tunnel and kept for one made anew after a panic.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use mesh_types::key::PublicKey;
+use mesh_types::time::MonoTime;
+
+use super::{BoringTunnel, Shard};
+
+impl Shard {
+    pub(super) fn set_bridges(
+        &mut self,
+        tunnel: &mut BoringTunnel,
+        bridges: BTreeMap<PublicKey, Option<SocketAddr>>,
+        now: MonoTime,
+    ) {
+        for (relay, bridge) in bridges {
+            tunnel.set_bridge(now, &relay, bridge);
+            let before = match bridge {
+                Some(at) => self.bridges.insert(relay, at),
+                None => self.bridges.remove(&relay),
+            };
+            self.steer_anew |= before != bridge;
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! When relays are reached over TLS: while none answers over UDP. No I/O and no clock.
+//!
+//! ```text
+//!                 none has answered for PATIENCE
+//!   ┌──────────┐ ──────────────────────────────> ┌─────────┐ <─ a question is unanswered ─┐
+//!   │ straight │                                 │ bridged │                              │
+//!   └──────────┘                                 └─────────┘ ── one answers over UDP ──> ┌─────────┐
+//!        ^                                                                               │ calming │
+//!        └────────────────────────────────── CALM has passed ────────────────────────────└─────────┘
+//! ```
+//! straight: no bridge. bridged: to [`RELAYS_OVER_TLS_MAX`] relays, those that let us in, best first. calming: bridges that stand
+//! are kept, so that a network which lets UDP through now and then costs nobody a connection.
+//!
+//! That UDP is tried again is the tunnel's work (`mesh_core::tunnel`).
+
+use std::time::Duration;
+
+use mesh_types::key::PublicKey;
+use mesh_types::limits::RELAYS_OVER_TLS_MAX;
+use mesh_types::time::MonoTime;
+
+/// For so long none has answered over UDP: longer than a handshake and a second question over a way of a second.
+const PATIENCE: Duration = Duration::from_millis(2_500);
+
+/// A question counts as unanswered after this long, and was asked so long ago.
+const UNANSWERED_AFTER: Duration = Duration::from_secs(1);
+
+/// UDP has to answer for so long: longer than from one question to the next and its second (20 s, 1 s).
+const CALM: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Default)]
+pub(super) struct Policy {
+    relays: Vec<Relay>,
+    mode: Mode,
+}
+
+#[derive(Debug)]
+struct Relay {
+    key: PublicKey,
+    /// Whether it may be reached over TLS at all.
+    tls: bool,
+    /// Since when it owes an answer over UDP; `None`: it answers.
+    doubt: Option<MonoTime>,
+    /// Connections that failed since the last that carried.
+    failures: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Mode {
+    #[default]
+    Straight,
+    Bridged,
+    Calming {
+        since: MonoTime,
+    },
+}
+
+/// What is to become of the bridge to one relay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Wanted {
+    #[default]
+    Closed,
+    /// If it stands it may stay.
+    Kept,
+    Open,
+}
+
+/// Worth a line in the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Change {
+    UdpFails,
+    UdpAnswers,
+}
+
+impl Policy {
+    /// The relays there are, best first, and whether each may be reached over TLS. One that is new owes an answer from now on.
+    pub(super) fn set_relays(&mut self, now: MonoTime, relays: &[(PublicKey, bool)]) {
+        let before = std::mem::take(&mut self.relays);
+        self.relays = relays
+            .iter()
+            .map(|(key, tls)| {
+                let known = before.iter().find(|relay| relay.key == *key);
+                let doubt = known.map_or(Some(now), |known| known.doubt);
+                let failures = known.map_or(0, |known| known.failures);
+                Relay { key: *key, tls: *tls, doubt, failures }
+            })
+            .collect();
+    }
+
+    /// The relay answered over UDP.
+    pub(super) fn answered(&mut self, key: &PublicKey) {
+        self.with(key, |relay| relay.doubt = None);
+    }
+
+    /// A question over UDP was not answered for a second.
+    pub(super) fn unanswered(&mut self, now: MonoTime, key: &PublicKey) {
+        let asked = MonoTime::ZERO + now.since(MonoTime::ZERO + UNANSWERED_AFTER);
+        self.with(key, |relay| _ = relay.doubt.get_or_insert(asked));
+    }
+
+    /// The relay answered over a connection.
+    pub(super) fn lets_in(&mut self, key: &PublicKey) {
+        self.with(key, |relay| relay.failures = 0);
+    }
+
+    /// A connection could not be made, or ended without an answer.
+    pub(super) fn failed(&mut self, key: &PublicKey) {
+        self.with(key, |relay| relay.failures = relay.failures.saturating_add(1));
+    }
+
+    /// Goes on to the state that follows from what was heard, and the time.
+    pub(super) fn turn(&mut self, now: MonoTime) -> Option<Change> {
+        let (before, udp) = (self.mode, self.relays.iter().any(|relay| relay.doubt.is_none()));
+        self.mode = match before {
+            _ if self.relays.is_empty() => Mode::Straight,
+            Mode::Straight if self.given_up_at().is_some_and(|at| at <= now) => Mode::Bridged,
+            Mode::Straight => Mode::Straight,
+            Mode::Bridged if udp => Mode::Calming { since: now },
+            Mode::Bridged => Mode::Bridged,
+            Mode::Calming { .. } if !udp => Mode::Bridged,
+            Mode::Calming { since } if now.since(since) >= CALM => Mode::Straight,
+            calming => calming,
+        };
+        match (before, self.mode) {
+            (Mode::Straight, Mode::Bridged) => Some(Change::UdpFails),
+            (Mode::Bridged, Mode::Calming { .. }) => Some(Change::UdpAnswers),
+            (Mode::Calming { .. }, Mode::Bridged) => Some(Change::UdpFails),
+            _ => None,
+        }
+    }
+
+    /// When time alone changes something.
+    pub(super) fn deadline(&self) -> Option<MonoTime> {
+        match self.mode {
+            Mode::Straight => self.given_up_at(),
+            Mode::Bridged => None,
+            Mode::Calming { since } => Some(since + CALM),
+        }
+    }
+
+    /// What is to become of each bridge.
+    pub(super) fn wanted(&self) -> Vec<(PublicKey, Wanted)> {
+        let mut ranked: Vec<&Relay> = self.relays.iter().filter(|relay| relay.tls).collect();
+        // Stable: of equals the better stays first.
+        ranked.sort_by_key(|relay| relay.failures);
+        ranked.truncate(RELAYS_OVER_TLS_MAX);
+        let of = |relay: &Relay| match self.mode {
+            Mode::Straight => Wanted::Closed,
+            Mode::Calming { .. } => Wanted::Kept,
+            Mode::Bridged if ranked.iter().any(|one| one.key == relay.key) => Wanted::Open,
+            Mode::Bridged => Wanted::Closed,
+        };
+        self.relays.iter().map(|relay| (relay.key, of(relay))).collect()
+    }
+
+    /// When none has answered for long enough; `None` while one does.
+    fn given_up_at(&self) -> Option<MonoTime> {
+        let doubts: Option<Vec<MonoTime>> = self.relays.iter().map(|relay| relay.doubt).collect();
+        doubts?.into_iter().max().map(|latest| latest + PATIENCE)
+    }
+
+    fn with(&mut self, key: &PublicKey, change: impl FnOnce(&mut Relay)) {
+        if let Some(relay) = self.relays.iter_mut().find(|relay| relay.key == *key) {
+            change(relay);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::tests::key;
+
+    fn at(ms: u64) -> MonoTime {
+        MonoTime::ZERO + Duration::from_secs(1_000) + Duration::from_millis(ms)
+    }
+
+    fn policy(relays: u8) -> Policy {
+        let relays: Vec<_> = (0..relays).map(|n| (key(n + 20), true)).collect();
+        let mut policy = Policy::default();
+        policy.set_relays(at(0), &relays);
+        policy
+    }
+
+    fn open(policy: &Policy) -> Vec<u8> {
+        let wanted = policy.wanted();
+        let open = wanted.iter().enumerate().filter(|(_, (_, wanted))| *wanted == Wanted::Open);
+        open.map(|(at, _)| at as u8).collect()
+    }
+
+    #[test]
+    fn bridges_are_made_when_no_relay_has_answered_for_a_while() {
+        let mut policy = policy(3);
+        assert_eq!(policy.deadline(), Some(at(2_500)));
+        assert_eq!(policy.turn(at(2_499)), None);
+        assert!(open(&policy).is_empty());
+        assert_eq!(policy.turn(at(2_500)), Some(Change::UdpFails));
+        assert_eq!(open(&policy), [0, 1], "to two at most");
+        assert_eq!(policy.turn(at(2_600)), None, "told once");
+        assert_eq!(policy.deadline(), None);
+    }
+
+    #[test]
+    fn one_relay_that_answers_is_enough() {
+        let mut policy = policy(3);
+        policy.answered(&key(22));
+        assert_eq!(policy.deadline(), None);
+        policy.unanswered(at(60_000), &key(20));
+        assert_eq!(policy.turn(at(90_000)), None);
+        policy.unanswered(at(100_000), &key(22));
+        assert_eq!(policy.deadline(), Some(at(101_500)), "asked a second before");
+        policy.answered(&key(22));
+        assert_eq!(policy.turn(at(101_500)), None, "the second question was answered");
+    }
+
+    #[test]
+    fn a_silence_that_goes_on_does_not_put_off_the_end_of_patience() {
+        let mut policy = policy(1);
+        policy.answered(&key(20));
+        policy.unanswered(at(10_000), &key(20));
+        policy.unanswered(at(11_000), &key(20));
+        assert_eq!(policy.deadline(), Some(at(11_500)));
+    }
+
+    #[test]
+    fn bridges_stay_for_a_while_after_udp_answers_and_are_open_again_at_once_when_it_fails() {
+        let mut policy = policy(1);
+        policy.turn(at(2_500));
+        policy.answered(&key(20));
+        assert_eq!(policy.turn(at(10_000)), Some(Change::UdpAnswers));
+        assert_eq!(policy.wanted(), [(key(20), Wanted::Kept)]);
+        policy.unanswered(at(20_000), &key(20));
+        assert_eq!(policy.turn(at(20_000)), Some(Change::UdpFails));
+        assert_eq!(open(&policy), [0]);
+        policy.answered(&key(20));
+        assert_eq!(policy.turn(at(30_000)), Some(Change::UdpAnswers));
+        assert_eq!(policy.deadline(), Some(at(60_000)));
+        assert_eq!(policy.turn(at(59_999)), None);
+        assert_eq!(policy.wanted(), [(key(20), Wanted::Kept)]);
+        policy.turn(at(60_000));
+        assert_eq!(policy.wanted(), [(key(20), Wanted::Closed)]);
+    }
+
+    #[test]
+    fn a_relay_that_takes_no_connection_makes_room_for_the_next() {
+        let mut policy = policy(3);
+        policy.turn(at(2_500));
+        policy.failed(&key(20));
+        assert_eq!(open(&policy), [1, 2]);
+        policy.failed(&key(21));
+        policy.failed(&key(22));
+        assert_eq!(open(&policy), [0, 1], "all have failed alike");
+        policy.lets_in(&key(22));
+        assert_eq!(open(&policy), [0, 2]);
+    }
+
+    #[test]
+    fn relays_without_tls_are_asked_over_udp_alone() {
+        let mut policy = Policy::default();
+        policy.set_relays(at(0), &[(key(20), false), (key(21), true)]);
+        policy.turn(at(2_500));
+        assert_eq!(open(&policy), [1]);
+        policy.answered(&key(20));
+        assert_eq!(policy.turn(at(3_000)), Some(Change::UdpAnswers), "UDP goes through");
+    }
+
+    #[test]
+    fn a_change_of_the_relays_keeps_what_is_known_of_those_that_stay() {
+        let mut policy = policy(1);
+        policy.answered(&key(20));
+        policy.set_relays(at(5_000), &[(key(21), true), (key(20), true)]);
+        assert_eq!(policy.deadline(), None);
+        policy.set_relays(at(6_000), &[(key(21), true)]);
+        assert_eq!(policy.deadline(), Some(at(7_500)), "owes an answer since it came");
+        policy.turn(at(7_500));
+        policy.set_relays(at(8_000), &[]);
+        assert_eq!(policy.turn(at(8_000)), None);
+        assert_eq!(policy.deadline(), None);
+        assert!(policy.wanted().is_empty());
+    }
+}
