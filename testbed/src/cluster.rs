@@ -56,6 +56,8 @@ pub struct Cluster {
     daemons: BTreeMap<String, Daemon>,
     /// What every daemon started from now on is told besides.
     pub flags: Vec<String>,
+    /// What the relay is told besides.
+    pub keyrelay_flags: Vec<String>,
     keyrelay: Option<Keyrelay>,
     _api: Daemon,
     // Last: everything above dies with it.
@@ -103,7 +105,8 @@ impl Cluster {
         }
         let canary = Canary::random();
         let (pods, daemons, keyrelay) = (Vec::new(), BTreeMap::new(), None);
-        Ok(Self { net, pods, canary, daemons, flags: Vec::new(), keyrelay, _api: api, lab })
+        let (flags, keyrelay_flags) = (Vec::new(), Vec::new());
+        Ok(Self { net, pods, canary, daemons, flags, keyrelay_flags, keyrelay, _api: api, lab })
     }
 
     /// As [`Cluster::build`] in a lab of this name, taken down when the cluster is dropped.
@@ -192,6 +195,7 @@ impl Cluster {
         self.net.api.write(KEYRELAY_MEMBERS, members)?;
         let mut command = self.net.api.command(&self.lab.programs().keyrelay);
         command.args(["run", "--keys-file", KEYRELAY_MEMBERS, "--private-key-file", KEYRELAY_KEY]);
+        command.args(&self.keyrelay_flags);
         let daemon = self.net.api.spawn(command, "keyrelay")?;
         let keyrelay = self.keyrelay.as_mut().context("the cluster has no relay")?;
         keyrelay.daemon = Some(daemon);

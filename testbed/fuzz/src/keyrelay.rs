@@ -25,6 +25,7 @@ use mesh_core::tunnel::engine::{
 use mesh_types::carry;
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::relay_frame::{Frame, PACKET_BYTES_MAX};
+use mesh_types::stream_frame;
 use mesh_types::time::MonoTime;
 use wg_engine::{BoringEngine, BoringFactory, public_key};
 
@@ -192,4 +193,23 @@ pub(crate) fn frames(data: &[u8]) {
         let length = frame.encode(&mut packet).expect("room");
         assert_eq!(Frame::decode(&packet[..length]), Ok(frame));
     }
+}
+
+/// Any bytes as a stream, in pieces as long as the first byte says: the same datagrams as in one piece, and put on a stream again
+/// the same bytes.
+pub(crate) fn stream(data: &[u8]) {
+    let Some((piece, stream)) = data.split_first() else { return };
+    let mut whole = Vec::new();
+    let used = stream_frame::take(&mut stream.to_vec(), |datagram| whole.push(datagram.to_vec()));
+    let (mut held, mut pieces, mut taken) = (Vec::new(), Vec::new(), 0);
+    for piece in stream.chunks(usize::from(*piece) + 1) {
+        held.extend_from_slice(piece);
+        let used = stream_frame::take(&mut held, |datagram| pieces.push(datagram.to_vec()));
+        held.drain(..used);
+        taken += used;
+    }
+    assert_eq!((&pieces, taken), (&whole, used));
+    let mut again = Vec::new();
+    assert!(whole.iter().all(|datagram| stream_frame::push(&mut again, datagram, used)));
+    assert_eq!(stream.get(..used), Some(again.as_slice()));
 }

@@ -29,6 +29,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("handshake", engine::handshake),
     ("relay_datagrams", keyrelay::datagrams),
     ("relay_frames", keyrelay::frames),
+    ("relay_stream", keyrelay::stream),
 ];
 
 /// Runs the target called `name`.
