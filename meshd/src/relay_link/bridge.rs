@@ -363,14 +363,14 @@ mod tests {
         let (tunnel, port) = bound();
         let (mut local, queue, board) = (local(port), Queue::default(), Board::default());
         let to = local.address;
-        for _ in 0..200 {
+        for _ in 0..150 {
             tunnel.send_to(&[7; 1_000], to).expect("sent");
         }
         let held = RELAY_LINK_QUEUE_BYTES / 1_002;
         let lost = || board.full.load(Ordering::Relaxed);
-        take(&mut local, &queue, &board, || lost() >= (200 - held) as u64).await;
+        take(&mut local, &queue, &board, || lost() >= (150 - held) as u64).await;
         assert_eq!(queue.lock().len(), held * 1_002);
-        assert_eq!(board.full.load(Ordering::Relaxed), (200 - held) as u64);
+        assert_eq!(board.full.load(Ordering::Relaxed), (150 - held) as u64);
     }
 
     #[tokio::test]
