@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use mesh_core::cluster::Keyrelay;
 use mesh_core::packet::CoalesceOptions;
 use mesh_core::tunnel::config::{Event, PeerConfig, TunnelConfig};
 use mesh_types::defaults;
@@ -56,8 +57,7 @@ struct Running {
     greeted: bool,
     /// The latest, see [`Plane::greet`].
     greeting: Option<JoinHandle<()>>,
-    /// Where there are relays.
-    links: Option<RelayLinks>,
+    links: RelayLinks,
 }
 
 impl NodePlane {
@@ -82,7 +82,6 @@ impl NodePlane {
             recorder,
             remembered,
             relays: relay_link::Options {
-                keyrelays: config.keyrelays.clone(),
                 mark: config.kernel.mark,
                 tunnel_port: config.listen_port,
             },
@@ -116,13 +115,8 @@ impl NodePlane {
         };
         let data = DataPlane::start(options, tuns, sockets)?;
         self.view.set_data_source(Asked(data.snapshots()));
-        let links = match self.relays.keyrelays.is_empty() {
-            true => None,
-            false => {
-                let board = Arc::clone(&self.view.relay_links);
-                Some(RelayLinks::start(prepared, self.relays.clone(), data.bridger(), board)?)
-            }
-        };
+        let board = Arc::clone(&self.view.relay_links);
+        let links = RelayLinks::start(prepared, &self.relays, data.bridger(), board)?;
         Ok(Running { data, tun_index, greeted: false, greeting: None, links })
     }
 
@@ -154,12 +148,16 @@ impl Plane for NodePlane {
         Ok(true)
     }
 
+    fn set_keyrelays(&mut self, keyrelays: &[Keyrelay]) {
+        if let Some(running) = &self.running {
+            running.links.set_keyrelays(keyrelays);
+        }
+    }
+
     fn set_peers(&mut self, peers: Vec<PeerConfig>, own: Vec<SocketAddr>) -> anyhow::Result<()> {
         let running = self.running.as_mut().context("the data plane does not run")?;
         running.data.set_own_addresses(&own);
-        if let Some(links) = &running.links {
-            links.set_peers(&peers);
-        }
+        running.links.set_peers(&peers);
         let greet = !running.greeted && !peers.is_empty();
         running.data.set_peers(peers);
         if greet {

@@ -29,6 +29,7 @@ use std::sync::Arc;
 
 use ipam::owner::OwnerHash;
 use ipnet::IpNet;
+use mesh_core::cluster::Keyrelay;
 use mesh_core::cluster::{
     ClusterIndex, ClusterView, Desired, Held, LocalNode, PathMtus, Policy, RawNode, desired,
 };
@@ -47,6 +48,9 @@ use crate::view::{View, condition};
 pub trait Plane: Send {
     /// Makes the TUN be there and served; true when it had to be made again.
     fn ensure(&mut self) -> anyhow::Result<bool>;
+
+    /// The relays there are to be, with what is said of TLS; before [`Self::set_peers`].
+    fn set_keyrelays(&mut self, _keyrelays: &[Keyrelay]) {}
 
     /// The peers there are, and no others; `own`: where this node can be reached, for peers that are invited to try.
     fn set_peers(&mut self, peers: Vec<PeerConfig>, own: Vec<SocketAddr>) -> anyhow::Result<()>;

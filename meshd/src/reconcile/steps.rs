@@ -128,6 +128,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         let nodes = wanted.peers.iter().map(|peer| &peer.config);
         let peers: Vec<_> = wanted.relays.iter().chain(nodes).cloned().collect();
         let told = (peers, self.local.endpoints.clone());
+        self.plane.set_keyrelays(&self.policy.keyrelays);
         if self.peers.as_ref() == Some(&told) {
             return;
         }

@@ -80,7 +80,6 @@ pub fn prepare() -> (Notes, Prepared) {
 /// How relays are reached.
 #[derive(Debug, Clone)]
 pub struct Options {
-    pub keyrelays: Vec<Keyrelay>,
     pub mark: u32,
     /// Port of the tunnel's own socket.
     pub tunnel_port: u16,
@@ -89,24 +88,32 @@ pub struct Options {
 /// Ends with its owner.
 #[derive(Debug)]
 pub struct RelayLinks {
-    relays: watch::Sender<Vec<PeerConfig>>,
+    relays: watch::Sender<Told>,
+}
+
+/// Relays as the tunnel has them, and what is said of TLS.
+#[derive(Debug, Clone, Default)]
+struct Told {
+    relays: Vec<PeerConfig>,
+    keyrelays: Vec<Keyrelay>,
 }
 
 impl RelayLinks {
     /// Starts on the runtime of the caller.
     pub fn start(
         prepared: Prepared,
-        options: Options,
+        options: &Options,
         bridger: Bridger,
         board: Arc<Board>,
     ) -> anyhow::Result<Self> {
         let dialer = Dialer::new(options.mark)?;
-        let (relays, told) = watch::channel(Vec::new());
+        let (relays, told) = watch::channel(Told::default());
         let (news_in, news) = mpsc::channel(2 * RELAYS_MAX);
         let policy = Policy::default();
         let links = BTreeMap::new();
         let asked = None;
-        let keeper = Keeper { options, bridger, board, dialer, news_in, policy, links, asked };
+        let tunnel_port = options.tunnel_port;
+        let keeper = Keeper { tunnel_port, bridger, board, dialer, news_in, policy, links, asked };
         tokio::spawn(keeper.run(told, prepared.notes, news));
         Ok(Self { relays })
     }
@@ -115,16 +122,25 @@ impl RelayLinks {
     pub fn set_peers(&self, peers: &[PeerConfig]) {
         let relays: Vec<_> =
             peers.iter().filter(|peer| peer.role == Role::Relay).cloned().collect();
-        self.relays.send_if_modified(|before| {
-            let changed = *before != relays;
-            *before = relays;
+        self.relays.send_if_modified(|told| {
+            let changed = told.relays != relays;
+            told.relays = relays;
+            changed
+        });
+    }
+
+    /// What operators and the cluster say of relays.
+    pub fn set_keyrelays(&self, keyrelays: &[Keyrelay]) {
+        self.relays.send_if_modified(|told| {
+            let changed = told.keyrelays != keyrelays;
+            told.keyrelays = keyrelays.to_vec();
             changed
         });
     }
 }
 
 struct Keeper {
-    options: Options,
+    tunnel_port: u16,
     bridger: Bridger,
     board: Arc<Board>,
     dialer: Dialer,
@@ -146,7 +162,7 @@ struct Way {
 impl Keeper {
     async fn run(
         mut self,
-        mut relays: watch::Receiver<Vec<PeerConfig>>,
+        mut relays: watch::Receiver<Told>,
         mut notes: mpsc::Receiver<Note>,
         mut news: mpsc::Receiver<(PublicKey, News)>,
     ) {
@@ -173,7 +189,7 @@ impl Keeper {
         }
     }
 
-    fn set_relays(&mut self, relays: &[PeerConfig]) {
+    fn set_relays(&mut self, Told { relays, keyrelays }: &Told) {
         let keys = |key: &PublicKey| relays.iter().any(|relay| relay.key == *key);
         for (gone, _) in self.links.iter().filter(|(key, _)| !keys(key)) {
             self.bridger.set_bridge(*gone, None);
@@ -182,7 +198,7 @@ impl Keeper {
         self.board.retain(keys);
         let mut known = Vec::new();
         for relay in relays {
-            let configured = self.options.keyrelays.iter().find(|it| it.key == relay.key);
+            let configured = keyrelays.iter().find(|it| it.key == relay.key);
             let place = configured.and_then(|configured| place_of(configured, relay));
             known.push((relay.key, place.is_some()));
             let Some(place) = place else { continue };
@@ -200,7 +216,7 @@ impl Keeper {
         let bridge = Bridge {
             relay,
             dialer: self.dialer.clone(),
-            tunnel_port: self.options.tunnel_port,
+            tunnel_port: self.tunnel_port,
             place: where_to,
             wanted: asked_for,
             news: self.news_in.clone(),
