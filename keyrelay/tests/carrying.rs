@@ -80,7 +80,7 @@ fn a_key_taken_out_of_the_file_loses_its_session_and_one_put_in_is_served() {
     let [a, mut b] = two(&relay, [&keys[0], &keys[1]]);
     std::fs::write(&relay.members, keys_text(&members[1..])).expect("written");
     relay.signal(Signal::HUP);
-    relay.says("keys files read");
+    relay.says("members read");
     let mut c = Client::join(&relay, &keys[2], 3);
     assert!(b.ask());
     a.carry(&b.public, &[4; 64]);
@@ -91,7 +91,7 @@ fn a_key_taken_out_of_the_file_loses_its_session_and_one_put_in_is_served() {
 
     // Without a signal it takes two looks; a file that is gone changes nothing.
     std::fs::write(&relay.members, keys_text(&members[1..2])).expect("written");
-    relay.says("keys files read");
+    relay.says("members read");
     std::fs::remove_file(&relay.members).expect("removed");
     relay.signal(Signal::HUP);
     relay.says("keys file not used");
