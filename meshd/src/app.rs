@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::num::NonZeroU16;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,7 +38,7 @@ use crate::source::{ClusterEvent, OwnRecord, Published};
 use crate::view::{Identity, View, condition};
 use crate::{
     attachments, cni_install, files, host_copy, installed, kernel_watch, keystore, last_heard,
-    lock, node_file, resolver, uninstall, wg,
+    lock, node_file, port_mapping, resolver, uninstall, wg,
 };
 
 /// Events on their way from the source: a burst waits in the source, not in memory.
@@ -204,6 +205,11 @@ async fn serve(config: &Config, key: PrivateKey) -> anyhow::Result<()> {
     let reconciler = Reconciler::new(config, &earlier, boot_id, kernel, plane, out);
     let known = reconciler.known();
     let resolver = tokio::spawn(resolver::run(wanted_names, resolved_in));
+    if let Some(port) = NonZeroU16::new(config.listen_port).filter(|_| config.port_mapping) {
+        let (state_in, state) = watch::channel(port_mapping::State::Asked);
+        view.set_port_mapping(state);
+        tokio::spawn(port_mapping::keep(port, events_in.clone(), state_in));
+    }
     start_source(&config.source, config, known, events_in, own, &view).await?;
     let inputs = Inputs { events, kernel_news, surroundings, resolved, stop: stopped };
     let mut ended = spawn_reconciler(reconciler, inputs)?;

@@ -133,6 +133,10 @@ pub struct RunArgs {
         value_delimiter = ','
     )]
     pub keyrelays: Vec<String>,
+    /// Ask the router of this network to forward our UDP port (UPnP, NAT-PMP, PCP), and publish the address it gives. It opens the
+    /// router towards this node.
+    #[arg(long, env = "MESHD_PORT_MAPPING")]
+    pub port_mapping: bool,
     /// ConfigMap in which the cluster's own relays publish themselves, behind those of --keyrelay; four are used in all.
     #[arg(long, env = "MESHD_KEYRELAYS_CONFIG_MAP", value_name = "NAMESPACE/NAME")]
     pub keyrelays_config_map: Option<String>,

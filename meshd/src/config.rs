@@ -43,6 +43,8 @@ pub struct Config {
     pub use_interfaces: Vec<String>,
     pub joined_sites: Vec<(Site, Site)>,
     pub keyrelays: Vec<Keyrelay>,
+    /// Whether the router is asked to forward our port.
+    pub port_mapping: bool,
     /// Namespace and name of the ConfigMap in which the cluster publishes more.
     pub keyrelays_config_map: Option<(String, String)>,
     pub probe_socket: Option<PathBuf>,
@@ -204,6 +206,7 @@ pub fn check(args: &RunArgs, host_name: &str) -> anyhow::Result<Config> {
         use_interfaces: args.use_interfaces.clone(),
         joined_sites: joined_sites(&args.joined_sites)?,
         keyrelays: keyrelays(&args.keyrelays)?,
+        port_mapping: args.port_mapping,
         keyrelays_config_map: keyrelays_config_map(args)?,
         probe_socket: args.probe_socket.clone(),
         metrics_port: args.metrics_port,

@@ -58,6 +58,7 @@ pub mod offload;
 pub mod ping;
 pub mod plane;
 pub mod pod_check;
+pub mod port_mapping;
 pub mod preflight;
 pub mod probe;
 pub mod program;

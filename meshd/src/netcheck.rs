@@ -20,6 +20,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::args::StatusArgs;
 use crate::ask::{Answer, ask};
+use crate::port_mapping::State;
 use crate::status::{columns, nat_words};
 use crate::view::{Snapshot, View};
 use crate::{config, status};
@@ -34,18 +35,19 @@ pub async fn run(view: Arc<View>) -> anyhow::Result<Netcheck> {
     let until = Instant::now() + PATIENCE;
     loop {
         sleep(LOOK_EVERY).await;
+        let port_mapping = view.port_mapping();
         let view = Arc::clone(&view);
         let taken = tokio::task::spawn_blocking(move || view.snapshot()).await;
         let snapshot = taken.context("take a snapshot")?;
         ensure!(snapshot.answered, "the data plane does not answer: look at the daemon's log");
         let looking = snapshot.data.peers.iter().any(|peer| peer.session && peer.sight.looking);
         if !looking || Instant::now() >= until {
-            return Ok(build(&snapshot, !looking));
+            return Ok(build(&snapshot, port_mapping, !looking));
         }
     }
 }
 
-fn build(snapshot: &Snapshot, complete: bool) -> Netcheck {
+fn build(snapshot: &Snapshot, port_mapping: State, complete: bool) -> Netcheck {
     let status = status::build(snapshot);
     let relays = status.keyrelays;
     let over_udp =
@@ -67,7 +69,7 @@ fn build(snapshot: &Snapshot, complete: bool) -> Netcheck {
         ipv4: seen(true),
         ipv6: seen(false),
         endpoints: status.endpoints,
-        port_mapping: "off".to_owned(),
+        port_mapping: port_mapping.words(),
         mtu: relays.iter().filter_map(|relay| relay.mtu).min(),
         relays,
         advice: Vec::new(),
@@ -232,7 +234,7 @@ mod tests {
     #[test]
     fn a_home_behind_an_ordinary_nat_is_told_so_and_asked_for_nothing() {
         let home = sight(Mapping::EndpointIndependent, Filtering::PortDependent, Some(1_500));
-        let found = build(&snapshot(&[home]), true);
+        let found = build(&snapshot(&[home]), State::Off, true);
         assert_eq!((found.udp, found.advice.len()), (Udp::Works, 0), "{:?}", found.advice);
         let text = table(&found);
         for word in [
@@ -250,7 +252,8 @@ mod tests {
 
     #[test]
     fn what_can_be_done_is_said() {
-        let advice = |sights: &[Sight]| build(&snapshot(sights), true).advice.join("\n");
+        let advice =
+            |sights: &[Sight]| build(&snapshot(sights), State::Off, true).advice.join("\n");
         assert!(advice(&[]).contains("no keyrelay is configured"));
         let blocked =
             Sight { nat: Nat { mapping: Mapping::NoUdp, ..Nat::default() }, ..Sight::default() };

@@ -32,6 +32,8 @@ pub enum ClusterEvent {
     Trouble(String),
     /// The source is in order again, and nothing had changed.
     Recovered,
+    /// Where the router of our home takes packets for this node, or that it does not (any more).
+    Mapped(Option<std::net::SocketAddr>),
     /// The relays the cluster publishes, `KEY@HOST:PORT` by name.
     Keyrelays(BTreeMap<String, String>),
 }

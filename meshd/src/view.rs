@@ -20,6 +20,8 @@ use mesh_types::status::{Condition, Counter};
 use mesh_types::time::MonoTime;
 use tokio::sync::watch;
 
+use crate::port_mapping;
+
 use crate::relay_link::{Board, Link};
 
 /// The conditions of readiness, in the order they come to hold at start.
@@ -171,6 +173,7 @@ struct Inner {
     data: Option<Arc<dyn DataSource>>,
     /// Since when the data plane answers nobody, and what the last who asked was told.
     silent: Option<(Instant, String)>,
+    port_mapping: Option<watch::Receiver<port_mapping::State>>,
     /// Somebody is taking the pulse.
     pulse_taken: bool,
 }
@@ -262,6 +265,17 @@ impl View {
         let outcome = source.map_or(Ok(()), |source| source.pulse());
         self.lock().pulse_taken = false;
         self.heard(began, outcome);
+    }
+
+    /// Where it is told what came of asking the router for a port.
+    pub fn set_port_mapping(&self, state: watch::Receiver<port_mapping::State>) {
+        self.lock().port_mapping = Some(state);
+    }
+
+    /// What came of asking the router for a port.
+    pub fn port_mapping(&self) -> port_mapping::State {
+        let state = self.lock().port_mapping.clone();
+        state.map_or(port_mapping::State::Off, |state| *state.borrow())
     }
 
     /// Has the data plane find out anew what relays show of this node.

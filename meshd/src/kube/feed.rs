@@ -151,6 +151,7 @@ mod tests {
             ClusterEvent::Trouble(_) => "trouble".into(),
             ClusterEvent::Recovered => "recovered".into(),
             ClusterEvent::Keyrelays(_) => "relays".into(),
+            ClusterEvent::Mapped(_) => "mapped".into(),
         };
         news.events.iter().map(show).collect()
     }

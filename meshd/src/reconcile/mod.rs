@@ -81,6 +81,8 @@ pub struct Reconciler<K, P> {
     policy: Policy,
     relays: Relays,
     operator_endpoints: Vec<std::net::SocketAddr>,
+    /// What the home's router forwards to us.
+    mapped: Option<std::net::SocketAddr>,
     choice: Choice,
     listen_port: u16,
     boot_id: String,
@@ -176,6 +178,7 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             policy,
             relays,
             operator_endpoints: config.endpoints.clone(),
+            mapped: None,
             choice: Choice::of(config),
             listen_port: config.listen_port,
             boot_id,
@@ -223,6 +226,12 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
             ClusterEvent::Keyrelays(published) => {
                 let changed = self.relays.hear(published);
                 self.policy.keyrelays = self.relays.chosen();
+                return changed;
+            }
+            ClusterEvent::Mapped(endpoint) => {
+                let changed = self.mapped != endpoint;
+                self.mapped = endpoint;
+                self.look_at_addresses();
                 return changed;
             }
             ClusterEvent::Trouble(why) => {

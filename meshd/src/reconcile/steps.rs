@@ -50,10 +50,11 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
                 tracing::warn!(error = format!("{error:#}"), "cannot read interface addresses");
             }
         }
+        let told: Vec<_> = self.operator_endpoints.iter().copied().chain(self.mapped).collect();
         let endpoints = endpoints::candidates(
             &self.found,
             &self.choice,
-            &self.operator_endpoints,
+            &told,
             self.index.record(self.local.name.as_str()),
             self.listen_port,
             &self.policy.cluster,

@@ -421,12 +421,12 @@ impl<F: EngineFactory> Tunnel<F> {
     fn relay_says(&mut self, now: MonoTime, slot: u32, meta: &UdpMeta, frame: &Frame) -> bool {
         match *frame {
             Frame::YourAddressIs { token, address, other_port } => {
-                let own = &self.relays.own;
                 let Some(relay) = self.peers.get_mut(slot) else { return false };
                 let Some(at) = relay.path.endpoint() else { return false };
                 let said = (address, other_port);
                 let before = relay.look.sight();
-                if relay.look.answered(now, token, meta.source, at.addr, said, own).is_none() {
+                if relay.look.answered(now, token, meta.source, at.addr, said, meta.local).is_none()
+                {
                     return false;
                 }
                 relay.link.answered();

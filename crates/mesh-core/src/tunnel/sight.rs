@@ -12,7 +12,7 @@
 //! The tests of mapping and filtering are those of RFC 5780 sections 4.3 and 4.4 as far as one address with three ports goes: a NAT
 //! that goes by addresses alone is told from one that does not by a second relay.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use mesh_types::limits::RELAY_SIZE_PACKET_BYTES_MAX;
@@ -244,7 +244,7 @@ impl Look {
         wanted.extend(packets.map(|packet_bytes| Question::Size { packet_bytes }));
     }
 
-    /// The relay answered. `source` is where from; `own` are this node's own addresses. True if it sees us elsewhere than before.
+    /// The relay answered. `source` is where from; `local` is the address of ours it came to. True if it sees us elsewhere than before.
     pub fn answered(
         &mut self,
         now: MonoTime,
@@ -252,7 +252,7 @@ impl Look {
         source: SocketAddr,
         relay: SocketAddr,
         (address, other_port): (SocketAddr, u16),
-        own: &[SocketAddr],
+        local: Option<IpAddr>,
     ) -> Option<bool> {
         let at = self.asked.iter().position(|asked| asked.token == token)?;
         let asked = self.asked.remove(at);
@@ -274,7 +274,7 @@ impl Look {
             Question::AddressAt { .. } => {
                 self.mapping = Test::Idle;
                 let main = self.sight.of_family(address);
-                let here = own.iter().any(|own| own.ip() == address.ip());
+                let here = local.map(|local| local.to_canonical()) == Some(address.ip());
                 self.sight.nat.mapping = match main {
                     None => Mapping::Unknown,
                     Some(main) if main != address => Mapping::Dependent,
@@ -379,7 +379,7 @@ mod tests {
     }
 
     /// Runs a look until it rests; what was asked.
-    fn look(look: &mut Look, way: &Way, own: &[SocketAddr], from: u64) -> Vec<Question> {
+    fn look(look: &mut Look, way: &Way, local: Option<IpAddr>, from: u64) -> Vec<Question> {
         let candidates = [addr(RELAY), addr("[2001:db8::1]:15192")];
         let (mut asked, mut drawn, mut out) = (Vec::new(), from << 20, Vec::new());
         for ms in (from..from + 10_000).step_by(100) {
@@ -392,17 +392,17 @@ mod tests {
             for (what, token) in out.drain(..) {
                 asked.push(what);
                 if let Some((source, address)) = way.answer(what) {
-                    look.answered(at(ms + 30), token, source, addr(RELAY), (address, OTHER), own);
+                    look.answered(at(ms + 30), token, source, addr(RELAY), (address, OTHER), local);
                 }
             }
         }
         asked
     }
 
-    fn of(way: &Way, own: &[SocketAddr]) -> (Sight, Vec<Question>) {
+    fn of(way: &Way, local: Option<IpAddr>) -> (Sight, Vec<Question>) {
         let mut it = Look::default();
         it.ask_now(at(0));
-        let asked = look(&mut it, way, own, 0);
+        let asked = look(&mut it, way, local, 0);
         (it.sight(), asked)
     }
 
@@ -423,12 +423,12 @@ mod tests {
             (Way { other: None, ..Way::OPEN }, Mapping::Unknown, Filtering::PortIndependent),
         ];
         for (way, mapping, filtering) in sights {
-            let (sight, _) = of(&way, &[addr("192.168.1.5:15190")]);
+            let (sight, _) = of(&way, Some(addr("192.168.1.5:15190").ip()));
             assert_eq!(sight.nat, Nat { mapping, filtering });
             assert_eq!((sight.v4, sight.looking), (Some(addr(SEEN)), false));
             assert_eq!(sight.rtt, Some(Duration::from_millis(30)));
         }
-        let (sight, _) = of(&Way::OPEN, &[addr("198.51.100.7:15190")]);
+        let (sight, _) = of(&Way::OPEN, Some(addr("198.51.100.7:15190").ip()));
         assert_eq!(sight.nat.mapping, Mapping::None);
     }
 
@@ -437,13 +437,13 @@ mod tests {
         let mut it = Look::default();
         it.ask_now(at(0));
         let way = Way { elsewhere: false, ..Way::OPEN };
-        let asked = look(&mut it, &way, &[], 0);
+        let asked = look(&mut it, &way, None, 0);
         assert_eq!(asked.iter().filter(|what| **what == Question::Elsewhere).count(), 3);
         assert!(!asked.iter().any(|what| matches!(what, Question::Size { .. })));
-        let later = look(&mut it, &way, &[], 20_000);
+        let later = look(&mut it, &way, None, 20_000);
         assert_eq!(later.len(), 2, "address of each family: {later:?}");
         it.check(at(40_000));
-        let checked = look(&mut it, &Way { longest: 1_450, ..way }, &[], 40_000);
+        let checked = look(&mut it, &Way { longest: 1_450, ..way }, None, 40_000);
         assert!(checked.contains(&Question::Size { packet_bytes: 1_440 }));
         assert_eq!(it.sight().mtu, Some(1_440));
         assert_eq!(
@@ -457,9 +457,9 @@ mod tests {
         let mut it = Look::default();
         it.ask_now(at(0));
         let way = Way { v6: Some("[2001:db8:7::5]:15190"), ..Way::OPEN };
-        look(&mut it, &way, &[], 0);
+        look(&mut it, &way, None, 0);
         it.ask_now(at(10_000));
-        look(&mut it, &way, &[], 10_000);
+        look(&mut it, &way, None, 10_000);
         assert_eq!(it.sight().v6, Some(addr("[2001:db8:7::5]:15190")));
         assert_eq!(it.sight().addresses().count(), 2);
     }
@@ -470,7 +470,7 @@ mod tests {
         it.ask_now(at(0));
         let bridge = addr("127.0.0.1:999");
         it.tick(at(0), bridge, &[bridge], || 1, &mut out);
-        assert_eq!(it.answered(at(1), 1, bridge, bridge, (addr(SEEN), 0), &[]), Some(false));
+        assert_eq!(it.answered(at(1), 1, bridge, bridge, (addr(SEEN), 0), None), Some(false));
         assert_eq!(it.sight().nat.mapping, Mapping::NoUdp);
         assert_eq!(it.sight().addresses().count(), 0);
     }

@@ -398,7 +398,9 @@ impl Network {
         if !self.hosts[host].up {
             return;
         }
-        let local: Option<IpAddr> = Some(to.ip());
+        // Behind a NAT it comes to the host's own address.
+        let local = self.hosts[host].nat.as_ref().map_or(to.ip(), |_| self.hosts[host].addr.ip());
+        let local: Option<IpAddr> = Some(local);
         let meta = UdpMeta {
             source: from,
             local,
