@@ -71,7 +71,6 @@ pub async fn keep(
     let client = Client::default();
     let mut external = client.watch_external_address();
     state.send_replace(State::Asked);
-    client.update_local_port(port);
     let mut retry = interval(RETRY);
     retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -79,6 +78,9 @@ pub async fn keep(
             changed = external.changed() => if changed.is_err() { return },
             _ = retry.tick() => {
                 if external.borrow().is_none() {
+                    // First which protocol the router speaks: otherwise it is asked by UPnP alone. What comes of it is told by the address.
+                    let _ = client.probe().await;
+                    client.update_local_port(port);
                     client.procure_mapping();
                 }
                 continue;

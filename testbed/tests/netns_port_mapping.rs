@@ -1,5 +1,5 @@
 //! A home whose router gives ports by NAT-PMP (RFC 6886): what it gives is published, and reached from outside without a relay.
-#![allow(clippy::expect_used)] // helpers of a test say what failed by panicking
+#![allow(clippy::expect_used, clippy::panic)] // helpers of a test say what failed by panicking
 
 mod common;
 
@@ -95,8 +95,13 @@ fn a_home_whose_router_gives_it_a_port_is_reached_there_from_a_strict_home_witho
     cluster.flags = vec!["--port-mapping".to_owned()];
     cluster.start_every_meshd().expect("daemons");
     cluster.wait_node_files(TIMEOUT).expect("node files");
-    cluster.wait_all_meshed(TIMEOUT).expect("a mesh, without a relay");
     let given = format!("{HOME_ADDRESS_V4}:{GIVEN}");
+    let published = cluster.wait(TIMEOUT, || {
+        let first = cluster.status("c1")?.endpoints.first().map(ToString::to_string);
+        Ok(if first.as_ref() == Some(&given) { Ok(()) } else { Err(format!("{first:?}")) })
+    });
+    published.unwrap_or_else(|error| panic!("{error:#}\n{:?}", cluster.netcheck("c1")));
+    cluster.wait_all_meshed(TIMEOUT).expect("a mesh, without a relay");
     let status = cluster.status("c1").expect("status");
     assert_eq!(status.endpoints[0].to_string(), given, "published first: {:?}", status.endpoints);
     let peer = cluster.status("d1").expect("status").peers[0].clone();
