@@ -23,7 +23,7 @@ pub struct Netcheck {
     pub ipv6: Option<SocketAddr>,
     /// What the node publishes.
     pub endpoints: Vec<SocketAddr>,
-    /// What came of asking the router for a port; `off` where nobody was asked.
+    /// What came of asking the router for a port, in words; begins with `off` where nobody was asked.
     pub port_mapping: String,
     /// Longest IP packet that arrived whole at the worst of the relays, bytes.
     pub mtu: Option<u16>,

@@ -198,7 +198,7 @@ impl<F: EngineFactory> Tunnel<F> {
             };
             let relay = self.peers.get(slot)?;
             relay.sender(now)?;
-            Some((relay.look.sight().rtt, relay.path.endpoint()?))
+            Some((relay.look.rtt(), relay.path.endpoint()?))
         });
         let mut rtts = [Duration::MAX; RELAYS_MAX];
         for (rtt, way) in registered.take(RELAYS_MAX) {

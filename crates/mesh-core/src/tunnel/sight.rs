@@ -131,6 +131,11 @@ impl Look {
         Sight { looking, ..self.sight }
     }
 
+    /// Round trip to the relay: read for every batch of packets that may take it.
+    pub fn rtt(&self) -> Option<Duration> {
+        self.sight.rtt
+    }
+
     pub fn deadline(&self) -> Option<MonoTime> {
         self.ask_at.into_iter().chain(self.test_at).min()
     }
