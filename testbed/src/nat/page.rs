@@ -73,16 +73,12 @@ order; the times are those of datagrams sent every 20 ms beside it.
 The document has `pairs`, `duration_s` and `problems`. A pair has `a`, `b`, `by` (what connected it: `daemons` or `sockets`), `expected`
 and `got` (`direct` or `relayed`; `got` also `nothing`), `first_packet_ms` and `direct_ms` (from the word to connect until there was a first
 packet, by whatever way, and until a direct path had proved itself both ways; `null` where that never was), `stream_survived` (`null`:
-plain sockets carry no stream), `ok`, the times above, `late` (what took longer than its bound), `error` (what broke) and `not_yet` (why
-it was not tried). Exit status 0: every pair is as expected, in time. By sockets, sites without UDP find that out by five questions without
+plain sockets carry no stream), `ok`, the times above, `late` (what took longer than its bound) and `error` (what broke). Exit status 0: every pair is as expected, in time. By sockets, sites without UDP find that out by five questions without
 an answer, which takes the second that their `first_packet_ms` shows.
 
 The namespace tests in `testbed/tests/netns_nat.rs` measure every kind of site, connect all pairs by sockets and one of each reason by
 daemons.
 ";
-
-/// Where the daemon differs from what the sites allow.
-const NO_UDP_YET: &str = "; by sockets: daemons do not do that yet";
 
 /// The guide.
 pub fn page() -> String {
@@ -116,8 +112,7 @@ fn matrix(text: &mut String) {
     text.push_str("\n| | | why |\n|---|---|---|\n");
     for reason in Reason::ALL {
         let expected = reason.expected();
-        let not_yet = if reason == Reason::NoUdp { NO_UDP_YET } else { "" };
-        let _ = writeln!(text, "| {} | {expected} | {}{not_yet} |", letter(reason), reason.text());
+        let _ = writeln!(text, "| {} | {expected} | {} |", letter(reason), reason.text());
     }
     text.push_str(WHEN);
 }
@@ -222,18 +217,14 @@ pub(super) fn table(report: &Report) -> String {
             Some(true) => "lives",
             Some(false) => "broke",
         };
-        let verdict = match (pair.not_yet, pair.ok) {
-            (Some(_), _) => "   not yet",
-            (None, true) => "",
-            (None, false) => "   NOT OK",
-        };
+        let verdict = if pair.ok { "" } else { "   NOT OK" };
         let _ = writeln!(
             text,
             "{:<19}{:<19}{:<10}{:<9}{first:>13}{direct:>11}{moved:>11}{relay:>11}{stream:>8}{verdict}",
             pair.a, pair.b, pair.expected, pair.got
         );
     }
-    let good = report.pairs.iter().filter(|pair| pair.ok && pair.not_yet.is_none()).count();
+    let good = report.pairs.iter().filter(|pair| pair.ok).count();
     let _ = writeln!(
         text,
         "{good} of {} pairs as expected, in {:.1} s",

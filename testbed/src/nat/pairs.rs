@@ -13,6 +13,8 @@ use crate::parallel;
 
 /// Within which time things have to happen; a pair that takes longer is told as a problem.
 pub(super) const FIRST_PACKET_MAX: Duration = Duration::from_secs(2);
+/// Of two that start where one has no UDP: that shows after a while, then a connection is made.
+pub(super) const NO_UDP_START_MAX: Duration = Duration::from_secs(5);
 pub(super) const DIRECT_MAX: Duration = Duration::from_secs(5);
 pub(super) const RELAY_MOVE_MAX: Duration = Duration::from_secs(2);
 pub(super) const ADDRESS_CHANGE_MAX: Duration = Duration::from_secs(5);
@@ -60,8 +62,6 @@ pub struct Outcome {
     pub changes: Changes,
     /// What went wrong with the stream or a path.
     pub broken: Vec<String>,
-    /// Why it was not tried; nothing is said of such a pair.
-    pub not_yet: Option<&'static str>,
 }
 
 /// How long no packet came through, or until one did; none where it was not tried.
@@ -127,9 +127,6 @@ pub struct Pair {
     /// What took longer than it may.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub late: Vec<String>,
-    /// Why it was not tried.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub not_yet: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
@@ -141,9 +138,9 @@ impl Pair {
         let outcome = result.unwrap_or_else(|_| Outcome::nothing());
         let ms =
             |time: Option<Duration>| time.map(|time| (time.as_secs_f64() * 1e4).round() / 10.0);
-        let Outcome { got, first_packet, direct, stream_survived, changes, broken, not_yet } =
-            outcome;
-        let late = late(expected, first_packet, direct, &changes);
+        let Outcome { got, first_packet, direct, stream_survived, changes, broken } = outcome;
+        let no_udp = [a, b].contains(&Kind::UdpBlocked);
+        let late = late(expected, no_udp, first_packet, direct, &changes);
         let error = error.or_else(|| (!broken.is_empty()).then(|| broken.join("; ")));
         Self {
             a,
@@ -154,7 +151,7 @@ impl Pair {
             first_packet_ms: ms(first_packet),
             direct_ms: ms(direct),
             stream_survived,
-            ok: not_yet.is_some() || got.is(expected) && error.is_none() && late.is_empty(),
+            ok: got.is(expected) && error.is_none() && late.is_empty(),
             start_ms: ms(changes.start),
             blocked_ms: ms(changes.blocked),
             direct_again_ms: ms(changes.direct_again),
@@ -162,7 +159,6 @@ impl Pair {
             relay_move_ms: ms(changes.relay_move),
             after_silence_ms: ms(changes.after_silence),
             late,
-            not_yet,
             error,
         }
     }
@@ -182,7 +178,6 @@ impl Outcome {
             stream_survived: None,
             changes: Changes::default(),
             broken: Vec::new(),
-            not_yet: None,
         }
     }
 }
@@ -190,6 +185,7 @@ impl Outcome {
 /// What took longer than it may, each with its bound.
 fn late(
     expected: Expected,
+    no_udp: bool,
     first_packet: Option<Duration>,
     direct: Option<Duration>,
     changes: &Changes,
@@ -198,10 +194,11 @@ fn late(
         true => PUBLIC_ADDRESS_CHANGE_MAX,
         false => ADDRESS_CHANGE_MAX,
     };
+    let start = if no_udp { NO_UDP_START_MAX } else { FIRST_PACKET_MAX };
     let direct = direct.filter(|_| expected == Expected::Direct);
     let bounds = [
         ("first packet", first_packet, FIRST_PACKET_MAX),
-        ("first packet of two that start", changes.start, FIRST_PACKET_MAX),
+        ("first packet of two that start", changes.start, start),
         ("direct", direct, DIRECT_MAX),
         ("another relay", changes.relay_move, RELAY_MOVE_MAX),
         ("change of address", changes.address_change, moved),

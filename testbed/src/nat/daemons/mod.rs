@@ -104,9 +104,6 @@ impl Connect for Daemons<'_> {
     }
 
     fn connect(&self, a: &Site, b: &Site) -> Result<Outcome> {
-        if let Some(why) = not_yet(a.kind, b.kind) {
-            return Ok(Outcome { not_yet: Some(why), ..Outcome::nothing() });
-        }
         let lock = || self.places.lock().unwrap_or_else(PoisonError::into_inner);
         let places = lock().pop().context("more pairs at once than there are relays for")?;
         let outcome = Run::new(self, a, b, &places).and_then(Run::drive);
@@ -184,7 +181,7 @@ impl<'a> Run<'a> {
         stream_survived: Option<bool>,
     ) -> Outcome {
         let Self { changes, broken, .. } = self;
-        Outcome { got, first_packet, direct, stream_survived, changes, broken, not_yet: None }
+        Outcome { got, first_packet, direct, stream_survived, changes, broken }
     }
 
     fn start(&mut self) -> Result<()> {
@@ -340,11 +337,6 @@ impl<'a> Run<'a> {
     fn note(&mut self, result: Result<()>) {
         self.broken.extend(result.err().map(|error| format!("{error:#}")));
     }
-}
-
-/// Goes as soon as the daemon reaches relays over TLS; they listen for it already.
-fn not_yet(a: Kind, b: Kind) -> Option<&'static str> {
-    [a, b].contains(&Kind::UdpBlocked).then_some("the daemon does not use TLS where UDP is blocked")
 }
 
 fn is_direct(path: PathKind) -> bool {
