@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 
 use super::cgroup::Groups;
 use super::{NamespaceState, ProcessRef, process};
@@ -144,6 +144,7 @@ impl Namespace {
         match started_child(&mut wrapper) {
             Ok(process) => Ok(Daemon { wrapper, process, log: path }),
             Err(error) => {
+                end_group(&mut wrapper);
                 let text = fs::read_to_string(&path).unwrap_or_default();
                 Err(error.context(format!(
                     "{}: {log} did not start: {}",
@@ -216,6 +217,8 @@ impl Daemon {
 /// nsenter forks once it is in the PID namespace; its child execs the program.
 fn started_child(wrapper: &mut Child) -> Result<ProcessRef> {
     let end = Instant::now() + START_TIMEOUT;
+    // A look costs as much as there are processes: many that wait at once must not keep each other's from starting.
+    let mut pause = Duration::from_millis(1);
     loop {
         for child in process::children_of(wrapper.id()) {
             let name = fs::read_to_string(format!("/proc/{child}/comm")).unwrap_or_default();
@@ -227,8 +230,17 @@ fn started_child(wrapper: &mut Child) -> Result<ProcessRef> {
             bail!("it ended at once ({status})");
         }
         ensure!(Instant::now() < end, "no process after {START_TIMEOUT:?}");
-        std::thread::sleep(Duration::from_millis(1));
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(4 * POLL);
     }
+}
+
+/// What did not start in time may yet: it is in the process group of its nsenter.
+fn end_group(wrapper: &mut Child) {
+    if let Some(group) = i32::try_from(wrapper.id()).ok().and_then(Pid::from_raw) {
+        let _ = rustix::process::kill_process_group(group, Signal::KILL); // it has ended already
+    }
+    let _ = wrapper.wait();
 }
 
 fn finish(mut command: Command, input: &str) -> Result<String> {

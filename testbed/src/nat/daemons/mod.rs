@@ -211,12 +211,22 @@ impl<'a> Run<'a> {
         let end = Instant::now() + REGISTER_LIMIT;
         for node in &self.nodes {
             while !node.is_registered() {
-                let why = || format!("{} is not registered", node.site.node.name());
-                ensure!(Instant::now() < end, "{}", why());
+                ensure!(Instant::now() < end, "{}", self.not_registered(node));
                 std::thread::sleep(LOOK);
             }
         }
         Ok(())
+    }
+
+    /// What both ends say of it.
+    fn not_registered(&self, node: &Node<'_>) -> String {
+        let mut text = format!("{} is not registered", node.site.node.name());
+        if let Ok(status) = node.status() {
+            text += &format!(": {}", serde_json::to_string(&status.keyrelays).unwrap_or_default());
+        }
+        text += &node.last_words();
+        self.relays.iter().for_each(|relay| text += &relay.last_words());
+        text
     }
 
     fn are(&self, what: impl Fn(PathKind) -> bool) -> bool {

@@ -129,6 +129,11 @@ impl<'a> Node<'a> {
         })
     }
 
+    /// The end of its log.
+    pub(super) fn last_words(&self) -> String {
+        self.daemon.as_ref().map_or_else(String::new, |daemon| format!("\n  {}", daemon.log()))
+    }
+
     /// Lines of its logs at level ERROR: none is ever fine.
     pub(super) fn errors(&self) -> Option<String> {
         let log = self.daemon.as_ref()?.log();

@@ -55,6 +55,11 @@ impl<'a> Relay<'a> {
         Ok(())
     }
 
+    /// The end of its log.
+    pub(super) fn last_words(&self) -> String {
+        self.daemon.as_ref().map_or_else(String::new, |daemon| format!("\n  {}", daemon.log()))
+    }
+
     /// SIGKILL: nobody is told.
     pub(super) fn kill(&mut self) -> Result<()> {
         self.daemon.take().context("the relay does not run")?.kill()
