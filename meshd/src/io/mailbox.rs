@@ -43,7 +43,6 @@ pub(super) struct Letters<P, T, S> {
     pub(super) check_relays: bool,
     /// Bridges to relays that stand now, or do not any more; of one relay the last word counts.
     pub(super) bridges: BTreeMap<PublicKey, Option<SocketAddr>>,
-    pub(super) ask_relays: bool,
     pub(super) initiate_all: bool,
     pub(super) initiate_anew: bool,
     pub(super) initiate_forgotten: bool,
@@ -65,7 +64,6 @@ impl<P, T, S> Default for Letters<P, T, S> {
             doubted: BTreeSet::new(),
             check_relays: false,
             bridges: BTreeMap::new(),
-            ask_relays: false,
             initiate_all: false,
             initiate_anew: false,
             initiate_forgotten: false,
@@ -147,10 +145,6 @@ impl<P, T, S> Mailbox<P, T, S> {
                 letters.bridges.insert(relay, bridge);
             }
         });
-    }
-
-    pub(super) fn ask_relays(&self) {
-        self.post(|letters| letters.ask_relays = true);
     }
 
     /// Tells that nothing comes back through a relay.

@@ -367,11 +367,6 @@ impl Bridger {
     pub fn set_bridge(&self, relay: PublicKey, bridge: Option<SocketAddr>) {
         self.shards.each(|shard| shard.set_bridge(relay, bridge));
     }
-
-    /// Has relays asked whether they are there.
-    pub fn ask_relays(&self) {
-        self.shards.each(Mailbox::ask_relays);
-    }
 }
 
 /// See [`DataPlane::snapshots`].

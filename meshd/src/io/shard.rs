@@ -323,9 +323,6 @@ impl Shard {
             tunnel.check_relays(now);
         }
         self.set_bridges(tunnel, letters.bridges, now);
-        if letters.ask_relays {
-            tunnel.ask_relays(now);
-        }
         if letters.initiate_all {
             tunnel.initiate_all(now);
         }

@@ -1,7 +1,7 @@
 //! Relays over TLS, where UDP is blocked.
 //!
 //! ```text
-//!  shards ── answered, not answered, a way lost ──> notes ─┐                       ┌──> Bridger: "the relay is at 127.0.0.1:n"
+//!  shards ── answered, not answered ──> notes ─────────────┐                       ┌──> Bridger: "the relay is at 127.0.0.1:n"
 //!  plane  ── relays, their addresses ──────────────────────┼──> [policy] ── links ─┤
 //!  bridges ─ stands, ended, failed ────────────────────────┘                       └──> bridge (a task each) ── TLS ── relay
 //! ```
@@ -26,7 +26,7 @@ use mesh_types::key::PublicKey;
 use mesh_types::limits::{RELAY_NOTES_MAX, RELAYS_MAX};
 use netcfg::clock;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 
 use crate::io::Bridger;
 pub use board::{Board, Link};
@@ -34,15 +34,11 @@ use bridge::{Bridge, News};
 use policy::{Change, Policy, Wanted};
 use tls::{Dialer, Place, name_of};
 
-/// Relays are asked at most so often whether they are there, however many ways are lost.
-const ASK_PAUSE: Duration = Duration::from_secs(2);
-
 /// What the data plane says of relays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Note {
     Answered { relay: PublicKey, by: SocketAddr },
     Unanswered { relay: PublicKey, to: SocketAddr },
-    WayLost,
 }
 
 /// Takes what the packet threads say; never waits.
@@ -55,7 +51,6 @@ impl Notes {
         let note = match *event {
             Event::RelayAnswered { relay, by } => Note::Answered { relay, by },
             Event::Unanswered { relay, to } => Note::Unanswered { relay, to },
-            Event::WayLost { .. } => Note::WayLost,
             Event::SessionEstablished { .. }
             | Event::EndpointChanged { .. }
             | Event::Seen { .. }
@@ -111,9 +106,8 @@ impl RelayLinks {
         let (news_in, news) = mpsc::channel(2 * RELAYS_MAX);
         let policy = Policy::default();
         let links = BTreeMap::new();
-        let asked = None;
         let tunnel_port = options.tunnel_port;
-        let keeper = Keeper { tunnel_port, bridger, board, dialer, news_in, policy, links, asked };
+        let keeper = Keeper { tunnel_port, bridger, board, dialer, news_in, policy, links };
         tokio::spawn(keeper.run(told, prepared.notes, news));
         Ok(Self { relays })
     }
@@ -147,8 +141,6 @@ struct Keeper {
     news_in: mpsc::Sender<(PublicKey, News)>,
     policy: Policy,
     links: BTreeMap<PublicKey, Way>,
-    /// When relays were last asked for a way that was lost.
-    asked: Option<Instant>,
 }
 
 /// A bridge's task ends when this is dropped.
@@ -239,11 +231,7 @@ impl Keeper {
             Note::Unanswered { relay, to } if !to.ip().is_loopback() => {
                 self.policy.unanswered(clock::now(), &relay);
             }
-            Note::WayLost if self.asked.is_none_or(|asked| asked.elapsed() >= ASK_PAUSE) => {
-                self.asked = Some(Instant::now());
-                self.bridger.ask_relays();
-            }
-            Note::Unanswered { .. } | Note::WayLost => {}
+            Note::Unanswered { .. } => {}
         }
     }
 

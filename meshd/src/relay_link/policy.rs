@@ -15,17 +15,16 @@
 
 use std::time::Duration;
 
+use mesh_core::tunnel::config::UNANSWERED_AFTER;
 use mesh_types::key::PublicKey;
 use mesh_types::limits::RELAYS_OVER_TLS_MAX;
 use mesh_types::time::MonoTime;
 
-/// For so long none has answered over UDP: longer than a handshake and a second question over a way of a second.
-const PATIENCE: Duration = Duration::from_millis(2_500);
+/// For so long none has answered over UDP: longer than a handshake and a question over a way of 400 ms, and than a question that
+/// is asked again 250 ms after one that was lost. Where it is too short, a connection is made that is not needed.
+const PATIENCE: Duration = Duration::from_millis(800);
 
-/// A question counts as unanswered after this long, and was asked so long ago.
-const UNANSWERED_AFTER: Duration = Duration::from_secs(1);
-
-/// UDP has to answer for so long: longer than from one question to the next and its second (20 s, 1 s).
+/// UDP has to answer for so long: longer than from one question to the next and its second (20 s, half of one).
 const CALM: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Default)]
@@ -92,7 +91,7 @@ impl Policy {
         self.with(key, |relay| relay.doubt = None);
     }
 
-    /// A question over UDP was not answered for a second.
+    /// A question over UDP was not answered for [`UNANSWERED_AFTER`].
     pub(super) fn unanswered(&mut self, now: MonoTime, key: &PublicKey) {
         let asked = MonoTime::ZERO + now.since(MonoTime::ZERO + UNANSWERED_AFTER);
         self.with(key, |relay| _ = relay.doubt.get_or_insert(asked));
@@ -191,12 +190,12 @@ mod tests {
     #[test]
     fn bridges_are_made_when_no_relay_has_answered_for_a_while() {
         let mut policy = policy(3);
-        assert_eq!(policy.deadline(), Some(at(2_500)));
-        assert_eq!(policy.turn(at(2_499)), None);
+        assert_eq!(policy.deadline(), Some(at(800)));
+        assert_eq!(policy.turn(at(799)), None);
         assert!(open(&policy).is_empty());
-        assert_eq!(policy.turn(at(2_500)), Some(Change::UdpFails));
+        assert_eq!(policy.turn(at(800)), Some(Change::UdpFails));
         assert_eq!(open(&policy), [0, 1], "to two at most");
-        assert_eq!(policy.turn(at(2_600)), None, "told once");
+        assert_eq!(policy.turn(at(900)), None, "told once");
         assert_eq!(policy.deadline(), None);
     }
 
@@ -208,9 +207,9 @@ mod tests {
         policy.unanswered(at(60_000), &key(20));
         assert_eq!(policy.turn(at(90_000)), None);
         policy.unanswered(at(100_000), &key(22));
-        assert_eq!(policy.deadline(), Some(at(101_500)), "asked a second before");
+        assert_eq!(policy.deadline(), Some(at(100_300)), "asked half a second before");
         policy.answered(&key(22));
-        assert_eq!(policy.turn(at(101_500)), None, "the second question was answered");
+        assert_eq!(policy.turn(at(100_300)), None, "the second question was answered");
     }
 
     #[test]
@@ -218,14 +217,14 @@ mod tests {
         let mut policy = policy(1);
         policy.answered(&key(20));
         policy.unanswered(at(10_000), &key(20));
-        policy.unanswered(at(11_000), &key(20));
-        assert_eq!(policy.deadline(), Some(at(11_500)));
+        policy.unanswered(at(10_200), &key(20));
+        assert_eq!(policy.deadline(), Some(at(10_300)));
     }
 
     #[test]
     fn bridges_stay_for_a_while_after_udp_answers_and_are_open_again_at_once_when_it_fails() {
         let mut policy = policy(1);
-        policy.turn(at(2_500));
+        policy.turn(at(800));
         policy.answered(&key(20));
         assert_eq!(policy.turn(at(10_000)), Some(Change::UdpAnswers));
         assert_eq!(policy.wanted(), [(key(20), Wanted::Kept)]);
@@ -244,7 +243,7 @@ mod tests {
     #[test]
     fn a_relay_that_takes_no_connection_makes_room_for_the_next() {
         let mut policy = policy(3);
-        policy.turn(at(2_500));
+        policy.turn(at(800));
         policy.failed(&key(20));
         assert_eq!(open(&policy), [1, 2]);
         policy.failed(&key(21));
@@ -258,7 +257,7 @@ mod tests {
     fn relays_without_tls_are_asked_over_udp_alone() {
         let mut policy = Policy::default();
         policy.set_relays(at(0), &[(key(20), false), (key(21), true)]);
-        policy.turn(at(2_500));
+        policy.turn(at(800));
         assert_eq!(open(&policy), [1]);
         policy.answered(&key(20));
         assert_eq!(policy.turn(at(3_000)), Some(Change::UdpAnswers), "UDP goes through");
@@ -271,8 +270,8 @@ mod tests {
         policy.set_relays(at(5_000), &[(key(21), true), (key(20), true)]);
         assert_eq!(policy.deadline(), None);
         policy.set_relays(at(6_000), &[(key(21), true)]);
-        assert_eq!(policy.deadline(), Some(at(7_500)), "owes an answer since it came");
-        policy.turn(at(7_500));
+        assert_eq!(policy.deadline(), Some(at(5_800)), "owes an answer since it came");
+        policy.turn(at(6_100));
         policy.set_relays(at(8_000), &[]);
         assert_eq!(policy.turn(at(8_000)), None);
         assert_eq!(policy.deadline(), None);

@@ -30,25 +30,34 @@ const STRAIGHT_AGAIN: Duration = Duration::from_secs(10);
 const STRAIGHT_AGAIN_MAX: Duration = Duration::from_secs(60);
 
 /// A question is unanswered after this long.
-const UNANSWERED_AFTER: Duration = Duration::from_secs(1);
+pub const UNANSWERED_AFTER: Duration = Duration::from_millis(500);
 
 /// Which way a relay is asked.
 #[derive(Debug, Default)]
 pub(super) struct Link {
     /// When the first question was asked that it owes an answer to, and where the last one went.
     asked: Option<(MonoTime, SocketAddr)>,
+    /// When that has to be told.
+    tell_at: Option<MonoTime>,
     /// Reached over a bridge: when it is tried straight again, and how often it was.
     straight_at: Option<MonoTime>,
     straight_tries: u32,
 }
 
 impl Link {
-    pub(super) fn straight_at(&self) -> Option<MonoTime> {
-        self.straight_at
+    pub(super) fn deadline(&self) -> Option<MonoTime> {
+        self.straight_at.into_iter().chain(self.tell_at).min()
     }
 
     pub(super) fn answered(&mut self) {
-        self.asked = None;
+        (self.asked, self.tell_at) = (None, None);
+    }
+
+    fn ask(&mut self, now: MonoTime, to: SocketAddr) {
+        let since = self.asked.map_or(now, |(since, _)| since);
+        if self.asked.replace((since, to)).is_none() {
+            self.tell_at = Some(now + UNANSWERED_AFTER);
+        }
     }
 }
 
@@ -74,7 +83,7 @@ impl<F: EngineFactory> Tunnel<F> {
         };
         if let Some(peer) = self.peers.get_mut(slot) {
             // Asked over it at once, in the session that may still be known there.
-            peer.link.asked = Some((now, at));
+            (peer.link.asked, peer.link.tell_at) = (Some((now, at)), None);
             // Not put off by a bridge that is made anew again and again.
             if peer.link.straight_at.is_none() {
                 (peer.link.straight_at, peer.link.straight_tries) = (Some(now + STRAIGHT_AGAIN), 0);
@@ -133,21 +142,26 @@ impl<F: EngineFactory> Tunnel<F> {
         let Some(relay) = self.peers.get_mut(slot) else { return to };
         let mut to = to;
         if questions.iter().any(|(question, _)| *question == Question::Address) {
-            let key = relay.config.key;
             let owed = relay.link.asked.filter(|(since, _)| now.since(*since) >= UNANSWERED_AFTER);
             if let (Some((_, last)), Some(at)) = (owed, bridge) {
                 to = if last == at { to } else { Endpoint::direct(at) };
             }
-            let since = relay.link.asked.map_or(now, |(since, _)| since);
-            relay.link.asked = Some((since, to.addr));
-            if let Some((_, to)) = owed {
-                self.event(Event::Unanswered { relay: key, to });
-            }
+            relay.link.ask(now, to.addr);
         }
         if bridge == Some(to.addr) {
             questions.retain(|(question, _)| *question == Question::Address);
         }
         to
+    }
+
+    /// Says that a question is unanswered, when that is due.
+    pub(super) fn tell_unanswered(&mut self, now: MonoTime, slot: u32) {
+        let Some(relay) = self.peers.get_mut(slot) else { return };
+        let due = relay.link.tell_at.take_if(|at| *at <= now);
+        if let Some((_, to)) = relay.link.asked.filter(|_| due.is_some()) {
+            let relay = relay.config.key;
+            self.event(Event::Unanswered { relay, to });
+        }
     }
 
     /// Tries to reach a relay straight, when that is due.

@@ -11,6 +11,7 @@ use mesh_types::nat::Nat;
 use mesh_types::status::PathKind;
 use mesh_types::time::MonoTime;
 
+pub use super::bridges::UNANSWERED_AFTER;
 use super::engine::OwnKeyId;
 use super::path::{Endpoint, MemberKey};
 use super::sight::Sight;
@@ -216,16 +217,12 @@ pub enum Event {
         relay: PublicKey,
         by: SocketAddr,
     },
-    /// It did not for a second, asked at `to`.
+    /// It did not for [`UNANSWERED_AFTER`], asked at `to`. Said once until it answers.
     Unanswered {
         relay: PublicKey,
         to: SocketAddr,
     },
-    /// The way in use to a peer does not answer any more.
-    WayLost {
-        key: PublicKey,
-    },
-    /// Nothing comes back through a relay of another shard: it may not know this node any more.
+    /// Nothing comes back over some way, and this relay of another shard may not know this node any more.
     RelayInDoubt {
         relay: PublicKey,
     },

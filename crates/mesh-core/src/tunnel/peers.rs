@@ -161,11 +161,11 @@ impl<E: Engine> Peer<E> {
         let ways = self.is_relayed().then(|| self.ways.deadline()).flatten();
         let ways = ways.filter(|_| session());
         let ask = self.look.deadline().filter(|_| session());
-        let straight = self.link.straight_at().filter(|_| session());
+        let link = self.link.deadline().filter(|_| session());
         // Relays are asked and tried in a way of their own.
         let probed = !self.is_relayed() && self.config.role == Role::Node;
         let probe = self.path.probe_at().filter(|_| probed);
-        let own = [probe, self.initiate_at, ways, ask, straight];
+        let own = [probe, self.initiate_at, ways, ask, link];
         engines.chain(retire).chain(own.into_iter().flatten()).min()
     }
 

@@ -114,12 +114,6 @@ impl<F: EngineFactory> Tunnel<F> {
         self.try_straight_now(now);
     }
 
-    /// Asks every relay whether it is there.
-    pub fn ask_relays(&mut self, now: MonoTime) {
-        self.now = now;
-        self.each_relay(now, |look| look.ask_now(now));
-    }
-
     /// Finds out anew what relays show of this node: its address, its NAT, how much arrives at once.
     pub fn check_relays(&mut self, now: MonoTime) {
         self.now = now;
@@ -364,10 +358,6 @@ impl<F: EngineFactory> Tunnel<F> {
             };
             let token = || tokens.next().unwrap_or_default();
             peer.ways.tick(now, &around, &mut self.limiter, token, &mut asks);
-            if peer.ways.take_lost() {
-                let key = peer.config.key;
-                self.event(Event::WayLost { key });
-            }
         }
         for ask in asks.drain(..) {
             let (to, frame) = match ask {
@@ -383,18 +373,18 @@ impl<F: EngineFactory> Tunnel<F> {
         self.ask_doubted(now, slot);
     }
 
-    /// A way was lost: if that was a change of our address, relays know us only once they have heard of us.
+    /// A way is silent: if that was a change of our address, relays know us only once they have heard of us; and where UDP goes
+    /// nowhere any more, that shows by none of them answering.
     fn ask_doubted(&mut self, now: MonoTime, slot: u32) {
         let Some(peer) = self.peers.get_mut(slot).filter(|peer| peer.is_relayed()) else { return };
         if !peer.ways.take_doubted() {
             return;
         }
-        for key in peer.config.relays.clone() {
-            if self.foreign.holds(&key) {
-                self.event(Event::RelayInDoubt { relay: key });
-            } else {
-                self.doubt_relay(now, &key);
-            }
+        self.each_relay(now, |look| look.doubt(now));
+        let keys = self.relays.keys.iter().copied();
+        let elsewhere: Vec<_> = keys.filter(|key| self.foreign.holds(key)).collect();
+        for relay in elsewhere {
+            self.event(Event::RelayInDoubt { relay });
         }
     }
 

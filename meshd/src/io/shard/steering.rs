@@ -38,7 +38,6 @@ impl Shard {
             Event::SessionEstablished { .. }
             | Event::RelayAnswered { .. }
             | Event::Unanswered { .. }
-            | Event::WayLost { .. }
             | Event::HandshakeGaveUp { .. } => {}
         }
     }

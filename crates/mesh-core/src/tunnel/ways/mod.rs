@@ -26,6 +26,11 @@
 //! The peer sends data only over ways that it has proven, so its data proves a way, too; but not for DISTRUST after we
 //! found that way lost: one that carries in one direction only must not be taken up again with every packet.
 
+mod seeking;
+mod silence;
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -34,13 +39,9 @@ use mesh_types::limits::{CANDIDATES_PER_NODE_MAX, RELAYS_MAX};
 use mesh_types::nat::Nat;
 use mesh_types::time::MonoTime;
 
+use self::silence::{CHECK, LOST};
 use super::path::{Endpoint, ProbeLimiter};
 
-/// A way in use on which nothing was heard for so long is probed.
-const CHECK: Duration = Duration::from_millis(750);
-/// A probe unanswered for so long is lost; on ways slower than that, after three round trips.
-const LOST: Duration = Duration::from_millis(900);
-const LOST_ROUND_TRIPS: u32 = 3;
 /// How long a direct way is believed without proof: one that NATs were opened for as long as the shortest mappings live
 /// (20 s), less a probe; to an address that the peer publishes as long as a session lives.
 const TRUST_PUNCHED: Duration = Duration::from_secs(15);
@@ -51,12 +52,6 @@ const ACTIVE: Duration = Duration::from_secs(10);
 const DISTRUST: Duration = Duration::from_secs(5);
 /// A relay through which nothing came back is passed over for so long, if there is another.
 const AVOID: Duration = Duration::from_secs(10);
-/// Direct ways are sought every second so often, then after pauses that double.
-const SEEKS_AT_ONCE: u32 = 5;
-const SEEK: Duration = Duration::from_millis(1_050);
-const SEEK_MAX: Duration = Duration::from_secs(60);
-/// Between two invitations: one is answered by our own, if ours is older than that.
-const CALL_BACK: Duration = Duration::from_secs(5);
 /// An invitation within this time after another is looked at when it is over, the last of them: each may name addresses of people who never heard of us.
 const TOLD_EVERY: Duration = Duration::from_secs(1);
 /// Unanswered probes remembered: every candidate, what the peer told, every relay, twice.
@@ -126,6 +121,8 @@ pub struct Ways {
     doubted: bool,
     used: Option<MonoTime>,
     check_at: Option<MonoTime>,
+    /// Probes of a silent way since the last that was alive.
+    checks: u32,
     seek_at: Option<MonoTime>,
     seeks: u32,
     /// Seeks since the peer said where it is.
@@ -134,8 +131,6 @@ pub struct Ways {
     called: Option<(MonoTime, SocketAddr)>,
     distrust_until: Option<MonoTime>,
     avoid: Option<(SocketAddr, MonoTime)>,
-    /// A way was lost, which nobody has been told.
-    lost: bool,
 }
 
 impl Ways {
@@ -252,37 +247,6 @@ impl Ways {
         }
     }
 
-    /// The peer says where it can be reached, what its NAT does, and that this lets us in now. So it reaches us by a relay
-    /// alone: the direct way is none to it, and may be none to us if it is not among those named.
-    pub fn told(&mut self, now: MonoTime, addresses: impl Iterator<Item = SocketAddr>, nat: Nat) {
-        let told = (addresses.take(TOLD_MAX).collect(), nat);
-        if self.told_at.is_some_and(|at| now.since(at) < TOLD_EVERY) {
-            // The last word counts, in its time: it may name where the peer has gone since the one before.
-            self.told_next = Some(told);
-        } else {
-            self.take_told(now, told);
-        }
-    }
-
-    fn take_told(&mut self, now: MonoTime, (addresses, nat): (Vec<SocketAddr>, Nat)) {
-        (self.told_at, self.told_next) = (Some(now), None);
-        (self.told, self.told_nat, self.turn) = (addresses, nat, 0);
-        self.direct.take_if(|direct| !self.told.contains(&direct.addr));
-        self.used = Some(now);
-        self.seek_at = Some(now);
-        self.check_at.get_or_insert(now);
-    }
-
-    /// A probe of the peer came straight from `source`: perhaps a way it does not know of itself.
-    pub fn seen(&mut self, now: MonoTime, source: SocketAddr, around: &Around<'_>) {
-        let known = self.told.contains(&source) || around.candidates.contains(&source);
-        if known || self.told.len() >= TOLD_MAX || self.trusts(now, source, around) {
-            return;
-        }
-        self.told.push(source);
-        self.seek_at = Some(now);
-    }
-
     /// What the peer said of its NAT.
     pub fn told_nat(&self) -> Nat {
         self.told_nat
@@ -298,16 +262,15 @@ impl Ways {
         (self.seeks, self.is_active(now))
     }
 
-    /// Whether a way was lost since the last question: relays are to be asked whether they know us.
+    /// Whether a way was lost, or a probe of it, since the last question: relays are to be asked whether they know us.
     pub fn take_doubted(&mut self) -> bool {
         std::mem::take(&mut self.doubted)
     }
 
     /// When [`Self::tick`] has something to do.
     pub fn deadline(&self) -> Option<MonoTime> {
-        let lost = self.asked.front().map(|asked| asked.at + self.patience(asked));
         let told = self.told_at.filter(|_| self.told_next.is_some()).map(|at| at + TOLD_EVERY);
-        [lost, told, self.check_at, self.seek_at].into_iter().flatten().min()
+        [self.lost_at(), told, self.check_at, self.seek_at].into_iter().flatten().min()
     }
 
     /// Does what is due. `token` draws a number nobody can guess.
@@ -334,12 +297,7 @@ impl Ways {
         self.give_up_lost(now, around);
         let way = self.way(now, around);
         if self.check_at.is_some_and(|at| at <= now) {
-            // Not later than CHECK after something was heard: how long a silence lasts must not depend on when it begins.
-            let heard = way.and_then(|way| self.heard_lately(now, &way));
-            self.check_at = Some(heard.unwrap_or(now) + CHECK);
-            if let Some(way) = way.filter(|_| heard.is_none()) {
-                self.ask(now, way, limiter, &mut token, out);
-            }
+            self.check(now, way, limiter, &mut token, out);
         }
         if self.seek_at.is_some_and(|at| at <= now) {
             self.seek(now, way, around, limiter, &mut token, out);
@@ -372,119 +330,10 @@ impl Ways {
         usable.find(in_use).or(first).copied()
     }
 
-    /// When something came over the way, if so lately that it needs no probe.
-    fn heard_lately(&self, now: MonoTime, way: &Endpoint) -> Option<MonoTime> {
-        self.heard_over(way).filter(|heard| now.since(*heard) < CHECK)
-    }
-
-    fn heard_over(&self, way: &Endpoint) -> Option<MonoTime> {
-        match way.carry {
-            Some(_) => {
-                let this = self.heard_relayed.filter(|(relay, _)| *relay == way.addr);
-                this.map(|(_, at)| at)
-            }
-            None => self.heard_direct,
-        }
-    }
-
-    fn patience(&self, asked: &Asked) -> Duration {
-        let proven = if asked.to.carry.is_some() { self.relay } else { self.direct };
-        let rtt = proven.and_then(|proven| proven.rtt);
-        rtt.map_or(LOST, |rtt| (rtt * LOST_ROUND_TRIPS).max(LOST))
-    }
-
-    /// Lets go of ways whose probes are unanswered, and nothing else came over them.
-    fn give_up_lost(&mut self, now: MonoTime, around: &Around<'_>) {
-        let way = self.way(now, around);
-        while let Some(asked) = self.asked.front().copied() {
-            if now.since(asked.at) < self.patience(&asked) {
-                return;
-            }
-            self.asked.pop_front();
-            let heard = self.heard_over(&asked.to);
-            if way.is_some_and(|way| way.addr == asked.to.addr && way.carry == asked.to.carry)
-                && heard.is_none_or(|heard| heard < asked.at)
-            {
-                self.lose(now, &asked.to);
-            }
-        }
-    }
-
-    /// Whether the way in use was lost since the last look.
-    pub fn take_lost(&mut self) -> bool {
-        std::mem::take(&mut self.lost)
-    }
-
-    fn lose(&mut self, now: MonoTime, way: &Endpoint) {
-        self.lost = true;
-        match way.carry {
-            Some(_) => {
-                self.avoid = Some((way.addr, now + AVOID));
-                self.relay = None;
-            }
-            None => {
-                self.direct = None;
-                self.distrust_until = Some(now + DISTRUST);
-            }
-        }
-        (self.seeks, self.seek_at, self.check_at) = (0, Some(now), Some(now));
-        self.called = None;
-        // Perhaps it was our own address that changed.
-        self.doubted = true;
-    }
-
     /// The relay at `addr` does not know the peer, or is about to end.
     pub fn avoid(&mut self, now: MonoTime, addr: SocketAddr) {
         self.avoid = Some((addr, now + AVOID));
         self.relay.take_if(|relay| relay.addr == addr);
-    }
-
-    /// Invites the peer and probes what may be direct, unless packets go direct already.
-    fn seek(
-        &mut self,
-        now: MonoTime,
-        way: Option<Endpoint>,
-        around: &Around<'_>,
-        limiter: &mut ProbeLimiter,
-        token: &mut impl FnMut() -> u64,
-        out: &mut Vec<Ask>,
-    ) {
-        if way.is_some_and(|way| way.carry.is_none() && self.trusts(now, way.addr, around)) {
-            self.seek_at = None;
-            return;
-        }
-        // One through a relay that has been left since is taken for lost.
-        let due = |relay: SocketAddr| {
-            self.called.is_none_or(|(at, by)| {
-                now.since(at) >= if by == relay { CALL_BACK } else { TOLD_EVERY }
-            })
-        };
-        if let Some(to) = way.filter(|way| way.carry.is_some() && due(way.addr)) {
-            self.called = Some((now, to.addr));
-            out.push(Ask::CallMeNow { to });
-        }
-        let last = around.direct.map(|direct| direct.addr);
-        let all = self.told.iter().copied().chain(last).chain(around.candidates.iter().copied());
-        let mut tried: Vec<SocketAddr> = Vec::new();
-        for addr in all {
-            if !tried.contains(&addr) {
-                tried.push(addr);
-            }
-        }
-        // Of several ports of one address the first alone is probed: each in turn, those that were told last before others.
-        let first = self.turn % tried.len().max(1);
-        tried.rotate_left(first);
-        self.turn = self.turn.wrapping_add(1);
-        for addr in tried {
-            self.ask(now, Endpoint::direct(addr), limiter, token, out);
-        }
-        // All of them, also the one in use: how far it is that way is compared.
-        let compare = self.seeks == 0 && around.relays.len() > 1;
-        for relay in around.relays.iter().filter(|_| compare) {
-            self.ask(now, *relay, limiter, token, out);
-        }
-        self.seeks = self.seeks.saturating_add(1);
-        self.seek_at = Some(now + pause(self.seeks, token()));
     }
 
     fn ask(
@@ -511,116 +360,4 @@ impl Ways {
 /// Worth a change: ways of nearly equal length must not alternate.
 fn much_faster(rtt: Duration, before: Duration) -> bool {
     rtt * 2 + Duration::from_millis(1) < before
-}
-
-/// Before the next attempt; `random` spreads nodes that lost the same relay.
-fn pause(seeks: u32, random: u64) -> Duration {
-    let doublings = seeks.saturating_sub(SEEKS_AT_ONCE).min(6);
-    let pause = (SEEK * (1 << doublings)).min(SEEK_MAX);
-    let jitter = u32::try_from(random % 256).unwrap_or(0);
-    if doublings == 0 { pause } else { pause - pause / 4 * jitter / 256 }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn at(ms: u64) -> MonoTime {
-        MonoTime::ZERO + Duration::from_millis(ms)
-    }
-
-    fn addr(text: &str) -> SocketAddr {
-        text.parse().expect("an endpoint")
-    }
-
-    fn relay() -> Endpoint {
-        Endpoint { carry: Some([7; 32]), ..Endpoint::direct(addr("203.0.113.1:1")) }
-    }
-
-    /// One tick; where probes go.
-    fn probes(
-        ways: &mut Ways,
-        ms: u64,
-        direct: Option<&str>,
-        relays: &[Endpoint],
-    ) -> Vec<Endpoint> {
-        let (mut out, mut drawn) = (Vec::new(), ms << 16);
-        let direct = direct.map(|text| Endpoint::direct(addr(text)));
-        let around = Around { direct, candidates: &[], relays };
-        let token = || {
-            drawn += 1;
-            drawn
-        };
-        ways.tick(at(ms), &around, &mut ProbeLimiter::default(), token, &mut out);
-        let to = out.iter().filter_map(|ask| match ask {
-            Ask::Probe { to, .. } => Some(*to),
-            Ask::CallMeNow { .. } => None,
-        });
-        to.collect()
-    }
-
-    #[test]
-    fn a_peer_that_invites_in_a_row_makes_us_probe_what_it_names_once_a_second() {
-        let mut ways = Ways::default();
-        let mut asked = 0;
-        for call in 0..2_000_u64 {
-            let named = (0..16).map(|i| SocketAddr::from(([198, 51, (call % 250) as u8, i], 1)));
-            ways.told(at(call), named, Nat::default());
-            asked += probes(&mut ways, call, None, &[]).len();
-        }
-        assert_eq!(asked, 2 * 16, "two seconds");
-    }
-
-    #[test]
-    fn one_tick_draws_no_more_tokens_than_there_are() {
-        let addresses = |net: u8| (0..16).map(move |i| SocketAddr::from(([198, 51, net, i], 1)));
-        let candidates: Vec<_> = addresses(1).collect();
-        let relays: Vec<_> = (0..RELAYS_MAX as u8)
-            .map(|i| Endpoint { addr: SocketAddr::from(([203, 0, 113, i], 1)), ..relay() })
-            .collect();
-        let mut ways = Ways::default();
-        ways.told(at(0), addresses(2), Nat::default());
-        let direct = Some(Endpoint::direct(addr("192.0.2.1:1")));
-        let around = Around { direct, candidates: &candidates, relays: &relays };
-        let (mut out, mut drawn) = (Vec::new(), 0);
-        let token = || {
-            drawn += 1;
-            drawn
-        };
-        ways.tick(at(0), &around, &mut ProbeLimiter::default(), token, &mut out);
-        assert!(out.len() > 16 + 16 + RELAYS_MAX, "everything was asked: {}", out.len());
-        assert!(drawn as usize <= TOKENS_MAX, "{drawn}");
-    }
-
-    #[test]
-    fn an_answer_counts_only_from_where_its_probe_went() {
-        let mut ways = Ways::default();
-        ways.told(at(0), [addr("192.0.2.1:1")].into_iter(), Nat::default());
-        let to = probes(&mut ways, 0, None, &[relay()]);
-        assert!(to.contains(&Endpoint::direct(addr("192.0.2.1:1"))));
-        let around = Around { direct: None, candidates: &[], relays: &[relay()] };
-        let tokens: Vec<u64> = ways.asked.iter().map(|asked| asked.token).collect();
-        for token in tokens {
-            assert_eq!(ways.answered(at(10), token, addr("192.0.2.9:1"), false), None);
-            assert_eq!(ways.answered(at(10), token, addr("192.0.2.1:1"), true), None);
-            assert_eq!(ways.answered(at(10), token + 1_000, addr("192.0.2.1:1"), false), None);
-        }
-        assert_eq!(ways.way(at(11), &around), Some(relay()));
-    }
-
-    #[test]
-    fn a_punched_way_is_believed_for_fifteen_seconds_and_a_published_one_for_a_session() {
-        let direct = Endpoint::direct(addr("192.0.2.1:1"));
-        for (candidates, seconds) in [(vec![], 15), (vec![direct.addr], 180)] {
-            let mut ways = Ways::default();
-            ways.heard(at(0), direct.addr, false);
-            let around =
-                Around { direct: Some(direct), candidates: &candidates, relays: &[relay()] };
-            let end = seconds * 1_000;
-            assert_eq!(ways.way(at(end - 1), &around), Some(direct));
-            assert_eq!(ways.way(at(end), &around), Some(relay()));
-            let alone = Around { relays: &[], ..around };
-            assert_eq!(ways.way(at(end), &alone), Some(direct), "there is no other");
-        }
-    }
 }

@@ -1,0 +1,111 @@
+//! A way in use on which nothing is heard: probed, and left when nothing answers.
+//!
+//! ```text
+//!  heard ── CHECK ──> probe ── a third of the patience ──> probe ──> probe ──> probe ──> lost: the next way
+//!    ^                  │        relays are asked, too        │         │
+//!    └──────────────────┴──────── any of them answered ───────┴─────────┘
+//! ```
+//! Several, as one alone may be lost like any packet; patience is counted from the first.
+
+use std::time::Duration;
+
+use mesh_types::time::MonoTime;
+
+use super::{AVOID, Around, Ask, Asked, DISTRUST, Ways};
+use crate::tunnel::path::{Endpoint, ProbeLimiter};
+
+/// A way in use on which nothing was heard for so long is probed.
+pub(super) const CHECK: Duration = Duration::from_millis(600);
+/// A probe unanswered for so long is lost; on ways slower than that, after three round trips.
+pub(super) const LOST: Duration = Duration::from_millis(850);
+const LOST_ROUND_TRIPS: u32 = 3;
+/// Probes within the patience for the first of them.
+const PROBES: u32 = 3;
+/// Probes in a row at that pace: one who speaks to somebody who is gone goes on with one in [`CHECK`].
+const PROBES_MAX: u32 = 4 * PROBES;
+
+impl Ways {
+    /// Probes the way in use when it was silent for too long.
+    pub(super) fn check(
+        &mut self,
+        now: MonoTime,
+        way: Option<Endpoint>,
+        limiter: &mut ProbeLimiter,
+        token: &mut impl FnMut() -> u64,
+        out: &mut Vec<Ask>,
+    ) {
+        // Not later than CHECK after something was heard: how long a silence lasts must not depend on when it begins.
+        let alive = way.and_then(|way| self.alive_over(&way));
+        if let Some(alive) = alive.filter(|alive| now.since(*alive) < CHECK) {
+            (self.check_at, self.checks) = (Some(alive + CHECK), 0);
+            return;
+        }
+        self.check_at = Some(now + CHECK);
+        let Some(way) = way else { return };
+        // Perhaps it is our own address that changed, or UDP that does not go through any more.
+        self.doubted |= self.asked.iter().any(|asked| asked.to == way);
+        self.checks = self.checks.saturating_add(1);
+        if self.checks <= PROBES_MAX {
+            self.check_at = Some(now + self.patience(&way) / PROBES);
+        }
+        self.ask(now, way, limiter, token, out);
+    }
+
+    /// When something came over the way last, or proved it.
+    fn alive_over(&self, way: &Endpoint) -> Option<MonoTime> {
+        let (heard, proven) = match way.carry {
+            Some(_) => {
+                let this = self.heard_relayed.filter(|(relay, _)| *relay == way.addr);
+                (this.map(|(_, at)| at), self.relay)
+            }
+            None => (self.heard_direct, self.direct),
+        };
+        let proven = proven.filter(|proven| proven.addr == way.addr).map(|proven| proven.at);
+        heard.max(proven)
+    }
+
+    pub(super) fn patience(&self, way: &Endpoint) -> Duration {
+        let proven = if way.carry.is_some() { self.relay } else { self.direct };
+        let rtt = proven.and_then(|proven| proven.rtt);
+        rtt.map_or(LOST, |rtt| (rtt * LOST_ROUND_TRIPS).max(LOST))
+    }
+
+    /// When the patience with the first unanswered probe is over.
+    pub(super) fn lost_at(&self) -> Option<MonoTime> {
+        self.asked.front().map(|Asked { to, at, .. }| *at + self.patience(to))
+    }
+
+    /// Lets go of ways whose probes are unanswered, and nothing else came over them.
+    pub(super) fn give_up_lost(&mut self, now: MonoTime, around: &Around<'_>) {
+        let way = self.way(now, around);
+        while let Some(asked) = self.asked.front().copied() {
+            if now.since(asked.at) < self.patience(&asked.to) {
+                return;
+            }
+            self.asked.pop_front();
+            let alive = self.alive_over(&asked.to);
+            if way.is_some_and(|way| way.addr == asked.to.addr && way.carry == asked.to.carry)
+                && alive.is_none_or(|alive| alive < asked.at)
+            {
+                self.lose(now, &asked.to);
+            }
+        }
+    }
+
+    fn lose(&mut self, now: MonoTime, way: &Endpoint) {
+        match way.carry {
+            Some(_) => {
+                self.avoid = Some((way.addr, now + AVOID));
+                self.relay = None;
+            }
+            None => {
+                self.direct = None;
+                self.distrust_until = Some(now + DISTRUST);
+            }
+        }
+        (self.seeks, self.seek_at, self.check_at) = (0, Some(now), Some(now));
+        self.called = None;
+        // Perhaps it was our own address that changed.
+        self.doubted = true;
+    }
+}
