@@ -49,6 +49,11 @@ impl Link {
         self.straight_at.into_iter().chain(self.tell_at).min()
     }
 
+    /// Whether a question is unanswered.
+    pub(super) fn owes(&self, now: MonoTime) -> bool {
+        self.asked.is_some_and(|(since, _)| now.since(since) >= UNANSWERED_AFTER)
+    }
+
     pub(super) fn answered(&mut self) {
         (self.asked, self.tell_at) = (None, None);
     }

@@ -192,11 +192,12 @@ impl<F: EngineFactory> Tunnel<F> {
             };
             let relay = self.peers.get(slot)?;
             relay.sender(now)?;
-            Some((relay.look.rtt(), relay.path.endpoint()?))
+            let rtt = relay.look.rtt().filter(|_| !relay.link.owes(now));
+            Some((rtt, relay.path.endpoint()?))
         });
         let mut rtts = [Duration::MAX; RELAYS_MAX];
         for (rtt, way) in registered.take(RELAYS_MAX) {
-            // One that has not answered yet comes last; of equals the one written first is first.
+            // One that has not answered yet, or does not any more, comes last; of equals the one written first is first.
             let rtt = rtt.unwrap_or(Duration::MAX);
             let mut at = found.count;
             while let Some(before) = at.checked_sub(1).filter(|before| rtts[*before] > rtt) {

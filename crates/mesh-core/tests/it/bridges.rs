@@ -104,6 +104,31 @@ fn udp_that_is_blocked_while_there_is_traffic_is_noticed_in_seconds() {
 }
 
 #[test]
+fn a_bridge_to_the_relay_that_lives_is_taken_before_one_that_owes_an_answer() {
+    const SECOND: &str = "203.0.113.2:15192";
+    // The nearer one dies, then UDP does.
+    let mut net = homes([strict(0), strict(1)], &[RELAY, SECOND]);
+    talk(&mut net, 2_000);
+    let dead = if net.relays[0].carried > 0 { 0 } else { 1 };
+    net.relays[dead].up = false;
+    talk(&mut net, 5_000);
+    let home = net.hosts[0].nat.as_ref().expect("a NAT").public.ip();
+    for relay in [RELAY, SECOND] {
+        net.cut.extend([(home, addr(relay).ip()), (addr(relay).ip(), home)]);
+    }
+    talk(&mut net, 1_700);
+    let alive = &net.relays[1 - dead];
+    let (key, relay) = (alive.key, alive.addr);
+    let (local, outside) = (addr(LOCAL), addr(OUTSIDE));
+    net.bridges.push(Bridge { host: 0, local, outside, relay, up: true });
+    let now = net.now;
+    net.hosts[0].tunnel.set_bridge(now, &key, Some(local));
+    net.collect(0);
+    talk(&mut net, 200);
+    assert_eq!(talk(&mut net, 5_000), [50, 50]);
+}
+
+#[test]
 fn udp_is_tried_again_seldom_and_taken_up_when_it_answers() {
     let mut net = blocked();
     with_relay(&mut net);

@@ -50,8 +50,10 @@ const TRUST_PUBLISHED: Duration = Duration::from_secs(180);
 const ACTIVE: Duration = Duration::from_secs(10);
 /// After a way was lost, data from it alone does not prove it.
 const DISTRUST: Duration = Duration::from_secs(5);
-/// A relay through which nothing came back is passed over for so long, if there is another.
+/// A relay through which nothing came back is passed over for so long, if there is another, and until a probe through it is answered.
 const AVOID: Duration = Duration::from_secs(10);
+/// Between two such probes while the peer is heard through it: that carries one way at least.
+const AGAIN: Duration = Duration::from_secs(1);
 /// An invitation within this time after another is looked at when it is over, the last of them: each may name addresses of people who never heard of us.
 const TOLD_EVERY: Duration = Duration::from_secs(1);
 /// Unanswered probes remembered: every candidate, what the peer told, every relay, twice.
@@ -59,9 +61,9 @@ const ASKED_MAX: usize = 64;
 /// Ways beside the candidates that are probed: what the peer told, and where its probes came from.
 const TOLD_MAX: usize = 16;
 
-/// Tokens one tick draws at most: for each candidate, told address and relay, the last endpoint, the way in use, and the next
-/// pause.
-pub const TOKENS_MAX: usize = CANDIDATES_PER_NODE_MAX + TOLD_MAX + RELAYS_MAX + 3;
+/// Tokens one tick draws at most: for each candidate, told address and relay, the last endpoint, the way in use, the relay that is
+/// passed over, and the next pause.
+pub const TOKENS_MAX: usize = CANDIDATES_PER_NODE_MAX + TOLD_MAX + RELAYS_MAX + 4;
 
 /// What is known besides, at the time of a question.
 #[derive(Debug, Clone, Copy)]
@@ -131,6 +133,9 @@ pub struct Ways {
     called: Option<(MonoTime, SocketAddr)>,
     distrust_until: Option<MonoTime>,
     avoid: Option<(SocketAddr, MonoTime)>,
+    /// When the relay that is passed over is probed, since the peer was heard through it; and when it was last.
+    again_at: Option<MonoTime>,
+    again: Option<MonoTime>,
 }
 
 impl Ways {
@@ -156,6 +161,9 @@ impl Ways {
             self.heard_relayed = Some((source, now));
             if !self.keeps_relay(now, source) {
                 self.relay = Some(Proven { addr: source, at: now, rtt: self.relay_rtt(source) });
+            }
+            if self.avoid.is_some_and(|(relay, _)| relay == source) && self.again_at.is_none() {
+                self.again_at = Some(self.again.map_or(now, |again| (again + AGAIN).max(now)));
             }
             // The peer does not trust the direct way any more, or not yet.
             self.check_at = self.direct.map(|_| now).or(self.check_at);
@@ -188,6 +196,7 @@ impl Ways {
         let proven = Proven { addr: source, at: now, rtt: Some(rtt) };
         if carried {
             self.note_relay_rtt(source, rtt);
+            self.avoid.take_if(|(relay, _)| *relay == source);
             let better = self.relay.is_none_or(|relay| {
                 relay.addr == source || relay.rtt.is_some_and(|before| much_faster(rtt, before))
             });
@@ -270,7 +279,10 @@ impl Ways {
     /// When [`Self::tick`] has something to do.
     pub fn deadline(&self) -> Option<MonoTime> {
         let told = self.told_at.filter(|_| self.told_next.is_some()).map(|at| at + TOLD_EVERY);
-        [self.lost_at(), told, self.check_at, self.seek_at].into_iter().flatten().min()
+        [self.lost_at(), told, self.check_at, self.seek_at, self.again_at]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Does what is due. `token` draws a number nobody can guess.
@@ -284,7 +296,7 @@ impl Ways {
     ) {
         out.clear();
         if !self.is_active(now) {
-            (self.check_at, self.seek_at) = (None, None);
+            (self.check_at, self.seek_at, self.again_at) = (None, None, None);
             self.asked.clear();
             self.told_next = None;
             return;
@@ -296,6 +308,9 @@ impl Ways {
         }
         self.give_up_lost(now, around);
         let way = self.way(now, around);
+        if self.again_at.take_if(|at| *at <= now).is_some() {
+            self.try_again(now, around, limiter, &mut token, out);
+        }
         if self.check_at.is_some_and(|at| at <= now) {
             self.check(now, way, limiter, &mut token, out);
         }

@@ -51,6 +51,24 @@ impl Ways {
         self.ask(now, way, limiter, token, out);
     }
 
+    /// Probes the relay that is passed over.
+    pub(super) fn try_again(
+        &mut self,
+        now: MonoTime,
+        around: &Around<'_>,
+        limiter: &mut ProbeLimiter,
+        token: &mut impl FnMut() -> u64,
+        out: &mut Vec<Ask>,
+    ) {
+        let relay = self.avoid.and_then(|(avoided, _)| {
+            around.relays.iter().find(|relay| relay.addr == avoided).copied()
+        });
+        if let Some(relay) = relay {
+            self.again = Some(now);
+            self.ask(now, relay, limiter, token, out);
+        }
+    }
+
     /// When something came over the way last, or proved it.
     fn alive_over(&self, way: &Endpoint) -> Option<MonoTime> {
         let (heard, proven) = match way.carry {
