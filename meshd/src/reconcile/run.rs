@@ -25,8 +25,11 @@ const TURN_INTERVAL: Duration = Duration::from_millis(100);
 const FIGHT_INTERVAL_MAX: Duration = Duration::from_secs(1);
 
 /// Between two turns that changes of the surroundings cause: a node may be a router with a thousand changes a second,
-/// and a turn looks up the way to every peer. The first one after a quiet time is answered at once.
+/// and a turn looks up the way to every peer.
 const SURROUNDINGS_INTERVAL: Duration = Duration::from_secs(2);
+
+/// After a quiet time so many are answered at once: an address goes, another comes, then its routes.
+const SURROUNDINGS_BURST: u32 = 5;
 
 /// Events taken in before a turn: a whole mesh may come one by one.
 const EVENTS_PER_TURN: usize = 4_096;
@@ -47,7 +50,7 @@ pub async fn run<K: Kernel, P: Plane>(mut reconciler: Reconciler<K, P>, mut inpu
     // At once, from what is on disk: peers that knew us wait for our handshake.
     reconciler.turn(Scope::All);
     let mut slow = Instant::now() + SLOW_PERIOD;
-    let mut look_around = Instant::now();
+    let mut around = Pace::new(Instant::now());
     let mut pause = TURN_INTERVAL;
     let mut source_ended = false;
     loop {
@@ -67,7 +70,7 @@ pub async fn run<K: Kernel, P: Plane>(mut reconciler: Reconciler<K, P>, mut inpu
                 }
             },
             Some(()) = inputs.kernel_news.recv() => Scope::All,
-            Some(()) = not_before(look_around, &mut inputs.surroundings) => Scope::Surroundings,
+            Some(()) = not_before(around.next(), &mut inputs.surroundings) => Scope::Surroundings,
             Ok(()) = inputs.resolved.changed() => {
                 let resolved = inputs.resolved.borrow_and_update().clone();
                 reconciler.hear_names(resolved);
@@ -82,7 +85,7 @@ pub async fn run<K: Kernel, P: Plane>(mut reconciler: Reconciler<K, P>, mut inpu
         if scope != Scope::Records {
             // Its turn looks around.
             let _ = inputs.surroundings.try_recv();
-            look_around = began + SURROUNDINGS_INTERVAL;
+            around.take(began);
         }
         reconciler.turn(scope);
         if scope == Scope::All {
@@ -95,6 +98,29 @@ pub async fn run<K: Kernel, P: Plane>(mut reconciler: Reconciler<K, P>, mut inpu
         tracing::trace!(?scope, took_ms = began.elapsed().as_millis(), "turn");
         pause = pause_after(pause, reconciler.has_repaired());
         sleep_until(began + pause).await;
+    }
+}
+
+/// How often the surroundings are looked at: one look in [`SURROUNDINGS_INTERVAL`], [`SURROUNDINGS_BURST`] of them at once.
+#[derive(Debug, Clone, Copy)]
+struct Pace {
+    /// When nothing of the burst is used any more.
+    rested_at: Instant,
+}
+
+impl Pace {
+    fn new(now: Instant) -> Self {
+        Self { rested_at: now }
+    }
+
+    fn take(&mut self, now: Instant) {
+        self.rested_at = self.rested_at.max(now) + SURROUNDINGS_INTERVAL;
+    }
+
+    /// Not before then.
+    fn next(self) -> Instant {
+        let burst = SURROUNDINGS_INTERVAL * (SURROUNDINGS_BURST - 1);
+        self.rested_at.checked_sub(burst).unwrap_or(self.rested_at)
     }
 }
 
@@ -135,6 +161,24 @@ mod tests {
             pause.as_millis()
         });
         assert_eq!(pauses, [200, 400, 800, 1000, 1000, 100]);
+    }
+
+    #[test]
+    fn some_looks_around_come_at_once_and_in_the_long_run_one_in_two_seconds() {
+        let begin = Instant::now() + Duration::from_secs(60);
+        let mut pace = Pace::new(begin);
+        let looks: Vec<u64> = std::iter::repeat_with(|| {
+            let at = pace.next().max(begin);
+            pace.take(at);
+            at.duration_since(begin).as_secs()
+        })
+        .take(8)
+        .collect();
+        assert_eq!(looks, [0, 0, 0, 0, 0, 2, 4, 6]);
+        assert!(pace.next() > begin + Duration::from_secs(6));
+        let later = begin + Duration::from_secs(60);
+        pace.take(later);
+        assert!(pace.next() <= later, "rested");
     }
 
     #[tokio::test]
