@@ -19,6 +19,7 @@ mod found;
 mod node;
 mod page;
 mod plugin;
+mod processors;
 mod relay;
 mod tunnel;
 

@@ -10,6 +10,7 @@ use wg_engine::{generate_private_key, public_key};
 
 use super::super::cost;
 use super::super::figures::rank;
+use super::super::processors::{Awake, Together};
 use super::load::{self, Carried, LEAD, Load, Pace};
 use super::pair;
 use super::site::{KEYRELAY_PORT, NEAR_NET, PAIRS, RELAY, SECOND_PORT, Site};
@@ -161,10 +162,12 @@ impl Measure {
                 state.samples.push(figures[0], subject, carried?.0.datagrams_per_second / 1e3);
             }
             Kind::Idle => {
+                let _together = Together::begin(site.pid(subject))?;
                 let times = idle(site, subject, time)?;
                 state.samples.push_ranks(&figures[..2], subject, &times);
             }
             Kind::Loaded => {
+                let _awake = Awake::begin()?;
                 let times = beside_load(site, subject, time)?;
                 state.samples.push_ranks(figures, subject, &times);
             }
