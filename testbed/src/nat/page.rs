@@ -57,7 +57,8 @@ order; the times are those of datagrams sent every 20 ms beside it.
 | all | the first site's NAT forgets everything and gives another port; an open node gets another address | `address_change_ms`: without an answer | 1 s of a node that everybody can reach, else 5 s |
 | short-mappings | nobody speaks for 30 s | `after_silence_ms`: first answered packet | 2 s |
 | relayed | the relay in use is killed | `relay_move_ms`: without an answer | 2 s |
-| direct | both relays are killed: nothing may be noticed | | |
+| all | all UDP of the first site is blocked: the relay carries over TLS | `udp_blocked_ms`: without an answer | 3 s |
+| direct | both relays are killed: nothing may be noticed | `relays_gone_ms`: without an answer | 0.5 s |
 
 ## To try it
 
@@ -73,8 +74,9 @@ order; the times are those of datagrams sent every 20 ms beside it.
 The document has `pairs`, `duration_s` and `problems`. A pair has `a`, `b`, `by` (what connected it: `daemons` or `sockets`), `expected`
 and `got` (`direct` or `relayed`; `got` also `nothing`), `first_packet_ms` and `direct_ms` (from the word to connect until there was a first
 packet, by whatever way, and until a direct path had proved itself both ways; `null` where that never was), `stream_survived` (`null`:
-plain sockets carry no stream), `ok`, the times above, `late` (what took longer than its bound) and `error` (what broke). Exit status 0: every pair is as expected, in time. By sockets, sites without UDP find that out by five questions without
-an answer, which takes the second that their `first_packet_ms` shows.
+plain sockets carry no stream), `ok`, the times above, `late` (what took longer than its bound) and `error` (what broke). Exit status
+0: every pair is as expected, in time. By sockets, sites without UDP find that out by five questions without an answer, which takes the
+second that their `first_packet_ms` shows.
 
 The namespace tests in `testbed/tests/netns_nat.rs` measure every kind of site, connect all pairs by sockets and one of each reason by
 daemons.

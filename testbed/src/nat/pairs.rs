@@ -13,12 +13,14 @@ use crate::parallel;
 
 /// Within which time things have to happen; a pair that takes longer is told as a problem.
 pub(super) const FIRST_PACKET_MAX: Duration = Duration::from_secs(2);
-/// Of two that start where one has no UDP: that shows after a while, then a connection is made.
-pub(super) const NO_UDP_START_MAX: Duration = Duration::from_secs(5);
 pub(super) const DIRECT_MAX: Duration = Duration::from_secs(5);
 pub(super) const RELAY_MOVE_MAX: Duration = Duration::from_secs(2);
 pub(super) const ADDRESS_CHANGE_MAX: Duration = Duration::from_secs(5);
 pub(super) const PUBLIC_ADDRESS_CHANGE_MAX: Duration = Duration::from_secs(1);
+/// Silence has to be noticed, then that no relay answers, then a connection to be made.
+pub(super) const UDP_BLOCKED_MAX: Duration = Duration::from_secs(3);
+/// What this machine may take for a datagram between two others while nothing is wrong.
+pub(super) const UNNOTICED_MAX: Duration = Duration::from_millis(500);
 
 /// How a pair was connected in the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -79,6 +81,10 @@ pub struct Changes {
     pub public_side_moved: bool,
     /// The relay in use was killed.
     pub relay_move: Option<Duration>,
+    /// All UDP of one side was blocked.
+    pub udp_blocked: Option<Duration>,
+    /// Both relays were killed while the path was direct.
+    pub relays_gone: Option<Duration>,
     /// Nobody had spoken for longer than short mappings live.
     pub after_silence: Option<Duration>,
 }
@@ -123,6 +129,10 @@ pub struct Pair {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub relay_move_ms: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub udp_blocked_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub relays_gone_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub after_silence_ms: Option<f64>,
     /// What took longer than it may.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -139,8 +149,7 @@ impl Pair {
         let ms =
             |time: Option<Duration>| time.map(|time| (time.as_secs_f64() * 1e4).round() / 10.0);
         let Outcome { got, first_packet, direct, stream_survived, changes, broken } = outcome;
-        let no_udp = [a, b].contains(&Kind::UdpBlocked);
-        let late = late(expected, no_udp, first_packet, direct, &changes);
+        let late = late(expected, first_packet, direct, &changes);
         let error = error.or_else(|| (!broken.is_empty()).then(|| broken.join("; ")));
         Self {
             a,
@@ -157,6 +166,8 @@ impl Pair {
             direct_again_ms: ms(changes.direct_again),
             address_change_ms: ms(changes.address_change),
             relay_move_ms: ms(changes.relay_move),
+            udp_blocked_ms: ms(changes.udp_blocked),
+            relays_gone_ms: ms(changes.relays_gone),
             after_silence_ms: ms(changes.after_silence),
             late,
             error,
@@ -185,7 +196,6 @@ impl Outcome {
 /// What took longer than it may, each with its bound.
 fn late(
     expected: Expected,
-    no_udp: bool,
     first_packet: Option<Duration>,
     direct: Option<Duration>,
     changes: &Changes,
@@ -194,15 +204,16 @@ fn late(
         true => PUBLIC_ADDRESS_CHANGE_MAX,
         false => ADDRESS_CHANGE_MAX,
     };
-    let start = if no_udp { NO_UDP_START_MAX } else { FIRST_PACKET_MAX };
     let direct = direct.filter(|_| expected == Expected::Direct);
     let bounds = [
         ("first packet", first_packet, FIRST_PACKET_MAX),
-        ("first packet of two that start", changes.start, start),
+        ("first packet of two that start", changes.start, FIRST_PACKET_MAX),
         ("direct", direct, DIRECT_MAX),
         ("another relay", changes.relay_move, RELAY_MOVE_MAX),
         ("change of address", changes.address_change, moved),
         ("first packet after a silence", changes.after_silence, FIRST_PACKET_MAX),
+        ("UDP that is blocked", changes.udp_blocked, UDP_BLOCKED_MAX),
+        ("an end of relays not in use", changes.relays_gone, UNNOTICED_MAX),
     ];
     let over = bounds.into_iter().filter_map(|(what, took, max)| Some((what, took?, max)));
     let over = over.filter(|(_, took, max)| took > max);

@@ -4,6 +4,7 @@
 //! block    between two sites      the internet's bridge drops UDP between their addresses there
 //!          in one network         the router's bridge does
 //!          in two of one NAT      the router does not forward it
+//! no UDP   of one site            the internet's bridge drops all UDP to and from it
 //! move     behind a NAT           it forgets every mapping, and gives other ports from then on
 //!          without one            the node has other addresses
 //! ```
@@ -37,6 +38,33 @@ impl Block {
             Reason::Hairpinned => (nearest(a)?, "inet", "forward", neighbours.to_owned()),
             _ => (&lab.internet, "bridge", "prerouting", between(a, b)),
         };
+        Self::begin(router, family, &name, hook, &rules)
+    }
+
+    /// As a firewall of the site's would that lets TCP alone out.
+    pub(super) fn all_udp(lab: &NatLab, site: &Site) -> Result<Self> {
+        let mut rules = String::new();
+        // An open one may have moved.
+        let own = site.seen_at();
+        let all: Vec<IpAddr> =
+            own.iter().copied().chain(own.iter().map(|at| beside(*at))).collect();
+        for own in all {
+            let ip = if own.is_ipv4() { "ip" } else { "ip6" };
+            for side in ["saddr", "daddr"] {
+                rules += &format!("{ip} {side} {own} meta l4proto udp drop\n");
+            }
+        }
+        let name = format!("no-udp-{}", site.node.name());
+        Self::begin(&lab.internet, "bridge", &name, "prerouting", &rules)
+    }
+
+    fn begin(
+        router: &Namespace,
+        family: &str,
+        name: &str,
+        hook: &str,
+        rules: &str,
+    ) -> Result<Self> {
         let text = format!(
             "table {family} {name} {{
                 chain drops {{

@@ -10,7 +10,8 @@
 //!   and open again                      direct_again the relay in use is killed         relay_move
 //!   one side's NAT or address changes   address_change                                   the same
 //!   nobody speaks for 30 s, where mappings are short: the first packet after it          after_silence
-//!   both relays are killed: nothing is noticed
+//!   UDP of the first side is blocked    udp_blocked      the same, after the relay was killed
+//!   both relays are killed: nothing is noticed           relays_gone
 //! ```
 //!
 //! All times are of datagrams over the overlay, one every 20 ms: a stream's own would be those of TCP, which waits longer after
@@ -95,12 +96,14 @@ impl Connect for Daemons<'_> {
         "daemons"
     }
 
-    /// A site has one node, and where two share a NAT that is changed nobody else is to be behind it.
+    /// A site has one node; and a NAT that others are behind is changed for one pair at a time, of which nobody else behind it may
+    /// notice anything: both could lose their way at once, or when their relays are dead.
     fn needs(&self, a: &Site, b: &Site) -> Vec<String> {
+        let shared = |site: &Site| site.kind.neighbours().map(|_| site.kind.name().to_owned());
         let alone = |site: &Site| site.node.name().to_owned();
-        let mover = mover(a, b);
-        let nat = mover.kind.neighbours().map(|_| mover.kind.name().to_owned());
-        [alone(a), alone(b)].into_iter().chain(nat).collect()
+        let mut all: Vec<String> = [a, b].into_iter().filter_map(shared).collect();
+        all.dedup();
+        all.into_iter().chain([alone(a), alone(b)]).collect()
     }
 
     fn connect(&self, a: &Site, b: &Site) -> Result<Outcome> {
@@ -275,9 +278,14 @@ impl<'a> Run<'a> {
         }
         self.be_silent(talk, stream);
         self.wait_direct(BACK_LIMIT);
+        self.block_udp(talk, stream)?;
+        if self.wait_direct(BACK_LIMIT).is_none() {
+            self.broken.push("not direct again after UDP was let through".to_owned());
+        }
         let event = Instant::now();
         self.relays.iter_mut().try_for_each(Relay::kill)?;
-        talk.silence_after(event, SETTLE, BACK_LIMIT).context("relays killed")?;
+        self.changes.relays_gone =
+            Some(talk.silence_after(event, SETTLE, BACK_LIMIT).context("relays killed")?);
         if !self.are(is_direct) {
             self.broken.push("not direct without relays".to_owned());
         }
@@ -297,6 +305,21 @@ impl<'a> Run<'a> {
         if !self.are(|path| path == PathKind::Relayed) {
             self.broken.push("not said to be relayed".to_owned());
         }
+        self.block_udp(talk, stream)
+    }
+
+    /// All UDP of the first side is blocked: TLS carries what does, where the relay is needed.
+    fn block_udp(&mut self, talk: &Talk, stream: &Stream) -> Result<()> {
+        let site = self.nodes[0].site;
+        if site.kind == Kind::UdpBlocked {
+            return Ok(());
+        }
+        let event = Instant::now();
+        let block = Block::all_udp(self.with.lab, site)?;
+        self.changes.udp_blocked =
+            Some(talk.silence_after(event, SETTLE, BACK_LIMIT).context("UDP blocked")?);
+        self.note(stream.check("UDP was blocked"));
+        drop(block);
         Ok(())
     }
 
