@@ -57,7 +57,7 @@ order; the times are those of datagrams sent every 20 ms beside it.
 | all | the first site's NAT forgets everything and gives another port; an open node gets another address | `address_change_ms`: without an answer | 1 s of a node that everybody can reach, else 5 s |
 | short-mappings | nobody speaks for 30 s | `after_silence_ms`: first answered packet | 2 s |
 | relayed | the relay in use is killed | `relay_move_ms`: without an answer | 2 s |
-| all | all UDP of the first site is blocked: the relay carries over TLS | `udp_blocked_ms`: without an answer | 3 s |
+| all | all UDP of the first site is blocked: the relay carries over TLS | `udp_blocked_ms`: without an answer | 2 s |
 | direct | both relays are killed: nothing may be noticed | `relays_gone_ms`: without an answer | 0.5 s |
 
 ## To try it

@@ -18,7 +18,7 @@ pub(super) const RELAY_MOVE_MAX: Duration = Duration::from_secs(2);
 pub(super) const ADDRESS_CHANGE_MAX: Duration = Duration::from_secs(5);
 pub(super) const PUBLIC_ADDRESS_CHANGE_MAX: Duration = Duration::from_secs(1);
 /// Silence has to be noticed, then that no relay answers, then a connection to be made.
-pub(super) const UDP_BLOCKED_MAX: Duration = Duration::from_secs(3);
+pub(super) const UDP_BLOCKED_MAX: Duration = Duration::from_secs(2);
 /// What this machine may take for a datagram between two others while nothing is wrong.
 pub(super) const UNNOTICED_MAX: Duration = Duration::from_millis(500);
 
