@@ -21,7 +21,6 @@ use ipnet::IpNet;
 use mesh_types::key::PrivateKey;
 use mesh_types::net::ClusterPrefixes;
 use mesh_types::node::NodeName;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::admin::{self, Admin};
@@ -34,6 +33,7 @@ use crate::plane::NodePlane;
 use crate::preflight::{self, Closed};
 use crate::reconcile::{self, Inputs, Linux, Outputs, Reconciler};
 use crate::roster::RosterSource;
+use crate::signals::Signals;
 use crate::source::{ClusterEvent, OwnRecord, Published};
 use crate::view::{Identity, View, condition};
 use crate::{
@@ -369,27 +369,4 @@ fn spawn_reconciler(
         })
         .context("start the reconciler")?;
     Ok(ended)
-}
-
-/// Catches signals from the moment it is made: the first process of a container is not ended by one it does not catch.
-pub(crate) struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    pub(crate) fn catch() -> anyhow::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate()).context("listen for SIGTERM")?,
-            interrupt: signal(SignalKind::interrupt()).context("listen for SIGINT")?,
-        })
-    }
-
-    pub(crate) async fn wait(mut self) {
-        let name = tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        };
-        tracing::info!(signal = name, "stopping");
-    }
 }

@@ -20,7 +20,7 @@
 //! | [`endpoints`], [`attachments`], [`node_file`] | own endpoints; records of pods; the file for the CNI plugin |
 //! | [`io`], [`plane`] | the data plane: TUN and UDP; the same in the reconciler's hands |
 //! | [`relay_link`] | relays over TLS, where UDP is blocked |
-//! | [`view`], [`admin`], [`metrics`], [`status`] | what the daemon knows of itself, and who may ask |
+//! | [`figures`], [`view`], [`admin`], [`metrics`], [`status`] | what the daemon knows of itself, and who may ask |
 //! | [`ask`], [`probe`] | asks a running daemon; the same for a kubelet |
 //! | [`ping`] | measures the way to another node |
 //! | [`inspect`] | `kubectl mesh`, a program of its own that shares what the daemon knows of Nodes |
@@ -39,6 +39,7 @@ mod chart;
 pub mod cni_install;
 pub mod config;
 pub mod endpoints;
+pub mod figures;
 pub mod files;
 pub mod folder;
 pub mod host_copy;
@@ -66,6 +67,7 @@ pub mod reconcile;
 pub mod relay_link;
 pub mod resolver;
 pub mod roster;
+mod signals;
 pub mod source;
 pub mod status;
 pub mod uapi;

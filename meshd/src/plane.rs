@@ -19,12 +19,13 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::config::{Config, Kernel};
+use crate::figures::{DataFigures, DataSource};
 use crate::io::{self, DataEvent, DataPlane, DataPlaneOptions, Greeter, Snapshots};
 use crate::last_heard::{Endpoints, Recorder};
 use crate::offload::Disabled;
 use crate::reconcile::Plane;
 use crate::relay_link::{self, Notes, RelayLinks};
-use crate::view::{DataFigures, DataSource, View};
+use crate::view::View;
 
 /// What it takes peers to hear what we heard from the API server and to let us in: mostly, and on a busy machine. An address that
 /// did not answer is asked once a second, so the second comes after that.

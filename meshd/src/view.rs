@@ -12,16 +12,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use mesh_core::tunnel::config::{PeerConfig, PeerSnapshot};
+use mesh_core::tunnel::config::PeerConfig;
 use mesh_types::key::PublicKey;
 use mesh_types::net::{ClusterPrefixes, EndpointHint, overlay_address};
 use mesh_types::node::{NodeName, Site};
-use mesh_types::status::{Condition, Counter};
-use mesh_types::time::MonoTime;
+use mesh_types::status::Condition;
 use tokio::sync::watch;
 
+use crate::figures::{DataFigures, DataSource};
 use crate::port_mapping;
-
 use crate::relay_link::{Board, Link};
 
 /// The conditions of readiness, in the order they come to hold at start.
@@ -120,36 +119,6 @@ pub struct RefusedFacts {
     pub reason: String,
     /// One of few, for metrics.
     pub label: &'static str,
-}
-
-/// What the data plane says when asked.
-#[derive(Debug, Clone, Default)]
-pub struct DataFigures {
-    pub now: MonoTime,
-    pub peers: Vec<PeerSnapshot>,
-    pub drops: Vec<Counter>,
-    /// What the data plane did, as counters for metrics.
-    pub totals: Vec<Total>,
-}
-
-/// A number that only grows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Total {
-    /// Metric name without prefix and `_total`.
-    pub name: &'static str,
-    pub help: &'static str,
-    pub value: u64,
-}
-
-/// The data plane as it can be asked. Both wait for it, and fail where it does not answer in time.
-pub trait DataSource: Send + Sync {
-    fn figures(&self) -> anyhow::Result<DataFigures>;
-
-    /// Whether it answers at all.
-    fn pulse(&self) -> anyhow::Result<()>;
-
-    /// Finds out anew what relays show of this node; the figures say when that is done. Does not wait.
-    fn check_relays(&self) {}
 }
 
 /// Shared by all of the control side.
@@ -412,9 +381,12 @@ fn conditions(inner: &Inner) -> Vec<Condition> {
 pub(crate) mod tests {
     use std::time::Duration;
 
-    use mesh_types::status::PathKind;
+    use mesh_core::tunnel::config::PeerSnapshot;
+    use mesh_types::status::{Counter, PathKind};
+    use mesh_types::time::MonoTime;
 
     use super::*;
+    use crate::figures::Total;
 
     pub(crate) fn key(byte: u8) -> PublicKey {
         PublicKey::from_bytes([byte; 32]).expect("an ordinary point")

@@ -12,7 +12,7 @@ use netcfg::udp::{UdpCounters, UdpFeatures};
 
 use super::exchange::HandoverCounters;
 use super::frame::TunCounters;
-use crate::view::{DataFigures, Total};
+use crate::figures::{DataFigures, Total};
 
 /// What the loop itself counts; survives a restart after a panic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

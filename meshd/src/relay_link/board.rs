@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use mesh_types::key::PublicKey;
 use mesh_types::status::Counter;
 
-use crate::view::Total;
+use crate::figures::Total;
 
 /// Written by the bridges, read by whoever asks.
 #[derive(Debug, Default)]

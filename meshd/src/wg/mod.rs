@@ -29,9 +29,9 @@ use netcfg::watch::LinkWatch;
 use rustix::event::{PollFd, PollFlags, poll};
 use tokio::sync::mpsc;
 
-use crate::app::Signals;
 use crate::args::WgArgs;
 use crate::offload::Disabled;
+use crate::signals::Signals;
 use crate::uapi::server;
 use crate::{config, folder};
 use controller::{Controller, Look};
