@@ -8,14 +8,8 @@
 set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 . "$here/../lib.sh"
-use_target_dir
-tools=$CARGO_TARGET_DIR/tools
-log=$(mktemp)
-scratch=
-trap 'rm -rf "$log" ${scratch:+"$scratch"}' EXIT
-
-# The last thing a failed step said.
-why() { printf '!%s' "$(grep -v '^ *$' "$log" | tail -1 | tr '\t' ' ')"; }
+. "$here/peers-lib.sh"
+peers=(coturn derper)
 
 # Unpacked, not installed: Debian's package would start a TURN server on this machine, now and at each boot. Only the
 # libraries it needs are installed (--libraries).
@@ -30,13 +24,11 @@ coturn() {
     case $version in '' | '(none)') printf '!Debian has no package coturn here'; return ;; esac
     folder=$tools/coturn-${version//[^a-zA-Z0-9.]/-}
     if [ ! -x "$folder/usr/bin/turnserver" ]; then
-        mkdir -p "$tools"
-        scratch=$(mktemp -d "$tools/.build.XXXXXX")
+        begin "unpacking coturn $version"
         # apt's own user fetches, into a folder of its own.
         chmod 755 "$scratch"
-        say "unpacking coturn $version"
         (cd "$scratch" && apt-get download -qq coturn && dpkg-deb -x coturn_*.deb unpacked) >"$log" 2>&1 ||
-            { why; rm -rf "$scratch"; return; }
+            { failed; return; }
         mv -T "$scratch/unpacked" "$folder"
         rm -rf "$scratch"
     fi
@@ -63,31 +55,20 @@ derper() {
     version=$(sed -n 's|^.*tailscale.com \(v[^ ]*\)$|\1|p' go.mod)
     folder=$tools/derper-$version-$(cat go.mod go.sum main.go | sha256sum | cut -c1-12)
     if [ ! -x "$folder/derper" ] || [ ! -x "$folder/derp-load" ]; then
-        mkdir -p "$tools"
-        scratch=$(mktemp -d "$tools/.build.XXXXXX")
-        say "building derper $version"
+        begin "building derper $version"
         # Go fetches the version of itself that the module asks for.
         (export GOTOOLCHAIN=auto CGO_ENABLED=0 GOFLAGS=-mod=readonly
             go build -trimpath -o "$scratch/derp-load" . &&
                 go build -trimpath -o "$scratch/derper" tailscale.com/cmd/derper) >"$log" 2>&1 ||
-            { why; rm -rf "$scratch"; return; }
-        mkdir -p "$folder"
-        for program in derp-load derper; do mv "$scratch/$program" "$folder/$program"; done
-        rm -rf "$scratch"
+            { failed; return; }
+        keep "$folder" "$scratch/derp-load" "$scratch/derper"
     fi
     printf '%s' "$folder/derper"
 }
 
-if [ "${1:-}" = --libraries ]; then
-    libraries
-    exit
-fi
-[ $# -gt 0 ] || set -- coturn derper
-for name in "$@"; do
-    case $name in
-        coturn) place=$(coturn) ;;
-        derper) place=$(derper) ;;
-        *) die "there is no peer $name: coturn derper" ;;
-    esac
-    printf '%s\t%s\n' "$name" "$place"
-done
+place_of() { "$1"; }
+
+case ${1:-} in
+    --libraries) libraries ;;
+    *) print_places "$@" ;;
+esac

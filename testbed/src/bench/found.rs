@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use super::figures::rank;
+use super::plan::Subject;
 
 /// Where the programs of the subjects are, and why some are not.
 #[derive(Debug)]
@@ -21,25 +22,50 @@ impl<S> Default for Found<S> {
     }
 }
 
-impl<S: Ord> Found<S> {
+impl<S: Subject> Found<S> {
     /// Reads what a script like `testbed/scripts/tunnel-peers.sh` printed.
-    pub(super) fn read(list: &Path, named: impl Fn(&str) -> Option<S>) -> Result<Self> {
+    pub(super) fn read(list: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(list)
             .with_context(|| format!("cannot read {}", list.display()))?;
-        Ok(Self::parse(&text, named))
+        Ok(Self::parse(&text))
     }
 
-    pub(super) fn parse(text: &str, named: impl Fn(&str) -> Option<S>) -> Self {
+    pub(super) fn parse(text: &str) -> Self {
         let mut found = Self::default();
         for line in text.lines() {
             let Some((name, place)) = line.split_once('\t') else { continue };
-            let Some(subject) = named(name) else { continue };
+            let Some(subject) = S::named(name) else { continue };
             match place.strip_prefix('!') {
                 Some(why) => drop(found.missing.insert(subject, why.to_owned())),
                 None => drop(found.programs.insert(subject, place.into())),
             }
         }
         found
+    }
+
+    /// Everything that can be measured here, ours first.
+    pub(super) fn subjects(&self) -> Vec<S> {
+        let all = S::ALL.iter().copied();
+        all.filter(|subject| !subject.is_brought() || self.programs.contains_key(subject)).collect()
+    }
+
+    /// The subjects of these names.
+    pub(super) fn asked(&self, names: &[String]) -> Result<Vec<S>> {
+        let (there, mut asked) = (self.subjects(), Vec::new());
+        for name in names {
+            let subject = S::named(name).with_context(|| format!("no peer {name}"))?;
+            ensure!(there.contains(&subject), "{name} {}", S::ABSENT);
+            asked.push(subject);
+        }
+        Ok(asked)
+    }
+
+    /// What is said of each that is missing and wanted.
+    pub(super) fn left_out(&self, wanted: impl Fn(S) -> bool) -> Vec<String> {
+        let missing = self.missing.iter().filter(|(subject, _)| wanted(**subject));
+        missing
+            .map(|(subject, why)| format!("{}: it {}: {why}", subject.name(), S::ABSENT))
+            .collect()
     }
 }
 

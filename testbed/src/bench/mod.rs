@@ -8,6 +8,7 @@
 //! relay     rounds of our relay and others', in turn
 //! figures   what comes of it: a table or JSON     page: of the documentation
 //! cost      processor time and memory of a process    found: programs of others, and their values
+//! plan      what tunnel and relay have in common
 //! ```
 //!
 //! `testbed/bench` starts it in namespaces of its own that end with it, however it ends.
@@ -18,6 +19,7 @@ mod figures;
 mod found;
 mod node;
 mod page;
+mod plan;
 mod plugin;
 mod processors;
 mod relay;

@@ -1,29 +1,38 @@
 //! Every figure there is: its unit, which way is better, and what it must reach beside whom.
 
 use super::super::figures::{Better, Target};
+use super::super::plan;
 use super::subject::Subject;
 
 /// A figure of `bench relay`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Goal {
-    pub(super) name: &'static str,
-    pub(super) unit: &'static str,
-    pub(super) better: Better,
+    name: &'static str,
+    unit: &'static str,
+    better: Better,
     /// Beside coturn and derper.
     others: Target,
     /// Beside the plain forwarder.
     forwarder: Target,
     /// Of the value itself; then nobody is measured beside us.
-    pub(super) own: Target,
+    own: Target,
 }
 
-impl Goal {
-    pub(super) fn beside(&self, subject: Subject) -> Target {
-        match subject {
+impl plan::Goal<Subject> for Goal {
+    fn what(&self) -> (&'static str, &'static str, Better) {
+        (self.name, self.unit, self.better)
+    }
+
+    fn beside(&self, peer: Subject) -> Target {
+        match peer {
             Subject::Coturn | Subject::Derper => self.others,
             Subject::Forwarder => self.forwarder,
             Subject::Keyrelay | Subject::Direct => Target::NONE,
         }
+    }
+
+    fn alone(&self) -> Target {
+        self.own
     }
 }
 

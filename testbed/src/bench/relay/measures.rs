@@ -10,6 +10,7 @@ use wg_engine::{generate_private_key, public_key};
 
 use super::super::cost;
 use super::super::figures::rank;
+use super::super::plan::Subject as _;
 use super::super::processors::{Awake, Together};
 use super::load::{self, Carried, LEAD, Load, Pace};
 use super::pair;
@@ -314,17 +315,12 @@ const _: () = assert!(
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
+    use super::super::super::plan::assert_measured_once;
     use super::super::goals::GOALS;
     use super::*;
 
     #[test]
     fn every_figure_is_measured_once_and_has_a_goal() {
-        let names: Vec<&str> =
-            MEASURES.iter().flat_map(|measure| measure.figures).copied().collect();
-        let unique: BTreeSet<&str> = names.iter().copied().collect();
-        assert_eq!(names.len(), unique.len());
-        assert_eq!(unique, GOALS.iter().map(|goal| goal.name).collect());
+        assert_measured_once(MEASURES.iter().map(|measure| measure.figures), &GOALS);
     }
 }

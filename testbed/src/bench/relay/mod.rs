@@ -32,7 +32,7 @@ mod turn;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::Result;
 
 pub use forward::ForwardOptions;
 pub(super) use forward::run as forward;
@@ -42,13 +42,10 @@ use site::Site;
 use subject::{Found, Subject};
 
 use super::cost::load_average;
-use super::figures::{Figure, Report};
+use super::figures::Report;
 use super::page::{self as pages, Section};
+use super::plan::{self, Amount, Subject as _, leave_out};
 use crate::progress;
-
-/// More only take time.
-const ROUNDS_MAX: usize = 50;
-const SECONDS_MAX: u64 = 120;
 
 /// Beyond the time of a measurement: its sockets and sessions.
 const OVERHEAD: Duration = Duration::from_millis(400);
@@ -64,12 +61,8 @@ pub struct RelayOptions {
     /// Only beside this one: coturn, derper, forwarder, direct; repeat or separate by commas
     #[arg(long = "peer", value_name = "NAME", value_delimiter = ',')]
     peers: Vec<String>,
-    /// Rounds, 1 to 50
-    #[arg(long, default_value_t = 3)]
-    rounds: usize,
-    /// Seconds of each measurement, 1 to 120
-    #[arg(long, default_value_t = 10)]
-    seconds: u64,
+    #[command(flatten)]
+    amount: Amount,
     /// Write the relay's section of a page for the documentation here
     #[arg(long, value_name = "FILE")]
     page: Option<PathBuf>,
@@ -78,29 +71,13 @@ pub struct RelayOptions {
     peer_list: PathBuf,
 }
 
-/// What will be done.
-#[derive(Debug)]
-struct Plan {
-    measures: Vec<Measure>,
-    subjects: Vec<Subject>,
-    rounds: usize,
-    time: Duration,
-    /// What is left out, and why.
-    left_out: Vec<String>,
-}
+type Plan = plan::Plan<Measure, Subject>;
 
 pub(super) fn run(options: &RelayOptions) -> Result<bool> {
-    ensure!((1..=ROUNDS_MAX).contains(&options.rounds), "--rounds is between 1 and {ROUNDS_MAX}");
-    ensure!(
-        (1..=SECONDS_MAX).contains(&options.seconds),
-        "--seconds is between 1 and {SECONDS_MAX}"
-    );
-    let found = Found::read(&options.peer_list, Subject::named)?;
+    options.amount.check()?;
+    let found = Found::read(&options.peer_list)?;
     let mut plan = Plan::new(options, &found)?;
-    for line in &plan.left_out {
-        progress(&format!("left out: {line}"));
-    }
-    progress(&format!("this takes about {} minutes", plan.longest().as_secs().div_ceil(60)));
+    plan.announce(plan.longest());
     let load = load_average();
     let mut site = Site::build()?;
     plan.start(&mut site, &found)?;
@@ -108,10 +85,10 @@ pub(super) fn run(options: &RelayOptions) -> Result<bool> {
     plan.measure(&site, &mut state)?;
     drop(site);
     add_differences(&mut state.samples);
-    let mut figures = figures(&state.samples);
     let only = options.only.as_deref().unwrap_or_default();
-    figures.retain(|figure| figure.name.starts_with(only));
-    let report = Report::new(plan.rounds, figures).of_traffic(options.seconds, load, plan.left_out);
+    let figures = plan::figures(only, &GOALS, &state.samples);
+    let seconds = options.amount.seconds;
+    let report = Report::new(plan.rounds, figures).of_traffic(seconds, load, plan.left_out);
     if let Some(path) = &options.page {
         pages::put(path, Section::Second, &page::write(&report))?;
     }
@@ -121,29 +98,18 @@ pub(super) fn run(options: &RelayOptions) -> Result<bool> {
 
 impl Plan {
     fn new(options: &RelayOptions, found: &Found) -> Result<Self> {
-        let mut subjects = found.relays();
-        let mut left_out = Vec::new();
-        let wanted = |subject: Subject| {
-            options.peers.is_empty()
-                || subject == Subject::Keyrelay
-                || options.peers.iter().any(|name| name == subject.name())
-        };
-        for (subject, why) in found.missing.iter().filter(|(subject, _)| wanted(**subject)) {
-            left_out.push(format!("{}: it could not be had: {why}", subject.name()));
-        }
-        for name in &options.peers {
-            let subject = Subject::named(name).with_context(|| format!("no peer {name}"))?;
-            ensure!(subjects.contains(&subject), "{name} could not be had");
-        }
+        let asked = found.asked(&options.peers)?;
+        let wanted =
+            |subject: Subject| asked.is_empty() || subject.is_ours() || asked.contains(&subject);
+        let left_out = found.left_out(wanted);
         let only = options.only.as_deref().unwrap_or_default();
-        let mut measures = MEASURES.to_vec();
-        measures.retain(|measure| measure.figures.iter().any(|name| name.starts_with(only)));
-        ensure!(!measures.is_empty(), "no figure is called {only}: {}", names());
+        let measures = plan::that_give(only, &MEASURES, |measure| measure.figures, &GOALS)?;
         // What a relay adds is beyond what the wire takes.
         let adds = measures.iter().any(|measure| measure.figures.contains(&"added_p50"));
+        let mut subjects = found.subjects();
         subjects.retain(|subject| wanted(*subject) || (adds && *subject == Subject::Direct));
-        let time = Duration::from_secs(options.seconds);
-        Ok(Self { measures, subjects, rounds: options.rounds, time, left_out })
+        let Amount { rounds, .. } = options.amount;
+        Ok(Self { measures, subjects, rounds, time: options.amount.time(), left_out })
     }
 
     /// What is measured in one round, in which order.
@@ -166,18 +132,12 @@ impl Plan {
         total
     }
 
-    /// A relay that does not start is left out, and said. Ours has to work.
     fn start(&mut self, site: &mut Site, found: &Found) -> Result<()> {
         let mut started = Vec::new();
         for subject in &self.subjects {
             match site.start(*subject, found) {
                 Ok(()) => started.push(*subject),
-                Err(error) if *subject != Subject::Keyrelay => {
-                    let line = format!("{}: {error:#}", subject.name());
-                    progress(&line);
-                    self.left_out.push(line);
-                }
-                Err(error) => return Err(error),
+                Err(error) => leave_out(&mut self.left_out, *subject, error)?,
             }
         }
         self.subjects = started;
@@ -191,14 +151,8 @@ impl Plan {
                 let names = measure.figures.join(" ");
                 progress(&format!("round {} of {}: {names}", round + 1, self.rounds));
                 for subject in subjects {
-                    match measure.run(subject, site, self.time, state) {
-                        Ok(()) => {}
-                        Err(error) if subject != Subject::Keyrelay => {
-                            let line = format!("{}: {error:#}", subject.name());
-                            progress(&line);
-                            left_out.push(line);
-                        }
-                        Err(error) => return Err(error),
+                    if let Err(error) = measure.run(subject, site, self.time, state) {
+                        leave_out(&mut left_out, subject, error)?;
                     }
                 }
             }
@@ -208,41 +162,18 @@ impl Plan {
     }
 }
 
-fn names() -> String {
-    GOALS.map(|goal| goal.name).join(" ")
-}
-
 /// What each relay adds to the way without one, round by round.
 fn add_differences(samples: &mut Samples) {
     for (raw, added) in [("rtt_p50", "added_p50"), ("rtt_p99", "added_p99")] {
         let Some(direct) = samples.of(raw, Subject::Direct).map(<[f64]>::to_vec) else { continue };
-        for subject in Subject::ALL.into_iter().filter(|subject| *subject != Subject::Direct) {
+        let relays = Subject::ALL.iter().copied();
+        for subject in relays.filter(|subject| *subject != Subject::Direct) {
             let Some(rounds) = samples.of(raw, subject).map(<[f64]>::to_vec) else { continue };
             for (with, without) in rounds.iter().zip(&direct) {
                 samples.push(added, subject, with - without);
             }
         }
     }
-}
-
-/// Each goal beside every subject that has values of it.
-fn figures(samples: &Samples) -> Vec<Figure> {
-    let mut figures = Vec::new();
-    for goal in GOALS {
-        let Some(ours) = samples.of(goal.name, Subject::Keyrelay) else { continue };
-        let what = (goal.name, goal.unit, goal.better);
-        let mut alone = true;
-        for peer in Subject::ALL.into_iter().skip(1) {
-            let Some(theirs) = samples.of(goal.name, peer) else { continue };
-            alone = false;
-            let beside = Some((peer.name(), theirs));
-            figures.push(Figure::beside(what, ours, beside, goal.beside(peer)));
-        }
-        if alone {
-            figures.push(Figure::beside(what, ours, None, goal.own));
-        }
-    }
-    figures
 }
 
 #[cfg(test)]
@@ -254,15 +185,14 @@ mod tests {
             json: false,
             only: Some(only.to_owned()),
             peers: peers.iter().map(|name| (*name).to_owned()).collect(),
-            rounds: 3,
-            seconds: 10,
+            amount: Amount { rounds: 3, seconds: 10 },
             page: None,
             peer_list: PathBuf::new(),
         }
     }
 
     fn all_found() -> Found {
-        Found::parse("coturn\t/t/turnserver\nderper\t/t/derper\n", Subject::named)
+        Found::parse("coturn\t/t/turnserver\nderper\t/t/derper\n")
     }
 
     #[test]
@@ -306,7 +236,8 @@ mod tests {
         for (subject, value) in values {
             samples.push("forward_1", subject, value);
         }
-        let oks: Vec<_> = figures(&samples).iter().map(|f| (f.peer, f.must, f.ok)).collect();
+        let figures = plan::figures("", &GOALS, &samples);
+        let oks: Vec<_> = figures.iter().map(|f| (f.peer, f.must, f.ok)).collect();
         let expected = [
             (Some("coturn"), Some(3.0), true),
             (Some("derper"), Some(3.0), false),

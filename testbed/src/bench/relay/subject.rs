@@ -1,5 +1,7 @@
 //! What is measured: ours, relays of others, and two ways for scale.
 
+use super::super::plan;
+
 /// One way from a client to another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Subject {
@@ -14,11 +16,12 @@ pub(super) enum Subject {
     Direct,
 }
 
-impl Subject {
-    pub(super) const ALL: [Self; 5] =
-        [Self::Keyrelay, Self::Coturn, Self::Derper, Self::Forwarder, Self::Direct];
+impl plan::Subject for Subject {
+    const ALL: &'static [Self] =
+        &[Self::Keyrelay, Self::Coturn, Self::Derper, Self::Forwarder, Self::Direct];
+    const ABSENT: &'static str = "could not be had";
 
-    pub(super) fn name(self) -> &'static str {
+    fn name(self) -> &'static str {
         match self {
             Self::Keyrelay => "keyrelay",
             Self::Coturn => "coturn",
@@ -28,11 +31,7 @@ impl Subject {
         }
     }
 
-    pub(super) fn named(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|subject| subject.name() == name)
-    }
-
-    fn is_built(self) -> bool {
+    fn is_brought(self) -> bool {
         matches!(self, Self::Coturn | Self::Derper)
     }
 }
@@ -40,23 +39,15 @@ impl Subject {
 /// Where the programs of the subjects are, and why some are not.
 pub(super) type Found = super::super::found::Found<Subject>;
 
-impl Found {
-    /// Everything that can be measured here, ours first.
-    pub(super) fn relays(&self) -> Vec<Subject> {
-        let all = Subject::ALL.into_iter();
-        all.filter(|subject| !subject.is_built() || self.programs.contains_key(subject)).collect()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_relay_that_could_not_be_had_is_left_out_with_its_reason() {
-        let found = Found::parse("coturn\t/t/turnserver\nderper\t!no Go\n", Subject::named);
+        let found = Found::parse("coturn\t/t/turnserver\nderper\t!no Go\n");
         assert_eq!(found.missing[&Subject::Derper], "no Go");
         use Subject::{Coturn, Direct, Forwarder, Keyrelay};
-        assert_eq!(found.relays(), [Keyrelay, Coturn, Forwarder, Direct]);
+        assert_eq!(found.subjects(), [Keyrelay, Coturn, Forwarder, Direct]);
     }
 }

@@ -1,17 +1,38 @@
 //! Every figure there is: its unit, which way is better, and what it must reach.
 
 use super::super::figures::{Better, Target};
+use super::super::plan;
+use super::subject::Subject;
 
 /// A figure of `bench tunnel`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Goal {
-    pub(super) name: &'static str,
-    pub(super) unit: &'static str,
-    pub(super) better: Better,
+    name: &'static str,
+    unit: &'static str,
+    better: Better,
     /// Beside wireguard-go; beside every other peer that encrypts it is to be ahead.
-    pub(super) target: Target,
+    target: Target,
     /// Whether being ahead of every other peer is asked for.
-    pub(super) ahead: bool,
+    ahead: bool,
+}
+
+impl plan::Goal<Subject> for Goal {
+    fn what(&self) -> (&'static str, &'static str, Better) {
+        (self.name, self.unit, self.better)
+    }
+
+    fn beside(&self, peer: Subject) -> Target {
+        match peer {
+            Subject::WireguardGo => self.target,
+            _ if peer.is_for_scale() => Target::NONE,
+            _ if self.ahead => Target::ratio(1.0, 1.0),
+            _ => Target::NONE,
+        }
+    }
+
+    fn alone(&self) -> Target {
+        self.target.without_ratio()
+    }
 }
 
 const fn more(name: &'static str, unit: &'static str, must: f64, aim: f64) -> Goal {
@@ -73,9 +94,3 @@ pub(super) const GOALS: [Goal; 37] = [
     at_most("idle_cpu_1000", "%", 0.5, 0.1),
     at_most("idle_cpu_few", "%", 0.5, 0.1),
 ];
-
-/// The goal of this name.
-#[cfg(test)]
-pub(super) fn named(name: &str) -> Option<&'static Goal> {
-    GOALS.iter().find(|goal| goal.name == name)
-}

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 
 use super::super::cost;
+use super::super::plan::Subject as _;
 use super::cost::Repairs;
 use super::flood;
 use super::load::{self, Place, Stream, Way};
@@ -350,19 +351,13 @@ fn repairs(nodes: [&Place; 2]) -> Result<Repairs> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
-    use super::super::goals::{GOALS, named};
+    use super::super::super::plan::assert_measured_once;
+    use super::super::goals::GOALS;
     use super::*;
 
     #[test]
     fn every_figure_is_measured_once_and_has_a_goal() {
-        let names: Vec<&str> =
-            MEASURES.iter().flat_map(|measure| measure.figures).copied().collect();
-        let unique: BTreeSet<&str> = names.iter().copied().collect();
-        assert_eq!(names.len(), unique.len());
-        assert_eq!(unique, GOALS.iter().map(|goal| goal.name).collect());
-        assert!(names.iter().all(|name| named(name).is_some()));
+        assert_measured_once(MEASURES.iter().map(|measure| measure.figures), &GOALS);
         assert!(MEASURES.iter().all(|measure| SHAPES.contains(&measure.shape())));
     }
 }

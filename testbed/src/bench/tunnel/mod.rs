@@ -30,12 +30,11 @@ mod site;
 mod subject;
 mod uapi;
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
 pub use crowd::CrowdOptions;
 pub(super) use crowd::answer;
@@ -45,13 +44,10 @@ use site::{Shape, Site};
 use subject::{Found, Subject};
 
 use super::cost::load_average;
-use super::figures::{Figure, Report, Target};
+use super::figures::Report;
 use super::page::{self as pages, Section};
+use super::plan::{self, Amount, Subject as _, leave_out};
 use crate::progress;
-
-/// More only take time.
-const ROUNDS_MAX: usize = 50;
-const SECONDS_MAX: u64 = 120;
 
 /// Beyond the time of a measurement: starting and ending its programs.
 const OVERHEAD: Duration = Duration::from_millis(700);
@@ -70,12 +66,8 @@ pub struct TunnelOptions {
     /// Only beside this one: wireguard-go, boringtun, gotatun, nebula, vxlan, veth; repeat or separate by commas
     #[arg(long = "peer", value_name = "NAME", value_delimiter = ',')]
     peers: Vec<String>,
-    /// Rounds, 1 to 50
-    #[arg(long, default_value_t = 3)]
-    rounds: usize,
-    /// Seconds of each measurement, 1 to 120
-    #[arg(long, default_value_t = 10)]
-    seconds: u64,
+    #[command(flatten)]
+    amount: Amount,
     /// Write a chart here
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
@@ -87,39 +79,23 @@ pub struct TunnelOptions {
     peer_list: PathBuf,
 }
 
-/// What will be done.
-#[derive(Debug)]
-struct Plan {
-    measures: Vec<Measure>,
-    subjects: Vec<Subject>,
-    rounds: usize,
-    time: Duration,
-    /// What is left out, and why.
-    left_out: Vec<String>,
-}
+type Plan = plan::Plan<Measure, Subject>;
 
 pub(super) fn run(options: &TunnelOptions) -> Result<bool> {
-    ensure!((1..=ROUNDS_MAX).contains(&options.rounds), "--rounds is between 1 and {ROUNDS_MAX}");
-    ensure!(
-        (1..=SECONDS_MAX).contains(&options.seconds),
-        "--seconds is between 1 and {SECONDS_MAX}"
-    );
-    let found = Found::read(&options.peer_list, Subject::named)?;
+    options.amount.check()?;
+    let found = Found::read(&options.peer_list)?;
     let plan = Plan::new(options, &found, &congestion_controls())?;
-    for line in &plan.left_out {
-        progress(&format!("left out: {line}"));
-    }
-    progress(&format!("this takes about {} minutes", plan.longest().as_secs().div_ceil(60)));
+    plan.announce(plan.longest());
     let load = load_average();
     let mut samples = Samples::default();
     let mut left_out = plan.left_out.clone();
     for shape in SHAPES {
         plan.measure_shape(&found, shape, &mut samples, &mut left_out)?;
     }
-    let mut figures = figures(&samples);
     let only = options.only.as_deref().unwrap_or_default();
-    figures.retain(|figure| figure.name.starts_with(only));
-    let report = Report::new(plan.rounds, figures).of_traffic(options.seconds, load, left_out);
+    let figures = plan::figures(only, &GOALS, &samples);
+    let seconds = options.amount.seconds;
+    let report = Report::new(plan.rounds, figures).of_traffic(seconds, load, left_out);
     if let Some(path) = &options.svg {
         fs::write(path, chart::draw(&report))
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -144,24 +120,12 @@ fn congestion_controls() -> String {
 
 impl Plan {
     fn new(options: &TunnelOptions, found: &Found, congestion: &str) -> Result<Self> {
-        let mut left_out = Vec::new();
-        for (subject, why) in &found.missing {
-            left_out.push(format!("{}: it could not be built: {why}", subject.name()));
-        }
+        let mut left_out = found.left_out(|_| true);
+        let asked = found.asked(&options.peers)?;
         let mut subjects = found.subjects();
-        if !options.peers.is_empty() {
-            let mut wanted = BTreeSet::from([Subject::Meshd]);
-            for name in &options.peers {
-                let subject = Subject::named(name).with_context(|| format!("no peer {name}"))?;
-                ensure!(subjects.contains(&subject), "{name} could not be built");
-                wanted.insert(subject);
-            }
-            subjects.retain(|subject| wanted.contains(subject));
-        }
+        subjects.retain(|one| asked.is_empty() || one.is_ours() || asked.contains(one));
         let only = options.only.as_deref().unwrap_or_default();
-        let mut measures: Vec<Measure> = MEASURES.to_vec();
-        measures.retain(|measure| measure.figures.iter().any(|name| name.starts_with(only)));
-        ensure!(!measures.is_empty(), "no figure is called {only}: {}", names());
+        let mut measures = plan::that_give(only, &MEASURES, |measure| measure.figures, &GOALS)?;
         let missing = |measure: &Measure| {
             measure
                 .congestion()
@@ -172,8 +136,8 @@ impl Plan {
             left_out.push(format!("{}: this kernel has no {name}", measure.figures[0]));
         }
         measures.retain(|measure| !missing(measure));
-        let time = Duration::from_secs(options.seconds);
-        Ok(Self { measures, subjects, rounds: options.rounds, time, left_out })
+        let Amount { rounds, .. } = options.amount;
+        Ok(Self { measures, subjects, rounds, time: options.amount.time(), left_out })
     }
 
     fn at(&self, shape: Shape) -> impl Iterator<Item = Measure> {
@@ -205,7 +169,7 @@ impl Plan {
         total
     }
 
-    /// A peer that fails is left out from there on, and said; the rest goes on. Ours has to work.
+    /// A peer whose site cannot be built is left out of this shape.
     fn measure_shape(
         &self,
         found: &Found,
@@ -213,22 +177,13 @@ impl Plan {
         samples: &mut Samples,
         left_out: &mut Vec<String>,
     ) -> Result<()> {
-        let mut leave_out = |subject: Subject, error: anyhow::Error| {
-            if subject == Subject::Meshd {
-                return Err(error);
-            }
-            let line = format!("{}: {error:#}", subject.name());
-            progress(&line);
-            left_out.push(line);
-            Ok(())
-        };
         let mut sites = Vec::new();
         for subject in self.subjects_of(shape) {
             let (mtu, peers) = (shape.mtu, shape.peers);
             progress(&format!("building {}: MTU {mtu}, peers {peers}", subject.name()));
             match Site::build(subject, found, shape) {
                 Ok(site) => sites.push((subject, site)),
-                Err(error) => leave_out(subject, error)?,
+                Err(error) => leave_out(left_out, subject, error)?,
             }
         }
         let count = sites.len();
@@ -242,47 +197,13 @@ impl Plan {
                         continue;
                     }
                     if let Err(error) = measure.run(*subject, site, self.time, samples) {
-                        leave_out(*subject, error)?;
+                        leave_out(left_out, *subject, error)?;
                     }
                 }
             }
         }
         Ok(())
     }
-}
-
-fn names() -> String {
-    GOALS.map(|goal| goal.name).join(" ")
-}
-
-/// Each goal beside every subject that has values of it; beside wireguard-go first.
-fn figures(samples: &Samples) -> Vec<Figure> {
-    let mut figures = Vec::new();
-    for goal in GOALS {
-        let Some(ours) = samples.of(goal.name, Subject::Meshd) else { continue };
-        let mut alone = true;
-        for peer in Subject::ALL.into_iter().skip(1) {
-            let Some(theirs) = samples.of(goal.name, peer) else { continue };
-            let target = match peer {
-                Subject::WireguardGo => goal.target,
-                _ if peer.is_for_scale() => Target::NONE,
-                _ if goal.ahead => Target::ratio(1.0, 1.0),
-                _ => Target::NONE,
-            };
-            alone = false;
-            figures.push(Figure::beside(
-                (goal.name, goal.unit, goal.better),
-                ours,
-                Some((peer.name(), theirs)),
-                target,
-            ));
-        }
-        if alone {
-            let what = (goal.name, goal.unit, goal.better);
-            figures.push(Figure::beside(what, ours, None, goal.target.without_ratio()));
-        }
-    }
-    figures
 }
 
 #[cfg(test)]
@@ -294,8 +215,7 @@ mod tests {
             json: false,
             only: Some(only.to_owned()),
             peers: Vec::new(),
-            rounds: 3,
-            seconds: 10,
+            amount: Amount { rounds: 3, seconds: 10 },
             svg: None,
             page: None,
             peer_list: PathBuf::new(),
@@ -319,7 +239,7 @@ mod tests {
     fn the_default_run_ends_within_two_hours() {
         let mut found = Found::default();
         for subject in Subject::ALL {
-            found.programs.insert(subject, PathBuf::new());
+            found.programs.insert(*subject, PathBuf::new());
         }
         let plan = Plan::new(&options(""), &found, "bbr cubic").expect("a plan");
         assert!(plan.longest() < Duration::from_secs(2 * 3600), "{:?}", plan.longest());
@@ -333,7 +253,8 @@ mod tests {
         }
         samples.0.insert(("tcp_1_cubic", Subject::Nebula), vec![6.0]);
         samples.0.insert(("tcp_1_cubic", Subject::Veth), vec![40.0]);
-        let oks: Vec<_> = figures(&samples).iter().map(|f| (f.peer, f.must, f.ok)).collect();
+        let figures = plan::figures("", &GOALS, &samples);
+        let oks: Vec<_> = figures.iter().map(|f| (f.peer, f.must, f.ok)).collect();
         let expected = [
             (Some("wireguard-go"), Some(1.7), true),
             (Some("nebula"), Some(1.0), false),

@@ -21,6 +21,7 @@ use mesh_types::status::Status;
 use serde_json::json;
 use wg_engine::{generate_private_key, public_key};
 
+use super::super::plan::Subject as _;
 use super::crowd::{self, Member};
 use super::load::{self, Place};
 use super::nebula;

@@ -1,5 +1,7 @@
 //! What is measured: ours, others that encrypt, and two kernel ways that do not, for scale.
 
+use super::super::plan;
+
 /// One way from a node to another. A further way of ours to run is one more variant here and one arm in `site`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Subject {
@@ -15,8 +17,8 @@ pub(super) enum Subject {
     Veth,
 }
 
-impl Subject {
-    pub(super) const ALL: [Self; 7] = [
+impl plan::Subject for Subject {
+    const ALL: &'static [Self] = &[
         Self::Meshd,
         Self::WireguardGo,
         Self::Boringtun,
@@ -25,8 +27,9 @@ impl Subject {
         Self::Vxlan,
         Self::Veth,
     ];
+    const ABSENT: &'static str = "could not be built";
 
-    pub(super) fn name(self) -> &'static str {
+    fn name(self) -> &'static str {
         match self {
             Self::Meshd => "meshd",
             Self::WireguardGo => "wireguard-go",
@@ -38,10 +41,12 @@ impl Subject {
         }
     }
 
-    pub(super) fn named(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|subject| subject.name() == name)
+    fn is_brought(self) -> bool {
+        self.speaks_uapi() || self == Self::Nebula
     }
+}
 
+impl Subject {
     /// Measured once, to show what the machine could do.
     pub(super) fn is_for_scale(self) -> bool {
         matches!(self, Self::Vxlan | Self::Veth)
@@ -56,33 +61,19 @@ impl Subject {
     pub(super) fn takes_many_peers(self) -> bool {
         self == Self::Meshd || self.speaks_uapi()
     }
-
-    fn is_built(self) -> bool {
-        self.speaks_uapi() || self == Self::Nebula
-    }
 }
 
 /// Where the programs of the subjects are, and why some are not.
 pub(super) type Found = super::super::found::Found<Subject>;
 
-impl Found {
-    /// Everything that can be measured here, ours first.
-    pub(super) fn subjects(&self) -> Vec<Subject> {
-        let all = Subject::ALL.into_iter();
-        all.filter(|subject| !subject.is_built() || self.programs.contains_key(subject)).collect()
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::plan::Subject as _;
     use super::*;
 
     #[test]
     fn a_peer_that_was_not_built_is_left_out_with_its_reason() {
-        let found = Found::parse(
-            "wireguard-go\t/t/wg\nnebula\t!no such module\nother\t/t/x\n",
-            Subject::named,
-        );
+        let found = Found::parse("wireguard-go\t/t/wg\nnebula\t!no such module\nother\t/t/x\n");
         assert_eq!(found.missing[&Subject::Nebula], "no such module");
         let subjects = found.subjects();
         assert_eq!(subjects, [Subject::Meshd, Subject::WireguardGo, Subject::Vxlan, Subject::Veth]);
@@ -91,7 +82,7 @@ mod tests {
     #[test]
     fn names_lead_back() {
         for subject in Subject::ALL {
-            assert_eq!(Subject::named(subject.name()), Some(subject));
+            assert_eq!(Subject::named(subject.name()), Some(*subject));
         }
     }
 }

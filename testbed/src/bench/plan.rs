@@ -1,0 +1,177 @@
+//! What benchmarks of traffic have in common: whom they measure, how much, what is left out, and what a figure is beside.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use super::figures::{Better, Figure, Target};
+use super::found::Samples;
+use crate::progress;
+
+/// More only take time.
+const ROUNDS_MAX: usize = 50;
+const SECONDS_MAX: u64 = 120;
+
+// No documentation: clap would take it for that of the command these flags are part of.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(super) struct Amount {
+    /// Rounds, 1 to 50
+    #[arg(long, default_value_t = 3)]
+    pub(super) rounds: usize,
+    /// Seconds of each measurement, 1 to 120
+    #[arg(long, default_value_t = 10)]
+    pub(super) seconds: u64,
+}
+
+impl Amount {
+    pub(super) fn check(self) -> Result<()> {
+        let Self { rounds, seconds } = self;
+        ensure!((1..=ROUNDS_MAX).contains(&rounds), "--rounds is between 1 and {ROUNDS_MAX}");
+        ensure!((1..=SECONDS_MAX).contains(&seconds), "--seconds is between 1 and {SECONDS_MAX}");
+        Ok(())
+    }
+
+    pub(super) fn time(self) -> Duration {
+        Duration::from_secs(self.seconds)
+    }
+}
+
+/// One of those that are measured in turn.
+pub(super) trait Subject: Copy + Ord + 'static {
+    /// Ours first.
+    const ALL: &'static [Self];
+    /// What is said of one whose program the script could not bring.
+    const ABSENT: &'static str;
+
+    fn name(self) -> &'static str;
+
+    /// Whether a script has to bring its program.
+    fn is_brought(self) -> bool;
+
+    fn named(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|subject| subject.name() == name)
+    }
+
+    fn is_ours(self) -> bool {
+        Self::ALL.first() == Some(&self)
+    }
+}
+
+/// A figure there is, and what it must reach.
+pub(super) trait Goal<S> {
+    /// Name, unit, which way is better.
+    fn what(&self) -> (&'static str, &'static str, Better);
+
+    fn beside(&self, peer: S) -> Target;
+
+    /// Where nobody is measured beside us.
+    fn alone(&self) -> Target;
+}
+
+/// What will be done.
+#[derive(Debug)]
+pub(super) struct Plan<M, S> {
+    pub(super) measures: Vec<M>,
+    pub(super) subjects: Vec<S>,
+    pub(super) rounds: usize,
+    pub(super) time: Duration,
+    /// What is left out, and why.
+    pub(super) left_out: Vec<String>,
+}
+
+impl<M, S> Plan<M, S> {
+    pub(super) fn announce(&self, longest: Duration) {
+        for line in &self.left_out {
+            progress(&format!("left out: {line}"));
+        }
+        progress(&format!("this takes about {} minutes", longest.as_secs().div_ceil(60)));
+    }
+}
+
+/// A peer that fails is left out, and said; the rest goes on. Ours has to work.
+pub(super) fn leave_out<S: Subject>(
+    left_out: &mut Vec<String>,
+    subject: S,
+    error: anyhow::Error,
+) -> Result<()> {
+    if subject.is_ours() {
+        return Err(error);
+    }
+    let line = format!("{}: {error:#}", subject.name());
+    progress(&line);
+    left_out.push(line);
+    Ok(())
+}
+
+/// The measurements that give a figure whose name begins with `only`.
+pub(super) fn that_give<M: Copy, S, G: Goal<S>>(
+    only: &str,
+    all: &[M],
+    figures: impl Fn(&M) -> &'static [&'static str],
+    goals: &[G],
+) -> Result<Vec<M>> {
+    let mut measures = all.to_vec();
+    measures.retain(|measure| figures(measure).iter().any(|name| name.starts_with(only)));
+    if measures.is_empty() {
+        let names: Vec<_> = goals.iter().map(|goal| goal.what().0).collect();
+        anyhow::bail!("no figure is called {only}: {}", names.join(" "));
+    }
+    Ok(measures)
+}
+
+/// Each goal whose name begins with `only`, beside every subject that has values of it, in their order.
+pub(super) fn figures<S: Subject, G: Goal<S>>(
+    only: &str,
+    goals: &[G],
+    samples: &Samples<S>,
+) -> Vec<Figure> {
+    let mut figures = Vec::new();
+    let Some((ours, peers)) = S::ALL.split_first() else { return figures };
+    for goal in goals {
+        let what = goal.what();
+        let Some(ours) = samples.of(what.0, *ours).filter(|_| what.0.starts_with(only)) else {
+            continue;
+        };
+        let before = figures.len();
+        for peer in peers {
+            let Some(theirs) = samples.of(what.0, *peer) else { continue };
+            let beside = Some((peer.name(), theirs));
+            figures.push(Figure::beside(what, ours, beside, goal.beside(*peer)));
+        }
+        if figures.len() == before {
+            figures.push(Figure::beside(what, ours, None, goal.alone()));
+        }
+    }
+    figures
+}
+
+/// Every figure is measured by one measurement and has a goal, and the other way round.
+#[cfg(test)]
+pub(super) fn assert_measured_once<S, G: Goal<S>>(
+    figures: impl Iterator<Item = &'static [&'static str]>,
+    goals: &[G],
+) {
+    let mut names: Vec<&str> = figures.flatten().copied().collect();
+    let mut wanted: Vec<&str> = goals.iter().map(|goal| goal.what().0).collect();
+    names.sort_unstable();
+    wanted.sort_unstable();
+    assert_eq!(names, wanted);
+    assert!(names.is_sorted_by(|a, b| a < b), "twice: {names:?}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_amount_beyond_what_ends_is_refused_by_its_flag() {
+        let refused = |rounds, seconds| {
+            let check = Amount { rounds, seconds }.check();
+            check.map_err(|error| error.to_string())
+        };
+        assert_eq!(refused(50, 120), Ok(()));
+        assert_eq!(refused(0, 1), Err("--rounds is between 1 and 50".to_owned()));
+        assert_eq!(refused(51, 1), Err("--rounds is between 1 and 50".to_owned()));
+        assert_eq!(refused(1, 121), Err("--seconds is between 1 and 120".to_owned()));
+    }
+}
