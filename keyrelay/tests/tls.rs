@@ -14,9 +14,8 @@ use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::RELAY_STREAMS_PER_SOURCE_HALF_OPEN_MAX;
 use mesh_types::relay_frame::{Frame, PACKET_BYTES_MAX};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConnection, DigitallySignedStruct, SignatureScheme, StreamOwned};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConnection, StreamOwned};
 use wg_engine::{BoringEngine, generate_private_key, public_key};
 
 use support::{Client, Running, engine, open, seal, start_with};
@@ -26,56 +25,10 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Half-open connections; few are held at one time, as the relay closes the others.
 const HALF_OPEN: usize = 5_000;
 
-/// The session inside proves who the relay is.
-#[derive(Debug)]
-struct Anybody(rustls::crypto::WebPkiSupportedAlgorithms);
-
-impl ServerCertVerifier for Anybody {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        panic!("TLS 1.3 only")
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, signature, &self.0)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.supported_schemes()
-    }
-}
-
 type Tls = StreamOwned<ClientConnection, TcpStream>;
 
 fn connect(to: SocketAddr) -> Tls {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let anybody = Anybody(provider.signature_verification_algorithms);
-    let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .expect("TLS 1.3")
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(anybody))
-        .with_no_client_auth();
+    let config = relay_tls::client_config().expect("TLS 1.3");
     let name = ServerName::try_from("relay.example").expect("a name");
     let session = ClientConnection::new(Arc::new(config), name).expect("a session");
     let tcp = TcpStream::connect(to).expect("a connection");

@@ -1,6 +1,6 @@
 //! A connection to a relay: TLS 1.3 over TCP that leaves past the tunnel.
 //!
-//! Who the relay is, the session inside proves (`docs/keyrelay-protocol.md`): its certificate is made by itself and says nothing.
+//! Its certificate says nothing of who it is: see `relay_tls`.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -11,11 +11,7 @@ use anyhow::{Context, bail};
 use futures::future::{BoxFuture, select_ok};
 use mesh_types::limits::RELAY_LINK_QUEUE_BYTES;
 use mesh_types::net::EndpointHint;
-use rustls::client::Resumption;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
+use rustls::pki_types::ServerName;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -56,15 +52,7 @@ pub(super) struct Dialer {
 
 impl Dialer {
     pub(super) fn new(mark: u32) -> anyhow::Result<Self> {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let anybody = Anybody(provider.signature_verification_algorithms);
-        let mut config = ClientConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .context("TLS 1.3 is missing")?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(anybody))
-            .with_no_client_auth();
-        config.resumption = Resumption::disabled();
+        let config = relay_tls::client_config().context("TLS 1.3 is missing")?;
         Ok(Self { tls: TlsConnector::from(Arc::new(config)), mark })
     }
 
@@ -92,45 +80,5 @@ impl Dialer {
         let stream = socket.connect(to).await?;
         netcfg::tcp::for_datagrams(&stream, RELAY_LINK_QUEUE_BYTES, SILENCE)?;
         Ok((stream, to))
-    }
-}
-
-/// Takes any certificate whose key signed the handshake.
-#[derive(Debug)]
-struct Anybody(WebPkiSupportedAlgorithms);
-
-impl ServerCertVerifier for Anybody {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        // Not offered.
-        Err(rustls::Error::General("TLS 1.3 only".into()))
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, signature, &self.0)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.supported_schemes()
     }
 }
