@@ -36,7 +36,7 @@ use tls::{Dialer, Place, name_of};
 /// What the data plane says of relays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Note {
-    Answered { relay: PublicKey, by: SocketAddr },
+    Answered { relay: PublicKey, by: SocketAddr, rtt: Option<Duration> },
     Unanswered { relay: PublicKey, to: SocketAddr },
 }
 
@@ -48,7 +48,7 @@ impl Notes {
     /// One that finds no room is lost; the next question tells again.
     pub fn take(&self, event: &Event) {
         let note = match *event {
-            Event::RelayAnswered { relay, by } => Note::Answered { relay, by },
+            Event::RelayAnswered { relay, by, rtt } => Note::Answered { relay, by, rtt },
             Event::Unanswered { relay, to } => Note::Unanswered { relay, to },
             Event::SessionEstablished { .. }
             | Event::EndpointChanged { .. }
@@ -219,7 +219,9 @@ impl Keeper {
 
     fn note(&mut self, note: Note) {
         match note {
-            Note::Answered { relay, by } if !by.ip().is_loopback() => self.policy.answered(&relay),
+            Note::Answered { relay, by, rtt } if !by.ip().is_loopback() => {
+                self.policy.answered(&relay, rtt);
+            }
             Note::Answered { relay, .. } => {
                 self.policy.lets_in(&relay);
                 let way = self.links.get_mut(&relay);

@@ -8,8 +8,12 @@
 //!        ^                                                                               │ calming │
 //!        └────────────────────────────────── CALM has passed ────────────────────────────└─────────┘
 //! ```
-//! straight: no bridge. bridged: to [`RELAYS_OVER_TLS_MAX`] relays, those that let us in, best first. calming: bridges that stand
-//! are kept, so that a network which lets UDP through now and then costs nobody a connection.
+//! straight: no bridge. bridged: to [`RELAYS_OVER_TLS_MAX`] relays of those that let us in. calming: bridges that stand are
+//! kept, so that a network which lets UDP through now and then costs nobody a connection.
+//!
+//! One bridge goes to the first relay as they were written, the others to the nearest as far as round trips over UDP are known.
+//! Where they are written alike on all nodes, two nodes without UDP meet at the first, however far from each other they are:
+//! relays carry between those who are registered at the same one.
 //!
 //! That UDP is tried again is the tunnel's work (`mesh_core::tunnel`).
 
@@ -38,6 +42,8 @@ struct Relay {
     key: PublicKey,
     /// Whether it may be reached over TLS at all.
     tls: bool,
+    /// Round trip over UDP, as last known.
+    rtt: Option<Duration>,
     /// Since when it owes an answer over UDP; `None`: it answers.
     doubt: Option<MonoTime>,
     /// Connections that failed since the last that carried.
@@ -72,7 +78,8 @@ pub(super) enum Change {
 }
 
 impl Policy {
-    /// The relays there are, best first, and whether each may be reached over TLS. One that is new owes an answer from now on.
+    /// The relays there are, as they were written, and whether each may be reached over TLS. One that is new owes an answer
+    /// from now on.
     pub(super) fn set_relays(&mut self, now: MonoTime, relays: &[(PublicKey, bool)]) {
         let before = std::mem::take(&mut self.relays);
         self.relays = relays
@@ -81,14 +88,15 @@ impl Policy {
                 let known = before.iter().find(|relay| relay.key == *key);
                 let doubt = known.map_or(Some(now), |known| known.doubt);
                 let failures = known.map_or(0, |known| known.failures);
-                Relay { key: *key, tls: *tls, doubt, failures }
+                let rtt = known.and_then(|known| known.rtt);
+                Relay { key: *key, tls: *tls, rtt, doubt, failures }
             })
             .collect();
     }
 
-    /// The relay answered over UDP.
-    pub(super) fn answered(&mut self, key: &PublicKey) {
-        self.with(key, |relay| relay.doubt = None);
+    /// The relay answered over UDP, after this round trip if it is known.
+    pub(super) fn answered(&mut self, key: &PublicKey, rtt: Option<Duration>) {
+        self.with(key, |relay| (relay.doubt, relay.rtt) = (None, rtt.or(relay.rtt)));
     }
 
     /// A question over UDP was not answered for [`UNANSWERED_AFTER`].
@@ -139,17 +147,25 @@ impl Policy {
 
     /// What is to become of each bridge.
     pub(super) fn wanted(&self) -> Vec<(PublicKey, Wanted)> {
-        let mut ranked: Vec<&Relay> = self.relays.iter().filter(|relay| relay.tls).collect();
-        // Stable: of equals the better stays first.
-        ranked.sort_by_key(|relay| relay.failures);
-        ranked.truncate(RELAYS_OVER_TLS_MAX);
+        let bridged = self.bridged();
         let of = |relay: &Relay| match self.mode {
             Mode::Straight => Wanted::Closed,
             Mode::Calming { .. } => Wanted::Kept,
-            Mode::Bridged if ranked.iter().any(|one| one.key == relay.key) => Wanted::Open,
+            Mode::Bridged if bridged.contains(&relay.key) => Wanted::Open,
             Mode::Bridged => Wanted::Closed,
         };
         self.relays.iter().map(|relay| (relay.key, of(relay))).collect()
+    }
+
+    /// To which a bridge is worth having.
+    fn bridged(&self) -> Vec<PublicKey> {
+        let mut ranked: Vec<&Relay> = self.relays.iter().filter(|relay| relay.tls).collect();
+        // Stable: of equals the one written first stays first.
+        ranked.sort_by_key(|relay| relay.failures);
+        if let Some((_, others)) = ranked.split_first_mut() {
+            others.sort_by_key(|relay| (relay.failures, relay.rtt.unwrap_or(Duration::MAX)));
+        }
+        ranked.iter().take(RELAYS_OVER_TLS_MAX).map(|relay| relay.key).collect()
     }
 
     /// When none has answered for long enough; `None` while one does.
@@ -202,20 +218,20 @@ mod tests {
     #[test]
     fn one_relay_that_answers_is_enough() {
         let mut policy = policy(3);
-        policy.answered(&key(22));
+        policy.answered(&key(22), None);
         assert_eq!(policy.deadline(), None);
         policy.unanswered(at(60_000), &key(20));
         assert_eq!(policy.turn(at(90_000)), None);
         policy.unanswered(at(100_000), &key(22));
         assert_eq!(policy.deadline(), Some(at(100_300)), "asked half a second before");
-        policy.answered(&key(22));
+        policy.answered(&key(22), None);
         assert_eq!(policy.turn(at(100_300)), None, "the second question was answered");
     }
 
     #[test]
     fn a_silence_that_goes_on_does_not_put_off_the_end_of_patience() {
         let mut policy = policy(1);
-        policy.answered(&key(20));
+        policy.answered(&key(20), None);
         policy.unanswered(at(10_000), &key(20));
         policy.unanswered(at(10_200), &key(20));
         assert_eq!(policy.deadline(), Some(at(10_300)));
@@ -225,13 +241,13 @@ mod tests {
     fn bridges_stay_for_a_while_after_udp_answers_and_are_open_again_at_once_when_it_fails() {
         let mut policy = policy(1);
         policy.turn(at(800));
-        policy.answered(&key(20));
+        policy.answered(&key(20), None);
         assert_eq!(policy.turn(at(10_000)), Some(Change::UdpAnswers));
         assert_eq!(policy.wanted(), [(key(20), Wanted::Kept)]);
         policy.unanswered(at(20_000), &key(20));
         assert_eq!(policy.turn(at(20_000)), Some(Change::UdpFails));
         assert_eq!(open(&policy), [0]);
-        policy.answered(&key(20));
+        policy.answered(&key(20), None);
         assert_eq!(policy.turn(at(30_000)), Some(Change::UdpAnswers));
         assert_eq!(policy.deadline(), Some(at(60_000)));
         assert_eq!(policy.turn(at(59_999)), None);
@@ -254,19 +270,47 @@ mod tests {
     }
 
     #[test]
+    fn besides_the_first_the_nearest_is_taken_and_of_unknown_ones_the_first_written() {
+        let rtt = |ms| Some(Duration::from_millis(ms));
+        let mut policy = policy(4);
+        policy.turn(at(800));
+        assert_eq!(open(&policy), [0, 1], "nothing is known");
+        policy.answered(&key(22), rtt(90));
+        policy.answered(&key(23), rtt(30));
+        policy.answered(&key(23), None);
+        policy.turn(at(900));
+        for relay in [22, 23] {
+            policy.unanswered(at(60_000), &key(relay));
+        }
+        policy.turn(at(62_000));
+        assert_eq!(open(&policy), [0, 3]);
+        let relays = [20, 21, 22, 23].map(|n| (key(n), true));
+        policy.set_relays(at(63_000), &relays);
+        assert_eq!(open(&policy), [0, 3], "as last known");
+        policy.failed(&key(23));
+        assert_eq!(open(&policy), [0, 2]);
+        policy.failed(&key(20));
+        assert_eq!(
+            open(&policy),
+            [1, 2],
+            "whoever cannot get in at the first meets others at the next"
+        );
+    }
+
+    #[test]
     fn relays_without_tls_are_asked_over_udp_alone() {
         let mut policy = Policy::default();
         policy.set_relays(at(0), &[(key(20), false), (key(21), true)]);
         policy.turn(at(800));
         assert_eq!(open(&policy), [1]);
-        policy.answered(&key(20));
+        policy.answered(&key(20), None);
         assert_eq!(policy.turn(at(3_000)), Some(Change::UdpAnswers), "UDP goes through");
     }
 
     #[test]
     fn a_change_of_the_relays_keeps_what_is_known_of_those_that_stay() {
         let mut policy = policy(1);
-        policy.answered(&key(20));
+        policy.answered(&key(20), None);
         policy.set_relays(at(5_000), &[(key(21), true), (key(20), true)]);
         assert_eq!(policy.deadline(), None);
         policy.set_relays(at(6_000), &[(key(21), true)]);

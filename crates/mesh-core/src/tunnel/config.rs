@@ -216,6 +216,8 @@ pub enum Event {
     RelayAnswered {
         relay: PublicKey,
         by: SocketAddr,
+        /// Smoothed round trip, where it is not that of a bridge.
+        rtt: Option<Duration>,
     },
     /// It did not for [`UNANSWERED_AFTER`], asked at `to`. Said once until it answers.
     Unanswered {

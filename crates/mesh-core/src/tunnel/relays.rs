@@ -421,8 +421,9 @@ impl<F: EngineFactory> Tunnel<F> {
                     return false;
                 }
                 relay.link.answered();
-                let (relay, sight) = (relay.config.key, relay.look.sight());
-                self.event(Event::RelayAnswered { relay, by: meta.source });
+                let (rtt, sight) = (relay.look.rtt_over_udp(), relay.look.sight());
+                let relay = relay.config.key;
+                self.event(Event::RelayAnswered { relay, by: meta.source, rtt });
                 if sight != before {
                     self.event(Event::Seen { relay, sight });
                     self.seen_elsewhere(now, before, sight);

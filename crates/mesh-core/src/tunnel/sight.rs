@@ -123,6 +123,8 @@ pub struct Look {
     filtering: Test,
     size: Test,
     asked: Vec<Asked>,
+    /// Whether the round trip is that over a bridge.
+    over_bridge: bool,
 }
 
 impl Look {
@@ -134,6 +136,11 @@ impl Look {
     /// Round trip to the relay: read for every batch of packets that may take it.
     pub fn rtt(&self) -> Option<Duration> {
         self.sight.rtt
+    }
+
+    /// The same, as far as it is that of a way without a bridge.
+    pub fn rtt_over_udp(&self) -> Option<Duration> {
+        self.sight.rtt.filter(|_| !self.over_bridge)
     }
 
     pub fn deadline(&self) -> Option<MonoTime> {
@@ -268,7 +275,10 @@ impl Look {
                 self.ask_at = Some(now + ASK);
                 self.unanswered = 0;
                 let rtt = now.since(asked.at);
-                self.sight.rtt = Some(self.sight.rtt.map_or(rtt, |before| (before * 7 + rtt) / 8));
+                let over_bridge = source.ip().is_loopback();
+                let before = self.sight.rtt.filter(|_| self.over_bridge == over_bridge);
+                self.over_bridge = over_bridge;
+                self.sight.rtt = Some(before.map_or(rtt, |before| (before * 7 + rtt) / 8));
                 return Some(self.seen_at(now, source, address));
             }
             Question::AddressAt { to } if to.is_ipv4() != relay.is_ipv4() => {
@@ -478,6 +488,23 @@ mod tests {
         assert_eq!(it.answered(at(1), 1, bridge, bridge, (addr(SEEN), 0), None), Some(false));
         assert_eq!(it.sight().nat.mapping, Mapping::NoUdp);
         assert_eq!(it.sight().addresses().count(), 0);
+    }
+
+    #[test]
+    fn a_round_trip_over_a_bridge_is_not_mixed_with_one_over_udp() {
+        let mut it = Look::default();
+        let mut ask = |from: u64, relay: SocketAddr, ms: u64| {
+            it.ask_now(at(from));
+            let mut out = Vec::new();
+            it.tick(at(from), relay, &[relay], || from, &mut out);
+            it.answered(at(from + ms), from, relay, relay, (addr(SEEN), 0), None);
+            [it.rtt(), it.rtt_over_udp()].map(|rtt| rtt.map(|rtt| rtt.as_millis()))
+        };
+        let (udp, bridge) = (addr(RELAY), addr("127.0.0.1:999"));
+        assert_eq!(ask(1_000, udp, 40), [Some(40), Some(40)]);
+        assert_eq!(ask(2_000, udp, 48), [Some(41), Some(41)]);
+        assert_eq!(ask(3_000, bridge, 200), [Some(200), None]);
+        assert_eq!(ask(4_000, udp, 40), [Some(40), Some(40)]);
     }
 
     #[test]
