@@ -207,7 +207,7 @@ pub enum Event {
         key: PublicKey,
         endpoint: SocketAddr,
     },
-    /// A relay of this shard shows us otherwise than before.
+    /// What a relay of this shard shows us, for the other shards: when it is otherwise than before, and now and then.
     Seen {
         relay: PublicKey,
         sight: Sight,

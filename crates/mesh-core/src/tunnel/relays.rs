@@ -422,12 +422,12 @@ impl<F: EngineFactory> Tunnel<F> {
                 }
                 relay.link.answered();
                 let (rtt, sight) = (relay.look.rtt_over_udp(), relay.look.sight());
-                let relay = relay.config.key;
+                let (relay, news) = (relay.config.key, relay.look.news(now));
                 self.event(Event::RelayAnswered { relay, by: meta.source, rtt });
-                if sight != before {
+                if let Some(sight) = news {
                     self.event(Event::Seen { relay, sight });
-                    self.seen_elsewhere(now, before, sight);
                 }
+                self.seen_elsewhere(now, before, sight);
             }
             Frame::NotHere { key } => {
                 let Some(peer) = self.peer_of(&key) else { return false };

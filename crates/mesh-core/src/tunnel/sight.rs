@@ -27,6 +27,10 @@ const ASK: Duration = Duration::from_secs(20);
 /// Until a question is asked again that was not answered.
 const TRY: Duration = Duration::from_secs(1);
 const TRY_FIRST: Duration = Duration::from_millis(250);
+/// Other shards choose among relays by their round trips: one that changed by less, or by less than a quarter, is no news.
+const RTT_NEWS: Duration = Duration::from_millis(1);
+/// The same is told again after this, to who was not there or lost it.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
 /// So often, then the silence is the answer: two datagrams lost in a row are rare.
 const TRIES: u8 = 3;
 /// Lengths of IP packets that links are known to have as their limit: Ethernet, PPPoE, tunnels, and the least of IPv6.
@@ -125,6 +129,8 @@ pub struct Look {
     asked: Vec<Asked>,
     /// Whether the round trip is that over a bridge.
     over_bridge: bool,
+    /// What other shards were told last, and when.
+    told: Option<(Sight, MonoTime)>,
 }
 
 impl Look {
@@ -141,6 +147,21 @@ impl Look {
     /// The same, as far as it is that of a way without a bridge.
     pub fn rtt_over_udp(&self) -> Option<Duration> {
         self.sight.rtt.filter(|_| !self.over_bridge)
+    }
+
+    /// What other shards are to be told now, if anything.
+    pub fn news(&mut self, now: MonoTime) -> Option<Sight> {
+        let sight = self.sight();
+        let known = |(told, at): (Sight, MonoTime)| {
+            now.since(at) < TELL_AGAIN
+                && Sight { rtt: sight.rtt, ..told } == sight
+                && !is_another_rtt(told.rtt, sight.rtt)
+        };
+        if self.told.is_some_and(known) {
+            return None;
+        }
+        self.told = Some((sight, now));
+        Some(sight)
     }
 
     pub fn deadline(&self) -> Option<MonoTime> {
@@ -336,6 +357,12 @@ impl Look {
     }
 }
 
+fn is_another_rtt(before: Option<Duration>, after: Option<Duration>) -> bool {
+    let (Some(before), Some(after)) = (before, after) else { return before != after };
+    let by = before.abs_diff(after);
+    by >= RTT_NEWS && by * 4 >= before
+}
+
 /// IP, UDP and WireGuard around a packet of ours.
 fn overhead_bytes(relay: SocketAddr) -> u16 {
     let outer = if relay.is_ipv4() { 20 } else { 40 };
@@ -505,6 +532,17 @@ mod tests {
         assert_eq!(ask(2_000, udp, 48), [Some(41), Some(41)]);
         assert_eq!(ask(3_000, bridge, 200), [Some(200), None]);
         assert_eq!(ask(4_000, udp, 40), [Some(40), Some(40)]);
+    }
+
+    #[test]
+    fn a_round_trip_is_news_when_it_changed_by_a_quarter_and_a_millisecond() {
+        let is_news = |before, after| {
+            let [before, after] = [before, after].map(Duration::from_micros).map(Some);
+            is_another_rtt(before, after)
+        };
+        assert!(!is_news(40_000, 49_000) && is_news(40_000, 50_000) && is_news(40_000, 30_000));
+        assert!(!is_news(200, 1_100) && is_news(200, 1_200));
+        assert!(is_another_rtt(None, Some(Duration::ZERO)));
     }
 
     #[test]

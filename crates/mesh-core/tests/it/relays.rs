@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_core::tunnel::config::Role;
-use mesh_core::tunnel::{DropReason, PeerConfig};
+use mesh_core::tunnel::{DropReason, Event, PeerConfig};
 use mesh_types::carry;
 use mesh_types::nat::{self, Filtering, Mapping};
 use mesh_types::status::PathKind;
@@ -198,6 +198,38 @@ fn the_nearest_relay_is_taken_first_whichever_is_written_first() {
         assert_eq!(net.relays[far].carried_data, before, "packets take the nearest");
         assert!(net.relays[near].carried_data >= 100);
     }
+}
+
+/// What other shards of host 0 were told while it asked its relay so often, every 20 s, with these additions to the way in turn.
+fn told_to_shards(net: &mut Network, times: usize, more_us: &[u64]) -> Vec<Option<Duration>> {
+    let relay = net.relays[0].addr.ip();
+    net.hosts[0].events.clear();
+    for more in more_us.iter().cycle().take(times) {
+        net.far.insert(relay, Duration::from_micros(*more));
+        net.run_s(20);
+    }
+    let events = &net.hosts[0].events;
+    let answers = events.iter().filter(|event| matches!(event, Event::RelayAnswered { .. }));
+    assert!(answers.count() + 1 >= times, "each question is answered");
+    let told = events.iter().filter_map(|event| match event {
+        Event::Seen { sight, .. } => Some(sight.rtt),
+        _ => None,
+    });
+    told.collect()
+}
+
+#[test]
+fn other_shards_hear_of_a_relay_when_something_changed_and_now_and_then() {
+    let mut net = homes([home(0), home(1)], &[RELAY]);
+    net.run_s(60);
+    let told = told_to_shards(&mut net, 30, &[0, 100, 700]);
+    assert!((5..=11).contains(&told.len()), "once a minute: {told:?}");
+    let told = told_to_shards(&mut net, 1, &[60_000]);
+    let last = told.last().copied().flatten().expect("it is farther by far");
+    assert!(last > Duration::from_millis(30), "{last:?}");
+    net.run_s(600);
+    net.hosts[0].nat.as_mut().expect("a NAT").rebind();
+    assert!(!told_to_shards(&mut net, 1, &[60_000]).is_empty(), "another address");
 }
 
 #[test]
