@@ -20,6 +20,7 @@ struct Model {
     network_fails: bool,
     order: Vec<&'static str>,
     peers: Vec<PeerConfig>,
+    keyrelays: Vec<Keyrelay>,
     peer_sets: usize,
     /// Greetings, and whether to those who had let go of us.
     greetings: Vec<bool>,
@@ -105,6 +106,10 @@ impl Plane for Shared {
     fn ensure(&mut self) -> anyhow::Result<bool> {
         self.with(|model| model.order.push("device"));
         Ok(false)
+    }
+
+    fn set_keyrelays(&mut self, keyrelays: &[Keyrelay]) {
+        self.with(|model| model.keyrelays = keyrelays.to_vec());
     }
 
     fn set_peers(&mut self, peers: Vec<PeerConfig>, _: Vec<SocketAddr>) -> anyhow::Result<()> {
@@ -222,6 +227,25 @@ fn relays_the_cluster_publishes_are_used_and_known_again_after_a_restart_without
     let mut without = bench_in(again.dir);
     without.reconciler.turn(Scope::All);
     assert_eq!(without.own.borrow().keyrelays, [], "nobody publishes any more");
+}
+
+#[test]
+fn where_a_relay_of_the_cluster_takes_tls_is_told_also_when_nothing_else_of_it_changes() {
+    let mut bench = bench_of(tempfile::tempdir().expect("scratch"), |config| {
+        config.keyrelays_config_map = Some(("meshd-system".into(), "meshd-keyrelays".into()));
+    });
+    for (end, port) in [("", Some(443)), ("/tls=8443", Some(8443)), ("/tls=off", None)] {
+        let entry = format!("{}@192.0.2.1:15192{end}", key(7));
+        let entries = [("a".to_owned(), entry)].into_iter().collect();
+        assert!(bench.reconciler.hear(ClusterEvent::Keyrelays(entries)), "a turn follows");
+        bench.reconciler.turn(Scope::All);
+        let told = bench.model.with(|model| model.keyrelays.clone());
+        let told: Vec<_> = told.iter().map(|relay| (relay.key, relay.tls_port)).collect();
+        assert_eq!(told, [(key(7), port)]);
+        let relays = bench.model.with(|model| model.peers.clone());
+        assert_eq!(relays[0].candidates, ["192.0.2.1:15192".parse().expect("an address")]);
+    }
+    assert_eq!(bench.model.with(|model| model.peer_sets), 1, "to the tunnel they are the same");
 }
 
 #[test]
