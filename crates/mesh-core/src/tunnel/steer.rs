@@ -9,9 +9,9 @@
 //!  initiation, anything else ──> shard 0, the front: source limits, load and cookies are in one place, so that they
 //!                                are what they are with one shard; what it admits goes to the owner
 //! ```
-//! What a relay carries is steered by the message in it, by the shard that receives it. With one shard everything is shard 0. An address at which peers of several shards are ([`Places`](super::places)) has one
-//! shard that takes everything from there, and hands on what is others': the kernel merges it, and two ways would not
-//! keep it in order.
+//! What a relay carries is steered by the message in it, by the shard that receives it. With one shard everything is
+//! shard 0. An address at which peers of several shards are ([`Places`](super::places)) has one shard that takes
+//! everything from there, and hands on what is others': the kernel merges it, and two ways would not keep it in order.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
