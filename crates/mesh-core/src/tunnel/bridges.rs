@@ -187,9 +187,11 @@ impl<F: EngineFactory> Tunnel<F> {
         let pause = (STRAIGHT_AGAIN * (1 << tries)).min(STRAIGHT_AGAIN_MAX);
         relay.link.straight_at = Some(now + pause);
         self.targets.clear();
+        let mut limiter = self.limiter.lock();
         let candidates = relay.path.candidates().iter();
-        let free = candidates.filter(|to| self.limiter.take(now, to.ip()));
+        let free = candidates.filter(|to| limiter.take(now, to.ip()));
         self.targets.extend(free.map(|to| Endpoint::direct(*to)));
+        drop(limiter);
         if !self.targets.is_empty() {
             self.knock(now, slot);
         }

@@ -13,7 +13,7 @@ use mesh_types::time::MonoTime;
 
 pub use super::bridges::UNANSWERED_AFTER;
 use super::engine::OwnKeyId;
-use super::path::{Endpoint, MemberKey};
+use super::path::{Endpoint, Knocks, MemberKey};
 use super::sight::Sight;
 use super::steer::Share;
 use crate::packet::{CoalesceOptions, Ecn, VnetHeader};
@@ -43,6 +43,8 @@ pub struct TunnelConfig {
     pub setting: Setting,
     /// Which shard this is, of how many.
     pub share: Share,
+    /// The same for all shards of a node.
+    pub knocks: Knocks,
 }
 
 impl Default for TunnelConfig {
@@ -54,6 +56,7 @@ impl Default for TunnelConfig {
             gso_segments_max: GSO_SEGMENTS_MAX,
             setting: Setting::Mesh,
             share: Share::default(),
+            knocks: Knocks::default(),
         }
     }
 }

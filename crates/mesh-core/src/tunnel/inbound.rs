@@ -424,7 +424,7 @@ impl<F: EngineFactory> Tunnel<F> {
         peer.rtt = peer.initiated_at.map(|sent| now.since(sent));
         // Not for an initiation: its source may be forged, but a response has read what we sent there.
         if meta.carried.is_none() {
-            self.limiter.answered(now, meta.source.ip());
+            self.limiter.lock().answered(now, meta.source.ip());
         }
         if outcome.authenticated {
             self.heard(now, slot, meta, Heard::Handshake);

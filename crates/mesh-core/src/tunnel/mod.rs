@@ -71,7 +71,7 @@ use engine::{EngineFactory, HandshakeBuffer, INITIATION_BYTES};
 use front::{Bucket, Front};
 use inbound::Receive;
 use own::OwnDatagrams;
-use path::{Endpoint, ProbeLimiter};
+use path::{Endpoint, Knocks};
 use peers::{Peers, SplitMix64};
 use relays::Relays;
 use staging::StagedBytes;
@@ -89,7 +89,7 @@ pub struct Tunnel<F: EngineFactory> {
     /// Initiations of theirs that passed the front.
     admitted: VecDeque<(Admitted, UdpMeta, HandshakeBuffer)>,
     front: Front,
-    limiter: ProbeLimiter,
+    limiter: Knocks,
     staged: StagedBytes,
     /// Peers whose staged packets may leave.
     draining: VecDeque<u32>,
@@ -122,6 +122,7 @@ impl<F: EngineFactory> Tunnel<F> {
     /// limiter's table, and must be random outside tests.
     pub fn new(config: TunnelConfig, factory: F, seed: u64) -> Self {
         let mut seeds = SplitMix64(seed);
+        config.knocks.lock().set_limits(config.setting == Setting::Mesh);
         Self {
             factory,
             peers: Peers::new(seeds.next(), config.share),
@@ -129,7 +130,7 @@ impl<F: EngineFactory> Tunnel<F> {
             foreign: Foreign::default(),
             admitted: VecDeque::new(),
             front: Front::new(seeds.next()),
-            limiter: ProbeLimiter::new(config.setting == Setting::Mesh),
+            limiter: config.knocks.clone(),
             staged: StagedBytes::default(),
             draining: VecDeque::new(),
             transmit: TransmitQueue::new(config.gso_segments_max),

@@ -26,6 +26,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use mesh_types::key::KEY_LEN;
@@ -74,6 +75,25 @@ pub struct Path {
     probe_at: Option<MonoTime>,
 }
 
+/// The limiter of one node: its shards share it, as an address they knock at counts one second for all of them. It is asked
+/// for handshakes and probes, never for packets, so a lock does.
+#[derive(Debug, Clone, Default)]
+pub struct Knocks(Arc<Mutex<ProbeLimiter>>);
+
+impl Knocks {
+    pub(super) fn lock(&self) -> MutexGuard<'_, ProbeLimiter> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl PartialEq for Knocks {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Knocks {}
+
 /// Keeps unanswered initiations to one per second and destination address.
 #[derive(Debug)]
 pub struct ProbeLimiter {
@@ -107,6 +127,10 @@ impl Default for ProbeLimiter {
 impl ProbeLimiter {
     pub fn new(limits: bool) -> Self {
         Self { limits, noted: BTreeMap::new() }
+    }
+
+    pub(super) fn set_limits(&mut self, limits: bool) {
+        self.limits = limits;
     }
 
     pub fn allows(&self, now: MonoTime, address: IpAddr) -> bool {

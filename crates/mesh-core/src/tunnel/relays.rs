@@ -225,7 +225,12 @@ impl<F: EngineFactory> Tunnel<F> {
         let way = self.way(now, slot).filter(|way| way.carry.is_some());
         let Some(peer) = self.peers.get_mut(slot) else { return };
         let by_relay_alone = peer.path.is_odd_retry() && !relays.is_empty();
-        peer.path.initiation_targets(now, session, &mut self.limiter, &mut self.targets);
+        peer.path.initiation_targets(
+            now,
+            session,
+            &mut self.limiter.lock(),
+            &mut self.targets,
+        );
         if by_relay_alone {
             self.targets.clear();
         }
@@ -358,7 +363,7 @@ impl<F: EngineFactory> Tunnel<F> {
                 relays: &relays,
             };
             let token = || tokens.next().unwrap_or_default();
-            peer.ways.tick(now, &around, &mut self.limiter, token, &mut asks);
+            peer.ways.tick(now, &around, &mut self.limiter.lock(), token, &mut asks);
         }
         for ask in asks.drain(..) {
             let (to, frame) = match ask {
@@ -468,7 +473,7 @@ impl<F: EngineFactory> Tunnel<F> {
             Frame::HeardYou { token, .. } => {
                 let carried = meta.carried.is_some();
                 if !carried {
-                    self.limiter.answered(now, meta.source.ip());
+                    self.limiter.lock().answered(now, meta.source.ip());
                 }
                 if peer.ways.answered(now, token, meta.source, carried).is_some() {
                     peer.path.heard(now, meta.source, meta.local);

@@ -91,7 +91,7 @@ impl<F: EngineFactory> Tunnel<F> {
         let session = peer.sender(now).is_some();
         let relays = self.relay_ways(now, slot);
         let Some(peer) = self.peers.get_mut(slot) else { return };
-        if relays.is_empty() && !peer.path.may_initiate(now, session, &self.limiter) {
+        if relays.is_empty() && !peer.path.may_initiate(now, session, &self.limiter.lock()) {
             peer.initiate_at.get_or_insert(now + DEFERRED);
             peer.initiate_anew |= force;
             self.peers.reschedule(now, slot);
@@ -200,7 +200,7 @@ impl<F: EngineFactory> Tunnel<F> {
         if peer.path.probe_at().is_none_or(|at| at > now) {
             return;
         }
-        peer.path.probe_targets(now, &mut self.limiter, &mut self.targets);
+        peer.path.probe_targets(now, &mut self.limiter.lock(), &mut self.targets);
         if self.targets.is_empty() || peer.sender(now).is_none() {
             return;
         }

@@ -1,6 +1,6 @@
 //! Machines whose peers are spread over several tunnels: who takes what, and what they must agree on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -57,8 +57,9 @@ fn now() -> MonoTime {
 }
 
 fn tunnels(number: usize, of: usize) -> Vec<Tunnel<ModelFactory>> {
+    let node = TunnelConfig::default();
     let one = |index| {
-        let config = TunnelConfig { share: Share::new(index, of), ..TunnelConfig::default() };
+        let config = TunnelConfig { share: Share::new(index, of), ..node.clone() };
         Tunnel::new(config, ModelFactory::new(&private(number)), (number * 100 + index) as u64)
     };
     (0..of).map(one).collect()
@@ -194,6 +195,32 @@ fn everybody_reaches_everybody_whichever_shard_reads_and_whoever_owns() {
         assert_eq!(listed.len(), machines.len() - 1, "each peer is listed once");
         assert!(listed.iter().all(|peer| peer.session));
     }
+}
+
+#[test]
+fn an_address_that_peers_of_all_shards_name_gets_one_initiation_a_second() {
+    let (shards, peers) = (4, 24);
+    let victim = SocketAddr::from(([203, 0, 113, 1], 53));
+    let mut machine = Machine::new(0, shards);
+    let named = (1..=peers).map(|number| PeerConfig { candidates: vec![victim], ..config(number) });
+    machine.set_peers(&named.collect::<Vec<_>>());
+    let owners: BTreeSet<_> = (1..=peers).map(|number| machine.share.owner(&key(number))).collect();
+    assert_eq!(owners.len(), shards);
+    let mut sent = Vec::new();
+    for to in 1..=peers {
+        machine.send_from(to % shards, &inner(0, to, "anybody there?"));
+    }
+    machine.collect(&mut sent);
+    let end = now() + Duration::from_secs(60);
+    let next = |machine: &Machine| {
+        let due = |(at, shard): (usize, &Tunnel<ModelFactory>)| Some((shard.next_deadline()?.0, at));
+        machine.shards.iter().enumerate().filter_map(due).min()
+    };
+    while let Some((at, shard)) = next(&machine).filter(|(at, _)| *at <= end) {
+        machine.shards[shard].handle_timeout(at.max(now()));
+        machine.collect(&mut sent);
+    }
+    assert!((30..=61).contains(&sent.len()), "{} initiations to the victim", sent.len());
 }
 
 #[test]
