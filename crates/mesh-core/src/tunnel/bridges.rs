@@ -206,7 +206,7 @@ impl<F: EngineFactory> Tunnel<F> {
         }
     }
 
-    fn bridge_of(&self, slot: u32) -> Option<SocketAddr> {
+    pub(super) fn bridge_of(&self, slot: u32) -> Option<SocketAddr> {
         if self.relays.bridges.is_empty() {
             return None;
         }

@@ -225,12 +225,7 @@ impl<F: EngineFactory> Tunnel<F> {
         let way = self.way(now, slot).filter(|way| way.carry.is_some());
         let Some(peer) = self.peers.get_mut(slot) else { return };
         let by_relay_alone = peer.path.is_odd_retry() && !relays.is_empty();
-        peer.path.initiation_targets(
-            now,
-            session,
-            &mut self.limiter.lock(),
-            &mut self.targets,
-        );
+        peer.path.initiation_targets(now, session, &mut self.limiter.lock(), &mut self.targets);
         if by_relay_alone {
             self.targets.clear();
         }
@@ -434,6 +429,10 @@ impl<F: EngineFactory> Tunnel<F> {
                 }
                 self.seen_elsewhere(now, before, sight);
             }
+            // Of itself alone, whoever it seems to be.
+            Frame::NotHere { .. } | Frame::Leaving if !self.is_at(slot, meta.source) => {
+                return false;
+            }
             Frame::NotHere { key } => {
                 let Some(peer) = self.peer_of(&key) else { return false };
                 peer.ways.avoid(now, meta.source);
@@ -449,6 +448,13 @@ impl<F: EngineFactory> Tunnel<F> {
             _ => return false,
         }
         true
+    }
+
+    /// Whether the relay is reached there, as configuration or its bridge has it.
+    fn is_at(&self, slot: u32, source: SocketAddr) -> bool {
+        let relay = self.peers.get(slot);
+        relay.is_some_and(|relay| relay.path.candidates().contains(&source))
+            || self.bridge_of(slot) == Some(source)
     }
 
     fn peer_says(&mut self, now: MonoTime, slot: u32, meta: &UdpMeta, frame: &Frame) -> bool {
@@ -472,7 +478,8 @@ impl<F: EngineFactory> Tunnel<F> {
             }
             Frame::HeardYou { token, .. } => {
                 let carried = meta.carried.is_some();
-                if !carried {
+                // What nobody asked for may come in anybody's name.
+                if !carried && peer.ways.has_asked(token, meta.source, carried) {
                     self.limiter.lock().answered(now, meta.source.ip());
                 }
                 if peer.ways.answered(now, token, meta.source, carried).is_some() {

@@ -5,6 +5,7 @@ mod bridges;
 mod conformance;
 mod device;
 mod handshakes;
+mod hostile;
 mod network;
 mod paths;
 mod relay;

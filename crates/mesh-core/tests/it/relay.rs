@@ -1,6 +1,6 @@
 //! A relay as the protocol's document has it, with the model's engines: registers, tells addresses, carries.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use mesh_core::tunnel::engine::{
@@ -22,6 +22,10 @@ pub(crate) struct Relay {
     pub(crate) up: bool,
     /// What it tells everybody who asks; a lie, if set.
     pub(crate) lie: Option<SocketAddr>,
+    /// Whether each lie names the next host of its /24.
+    pub(crate) wanders: bool,
+    /// Members to whom it carries nothing, and says nothing of it.
+    pub(crate) swallows: BTreeSet<PublicKey>,
     /// Questions answered at the other port, and from a third one.
     pub(crate) looks: usize,
     /// Datagrams carried, and those of them that are long enough to be packets of somebody.
@@ -41,6 +45,8 @@ impl Relay {
             key: public_key(&private),
             up: true,
             lie: None,
+            wanders: false,
+            swallows: BTreeSet::new(),
             looks: 0,
             carried: 0,
             carried_data: 0,
@@ -85,7 +91,7 @@ impl Relay {
     fn carry(&mut self, from: SocketAddr, datagram: &[u8]) -> Option<(SocketAddr, Vec<u8>)> {
         let sender = *self.registered.iter().find(|(_, addr)| **addr == from)?.0;
         let to = PublicKey::from_bytes(*carry::parse(datagram)?.key).ok()?;
-        let dst = *self.registered.get(&to)?;
+        let dst = *self.registered.get(&to).filter(|_| !self.swallows.contains(&to))?;
         let mut datagram = datagram.to_vec();
         carry::readdress(&mut datagram, sender.as_bytes());
         self.carried += 1;
@@ -147,12 +153,33 @@ impl Relay {
             _ => return None,
         };
         self.looks += usize::from(src != main);
+        if let Some(SocketAddr::V4(lie)) = self.lie.as_mut().filter(|_| self.wanders) {
+            let [a, b, c, d] = lie.ip().octets();
+            lie.set_ip([a, b, c, d.wrapping_add(1)].into());
+        }
         let frame = Frame::YourAddressIs { token, address: self.lie.unwrap_or(from), other_port };
-        let mut sealed = vec![0; TRANSPORT_HEADER_BYTES + frame.packet_len() + TAG_BYTES];
-        frame.encode(&mut sealed[TRANSPORT_HEADER_BYTES..]).expect("room");
-        let slot = 0..sealed.len();
-        let slots = std::slice::from_ref(&slot);
-        engine.seal(now, SealBatch { buffer: &mut sealed, slots }).ok()?;
-        Some((src, from, sealed))
+        Some((src, from, seal(now, engine, frame)?))
     }
+
+    /// A message of its own accord to a member: from where, where to.
+    pub(crate) fn say(
+        &mut self,
+        now: MonoTime,
+        to: &PublicKey,
+        frame: Frame,
+    ) -> Option<(SocketAddr, SocketAddr, Vec<u8>)> {
+        let dst = *self.registered.get(to)?;
+        let (_, engine) = self.engines.get_mut(to)?;
+        Some((self.addr, dst, seal(now, engine, frame)?))
+    }
+}
+
+/// A frame in a session.
+pub(crate) fn seal(now: MonoTime, engine: &mut ModelEngine, frame: Frame) -> Option<Vec<u8>> {
+    let mut sealed = vec![0; TRANSPORT_HEADER_BYTES + frame.packet_len() + TAG_BYTES];
+    frame.encode(&mut sealed[TRANSPORT_HEADER_BYTES..]).expect("room");
+    let slot = 0..sealed.len();
+    let slots = std::slice::from_ref(&slot);
+    engine.seal(now, SealBatch { buffer: &mut sealed, slots }).ok()?;
+    Some(sealed)
 }

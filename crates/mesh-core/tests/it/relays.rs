@@ -13,14 +13,14 @@ use crate::network::{MTU, Nat, Network, PORT};
 use crate::relay::Relay;
 
 pub(crate) const RELAY: &str = "203.0.113.1:15192";
-const SECOND: &str = "203.0.113.2:15192";
+pub(crate) const SECOND: &str = "203.0.113.2:15192";
 
 /// Two nodes at home, each with the NAT given, or on the internet; and relays.
 pub(crate) fn homes(nats: [Option<Nat>; 2], relays: &[&str]) -> Network {
     homes_with(nats, relays, |_| {})
 }
 
-fn homes_with(
+pub(crate) fn homes_with(
     nats: [Option<Nat>; 2],
     relays: &[&str],
     change: impl FnOnce(&mut Network),
@@ -279,7 +279,7 @@ fn what_a_relays_other_ports_send_moves_neither_the_relay_nor_us() {
 }
 
 /// Both speak every 20 ms; how long, at the longest, one of them heard nothing.
-fn longest_silence(net: &mut Network, ms: u64) -> Duration {
+pub(crate) fn longest_silence(net: &mut Network, ms: u64) -> Duration {
     let counts = |net: &Network| [0, 1].map(|host| net.texts(host, 1 - host).len());
     let (mut before, mut since) = (counts(net), [net.now; 2]);
     let mut longest = Duration::ZERO;

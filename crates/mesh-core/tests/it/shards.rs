@@ -213,7 +213,8 @@ fn an_address_that_peers_of_all_shards_name_gets_one_initiation_a_second() {
     machine.collect(&mut sent);
     let end = now() + Duration::from_secs(60);
     let next = |machine: &Machine| {
-        let due = |(at, shard): (usize, &Tunnel<ModelFactory>)| Some((shard.next_deadline()?.0, at));
+        let due =
+            |(at, shard): (usize, &Tunnel<ModelFactory>)| Some((shard.next_deadline()?.0, at));
         machine.shards.iter().enumerate().filter_map(due).min()
     };
     while let Some((at, shard)) = next(&machine).filter(|(at, _)| *at <= end) {

@@ -103,6 +103,12 @@ struct Asked {
     at: MonoTime,
 }
 
+impl Asked {
+    fn is(&self, token: u64, source: SocketAddr, carried: bool) -> bool {
+        self.token == token && self.to.addr == source && self.to.carry.is_some() == carried
+    }
+}
+
 /// The ways to one peer that relays are known for.
 #[derive(Debug, Default)]
 pub struct Ways {
@@ -177,6 +183,11 @@ impl Ways {
         }
     }
 
+    /// Whether such a probe is unanswered.
+    pub fn has_asked(&self, token: u64, source: SocketAddr, carried: bool) -> bool {
+        self.asked.iter().any(|asked| asked.is(token, source, carried))
+    }
+
     /// A probe was answered over the way it took. Names the direct way that packets take from now on, if it is another.
     pub fn answered(
         &mut self,
@@ -185,10 +196,7 @@ impl Ways {
         source: SocketAddr,
         carried: bool,
     ) -> Option<SocketAddr> {
-        let is_it = |asked: &Asked| {
-            asked.token == token && asked.to.addr == source && asked.to.carry.is_some() == carried
-        };
-        let at = self.asked.iter().position(is_it)?;
+        let at = self.asked.iter().position(|asked| asked.is(token, source, carried))?;
         let asked = self.asked.remove(at)?;
         let rtt = now.since(asked.at);
         // Earlier probes over this way are answered with it.
