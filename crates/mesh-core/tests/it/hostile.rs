@@ -226,7 +226,8 @@ fn a_relay_that_says_not_here_and_leaving_every_millisecond_is_used_all_the_same
         net.log.len()
     };
     let (quiet, noisy) = (sent(false), sent(true));
-    assert!(noisy <= quiet + quiet / 10, "{noisy} datagrams, {quiet} without");
+    // The relay that is passed over is probed once a second.
+    assert!(noisy <= quiet + quiet / 10 + 2 * 10, "{noisy} datagrams, {quiet} without");
 }
 
 #[test]
@@ -285,7 +286,7 @@ fn a_relay_that_tells_another_address_each_time_and_carries_nothing_cuts_no_dire
 }
 
 #[test]
-fn a_relay_that_swallows_what_is_for_one_member_is_left_for_another_and_not_taken_again() {
+fn a_relay_that_swallows_what_is_for_one_member_is_left_for_another() {
     let mut net = homes([strict(0), strict(1)], &[RELAY, SECOND]);
     talk(&mut net, 2_000);
     let bad = usize::from(net.relays[1].carried_data > net.relays[0].carried_data);
@@ -293,7 +294,7 @@ fn a_relay_that_swallows_what_is_for_one_member_is_left_for_another_and_not_take
     net.relays[bad].swallows.insert(key);
     talk(&mut net, 2_000);
     let got = talk(&mut net, 120_000);
-    assert!(got.iter().all(|got| *got >= 1_190), "{got:?} of 1,200");
+    assert!(got.iter().all(|got| *got >= 1_180), "{got:?} of 1,200");
 }
 
 /// A node and many peers at homes of their own, which reach each other through one relay alone.
@@ -322,6 +323,87 @@ fn crowd(peers: usize) -> Network {
     }
     net.run_s(2);
     net
+}
+
+/// Sends one packet a second to every peer; datagrams that left the node for each and second, beside those.
+fn beside(net: &mut Network, seconds: u64) -> f64 {
+    let peers = net.hosts.len() - 1;
+    net.log.clear();
+    for _ in 0..seconds {
+        for to in 1..=peers {
+            net.send(0, to, "anybody there?");
+        }
+        net.run_s(1);
+    }
+    let own = net.hosts[0].nat.as_ref().expect("a NAT").public.ip();
+    let data = |bytes: &[u8]| bytes.len() < 40 + 32 + 80 && carry::is_carried(bytes);
+    let control = net.log.iter().filter(|sent| sent.from.ip() == own && !data(&sent.bytes));
+    control.count() as f64 / seconds as f64 / peers as f64
+}
+
+#[test]
+fn many_peers_that_are_gone_at_once_cost_few_packets_and_fewer_as_time_goes_on() {
+    let mut net = crowd(20);
+    beside(&mut net, 5);
+    for host in 1..net.hosts.len() {
+        net.hosts[host].up = false;
+    }
+    let first = beside(&mut net, 5);
+    let minute = beside(&mut net, 55);
+    let later = beside(&mut net, 60);
+    let end = beside(&mut net, 120);
+    let seen = format!("{first:.1}, {minute:.1}, {later:.1}, {end:.1} a second for each");
+    assert!(first <= 9.0 && minute <= 3.0 && later <= 2.5 && end <= 2.0, "{seen}");
+}
+
+/// How often the ways of both changed, seen every 50 ms, with a packet each way every `pause` ms.
+fn changes(net: &mut Network, seconds: u64, pause: u64) -> usize {
+    let mut changes = 0;
+    let ends = |net: &Network| [net.snapshot(0, 1), net.snapshot(1, 0)].map(|it| it.endpoint);
+    let mut before = ends(net);
+    for turn in 0..seconds * 20 {
+        if turn * 50 % pause == 0 {
+            net.send(0, 1, "there");
+            net.send(1, 0, "back");
+        }
+        net.run_ms(50);
+        let now = ends(net);
+        changes += usize::from(now != before);
+        before = now;
+    }
+    changes
+}
+
+#[test]
+fn loss_long_ways_and_jitter_do_not_make_paths_flap() {
+    // Loss in percent, one way and its jitter in ms, ms between two packets, changes in five minutes.
+    for (loss, latency, jitter, pause, most) in [
+        (10, 20, 5, 1_000, 20),
+        (30, 20, 5, 100, 20),
+        // Of four probes in a row all are lost now and then, and nothing else tells.
+        (30, 20, 5, 1_000, 80),
+        (0, 300, 0, 100, 0),
+        (0, 300, 0, 1_000, 0),
+        // Longer through a relay than a probe is waited for, until that is known.
+        (0, 300, 250, 1_000, 20),
+        (10, 300, 100, 1_000, 20),
+    ] {
+        for nats in [[home(0), home(1)], [strict(0), strict(1)]] {
+            let mut net = homes(nats, &[RELAY, SECOND]);
+            net.latency = Duration::from_millis(latency);
+            net.jitter = Duration::from_millis(jitter);
+            changes(&mut net, 20, 100);
+            net.loss_percent = loss;
+            net.log.clear();
+            let changes = changes(&mut net, 300, pause);
+            let what =
+                format!("{loss} %, {latency} ms, {jitter} ms, {pause} ms: {changes} changes");
+            assert!(changes <= most, "{what}");
+            // Both speak; what is beside that, in a second of both.
+            let beside = net.log.len() as u64 - net.log.len().min(600_000 / pause as usize) as u64;
+            assert!(beside <= 300 * 20, "{what}, {beside} datagrams");
+        }
+    }
 }
 
 #[test]

@@ -56,6 +56,8 @@ const AVOID: Duration = Duration::from_secs(10);
 const AGAIN: Duration = Duration::from_secs(1);
 /// An invitation within this time after another is looked at when it is over, the last of them: each may name addresses of people who never heard of us.
 const TOLD_EVERY: Duration = Duration::from_secs(1);
+/// An answer counts for so long, though its probe was taken for lost: it tells how long the way is.
+const LATE: Duration = Duration::from_secs(5);
 /// Unanswered probes remembered: every candidate, what the peer told, every relay, twice.
 const ASKED_MAX: usize = 64;
 /// Ways beside the candidates that are probed: what the peer told, and where its probes came from.
@@ -120,6 +122,10 @@ pub struct Ways {
     heard_direct: Option<MonoTime>,
     heard_relayed: Option<(SocketAddr, MonoTime)>,
     asked: VecDeque<Asked>,
+    /// Those taken for lost.
+    late: VecDeque<Asked>,
+    /// When another relay was taken as the peer had taken it.
+    followed: Option<MonoTime>,
     told: Vec<SocketAddr>,
     told_at: Option<MonoTime>,
     told_nat: Nat,
@@ -131,6 +137,8 @@ pub struct Ways {
     check_at: Option<MonoTime>,
     /// Probes of a silent way since the last that was alive.
     checks: u32,
+    /// Ways lost since anything came over one.
+    losses: u32,
     seek_at: Option<MonoTime>,
     seeks: u32,
     /// Seeks since the peer said where it is.
@@ -156,16 +164,20 @@ impl Ways {
         if !self.is_active(now) {
             self.check_at = Some(now);
             self.seek_at = Some(now);
-            self.seeks = 0;
+            (self.seeks, self.losses) = (0, 0);
         }
         self.used = Some(now);
     }
 
     /// Something came, straight or carried by a relay, that goes only over ways the peer has proven: no probe and no answer.
     pub fn heard(&mut self, now: MonoTime, source: SocketAddr, carried: bool) {
+        self.losses = 0;
         if carried {
             self.heard_relayed = Some((source, now));
             if !self.keeps_relay(now, source) {
+                if self.relay.is_some_and(|relay| relay.addr != source) {
+                    self.followed = Some(now);
+                }
                 self.relay = Some(Proven { addr: source, at: now, rtt: self.relay_rtt(source) });
             }
             if self.avoid.is_some_and(|(relay, _)| relay == source) && self.again_at.is_none() {
@@ -185,7 +197,7 @@ impl Ways {
 
     /// Whether such a probe is unanswered.
     pub fn has_asked(&self, token: u64, source: SocketAddr, carried: bool) -> bool {
-        self.asked.iter().any(|asked| asked.is(token, source, carried))
+        self.asked.iter().chain(&self.late).any(|asked| asked.is(token, source, carried))
     }
 
     /// A probe was answered over the way it took. Names the direct way that packets take from now on, if it is another.
@@ -196,8 +208,8 @@ impl Ways {
         source: SocketAddr,
         carried: bool,
     ) -> Option<SocketAddr> {
-        let at = self.asked.iter().position(|asked| asked.is(token, source, carried))?;
-        let asked = self.asked.remove(at)?;
+        let asked = self.take_asked(now, token, source, carried)?;
+        self.losses = 0;
         let rtt = now.since(asked.at);
         // Earlier probes over this way are answered with it.
         self.asked.retain(|other| other.to != asked.to || other.at > asked.at);
@@ -226,12 +238,36 @@ impl Ways {
         Some(source)
     }
 
-    /// The peer speaks through another relay than we do: it may have reason to, but not if ours is proven and much nearer.
+    fn take_asked(
+        &mut self,
+        now: MonoTime,
+        token: u64,
+        source: SocketAddr,
+        carried: bool,
+    ) -> Option<Asked> {
+        for list in [&mut self.asked, &mut self.late] {
+            if let Some(at) = list.iter().position(|asked| asked.is(token, source, carried)) {
+                return list.remove(at).filter(|asked| now.since(asked.at) < LATE);
+            }
+        }
+        None
+    }
+
+    /// The peer speaks through another relay than we do: it may have reason to, but not if ours is proven and much nearer. Of two
+    /// alike the first is followed at once, and back only to the same for both ends, or each would follow the other without end.
     fn keeps_relay(&self, now: MonoTime, other: SocketAddr) -> bool {
         let Some(relay) = self.relay.filter(|relay| relay.addr != other) else { return false };
-        let (ours, theirs) = (self.relay_rtt(relay.addr), self.relay_rtt(other));
-        let nearer = ours.zip(theirs).is_some_and(|(ours, theirs)| much_faster(ours, theirs));
-        nearer && now.since(relay.at) < CHECK + LOST
+        if now.since(relay.at) >= CHECK + LOST {
+            return false;
+        }
+        match self.relay_rtt(relay.addr).zip(self.relay_rtt(other)) {
+            Some((ours, theirs)) if much_faster(ours, theirs) => true,
+            Some((ours, theirs)) if much_faster(theirs, ours) => false,
+            _ => {
+                let just_followed = self.followed.is_some_and(|at| now.since(at) < AVOID);
+                just_followed && relay.addr < other
+            }
+        }
     }
 
     fn relay_rtt(&self, relay: SocketAddr) -> Option<Duration> {
@@ -306,6 +342,7 @@ impl Ways {
         if !self.is_active(now) {
             (self.check_at, self.seek_at, self.again_at) = (None, None, None);
             self.asked.clear();
+            self.late.clear();
             self.told_next = None;
             return;
         }

@@ -9,9 +9,10 @@
 
 use std::time::Duration;
 
+use mesh_types::limits::RELAYS_MAX;
 use mesh_types::time::MonoTime;
 
-use super::{AVOID, Around, Ask, Asked, DISTRUST, Ways};
+use super::{ASKED_MAX, AVOID, Around, Ask, Asked, DISTRUST, Ways};
 use crate::tunnel::path::{Endpoint, ProbeLimiter};
 
 /// A way in use on which nothing was heard for so long is probed.
@@ -19,6 +20,8 @@ pub(super) const CHECK: Duration = Duration::from_millis(600);
 /// A probe unanswered for so long is lost; on ways slower than that, after three round trips.
 pub(super) const LOST: Duration = Duration::from_millis(850);
 const LOST_ROUND_TRIPS: u32 = 3;
+/// Ways lost in a row at which everything is tried at once: each relay, a direct way, and as many again.
+const LOSSES_MAX: u32 = 2 * (RELAYS_MAX as u32 + 1);
 /// Probes within the patience for the first of them.
 const PROBES: u32 = 3;
 /// Probes in a row at that pace: one who speaks to somebody who is gone goes on with one in [`CHECK`].
@@ -43,7 +46,7 @@ impl Ways {
         self.check_at = Some(now + CHECK);
         let Some(way) = way else { return };
         // Perhaps it is our own address that changed, or UDP that does not go through any more.
-        self.doubted |= self.asked.iter().any(|asked| asked.to == way);
+        self.doubted |= self.is_promising() && self.asked.iter().any(|asked| asked.to == way);
         self.checks = self.checks.saturating_add(1);
         if self.checks <= PROBES_MAX {
             self.check_at = Some(now + self.patience(&way) / PROBES);
@@ -83,8 +86,10 @@ impl Ways {
     }
 
     pub(super) fn patience(&self, way: &Endpoint) -> Duration {
-        let proven = if way.carry.is_some() { self.relay } else { self.direct };
-        let rtt = proven.and_then(|proven| proven.rtt);
+        let rtt = match way.carry {
+            Some(_) => self.relay_rtt(way.addr),
+            None => self.direct.filter(|direct| direct.addr == way.addr).and_then(|it| it.rtt),
+        };
         rtt.map_or(LOST, |rtt| (rtt * LOST_ROUND_TRIPS).max(LOST))
     }
 
@@ -101,6 +106,10 @@ impl Ways {
                 return;
             }
             self.asked.pop_front();
+            if self.late.len() >= ASKED_MAX {
+                self.late.pop_front();
+            }
+            self.late.push_back(asked);
             let alive = self.alive_over(&asked.to);
             if way.is_some_and(|way| way.addr == asked.to.addr && way.carry == asked.to.carry)
                 && alive.is_none_or(|alive| alive < asked.at)
@@ -121,9 +130,18 @@ impl Ways {
                 self.distrust_until = Some(now + DISTRUST);
             }
         }
+        self.losses = self.losses.saturating_add(1);
+        if !self.is_promising() {
+            return;
+        }
         (self.seeks, self.seek_at, self.check_at) = (0, Some(now), Some(now));
         self.called = None;
         // Perhaps it was our own address that changed.
         self.doubted = true;
+    }
+
+    /// Nobody was heard over so many ways in a row: the peer is gone, and nothing is done at once any more.
+    fn is_promising(&self) -> bool {
+        self.losses <= LOSSES_MAX
     }
 }
