@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::future::pending;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mesh_core::cluster::Keyrelay;
 use mesh_core::tunnel::config::{Event, PeerConfig, Role};
