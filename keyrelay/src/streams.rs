@@ -1,7 +1,7 @@
 //! Where UDP is blocked: the same datagrams over TLS, each behind its length in two bytes.
 //!
 //! ```text
-//!  accept ── too many, or of one network? closed
+//!  accept ── too many of one network? closed; too many half open? the oldest of them is closed
 //!    └─ half open ── TLS 1.3, then a member registers over it ──> open ── its registration ends ──> closed
 //!            └── 10 s: closed                                      │
 //!                                          read: frame -> Relay -> UDP socket, or another's queue
@@ -11,7 +11,7 @@
 //! own, so that no flood of connections takes time from the threads that carry. Who the relay is, the session inside
 //! proves: the certificate is made at start and means nothing.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -69,8 +69,10 @@ pub struct Streams {
 #[derive(Default)]
 struct Places {
     taken: usize,
-    half_open: usize,
+    /// In order of age, and how each is told to go.
+    half_open: BTreeMap<u64, Arc<Notify>>,
     half_open_of: HashMap<IpAddr, usize>,
+    last: u64,
 }
 
 #[derive(Default)]
@@ -100,7 +102,7 @@ impl Streams {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// Connections closed at once, for want of a place.
+    /// Connections closed for want of a place.
     pub fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
     }
@@ -122,7 +124,8 @@ impl Streams {
         }
     }
 
-    /// A place for a new connection of `source`.
+    /// A place for a new connection of `source`. Who means it registers within a few round trips, so that of many half open ones the
+    /// oldest goes: whoever holds thousands of addresses keeps nobody out.
     fn place(self: &Arc<Self>, source: IpAddr) -> Option<Place> {
         let network = match source.to_canonical() {
             IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX))),
@@ -130,19 +133,25 @@ impl Streams {
         };
         let mut places = self.places();
         let of_source = places.half_open_of.get(&network).copied().unwrap_or(0);
-        if places.taken >= RELAY_STREAMS_MAX
-            || places.half_open >= RELAY_STREAMS_HALF_OPEN_MAX
-            || of_source >= RELAY_STREAMS_PER_SOURCE_HALF_OPEN_MAX
+        if places.taken >= RELAY_STREAMS_MAX || of_source >= RELAY_STREAMS_PER_SOURCE_HALF_OPEN_MAX
         {
             self.refused.fetch_add(1, Ordering::Relaxed);
             return None;
         }
+        if places.half_open.len() >= RELAY_STREAMS_HALF_OPEN_MAX
+            && let Some((_, oldest)) = places.half_open.pop_first()
+        {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            oldest.notify_one();
+        }
         places.taken += 1;
-        places.half_open += 1;
+        places.last += 1;
+        let (number, told) = (places.last, Arc::<Notify>::default());
+        places.half_open.insert(number, Arc::clone(&told));
         places.half_open_of.insert(network, of_source + 1);
         self.count.store(places.taken, Ordering::Relaxed);
         drop(places);
-        Some(Place { streams: Arc::clone(self), network, is_half_open: true })
+        Some(Place { streams: Arc::clone(self), network, number, told, is_half_open: true })
     }
 
     fn places(&self) -> MutexGuard<'_, Places> {
@@ -154,6 +163,9 @@ impl Streams {
 struct Place {
     streams: Arc<Streams>,
     network: IpAddr,
+    number: u64,
+    /// To make room.
+    told: Arc<Notify>,
     is_half_open: bool,
 }
 
@@ -162,7 +174,7 @@ impl Place {
     fn opened(&mut self) {
         if std::mem::take(&mut self.is_half_open) {
             let mut places = self.streams.places();
-            places.half_open = places.half_open.saturating_sub(1);
+            places.half_open.remove(&self.number);
             if let Some(count) = places.half_open_of.get_mut(&self.network) {
                 *count = count.saturating_sub(1);
                 if *count == 0 {
@@ -269,7 +281,12 @@ async fn serve(
 ) {
     // Small frames must not wait for one another.
     let _ = tcp.set_nodelay(true);
-    let Ok(Ok(stream)) = timeout(HALF_OPEN_FOR, tls.accept(tcp)).await else { return };
+    let told = Arc::clone(&place.told);
+    let greeted = tokio::select! {
+        greeted = timeout(HALF_OPEN_FOR, tls.accept(tcp)) => greeted,
+        () = told.notified() => return,
+    };
+    let Ok(Ok(stream)) = greeted else { return };
     let streams = &server.shared.streams;
     let id = streams.last.fetch_add(1, Ordering::Relaxed);
     let source = Source::Stream { id, peer };
@@ -282,6 +299,7 @@ async fn serve(
             tracing::trace!(%peer, ?ended, "connection ended");
         }
         ended = write(&queue, writer) => tracing::trace!(%peer, ?ended, "connection ended"),
+        () = told.notified() => tracing::trace!(%peer, "made room for another"),
     }
     open().remove(&id);
     server.shared.relay.forget(&source);
@@ -399,11 +417,20 @@ mod tests {
     #[test]
     fn all_sources_together_have_bounded_places() {
         let streams = Arc::<Streams>::default();
-        let all: Vec<Place> = (0..5_000u32)
-            .filter_map(|n| streams.place(IpAddr::V4((0x0a00_0000 + n).into())))
-            .collect();
+        let mut all: Vec<Place> = Vec::new();
+        for n in 0..5_000u32 {
+            all.extend(streams.place(IpAddr::V4((0x0a00_0000 + n).into())));
+            let stay = |place: &Place| streams.places().half_open.contains_key(&place.number);
+            let (stay, _gone) = all.into_iter().partition(stay);
+            all = stay;
+        }
         assert_eq!(all.len(), RELAY_STREAMS_HALF_OPEN_MAX);
+        assert_eq!(all.last().map(|place| place.number), Some(5_000), "the newest have places");
         assert_eq!(streams.refused(), 5_000 - RELAY_STREAMS_HALF_OPEN_MAX as u64);
+        // Those that do not go are not more than all connections may be.
+        let more = (0..5_000u32).filter_map(|n| streams.place(IpAddr::V4(n.into())));
+        let more: Vec<Place> = more.collect();
+        assert_eq!(all.len() + more.len(), RELAY_STREAMS_MAX);
     }
 
     #[test]

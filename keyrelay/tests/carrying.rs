@@ -100,6 +100,34 @@ fn a_key_taken_out_of_the_file_loses_its_session_and_one_put_in_is_served() {
 }
 
 #[test]
+fn a_keys_file_that_is_written_all_the_time_costs_no_member_that_stays_its_session() {
+    let keys = [0; 3].map(|_| generate_private_key());
+    let members = [0, 1, 2].map(|n: usize| public_key(&keys[n]));
+    let relay = start_with("127.0.0.1:0", &members[..2], &["--threads", "2"]);
+    let [mut a, _] = two(&relay, [&keys[0], &keys[1]]);
+    let versions = [
+        keys_text(&members[..2]).into_bytes(),
+        keys_text(&members).into_bytes(),
+        Vec::new(),
+        vec![0xff; 40],
+        keys_text(&[members[0], members[2]]).into_bytes(),
+        b"# nobody\n".to_vec(),
+    ];
+    for version in versions.iter().cycle().take(600) {
+        std::fs::write(&relay.members, version).expect("written");
+        relay.signal(Signal::HUP);
+        assert!(a.ask(), "its session stands");
+    }
+    // The last word counts.
+    std::fs::write(&relay.members, keys_text(&members[..1])).expect("written");
+    relay.signal(Signal::HUP);
+    while relay.metric("keyrelay_members") != 1 {
+        assert!(a.ask());
+    }
+    assert_eq!(relay.metric("keyrelay_clients"), 1);
+}
+
+#[test]
 fn members_are_told_before_the_relay_ends_and_served_meanwhile() {
     let keys = [0; 2].map(|_| generate_private_key());
     let members = [0, 1].map(|n: usize| public_key(&keys[n]));

@@ -6,12 +6,14 @@ mod support;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mesh_core::tunnel::engine::{Engine, HandshakeBuffer, INITIATION_BYTES};
 use mesh_types::carry;
 use mesh_types::key::{PrivateKey, PublicKey};
-use mesh_types::limits::RELAY_STREAMS_PER_SOURCE_HALF_OPEN_MAX;
+use mesh_types::limits::{
+    RELAY_STREAM_QUEUE_BYTES, RELAY_STREAMS_HALF_OPEN_MAX, RELAY_STREAMS_PER_SOURCE_HALF_OPEN_MAX,
+};
 use mesh_types::relay_frame::{Frame, PACKET_BYTES_MAX};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustls::pki_types::ServerName;
@@ -169,4 +171,67 @@ fn a_connection_over_which_nobody_registers_is_closed() {
     let length = Frame::WhatIsMyAddress { token: 6 }.encode(&mut packet).expect("room");
     send(&mut member, &seal(&mut session, &packet[..length]));
     assert!(open(&mut session, &receive(&mut member)).is_some(), "who registered stays");
+}
+
+#[test]
+fn a_member_that_never_reads_is_let_go_and_costs_the_others_nothing() {
+    let keys = [0; 4].map(|_| generate_private_key());
+    let members = keys.each_ref().map(public_key);
+    let (relay, at) = started(&members);
+    let [mut deaf, mut reads] = [connect(at), connect(at)];
+    join(&relay, &mut deaf, &keys[0]);
+    join(&relay, &mut reads, &keys[1]);
+    let [floods, udp] = [Client::join(&relay, &keys[2], 1), Client::join(&relay, &keys[3], 2)];
+    let before = relay.resident_bytes();
+    let (flood, message) = (data(1, 1_400), data(2, 500));
+    let whole = [&carry::header(members[3].as_bytes())[..], &message].concat();
+    let begun = Instant::now();
+    // Both are behind the relay; what it and the kernel hold for one of them is all it loses.
+    while relay.metric("keyrelay_streams ") > 1 {
+        assert!(begun.elapsed() < PATIENCE * 3, "it is still there");
+        for _ in 0..100 {
+            floods.carry(&members[0], &flood);
+        }
+        udp.carry(&members[1], &message);
+        assert_eq!(receive(&mut reads), whole, "who reads gets what is for him");
+    }
+    let grown = relay.resident_bytes().saturating_sub(before);
+    assert!(grown < 16 * RELAY_STREAM_QUEUE_BYTES as u64, "{grown} bytes more");
+    assert!(relay.metric("keyrelay_stream_lost_datagrams_total") > 0);
+    assert_eq!(relay.metric("keyrelay_clients"), 3, "nor is it registered any more");
+    assert!(deaf.sock.peer_addr().is_ok(), "it never closed the connection itself");
+}
+
+/// A connection from a loopback address, over which nothing is said.
+fn silent_from(runtime: &tokio::runtime::Runtime, from: [u8; 4], to: SocketAddr) -> TcpStream {
+    let connect = async {
+        let socket = tokio::net::TcpSocket::new_v4()?;
+        socket.bind(SocketAddr::from((from, 0)))?;
+        socket.connect(to).await?.into_std()
+    };
+    runtime.block_on(connect).expect("accepted by the kernel")
+}
+
+#[test]
+fn half_open_connections_of_many_networks_keep_no_member_out() {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).expect("a limit");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.expect("a runtime");
+    let keys = [0; 2].map(|_| generate_private_key());
+    let (relay, at) = started(&keys.each_ref().map(public_key));
+    let (mut held, mut inside) = (Vec::new(), Vec::new());
+    for (key, round) in keys.iter().zip(0u8..) {
+        for host in 2..102 {
+            held.extend((0..4).map(|_| silent_from(&runtime, [127, 0, round, host], at)));
+        }
+        let mut member = connect(at);
+        join(&relay, &mut member, key);
+        inside.push(member);
+    }
+    let begun = Instant::now();
+    while relay.metric("keyrelay_streams ") > RELAY_STREAMS_HALF_OPEN_MAX as u64 + 2 {
+        assert!(begun.elapsed() < PATIENCE, "more than there are places for");
+    }
+    assert_eq!(relay.metric("keyrelay_clients"), 2);
 }

@@ -54,8 +54,8 @@ impl MacKeys {
         mac(&self.mac1, &[body]).is_some_and(|mac| mac.verify_slice(mac1).is_ok())
     }
 
-    /// Writes mac1 and no mac2.
-    pub(crate) fn sign(&self, message: &mut [u8]) -> Option<()> {
+    /// Writes mac1 and no mac2: whoever knows the owner's public key can.
+    pub fn sign(&self, message: &mut [u8]) -> Option<()> {
         let at = message.len().checked_sub(2 * MAC_BYTES)?;
         let (body, macs) = message.split_at_mut_checked(at)?;
         let (mac1, mac2) = macs.split_at_mut_checked(MAC_BYTES)?;

@@ -1,4 +1,4 @@
-//! docs/guide/conformance.md names tests: they exist.
+//! docs/guide/conformance.md and SECURITY.md name tests: they exist.
 #![allow(clippy::expect_used)] // helpers of a test say what failed by panicking
 
 use std::collections::BTreeSet;
@@ -26,9 +26,8 @@ fn collect(folder: &Path, names: &mut BTreeSet<String>) {
     }
 }
 
-#[test]
-fn every_test_that_the_conformance_page_names_exists() {
-    let page = std::fs::read_to_string(root().join("docs/guide/conformance.md")).expect("a page");
+/// The names on a page of tests that exist; panics at one that does not.
+fn named(page: &str) -> usize {
     let mut tests = BTreeSet::new();
     for folder in FOLDERS {
         collect(&root().join(folder), &mut tests);
@@ -36,16 +35,24 @@ fn every_test_that_the_conformance_page_names_exists() {
     assert!(tests.len() > 500, "only {} tests found", tests.len());
     // Code in a line stands between single backticks; a sentence as a name has many words.
     let named = page.split('`').skip(1).step_by(2).filter(|word| word.matches('_').count() > 3);
-    let (mut count, mut missing) = (0, Vec::new());
-    for name in named {
-        count += 1;
-        if !tests.contains(name) {
-            missing.push(name);
-        }
-    }
-    assert!(count > 80, "only {count} names found");
+    let (there, missing): (Vec<_>, Vec<_>) = named.partition(|name| tests.contains(*name));
     assert_eq!(missing, Vec::<&str>::new());
+    there.len()
+}
+
+#[test]
+fn every_test_that_the_conformance_page_names_exists() {
+    let page = std::fs::read_to_string(root().join("docs/guide/conformance.md")).expect("a page");
+    let count = named(&page);
+    assert!(count > 80, "only {count} names found");
     for row in page.lines().filter(|line| line.starts_with("| ") && line.contains("| ours:")) {
         assert!(row.matches('`').count() >= 4, "no test: {row}");
     }
+}
+
+#[test]
+fn every_test_that_the_page_on_security_names_exists() {
+    let page = std::fs::read_to_string(root().join("SECURITY.md")).expect("a page");
+    let count = named(&page);
+    assert!(count > 35, "only {count} names found");
 }

@@ -56,6 +56,8 @@ pub struct Reach {
 pub(super) struct Registration {
     pub(super) reach: Reach,
     until: MonoTime,
+    /// The handshake of its session came from there: whoever answers was reached there, and forged no source.
+    pub(super) is_met: bool,
 }
 
 /// The members of one mesh.
@@ -110,6 +112,8 @@ struct Session {
     wire: u32,
     number: u64,
     since: MonoTime,
+    /// Where the response went.
+    at: Source,
 }
 
 impl<E> Client<E> {
@@ -178,9 +182,9 @@ impl<E: Engine> Control<E> {
     }
 
     /// A handshake was answered with this index.
-    pub(super) fn answered(&mut self, now: MonoTime, wire: u32) {
+    pub(super) fn answered(&mut self, now: MonoTime, wire: u32, at: Source) {
         self.handshakes += 1;
-        let session = Session { wire, number: self.handshakes, since: now };
+        let session = Session { wire, number: self.handshakes, since: now, at };
         let oldest = self.sessions.iter_mut().min_by_key(|slot| slot.map(|kept| kept.number));
         if let Some(slot) = oldest {
             *slot = Some(session);
@@ -197,7 +201,8 @@ impl<E: Engine> Control<E> {
             return None;
         }
         self.newest = Some((session, counter));
-        Some(Registration { reach, until: session.since + SESSION_LIFE })
+        let is_met = session.at == reach.source;
+        Some(Registration { reach, until: session.since + SESSION_LIFE, is_met })
     }
 
     /// Whether a session that was confirmed may still be in use.

@@ -17,6 +17,8 @@ pub enum Reason {
     BadHandshake,
     /// A transport message of no session, or one that does not open.
     Unopened,
+    /// It opened and came from an address where another member is registered.
+    AddressTaken,
     /// It opened and holds nothing we answer.
     NoFrame,
     /// A carried datagram of another version or with stray bits.
@@ -38,13 +40,14 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Malformed,
         Self::BadMac,
         Self::Limited,
         Self::Stranger,
         Self::BadHandshake,
         Self::Unopened,
+        Self::AddressTaken,
         Self::NoFrame,
         Self::BadHeader,
         Self::Unregistered,
@@ -66,6 +69,7 @@ impl Reason {
             Self::Stranger => "stranger",
             Self::BadHandshake => "bad_handshake",
             Self::Unopened => "unopened",
+            Self::AddressTaken => "address_taken",
             Self::NoFrame => "no_frame",
             Self::BadHeader => "bad_header",
             Self::Unregistered => "unregistered",

@@ -11,7 +11,7 @@
 
 use std::sync::Arc;
 
-use mesh_core::tunnel::engine::EngineFactory;
+use mesh_core::tunnel::engine::{EngineFactory, TAG_BYTES, TRANSPORT_HEADER_BYTES};
 use mesh_core::tunnel::front::Message;
 use mesh_types::carry::{self, CARRY_HEADER_BYTES};
 use mesh_types::key::KEY_LEN;
@@ -55,7 +55,7 @@ impl<F: EngineFactory> Relay<F> {
             Err((reason, missing)) => {
                 worker.counters.lose(reason, 1);
                 if let Some(key) = missing {
-                    self.tell_not_here(now, arrival, sender, key, worker, out);
+                    self.tell_not_here(now, arrival, sender, key, unit, worker, out);
                 }
                 return unit;
             }
@@ -126,19 +126,24 @@ impl<F: EngineFactory> Relay<F> {
         less(Reason::ReceiverBudget, carried, received)
     }
 
+    #[allow(clippy::too_many_arguments)] // of one datagram, and what it asked for
     fn tell_not_here(
         &self,
         now: MonoTime,
         arrival: &Arrival,
         sender: &Client<F::Engine>,
         key: [u8; KEY_LEN],
+        asked_len: usize,
         worker: &mut Worker,
         out: &mut impl Outlet,
     ) {
-        if !sender.not_here.is_due(now, RELAY_NOT_HERE_PAUSE) {
+        // The sender's address may be forged: nobody is sent more than was sent in his name.
+        let frame = Frame::NotHere { key };
+        let is_short = asked_len < TRANSPORT_HEADER_BYTES + frame.packet_len() + TAG_BYTES;
+        if is_short || !sender.not_here.is_due(now, RELAY_NOT_HERE_PAUSE) {
             return;
         }
-        if self.tell(now, sender, &arrival.from, Frame::NotHere { key }, worker, out) {
+        if self.tell(now, sender, &arrival.from, frame, worker, out) {
             worker.counters.add(Event::ToldNotHere, 1);
         }
     }

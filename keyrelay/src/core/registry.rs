@@ -111,26 +111,33 @@ impl<E: Engine> Registry<E> {
         all
     }
 
-    /// Puts a member where its last message came from. An address names one member: the last that came from there.
+    /// Puts a member where its last message came from. An address names one member: the last that came from there, but another's
+    /// is taken only by who shook hands from there. False if it stays another's.
     pub(super) fn register(
         &self,
+        now: MonoTime,
         client: &Arc<Client<E>>,
         control: &Control<E>,
         registration: Registration,
-    ) {
+    ) -> bool {
         if control.revoked {
-            return;
+            return false;
         }
         let source = registration.reach.source;
+        let holder = self.at_source(now, &source).filter(|there| !Arc::ptr_eq(there, client));
+        if holder.is_some() && !registration.is_met {
+            return false;
+        }
         let before = client.put(Some(registration));
         if let Some(before) = before.filter(|before| before.reach.source != source) {
             self.forget(client, &before.reach.source);
         }
-        let Some(stripe) = self.stripe(&source) else { return };
+        let Some(stripe) = self.stripe(&source) else { return false };
         let is_known = |there: &Arc<Client<E>>| Arc::ptr_eq(there, client);
         if !read(stripe).get(&source).is_some_and(is_known) {
             write(stripe).insert(source, Arc::clone(client));
         }
+        true
     }
 
     /// Ends a registration. Only with the member's control in hand.

@@ -18,7 +18,7 @@
 //! session, whose clock went back. Whoever replays it gets a response he cannot use.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
@@ -391,7 +391,7 @@ impl<F: EngineFactory> Relay<F> {
         drop(front);
         match verdict {
             Verdict::Accept => {
-                let outcome = self.handshake(now, source.ip(), datagram, worker);
+                let outcome = self.handshake(now, arrival.from.source, datagram, worker);
                 if outcome == Err(Reason::Stranger) {
                     let mut front = self.front.lock().unwrap_or_else(PoisonError::into_inner);
                     front.was_stranger(now);
@@ -412,10 +412,11 @@ impl<F: EngineFactory> Relay<F> {
     fn handshake(
         &self,
         now: MonoTime,
-        source: IpAddr,
+        from: Source,
         datagram: &[u8],
         worker: &mut Worker,
     ) -> Result<usize, Reason> {
+        let source = from.address().ip();
         let peer = self.factory().identify(OWN, datagram);
         let client = peer.and_then(|key| self.registry.member(key.as_bytes()));
         let client = client.ok_or(Reason::Stranger)?;
@@ -439,7 +440,7 @@ impl<F: EngineFactory> Relay<F> {
         }
         let length = outcome.map_err(|_| Reason::BadHandshake)?.reply_len;
         let wire = worker.reply.get(RESPONSE_SENDER).and_then(|at| at.first_chunk());
-        control.answered(now, wire.map_or(0, |wire| u32::from_le_bytes(*wire)));
+        control.answered(now, wire.map_or(0, |wire| u32::from_le_bytes(*wire)), from);
         worker.counters.add(Event::Handshakes, 1);
         Ok(length)
     }
@@ -494,8 +495,10 @@ impl<F: EngineFactory> Relay<F> {
         let before = client.reach(now);
         if port == Port::Main
             && let Some(registration) = control.opened(wire, counter, arrival.from)
+            && !self.registry.register(now, &client, &control, registration)
         {
-            self.registry.register(&client, &control, registration);
+            // No answer: it is to shake hands from there, as it does where nothing comes back.
+            return Err(Reason::AddressTaken);
         }
         let moved = client.reach(now).filter(|reach| before != Some(*reach));
         let mut written = self.answer(now, arrival, &client, &mut control, index, opened, worker);

@@ -1,6 +1,7 @@
 //! What must not work, by name.
 
 use mesh_types::limits::STRANGERS_PER_SECOND_BEFORE_COOKIES;
+use wg_engine::MacKeys;
 
 use super::*;
 
@@ -102,11 +103,56 @@ fn nobody_registers_a_key_he_does_not_hold() {
     let mut forged = initiation(&mut engine(&thief, bench.key), now);
     forged[40..88].copy_from_slice(&true_one[40..88]);
     assert_eq!(bench.ask(now, address(ELSEWHERE), &forged), None);
-    // Even with a good mac1, which anybody can write who knows the relay's key.
     assert_eq!(bench.drops(Reason::BadMac), 1);
+    // Nor with a good mac1, which anybody can write who knows the relay's key.
+    MacKeys::of(&bench.key).sign(&mut forged).expect("a handshake message");
+    assert_eq!(bench.ask(now, address(ELSEWHERE), &forged), None);
     let stranger = initiation(&mut engine(&thief, bench.key), now);
     assert_eq!(bench.ask(now, address(ELSEWHERE), &stranger), None);
-    assert_eq!((bench.drops(Reason::Stranger), bench.relay.registered()), (1, 0));
+    assert_eq!((bench.drops(Reason::Stranger), bench.relay.registered()), (2, 0));
+    assert_eq!(bench.events(Event::Handshakes), 0);
+}
+
+#[test]
+fn a_member_that_seals_under_anothers_index_moves_nobody_and_gets_no_answer() {
+    let (ka, kb) = (generate_private_key(), generate_private_key());
+    let mut bench = Bench::new(&[&ka, &kb]);
+    let now = at_ms(1000);
+    let a = Node::joined(&ka, &mut bench, now, HERE);
+    let mut thief = Node::joined(&kb, &mut bench, now, "203.0.113.8:2");
+    for mut message in [thief.keepalive(now), thief.question(now)] {
+        message[4..8].copy_from_slice(&a.index);
+        assert_eq!(bench.ask(now, address(ELSEWHERE), &message), None);
+    }
+    assert_eq!((bench.drops(Reason::Unopened), bench.relay.registered()), (2, 2));
+    let datagram = carried(&a.public, &data(64));
+    let sent = bench.burst(now, thief.at, datagram.len(), &datagram);
+    assert_eq!(sent.iter().map(|sent| sent.to).collect::<Vec<_>>(), [a.at]);
+}
+
+#[test]
+fn a_member_that_forges_anothers_address_does_not_take_it_and_who_got_it_rightly_does() {
+    let (ka, kb) = (generate_private_key(), generate_private_key());
+    let mut bench = Bench::new(&[&ka, &kb]);
+    let now = at_ms(1000);
+    let mut a = Node::joined(&ka, &mut bench, now, HERE);
+    let mut thief = Node::joined(&kb, &mut bench, now, "203.0.113.8:2");
+    let datagram = carried(&thief.public, &data(64));
+    let in_name_of = |bench: &mut Bench| {
+        let sent = bench.burst(now, address(HERE), datagram.len(), &datagram);
+        let to = sent.iter().find_map(|sent| Some((*carry::parse(&sent.bytes)?.key, sent.to)));
+        to.expect("carried")
+    };
+    for forged in [thief.keepalive(now), thief.question(now)] {
+        assert_eq!(bench.ask(now, a.at, &forged), None);
+        assert_eq!(in_name_of(&mut bench), (*a.public.as_bytes(), thief.at));
+    }
+    assert!(a.is_answered(&mut bench, now) && thief.is_answered(&mut bench, now));
+    assert_eq!(bench.relay.registered(), 2);
+    // A NAT gave the port to the other.
+    let mut moved = Node::met(&kb, &mut bench, now, HERE);
+    assert!(moved.is_answered(&mut bench, now));
+    assert_eq!(in_name_of(&mut bench), (*thief.public.as_bytes(), moved.at));
 }
 
 #[test]
@@ -133,20 +179,20 @@ fn who_forges_a_members_address_gets_no_more_bytes_out_of_the_relay_than_he_puts
     let a = Node::joined(&a, &mut bench, at_ms(0), HERE);
     let b = Node::joined(&b, &mut bench, at_ms(0), "203.0.113.8:2");
     let nobody = public_key(&generate_private_key());
-    let (mut bytes_in, mut bytes_out) = (0, 0);
     for n in 0..10_000u64 {
+        let length = if n % 3 == 0 { 32 } else { 32 + n as usize % 300 };
         let datagram = match n % 4 {
-            0 => carried(&b.public, &data(32)),
-            1 => carried(&nobody, &data(32)),
-            2 => carried(&a.public, &data(32)),
-            _ => data(64),
+            0 => carried(&b.public, &data(length)),
+            1 => carried(&nobody, &data(length)),
+            2 => carried(&a.public, &data(length)),
+            _ => data(length),
         };
         let sent = bench.burst(at_ms(n), a.at, datagram.len(), &datagram);
-        bytes_in += datagram.len();
-        bytes_out += sent.iter().map(|sent| sent.bytes.len()).sum::<usize>();
+        let bytes_out = sent.iter().map(|sent| sent.bytes.len()).sum::<usize>();
+        assert!(bytes_out <= datagram.len(), "{bytes_out} for {}", datagram.len());
         assert!(sent.iter().all(|sent| [a.at, b.at].contains(&sent.to)));
     }
-    assert!(bytes_out <= bytes_in, "{bytes_out} for {bytes_in}");
+    assert!(bench.events(Event::ToldNotHere) >= 9, "what is long enough is answered");
 }
 
 #[test]
