@@ -396,6 +396,22 @@ mod tests {
         assert_eq!(board.received_bytes.load(Ordering::Relaxed), bytes as u64);
     }
 
+    #[tokio::test]
+    async fn frames_of_any_length_cost_nothing_but_themselves() {
+        let (tunnel, port) = bound();
+        let (local, board) = (local(port), Board::default());
+        let mut sender = local.sender().expect("a sender");
+        let mut stream = Vec::new();
+        // Nothing, more than a datagram holds, and a word.
+        for len in [0, 65_535, 65_508, 0, 4] {
+            assert!(stream_frame::push(&mut stream, &vec![5; len], usize::MAX));
+        }
+        read(stream.as_slice(), &mut sender, &board).await;
+        let mut buffer = [0; 100];
+        assert_eq!(tunnel.recv(&mut buffer).expect("the word"), 4);
+        assert_eq!(board.refused.load(Ordering::Relaxed), 2);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_connection_that_takes_nothing_is_given_up() {
         let (near, _far) = tokio::io::duplex(64);

@@ -248,6 +248,7 @@ impl Keeper {
             News::Stands { local, remote } => {
                 tracing::debug!(%relay, %remote, "connected to the relay over TLS");
                 way.answered = false;
+                self.policy.stands(clock::now(), &relay);
                 self.board.change(&relay, |link| {
                     *link = Link { local: Some(local), remote: Some(remote), ..Link::default() };
                 });

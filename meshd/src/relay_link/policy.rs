@@ -28,6 +28,10 @@ use mesh_types::time::MonoTime;
 /// is asked again 250 ms after one that was lost. Where it is too short, a connection is made that is not needed.
 const PATIENCE: Duration = Duration::from_millis(800);
 
+/// A connection that stands has to bring an answer for so long: a handshake and a question over the slowest of ways. What takes
+/// connections and says nothing must not keep another relay's place.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+
 /// UDP has to answer for so long: longer than from one question to the next and its second (20 s, half of one).
 const CALM: Duration = Duration::from_secs(30);
 
@@ -48,6 +52,8 @@ struct Relay {
     doubt: Option<MonoTime>,
     /// Connections that failed since the last that carried.
     failures: u32,
+    /// Since when one stands that has not carried yet.
+    stands: Option<MonoTime>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -58,6 +64,16 @@ enum Mode {
     Calming {
         since: MonoTime,
     },
+}
+
+impl Relay {
+    fn fail(&mut self) {
+        (self.failures, self.stands) = (self.failures.saturating_add(1), None);
+    }
+
+    fn answer_by(&self) -> Option<MonoTime> {
+        self.stands.map(|since| since + ANSWER_WITHIN)
+    }
 }
 
 /// What is to become of the bridge to one relay.
@@ -89,7 +105,8 @@ impl Policy {
                 let doubt = known.map_or(Some(now), |known| known.doubt);
                 let failures = known.map_or(0, |known| known.failures);
                 let rtt = known.and_then(|known| known.rtt);
-                Relay { key: *key, tls: *tls, rtt, doubt, failures }
+                let stands = known.and_then(|known| known.stands);
+                Relay { key: *key, tls: *tls, rtt, doubt, failures, stands }
             })
             .collect();
     }
@@ -105,18 +122,25 @@ impl Policy {
         self.with(key, |relay| _ = relay.doubt.get_or_insert(asked));
     }
 
+    /// A connection was made.
+    pub(super) fn stands(&mut self, now: MonoTime, key: &PublicKey) {
+        self.with(key, |relay| relay.stands = Some(now));
+    }
+
     /// The relay answered over a connection.
     pub(super) fn lets_in(&mut self, key: &PublicKey) {
-        self.with(key, |relay| relay.failures = 0);
+        self.with(key, |relay| (relay.failures, relay.stands) = (0, None));
     }
 
     /// A connection could not be made, or ended without an answer.
     pub(super) fn failed(&mut self, key: &PublicKey) {
-        self.with(key, |relay| relay.failures = relay.failures.saturating_add(1));
+        self.with(key, Relay::fail);
     }
 
     /// Goes on to the state that follows from what was heard, and the time.
     pub(super) fn turn(&mut self, now: MonoTime) -> Option<Change> {
+        let silent = |relay: &&mut Relay| relay.answer_by().is_some_and(|by| by <= now);
+        self.relays.iter_mut().filter(silent).for_each(Relay::fail);
         let (before, udp) = (self.mode, self.relays.iter().any(|relay| relay.doubt.is_none()));
         self.mode = match before {
             _ if self.relays.is_empty() => Mode::Straight,
@@ -138,11 +162,12 @@ impl Policy {
 
     /// When time alone changes something.
     pub(super) fn deadline(&self) -> Option<MonoTime> {
-        match self.mode {
+        let turn = match self.mode {
             Mode::Straight => self.given_up_at(),
             Mode::Bridged => None,
             Mode::Calming { since } => Some(since + CALM),
-        }
+        };
+        self.relays.iter().filter_map(Relay::answer_by).chain(turn).min()
     }
 
     /// What is to become of each bridge.
@@ -295,6 +320,24 @@ mod tests {
             [1, 2],
             "whoever cannot get in at the first meets others at the next"
         );
+    }
+
+    #[test]
+    fn a_relay_that_takes_connections_and_says_nothing_makes_room_for_the_next() {
+        let mut policy = policy(3);
+        policy.turn(at(800));
+        policy.stands(at(1_000), &key(20));
+        policy.stands(at(1_000), &key(21));
+        policy.lets_in(&key(21));
+        assert_eq!(policy.deadline(), Some(at(6_000)));
+        policy.turn(at(5_999));
+        assert_eq!(open(&policy), [0, 1]);
+        policy.turn(at(6_000));
+        assert_eq!(open(&policy), [1, 2]);
+        assert_eq!(policy.deadline(), None, "told once for a connection");
+        policy.stands(at(7_000), &key(22));
+        policy.turn(at(12_000));
+        assert_eq!(open(&policy), [0, 1], "no better than the first");
     }
 
     #[test]

@@ -82,3 +82,35 @@ impl Dialer {
         Ok((stream, to))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::io::Write;
+    use std::net::TcpListener;
+
+    /// What comes of a port whose owner says this to everybody and then waits.
+    async fn dial(says: &'static [u8]) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let place =
+            Place { name: name_of(&EndpointHint::Address(address)), addresses: vec![address] };
+        let owner = std::thread::spawn(move || {
+            let (mut tcp, _) = listener.accept().expect("a connection");
+            tcp.write_all(says).expect("written");
+            tcp
+        });
+        let ended = Dialer::new(0).expect("TLS").dial(&place).await;
+        let why = format!("{:#}", ended.err().expect("no connection"));
+        drop(owner.join());
+        why
+    }
+
+    #[tokio::test]
+    async fn a_port_that_takes_connections_and_says_nothing_or_something_else_is_given_up() {
+        assert!(dial(b"").await.contains("no answer over TLS"));
+        assert!(dial(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.contains("no TLS 1.3"));
+        assert!(dial(&[0x16; 5_000]).await.contains("no TLS 1.3"));
+    }
+}
