@@ -7,6 +7,8 @@
 mod engine;
 mod keyrelay;
 mod packet;
+mod relayed;
+mod texts;
 mod tunnel;
 mod uapi;
 
@@ -30,6 +32,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("relay_datagrams", keyrelay::datagrams),
     ("relay_frames", keyrelay::frames),
     ("relay_stream", keyrelay::stream),
+    ("relay_node", relayed::node),
+    ("relay_texts", texts::relays),
 ];
 
 /// Runs the target called `name`.
