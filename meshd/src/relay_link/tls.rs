@@ -102,7 +102,7 @@ mod tests {
             tcp
         });
         let ended = Dialer::new(0).expect("TLS").dial(&place).await;
-        let why = format!("{:#}", ended.err().expect("no connection"));
+        let why = format!("{:#}", ended.expect_err("no connection"));
         drop(owner.join());
         why
     }

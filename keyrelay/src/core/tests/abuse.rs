@@ -150,6 +150,7 @@ fn a_member_that_forges_anothers_address_does_not_take_it_and_who_got_it_rightly
     assert!(a.is_answered(&mut bench, now) && thief.is_answered(&mut bench, now));
     assert_eq!(bench.relay.registered(), 2);
     // A NAT gave the port to the other.
+    let now = at_ms(2000);
     let mut moved = Node::met(&kb, &mut bench, now, HERE);
     assert!(moved.is_answered(&mut bench, now));
     assert_eq!(in_name_of(&mut bench), (*thief.public.as_bytes(), moved.at));

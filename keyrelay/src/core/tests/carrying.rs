@@ -118,7 +118,7 @@ fn every_check_of_the_table_has_its_counter() {
 fn a_sender_is_told_once_a_second_that_its_receiver_is_not_here() {
     let (mut bench, mut a, _) = pair();
     let nobody = public_key(&generate_private_key());
-    let datagram = carried(&nobody, &data(64));
+    let datagram = carried(&nobody, &data(96));
     let mut told = 0;
     for ms in (1000..4000).step_by(10) {
         let now = at_ms(ms);
