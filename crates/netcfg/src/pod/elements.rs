@@ -1,5 +1,6 @@
 //! Who is in the sets of the pods' table, over netlink.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 
@@ -36,19 +37,24 @@ pub(super) fn remove(
 
 /// Every pair in the sets; none where there is no such table.
 pub(super) fn list(socket: &mut Nfnetlink, table: &str) -> io::Result<Vec<(String, IpAddr)>> {
-    let mut pairs = Vec::new();
+    let mut pairs = BTreeSet::new();
     for set in SETS {
         let request = Attributes::default().text(TABLE, table)?.text(ELEMENTS_SET, set)?;
-        let parts = missing_is_empty(socket.dump(GET_ELEMENT, &request))?;
-        for list in parts.iter().flat_map(|part| of_kind(part, ELEMENTS)) {
-            for element in of_kind(list, LIST_ITEM) {
-                let keys = of_kind(element, ELEMENT_KEY);
-                let mut values = keys.flat_map(|key| of_kind(key, DATA_VALUE));
-                pairs.extend(values.next().and_then(pair));
-            }
+        read(&missing_is_empty(socket.dump(GET_ELEMENT, &request))?, &mut pairs);
+    }
+    Ok(pairs.into_iter().collect())
+}
+
+/// Once each: while the kernel makes a hash table larger, a listing begins anew and brings what it had brought before
+/// (`rhashtable_walk_next` in lib/rhashtable.c), and to take out the same twice would fail.
+fn read(parts: &[Vec<u8>], pairs: &mut BTreeSet<(String, IpAddr)>) {
+    for list in parts.iter().flat_map(|part| of_kind(part, ELEMENTS)) {
+        for element in of_kind(list, LIST_ITEM) {
+            let keys = of_kind(element, ELEMENT_KEY);
+            let mut values = keys.flat_map(|key| of_kind(key, DATA_VALUE));
+            pairs.extend(values.next().and_then(pair));
         }
     }
-    Ok(pairs)
 }
 
 fn change(
@@ -112,6 +118,24 @@ fn pair(key: &[u8]) -> Option<(String, IpAddr)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_listing_brings_twice_is_there_once() {
+        let part = |names: &[&str]| -> Vec<u8> {
+            let mut list = Attributes::default();
+            for name in names {
+                let value = key(name, IpAddr::from([10, 244, 1, 2])).unwrap();
+                let value = Attributes::default().put(DATA_VALUE, &value).unwrap();
+                let element = Attributes::default().nested(ELEMENT_KEY, &value).unwrap();
+                list = list.nested(LIST_ITEM, &element).unwrap();
+            }
+            Attributes::default().nested(ELEMENTS, &list).unwrap().bytes().to_vec()
+        };
+        let mut pairs = BTreeSet::new();
+        read(&[part(&["meshp1", "meshp2"]), part(&["meshp2", "meshp3", "meshp1"])], &mut pairs);
+        let names: Vec<&str> = pairs.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["meshp1", "meshp2", "meshp3"]);
+    }
 
     #[test]
     fn keys_have_the_layout_of_the_sets_type() {
