@@ -105,6 +105,21 @@ struct Asked {
     at: MonoTime,
 }
 
+/// A relay that is passed over.
+#[derive(Debug, Clone, Copy)]
+struct Avoided {
+    addr: SocketAddr,
+    until: MonoTime,
+    /// Nothing came back through it: something may again. Otherwise it said itself that it is not to be used.
+    is_lost: bool,
+}
+
+impl Avoided {
+    fn is_lost_at(&self, relay: SocketAddr) -> bool {
+        self.is_lost && self.addr == relay
+    }
+}
+
 impl Asked {
     fn is(&self, token: u64, source: SocketAddr, carried: bool) -> bool {
         self.token == token && self.to.addr == source && self.to.carry.is_some() == carried
@@ -146,7 +161,7 @@ pub struct Ways {
     /// The last invitation, and through which relay.
     called: Option<(MonoTime, SocketAddr)>,
     distrust_until: Option<MonoTime>,
-    avoid: Option<(SocketAddr, MonoTime)>,
+    avoid: Option<Avoided>,
     /// When the relay that is passed over is probed, since the peer was heard through it; and when it was last.
     again_at: Option<MonoTime>,
     again: Option<MonoTime>,
@@ -180,7 +195,7 @@ impl Ways {
                 }
                 self.relay = Some(Proven { addr: source, at: now, rtt: self.relay_rtt(source) });
             }
-            if self.avoid.is_some_and(|(relay, _)| relay == source) && self.again_at.is_none() {
+            if self.avoid.is_some_and(|it| it.is_lost_at(source)) && self.again_at.is_none() {
                 self.again_at = Some(self.again.map_or(now, |again| (again + AGAIN).max(now)));
             }
             // The peer does not trust the direct way any more, or not yet.
@@ -216,7 +231,7 @@ impl Ways {
         let proven = Proven { addr: source, at: now, rtt: Some(rtt) };
         if carried {
             self.note_relay_rtt(source, rtt);
-            self.avoid.take_if(|(relay, _)| *relay == source);
+            self.avoid.take_if(|it| it.is_lost_at(source));
             let better = self.relay.is_none_or(|relay| {
                 relay.addr == source || relay.rtt.is_some_and(|before| much_faster(rtt, before))
             });
@@ -382,7 +397,7 @@ impl Ways {
     /// The relay in use, or the best that is not avoided, or the best.
     fn relayed(&self, now: MonoTime, around: &Around<'_>) -> Option<Endpoint> {
         let avoided = |relay: &&Endpoint| {
-            self.avoid.is_some_and(|(addr, until)| addr == relay.addr && now < until)
+            self.avoid.is_some_and(|it| it.addr == relay.addr && now < it.until)
         };
         let in_use = |relay: &&Endpoint| self.relay.is_some_and(|it| it.addr == relay.addr);
         let mut usable = around.relays.iter().filter(|relay| !avoided(relay));
@@ -392,7 +407,7 @@ impl Ways {
 
     /// The relay at `addr` does not know the peer, or is about to end.
     pub fn avoid(&mut self, now: MonoTime, addr: SocketAddr) {
-        self.avoid = Some((addr, now + AVOID));
+        self.avoid = Some(Avoided { addr, until: now + AVOID, is_lost: false });
         self.relay.take_if(|relay| relay.addr == addr);
     }
 

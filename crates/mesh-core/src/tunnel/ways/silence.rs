@@ -12,7 +12,7 @@ use std::time::Duration;
 use mesh_types::limits::RELAYS_MAX;
 use mesh_types::time::MonoTime;
 
-use super::{ASKED_MAX, AVOID, Around, Ask, Asked, DISTRUST, Ways};
+use super::{ASKED_MAX, AVOID, Around, Ask, Asked, Avoided, DISTRUST, Ways};
 use crate::tunnel::path::{Endpoint, ProbeLimiter};
 
 /// A way in use on which nothing was heard for so long is probed.
@@ -63,8 +63,8 @@ impl Ways {
         token: &mut impl FnMut() -> u64,
         out: &mut Vec<Ask>,
     ) {
-        let relay = self.avoid.and_then(|(avoided, _)| {
-            around.relays.iter().find(|relay| relay.addr == avoided).copied()
+        let relay = self.avoid.and_then(|avoided| {
+            around.relays.iter().find(|relay| relay.addr == avoided.addr).copied()
         });
         if let Some(relay) = relay {
             self.again = Some(now);
@@ -122,7 +122,7 @@ impl Ways {
     fn lose(&mut self, now: MonoTime, way: &Endpoint) {
         match way.carry {
             Some(_) => {
-                self.avoid = Some((way.addr, now + AVOID));
+                self.avoid = Some(Avoided { addr: way.addr, until: now + AVOID, is_lost: true });
                 self.relay = None;
             }
             None => {

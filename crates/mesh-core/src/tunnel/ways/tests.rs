@@ -92,3 +92,21 @@ fn a_punched_way_is_believed_for_fifteen_seconds_and_a_published_one_for_a_sessi
         assert_eq!(ways.way(at(end), &alone), Some(direct), "there is no other");
     }
 }
+
+#[test]
+fn a_relay_that_says_it_leaves_is_not_taken_up_again_for_carrying_on_meanwhile() {
+    let other = Endpoint { addr: addr("203.0.113.2:1"), ..relay() };
+    let relays = [relay(), other];
+    let around = Around { direct: None, candidates: &[], relays: &relays };
+    let mut ways = Ways::default();
+    ways.used(at(0));
+    let asked = probes(&mut ways, 0, None, &relays);
+    assert!(asked.contains(&relay()) && asked.contains(&other), "{asked:?}");
+    ways.avoid(at(1), relay().addr);
+    for ask in ways.asked.clone() {
+        ways.answered(at(2), ask.token, ask.to.addr, true);
+    }
+    ways.heard(at(3), relay().addr, true);
+    assert_eq!(ways.way(at(4), &around), Some(other));
+    assert!(ways.again_at.is_none());
+}
