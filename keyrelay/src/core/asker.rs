@@ -7,19 +7,17 @@
 //! ```
 
 use std::net::SocketAddr;
-use std::ops::Range;
 use std::time::Duration;
 
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineError, EngineFactory, HandshakeBuffer, OpenBurst, OwnKeyId,
-    TimerOutcome,
+    Engine, EngineConfig, EngineFactory, HandshakeBuffer, OwnKeyId, TimerOutcome, open_one,
 };
 use mesh_core::tunnel::front::Message;
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::relay_frame::Frame;
 use mesh_types::time::MonoTime;
 
-use super::relay::{RECEIVE_BYTES, seal_frame};
+use super::relay::seal_frame;
 
 const OWN: OwnKeyId = OwnKeyId(0);
 
@@ -131,22 +129,8 @@ impl<E: Engine> Asker<E> {
     }
 
     fn answer(&mut self, now: MonoTime, datagram: &[u8]) -> Step {
-        let (mut input, mut opened) = ([0; RECEIVE_BYTES], [0; RECEIVE_BYTES]);
-        let Some(input) = input.get_mut(..datagram.len()) else { return Step::Wait };
-        input.copy_from_slice(datagram);
-        let whole = 0..datagram.len();
-        let mut used = 0;
-        let mut results: Vec<Result<Range<usize>, EngineError>> = Vec::with_capacity(1);
-        let burst = OpenBurst {
-            input,
-            datagrams: std::slice::from_ref(&whole),
-            output: &mut opened,
-            output_used: &mut used,
-            results: &mut results,
-        };
-        self.engine.open(now, burst);
-        let packet = results.pop().and_then(Result::ok).and_then(|range| opened.get(range));
-        match packet.map(Frame::decode) {
+        let packet = open_one(&mut self.engine, now, datagram);
+        match packet.map(|packet| Frame::decode(&packet)) {
             Some(Ok(Frame::YourAddressIs { token, address, .. })) if token == self.token => {
                 self.ask_at = None;
                 Step::Answered(address)

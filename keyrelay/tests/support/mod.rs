@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use keyrelay::clock;
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OpenBurst, OwnKeyId,
-    RESPONSE_BYTES, SealBatch, TAG_BYTES, TRANSPORT_HEADER_BYTES,
+    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId,
+    RESPONSE_BYTES, open_one, seal_one,
 };
 use mesh_types::carry;
 use mesh_types::key::{PrivateKey, PublicKey};
@@ -227,25 +227,9 @@ impl Client {
 }
 
 pub(crate) fn seal(engine: &mut BoringEngine, packet: &[u8]) -> Vec<u8> {
-    let mut datagram = vec![0; TRANSPORT_HEADER_BYTES + packet.len() + TAG_BYTES];
-    let whole = 0..datagram.len();
-    datagram[TRANSPORT_HEADER_BYTES..][..packet.len()].copy_from_slice(packet);
-    let batch = SealBatch { buffer: &mut datagram, slots: std::slice::from_ref(&whole) };
-    engine.seal(clock::now(), batch).expect("a session");
-    datagram
+    seal_one(engine, clock::now(), packet).expect("a session")
 }
 
 pub(crate) fn open(engine: &mut BoringEngine, datagram: &[u8]) -> Option<Vec<u8>> {
-    let (mut input, mut output) = (datagram.to_vec(), vec![0; datagram.len()]);
-    let (whole, mut used, mut results) = (0..datagram.len(), 0, Vec::new());
-    let burst = OpenBurst {
-        input: &mut input,
-        datagrams: std::slice::from_ref(&whole),
-        output: &mut output,
-        output_used: &mut used,
-        results: &mut results,
-    };
-    engine.open(clock::now(), burst);
-    let range = results.pop()?.ok()?;
-    Some(output[range].to_vec())
+    open_one(engine, clock::now(), datagram)
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use mesh_core::packet::{Ecn, IpHeader, VnetHeader};
 use mesh_core::tunnel::config::Role;
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OpenBurst, OwnKeyId,
-    SealBatch, TAG_BYTES, TRANSPORT_HEADER_BYTES,
+    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId, open_one,
+    seal_one,
 };
 use mesh_core::tunnel::front::Message;
 use mesh_core::tunnel::model::{ModelEngine, ModelFactory, public_key};
@@ -60,30 +60,6 @@ fn engine(own: u8, now: MonoTime) -> ModelEngine {
     let seed = u64::from(own);
     let config = EngineConfig { own: OWN, peer: key(NODE), preshared, keepalive, index, seed };
     ModelFactory::new(&private(own)).create(now, config)
-}
-
-fn open(engine: &mut ModelEngine, now: MonoTime, datagram: &[u8]) -> Option<Vec<u8>> {
-    let (mut input, mut output) = (datagram.to_vec(), vec![0; datagram.len()]);
-    let (whole, mut used, mut results) = (0..datagram.len(), 0, Vec::new());
-    let burst = OpenBurst {
-        input: &mut input,
-        datagrams: std::slice::from_ref(&whole),
-        output: &mut output,
-        output_used: &mut used,
-        results: &mut results,
-    };
-    engine.open(now, burst);
-    let range = results.pop()?.ok()?;
-    Some(output[range].to_vec())
-}
-
-fn seal(engine: &mut ModelEngine, now: MonoTime, packet: &[u8]) -> Option<Vec<u8>> {
-    let mut datagram = vec![0; TRANSPORT_HEADER_BYTES + packet.len() + TAG_BYTES];
-    datagram[TRANSPORT_HEADER_BYTES..][..packet.len()].copy_from_slice(packet);
-    let whole = 0..datagram.len();
-    let batch = SealBatch { buffer: &mut datagram, slots: std::slice::from_ref(&whole) };
-    engine.seal(now, batch).ok()?;
-    Some(datagram)
 }
 
 impl Bench {
@@ -175,7 +151,7 @@ impl Bench {
                         }
                     }
                     Some(Message::Transport(_)) if by_relay => {
-                        let packet = open(engine, self.now, message);
+                        let packet = open_one(engine, self.now, message);
                         if let Some(Ok(Frame::WhatIsMyAddress { token })) =
                             packet.as_deref().map(Frame::decode)
                         {
@@ -211,13 +187,13 @@ impl Bench {
         let packet = packet(bytes, from_relay, self.token[usize::from(!from_relay)]);
         match kind & 3 {
             0 => {
-                if let Some(sealed) = seal(&mut self.relay, self.now, &packet) {
+                if let Some(sealed) = seal_one(&mut self.relay, self.now, &packet) {
                     self.hear(from(at(RELAY)), &sealed);
                 }
             }
             3 => self.hear(from(at(RELAY)), bytes),
             way => {
-                if let Some(sealed) = seal(&mut self.peer, self.now, &packet) {
+                if let Some(sealed) = seal_one(&mut self.peer, self.now, &packet) {
                     match way {
                         1 => self.hear(from(at(PEER)), &sealed),
                         _ => self.carried(&sealed),
@@ -281,7 +257,7 @@ pub(crate) fn node(data: &[u8]) {
     bench.collect();
     let now = bench.now;
     let sealed = std::mem::take(&mut bench.to_peer);
-    let opened = sealed.iter().filter_map(|sealed| open(&mut bench.peer, now, sealed));
+    let opened = sealed.iter().filter_map(|sealed| open_one(&mut bench.peer, now, sealed));
     let arrived = opened.filter(|it| it.get(..24) == Some(&packet[..])).count();
     assert_eq!(arrived, 1, "of {} datagrams", sealed.len());
 }

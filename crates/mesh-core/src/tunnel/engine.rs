@@ -126,6 +126,32 @@ pub struct OpenBurst<'a> {
     pub results: &'a mut Vec<Result<Range<usize>, EngineError>>,
 }
 
+/// Seals one packet into a datagram of its own; `None` where no session can. For who has no bursts: it makes room for each.
+pub fn seal_one(engine: &mut impl Engine, now: MonoTime, packet: &[u8]) -> Option<Vec<u8>> {
+    let mut datagram = vec![0; TRANSPORT_HEADER_BYTES + packet.len() + TAG_BYTES];
+    let whole = 0..datagram.len();
+    datagram.get_mut(TRANSPORT_HEADER_BYTES..)?.get_mut(..packet.len())?.copy_from_slice(packet);
+    let batch = SealBatch { buffer: &mut datagram, slots: std::slice::from_ref(&whole) };
+    engine.seal(now, batch).ok()?;
+    Some(datagram)
+}
+
+/// Opens one datagram; `None` where it does not open.
+pub fn open_one(engine: &mut impl Engine, now: MonoTime, datagram: &[u8]) -> Option<Vec<u8>> {
+    let (mut input, mut output) = (datagram.to_vec(), vec![0; datagram.len()]);
+    let (whole, mut used, mut results) = (0..datagram.len(), 0, Vec::with_capacity(1));
+    let burst = OpenBurst {
+        input: &mut input,
+        datagrams: std::slice::from_ref(&whole),
+        output: &mut output,
+        output_used: &mut used,
+        results: &mut results,
+    };
+    engine.open(now, burst);
+    let range = results.pop()?.ok()?;
+    Some(output.get(range)?.to_vec())
+}
+
 /// What an engine knows of itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct EngineStatus {

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OpenBurst, OwnKeyId,
-    SealBatch, TAG_BYTES, TRANSPORT_HEADER_BYTES,
+    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId, open_one,
+    seal_one,
 };
 use mesh_types::carry;
 use mesh_types::key::{PrivateKey, PublicKey};
@@ -181,33 +181,13 @@ impl Node {
 
     /// The frame in what the relay sent.
     fn hears(&mut self, now: MonoTime, datagram: &[u8]) -> Option<Frame> {
-        let packet = open(&mut self.engine, now, datagram)?;
+        let packet = open_one(&mut self.engine, now, datagram)?;
         Frame::decode(&packet).ok()
     }
 }
 
 fn seal(engine: &mut BoringEngine, now: MonoTime, packet: &[u8]) -> Vec<u8> {
-    let mut datagram = vec![0; TRANSPORT_HEADER_BYTES + packet.len() + TAG_BYTES];
-    let whole = 0..datagram.len();
-    datagram[TRANSPORT_HEADER_BYTES..][..packet.len()].copy_from_slice(packet);
-    let batch = SealBatch { buffer: &mut datagram, slots: std::slice::from_ref(&whole) };
-    engine.seal(now, batch).expect("a session");
-    datagram
-}
-
-fn open(engine: &mut BoringEngine, now: MonoTime, datagram: &[u8]) -> Option<Vec<u8>> {
-    let (mut input, mut output) = (datagram.to_vec(), vec![0; datagram.len()]);
-    let (whole, mut used, mut results) = (0..datagram.len(), 0, Vec::new());
-    let burst = OpenBurst {
-        input: &mut input,
-        datagrams: std::slice::from_ref(&whole),
-        output: &mut output,
-        output_used: &mut used,
-        results: &mut results,
-    };
-    engine.open(now, burst);
-    let range = results.pop()?.ok()?;
-    Some(output[range].to_vec())
+    seal_one(engine, now, packet).expect("a session")
 }
 
 /// A carried datagram.

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OpenBurst, OwnKeyId,
-    SealBatch, TAG_BYTES, TRANSPORT_HEADER_BYTES,
+    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId, open_one,
+    seal_one,
 };
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::relay_frame::{Frame, PACKET_BYTES_MAX};
@@ -72,24 +72,12 @@ fn ask(socket: &UdpSocket, engine: &mut BoringEngine) -> Result<bool> {
     let mut packet = [0; PACKET_BYTES_MAX];
     let question = Frame::WhatIsMyAddress { token: 7 };
     let length = question.encode(&mut packet).context("the question is too long")?;
-    let mut datagram = vec![0; TRANSPORT_HEADER_BYTES + length + TAG_BYTES];
-    datagram[TRANSPORT_HEADER_BYTES..][..length].copy_from_slice(&packet[..length]);
-    let whole = 0..datagram.len();
-    let batch = SealBatch { buffer: &mut datagram, slots: std::slice::from_ref(&whole) };
-    engine.seal(clock::now(), batch).context("there is no session")?;
+    let packet = packet.get(..length).unwrap_or_default();
+    let datagram = seal_one(engine, clock::now(), packet).context("there is no session")?;
     socket.send(&datagram)?;
-    let (mut answer, mut opened) = ([0; 256], [0; 256]);
+    let mut answer = [0; 256];
     let Some(got) = receive(socket, &mut answer)? else { return Ok(false) };
-    let (whole, mut used, mut results) = (0..got.len(), 0, Vec::new());
-    let burst = OpenBurst {
-        input: got,
-        datagrams: std::slice::from_ref(&whole),
-        output: &mut opened,
-        output_used: &mut used,
-        results: &mut results,
-    };
-    engine.open(clock::now(), burst);
-    let packet = results.pop().and_then(Result::ok).and_then(|range| opened.get(range));
+    let packet = open_one(engine, clock::now(), got);
     let is_ours = |frame| matches!(frame, Frame::YourAddressIs { token: 7, .. });
-    Ok(packet.and_then(|packet| Frame::decode(packet).ok()).is_some_and(is_ours))
+    Ok(packet.and_then(|packet| Frame::decode(&packet).ok()).is_some_and(is_ours))
 }
