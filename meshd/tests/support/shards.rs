@@ -6,11 +6,12 @@ fn sockets(shards: usize) -> anyhow::Result<Vec<UdpSocket>> {
     meshd::io::open_sockets(&UdpOptions::default(), shards)
 }
 
-/// Whatever was dropped, by reason; but not what a shard could not take in time on a machine that does other things, too:
-/// streams repeat it.
+/// Whatever was dropped, by reason; but not what a shard could not take in time (its ring was full) on a machine that does
+/// other things, too: streams repeat it.
 fn lost(side: &Side) -> Vec<(String, u64)> {
     let drops = side.snapshot().drops().into_iter();
-    let drops = drops.filter(|drop| drop.count > 0 && drop.reason != "handover_packet");
+    let in_time = |reason: &str| !matches!(reason, "handover_packet" | "handover_datagram");
+    let drops = drops.filter(|drop| drop.count > 0 && in_time(&drop.reason));
     drops.map(|drop| (drop.reason, drop.count)).collect()
 }
 
