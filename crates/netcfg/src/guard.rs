@@ -9,6 +9,8 @@
 //! out  postrouting 300   of a pod, from the port
 //!                        the tunnel's socket has?-> drop        (after every NAT: what would be taken for it)
 //! out  postrouting 300   SYN into the tunnel     -> MSS fits the route
+//! out  output -190       of the tunnel's own
+//!                        sockets?                -> goes where the socket says     (before every other NAT rule)
 //! ```
 //!
 //! The tunnel's port is closed to pods on their way out because connection tracking would give the peer's answers, and
@@ -18,9 +20,17 @@
 //! or gone, or whoever translates has not started. What was meant for a pod would leave in clear, with our own address
 //! once masqueraded.
 //!
+//! What the tunnel's own sockets send is bound to the destination it has. Else kube-proxy leads it elsewhere where that is an address
+//! of some Service, as a relay's behind a load balancer is: to a pod, where outer packets cannot go, and under another source. The
+//! kernel asks the chains of NAT by priority until one has bound the flow, and for its first packet alone (`nf_nat_inet_fn`), so
+//! later packets cost nothing. Ours binds as the kernel does where nobody has a rule; `accept` would let it ask on. Connections
+//! are tracked all the same: a firewall that lets answers in still does. Flows that were led away before are forgotten.
+//!
 //! The table stays when the daemon dies; only [`remove`] takes it away. It is replaced as a whole in one transaction and
 //! sealed then (`seal`): [`verify`] notices a changed configuration, a flush and an edit by somebody else alike, and
 //! starts no program for it.
+
+use std::net::IpAddr;
 
 use anyhow::Context as _;
 use ipnet::IpNet;
@@ -28,10 +38,10 @@ use mesh_types::defaults;
 use mesh_types::net::{ClusterPrefixes, outermost};
 
 use crate::nfnetlink::{self, Nfnetlink};
-use crate::nft;
 use crate::ruleset::{self, Table};
 pub use crate::seal::GuardState;
 use crate::seal::Sealed;
+use crate::{addr, conntrack, nft};
 
 /// What the guard is made from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +58,9 @@ pub struct GuardConfig {
     pub pod_link_prefix: String,
     /// UDP port of the tunnel's own socket.
     pub port: u16,
+    /// Firewall mark of what our own sockets send, and which bits of it are ours.
+    pub mark: u32,
+    pub mark_mask: u32,
 }
 
 impl GuardConfig {
@@ -61,6 +74,8 @@ impl GuardConfig {
             tun: defaults::TUN_NAME.to_owned(),
             pod_link_prefix: defaults::POD_LINK_PREFIX.to_owned(),
             port: defaults::UDP_PORT,
+            mark: defaults::MARK,
+            mark_mask: defaults::MARK_MASK,
         }
     }
 }
@@ -87,15 +102,22 @@ const TO_SERVICE: &str = "to a Service this node does not know";
 const ENTERING: &str = "claims to come from the cluster";
 const FROM_PORT: &str = "of a pod, from the port of the tunnel";
 
+/// Of the rules that lead nowhere else; what they count is flows.
+const OWN: &str = "of the tunnel, to where it says";
+const OWN_TLS: &str = "to a relay over TLS, to where it says";
+
 /// Chains with a hook: all of them but the seal.
-const HOOKED: [&str; 2] = ["entering", "leaving"];
+const HOOKED: [&str; 3] = ["entering", "leaving", "own"];
 
 /// The whole table as one `nft -f` transaction.
 ///
 /// Sets say `typeof` and not `type`: an nft 1.0 that meets a set of a plain type made by nft 1.1 dies of a segmentation
 /// fault, and others on a node (kube-proxy's) may be such a one.
+///
+/// TCP has no port of its own to be told by: the mark has to be ours in every bit, and what a program with the same mark sends to a
+/// Service's own address is not touched.
 pub fn render(config: &GuardConfig) -> String {
-    let GuardConfig { table, tun, pod_link_prefix, port, .. } = config;
+    let GuardConfig { table, tun, pod_link_prefix, port, mark, mark_mask, .. } = config;
     let closed = closed(config);
     let services = outermost(config.services.iter().copied());
     let [v4, v6] = elements_by_family(&closed);
@@ -128,6 +150,13 @@ table inet {table} {{
 		ip6 daddr @services6 counter drop comment "{TO_SERVICE}"
 		iifname "{pod_link_prefix}*" udp sport {port} counter drop comment "{FROM_PORT}"
 	}}
+	chain own {{
+		type nat hook output priority -190; policy accept;
+		meta mark & {mark_mask:#x} == {mark:#x} udp sport {port} meta nfproto ipv4 counter dnat ip to ip daddr comment "{OWN}"
+		meta mark & {mark_mask:#x} == {mark:#x} udp sport {port} meta nfproto ipv6 counter dnat ip6 to ip6 daddr comment "{OWN}"
+		meta mark {mark:#x} meta l4proto tcp ip daddr != @services4 counter dnat ip to ip daddr comment "{OWN_TLS}"
+		meta mark {mark:#x} meta l4proto tcp ip6 daddr != @services6 counter dnat ip6 to ip6 daddr comment "{OWN_TLS}"
+	}}
 }}
 "#
     )
@@ -155,7 +184,23 @@ pub fn ensure(config: &GuardConfig) -> anyhow::Result<bool> {
     }
     nft::run_script(&script).context("load the guard")?;
     sealed.close(&mut socket)?;
+    forget_led_away(config.port);
     Ok(true)
+}
+
+/// Flows of our own that others' rules led away while there was no guard. What remains costs those flows alone.
+fn forget_led_away(port: u16) {
+    let forgotten = addr::interface_addresses().and_then(|all| {
+        let own: Vec<IpAddr> = all.iter().map(|found| found.address.net.addr()).collect();
+        conntrack::forget_led_away(port, &own)
+    });
+    match forgotten {
+        Ok(0) => {}
+        Ok(flows) => tracing::info!(flows, "flows of the tunnel that NAT led elsewhere begin anew"),
+        Err(error) => {
+            tracing::debug!(%error, "connection tracking is not asked for flows of the tunnel");
+        }
+    }
 }
 
 /// Compares the kernel with the configuration and with what was loaded. Starts no program.

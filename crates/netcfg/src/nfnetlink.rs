@@ -1,9 +1,10 @@
 //! nftables without starting its program: questions, listings and elements of sets, which come with every pod
-//! (include/uapi/linux/netfilter/nf_tables.h, nfnetlink.h). Whatever makes rules is text for `nft`.
+//! (include/uapi/linux/netfilter/nf_tables.h, nfnetlink.h). Whatever makes rules is text for `nft`. Connection tracking speaks
+//! the same language.
 //!
 //! ```text
-//! nlmsghdr  length u32 | type u16 = 10 << 8 | message | flags u16 | sequence u32 | port u32   native byte order
-//! nfgenmsg  family u8 = 1 (inet) | version u8 = 0 | resource u16 (big endian)
+//! nlmsghdr  length u32 | type u16 = subsystem << 8 | message | flags u16 | sequence u32 | port u32   native byte order
+//! nfgenmsg  family u8 (nftables: 1, inet) | version u8 = 0 | resource u16 (big endian)
 //! nlattr    length u16 | type u16 (top bit: holds attributes) | value, padding to 4           again and again
 //! change    BATCH_BEGIN (resource 10), messages, BATCH_END: all of it or nothing
 //! ```
@@ -27,7 +28,14 @@ pub(crate) const DELETE_ELEMENT: u16 = 14;
 /// Name of the table, in requests of every kind (`NFTA_*_TABLE`, `NFTA_TABLE_NAME`).
 pub(crate) const TABLE: u16 = 1;
 
-const SUBSYSTEM: u16 = 10;
+/// What is spoken with (`NFNL_SUBSYS_*`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
+enum Subsystem {
+    Conntrack = 1,
+    Nftables = 10,
+}
+
 const BATCH_BEGIN: u16 = 16;
 const BATCH_END: u16 = 17;
 const NLMSG_ERROR: u16 = 2;
@@ -36,6 +44,7 @@ const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
 const NLM_F_DUMP: u16 = 0x300;
 const NLM_F_DUMP_INTR: u16 = 0x10;
+const NLM_F_EXCL: u16 = 0x200;
 const NLM_F_CREATE: u16 = 0x400;
 const NFPROTO_INET: u8 = 1;
 const HEADER_BYTES: usize = 16;
@@ -58,6 +67,8 @@ pub(crate) struct Attributes(Vec<u8>);
 /// A conversation in the calling thread's network namespace.
 pub(crate) struct Nfnetlink {
     socket: Socket,
+    subsystem: Subsystem,
+    family: u8,
     sequence: u32,
     buffer: Vec<u8>,
 }
@@ -105,15 +116,45 @@ impl Attributes {
 }
 
 impl Nfnetlink {
+    /// With nftables, of family `inet`.
     pub(crate) fn open() -> io::Result<Self> {
+        Self::open_with(Subsystem::Nftables, NFPROTO_INET)
+    }
+
+    /// With connection tracking, of all families or of one (`AF_INET`, `AF_INET6`).
+    pub(crate) fn open_conntrack() -> io::Result<Self> {
+        Self::open_with(Subsystem::Conntrack, 0)
+    }
+
+    fn open_with(subsystem: Subsystem, family: u8) -> io::Result<Self> {
         let socket = netlink::open_socket(NETLINK_NETFILTER, netlink::ANSWER_WITHIN)?;
-        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(BUFFER_BYTES) })
+        let buffer = Vec::with_capacity(BUFFER_BYTES);
+        Ok(Self { socket, subsystem, family, sequence: 0, buffer })
+    }
+
+    /// Requests are about this family from now on.
+    pub(crate) fn set_family(&mut self, family: u8) {
+        self.family = family;
+    }
+
+    /// Carries out one request that has no answer but its acknowledgement.
+    pub(crate) fn acknowledge(&mut self, kind: u16, request: &Attributes) -> io::Result<()> {
+        self.ask(kind, NLM_F_ACK, request, &|_| false).map(drop)
+    }
+
+    /// Makes an object; `false` where there is one already.
+    pub(crate) fn create(&mut self, kind: u16, request: &Attributes) -> io::Result<bool> {
+        match self.ask(kind, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, request, &|_| false) {
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Attributes of one object of family `inet`; `None` where there is no such object.
     pub(crate) fn get(&mut self, kind: u16, request: &Attributes) -> io::Result<Option<Vec<u8>>> {
         // With an acknowledgement behind the answer both kinds of request end the same way.
-        match self.ask(kind, NLM_F_ACK, request) {
+        match self.ask(kind, NLM_F_ACK, request, &|_| true) {
             Ok((mut answers, _)) if !answers.is_empty() => Ok(Some(answers.swap_remove(0))),
             Ok(_) => Err(invalid("nftables answered nothing")),
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
@@ -121,10 +162,20 @@ impl Nfnetlink {
         }
     }
 
-    /// Attributes of all objects of a kind in family `inet`, filtered by the request.
+    /// Attributes of all objects of a kind, filtered by the request.
     pub(crate) fn dump(&mut self, kind: u16, request: &Attributes) -> io::Result<Vec<Vec<u8>>> {
+        self.dump_where(kind, request, &|_| true)
+    }
+
+    /// As [`Self::dump`]; what is not wanted takes no memory.
+    pub(crate) fn dump_where(
+        &mut self,
+        kind: u16,
+        request: &Attributes,
+        wanted: &dyn Fn(&[u8]) -> bool,
+    ) -> io::Result<Vec<Vec<u8>>> {
         for _ in 0..DUMP_ATTEMPTS_MAX {
-            if let (answers, true) = self.ask(kind, NLM_F_DUMP, request)? {
+            if let (answers, true) = self.ask(kind, NLM_F_DUMP, request, wanted)? {
                 return Ok(answers);
             }
         }
@@ -133,20 +184,14 @@ impl Nfnetlink {
 
     /// Carries out changes of elements, all of them or none.
     pub(crate) fn change(&mut self, changes: &[(u16, Attributes)]) -> io::Result<()> {
-        let resource = SUBSYSTEM.to_be_bytes();
+        let resource = (self.subsystem as u16).to_be_bytes();
         let mut bytes = Vec::new();
         self.append(&mut bytes, BATCH_BEGIN, 0, [0, 0, resource[0], resource[1]], &[])?;
         let before = self.sequence;
         for (kind, attributes) in changes {
             let create = if *kind == NEW_ELEMENT { NLM_F_CREATE } else { 0 };
-            let kind = (SUBSYSTEM << 8) | kind;
-            self.append(
-                &mut bytes,
-                kind,
-                NLM_F_ACK | create,
-                [NFPROTO_INET, 0, 0, 0],
-                &attributes.0,
-            )?;
+            let (kind, family) = (self.kind(*kind), [self.family, 0, 0, 0]);
+            self.append(&mut bytes, kind, NLM_F_ACK | create, family, &attributes.0)?;
         }
         let last = self.sequence;
         self.append(&mut bytes, BATCH_END, 0, [0, 0, resource[0], resource[1]], &[])?;
@@ -167,17 +212,22 @@ impl Nfnetlink {
         Ok(())
     }
 
-    /// Sends a request and reads its answers up to the acknowledgement or the end of the listing. `false` when the listing
-    /// was interrupted.
+    fn kind(&self, message: u16) -> u16 {
+        ((self.subsystem as u16) << 8) | message
+    }
+
+    /// Sends a request and reads its answers up to the acknowledgement or the end of the listing; those that are wanted.
+    /// `false` when the listing was interrupted.
     fn ask(
         &mut self,
         kind: u16,
         flags: u16,
         request: &Attributes,
+        wanted: &dyn Fn(&[u8]) -> bool,
     ) -> io::Result<(Vec<Vec<u8>>, bool)> {
         let mut bytes = Vec::new();
-        let kind = (SUBSYSTEM << 8) | kind;
-        self.append(&mut bytes, kind, flags, [NFPROTO_INET, 0, 0, 0], &request.0)?;
+        let (kind, family) = (self.kind(kind), [self.family, 0, 0, 0]);
+        self.append(&mut bytes, kind, flags, family, &request.0)?;
         self.socket.send(&bytes, 0)?;
         let (mut answers, mut whole) = (Vec::new(), true);
         loop {
@@ -193,8 +243,11 @@ impl Nfnetlink {
                 match message.kind {
                     NLMSG_DONE => return Ok((answers, whole)),
                     NLMSG_ERROR => return acknowledged(&message).map(|()| (answers, whole)),
-                    kind if kind >> 8 == SUBSYSTEM => {
-                        answers.push(message.body.get(FAMILY_BYTES..).unwrap_or(&[]).to_vec());
+                    kind if kind >> 8 == self.subsystem as u16 => {
+                        let object = message.body.get(FAMILY_BYTES..).unwrap_or(&[]);
+                        if wanted(object) {
+                            answers.push(object.to_vec());
+                        }
                     }
                     other => {
                         return Err(invalid(&format!(

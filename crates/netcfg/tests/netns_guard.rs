@@ -4,7 +4,8 @@
 
 mod common;
 
-use std::net::{IpAddr, SocketAddr};
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 
 use common::lab::{Lab, attach, cluster, lab, listen, mesh_rules, receive, send};
 use common::{Scratch, privileged};
@@ -13,6 +14,7 @@ use netcfg::capture::Capture;
 use netcfg::guard::{self, GuardConfig, GuardDrops, GuardState};
 use netcfg::link;
 use netcfg::tun::VNET_HEADER_BYTES;
+use rustix::net::{AddressFamily, SocketType};
 
 /// Frames that carry `canary`, among those captured until `fence` went by: what was sent before the fence has
 /// arrived by then, or never will.
@@ -190,6 +192,8 @@ fn the_guard_is_made_once_and_remade_when_touched() {
             nft delete table inet meshd; nft -f $$.nft; rm $$.nft",
         "nft -s list table inet meshd | sed 's/hook postrouting/hook output/; s/iifname.*drop/drop/' > $$.nft
             nft delete table inet meshd; nft -f $$.nft; rm $$.nft",
+        "nft flush chain inet meshd own",
+        "nft insert rule inet meshd own accept",
         "nft rename chain inet meshd leaving parting",
         "nft add chain inet meshd more",
         "nft add chain inet meshd more '{ type filter hook forward priority 0; policy drop; }'",
@@ -401,4 +405,153 @@ fn a_pods_connection_into_the_tunnel_gets_a_segment_size_that_fits_the_route() {
         );
         assert_eq!(u16::from_be_bytes([segment[22], segment[23]]), mss);
     }
+}
+
+/// Rules like kube-proxy's for a Service with a load balancer's address, by program; `{ip}`, `{at}` and `{to}` are the family, the
+/// address and the place that is led to.
+const CAPTURES: [(&str, &str); 3] = [
+    (
+        "nft",
+        "nft 'table {ip} capture { chain out { type nat hook output priority -100; \
+         {ip} daddr {at} udp dport 15192 dnat to {to}:7000; {ip} daddr {at} tcp dport 443 dnat to {to}:7443; }; }'",
+    ),
+    ("{iptables}-nft", IPTABLES),
+    ("{iptables}-legacy", IPTABLES),
+];
+const IPTABLES: &str = "{program} -t nat -A OUTPUT -d {at} -p udp --dport 15192 -j DNAT --to-destination {to}:7000 && \
+     {program} -t nat -A OUTPUT -d {at} -p tcp --dport 443 -j DNAT --to-destination {to}:7443";
+
+/// Loads a capture; `false` where the machine lacks the program or the kernel what it needs.
+fn capture(lab: &Lab, (program, rules): (&str, &str), at: IpAddr, to: IpAddr) -> bool {
+    let (ip, iptables) = if at.is_ipv4() { ("ip", "iptables") } else { ("ip6", "ip6tables") };
+    let to = if to.is_ipv4() { to.to_string() } else { format!("[{to}]") };
+    let script = rules
+        .replace("{program}", program)
+        .replace("{iptables}", iptables)
+        .replace("{ip}", ip)
+        .replace("{at}", &at.to_string())
+        .replace("{to}", &to);
+    let (loaded, said) = lab.node.try_sh(&script);
+    assert!(loaded || program != "nft", "{script}: {said}");
+    loaded
+}
+
+/// Accepts so many connections and says its name in each.
+fn tell_name(at: &Scratch, address: SocketAddr, name: &'static str, times: usize) {
+    let listener = at.run(|| Ok(TcpListener::bind(address)?));
+    std::thread::spawn(move || {
+        for _ in 0..times {
+            let _ = listener.accept().unwrap().0.write_all(name.as_bytes());
+        }
+    });
+}
+
+/// Who answers at this address over TCP.
+fn who_answers(node: &Scratch, to: SocketAddr, mark: u32) -> String {
+    let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = node.run(|| {
+        let socket = rustix::net::socket(family, SocketType::STREAM, None)?;
+        netcfg::udp::set_mark(&socket, mark)?;
+        rustix::net::connect(&socket, &to)?;
+        Ok(socket)
+    });
+    let mut name = String::new();
+    TcpStream::from(socket).read_to_string(&mut name).unwrap();
+    name
+}
+
+#[test]
+fn nobody_elses_nat_leads_what_the_tunnel_sends_to_another_place() {
+    if !privileged() {
+        return;
+    }
+    let mut tried = 0;
+    for program in CAPTURES {
+        for (node_at, real, elsewhere) in
+            [("0.0.0.0", "192.0.2.2", "192.0.2.3"), ("::", "fd99::2", "fd99::3")]
+        {
+            tried += usize::from(led_by_itself(program, node_at, real, elsewhere));
+        }
+    }
+    assert!(tried >= 2, "both families, by nft at least");
+}
+
+/// Whether there was something to try it against.
+fn led_by_itself(program: (&str, &str), any: &str, real: &str, elsewhere: &str) -> bool {
+    let (any, real_ip): (IpAddr, IpAddr) = (any.parse().unwrap(), real.parse().unwrap());
+    let elsewhere_ip: IpAddr = elsewhere.parse().unwrap();
+    let lab = lab();
+    lab.outside
+        .sh("ip addr add 192.0.2.3/24 dev under1; ip -6 addr add fd99::3/64 dev under1 nodad");
+    if !capture(&lab, program, real_ip, elsewhere_ip) {
+        return false;
+    }
+    // Lets in what is an answer, and neighbours.
+    lab.node.sh(
+        "nft 'table inet firewall { chain input { type filter hook input priority 0; policy drop; \
+         ct state established,related accept; meta l4proto ipv6-icmp accept; }; }'",
+    );
+    let to = SocketAddr::new(real_ip, 15192);
+    let (at_real, at_elsewhere) = (
+        listen(&lab.outside, &to.to_string()),
+        listen(&lab.outside, &SocketAddr::new(elsewhere_ip, 7000).to_string()),
+    );
+    let tls = SocketAddr::new(real_ip, 443);
+    tell_name(&lab.outside, tls, "real", 1);
+    tell_name(&lab.outside, SocketAddr::new(elsewhere_ip, 7443), "elsewhere", 2);
+    let tunnel = listen(&lab.node, &SocketAddr::new(any, 15190).to_string());
+    netcfg::udp::set_mark(&tunnel, 4).unwrap();
+
+    tunnel.send_to(b"led away", to).unwrap();
+    assert_eq!(receive(&at_elsewhere).0, b"led away", "without a guard");
+    assert_eq!(who_answers(&lab.node, tls, 4), "elsewhere", "without a guard");
+
+    let config = with_services();
+    lab.node.run(|| guard::ensure(&config));
+    for _ in 0..3 {
+        // Of the flow that was led away before.
+        tunnel.send_to(b"by itself", to).unwrap();
+        assert_eq!(receive(&at_real), (b"by itself".to_vec(), source(real_ip)));
+    }
+    at_real.send_to(b"answer", SocketAddr::new(source(real_ip), 15190)).unwrap();
+    assert_eq!(receive(&tunnel), (b"answer".to_vec(), real_ip), "tracked, so let in");
+    assert_eq!(who_answers(&lab.node, tls, 4), "real");
+
+    send(&lab.node, &any.to_string(), &to.to_string(), b"of another");
+    assert_eq!(
+        receive(&at_elsewhere).0,
+        b"of another",
+        "what is not the tunnel's is led as before"
+    );
+    assert_eq!(who_answers(&lab.node, tls, 0), "elsewhere");
+    let counted = lab.node.sh("nft list chain inet meshd own | grep -o 'packets [1-9][0-9]*'");
+    assert_eq!(counted, "packets 1\npackets 1\n", "a flow of each, whatever packets it has");
+    assert_eq!(lab.node.run(|| guard::verify(&config)), GuardState::Intact);
+    refused_and_begun(&lab, &tunnel, &at_real, to);
+    true
+}
+
+/// kube-proxy's filter refuses new flows to a load balancer's address on nodes that have no pod of the Service
+/// (`service-endpoints-check` in its mode nftables).
+fn refused_and_begun(lab: &Lab, tunnel: &UdpSocket, at_real: &UdpSocket, to: SocketAddr) {
+    let ip = if to.is_ipv4() { "ip" } else { "ip6" };
+    lab.node.sh(&format!(
+        "nft 'table inet check {{ chain output {{ type filter hook output priority 0; ct state new {ip} daddr {} udp dport 15192 drop; }}; }}'",
+        to.ip()
+    ));
+    lab.node.run(|| Ok(netcfg::conntrack::forget_all()?));
+    let refused = tunnel.send_to(b"refused", to).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::PermissionDenied);
+    let begin = || lab.node.run(|| Ok(netcfg::conntrack::begin(15190, to, 4)?));
+    assert!(begin());
+    assert!(!begin(), "once");
+    tunnel.send_to(b"begun", to).unwrap();
+    assert_eq!(receive(at_real), (b"begun".to_vec(), source(to.ip())));
+    at_real.send_to(b"answer", SocketAddr::new(source(to.ip()), 15190)).unwrap();
+    assert_eq!(receive(tunnel), (b"answer".to_vec(), to.ip()), "past the firewall");
+}
+
+/// The node's address as this neighbour sees it.
+fn source(neighbour: IpAddr) -> IpAddr {
+    if neighbour.is_ipv4() { "192.0.2.1".parse().unwrap() } else { "fd99::1".parse().unwrap() }
 }

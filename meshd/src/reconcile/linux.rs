@@ -71,6 +71,8 @@ pub fn guard_config(config: &Config, earlier: &[IpNet]) -> GuardConfig {
         services: config.service_cidrs.clone(),
         tun: config.kernel.tun.clone(),
         port: config.listen_port,
+        mark: config.kernel.mark,
+        mark_mask: config.kernel.mark_mask,
         ..GuardConfig::new(config.prefixes.clone())
     }
 }
