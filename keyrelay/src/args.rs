@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
@@ -128,6 +128,15 @@ pub(crate) struct Publish {
     /// TCP port to publish for TLS, where a Service has another than ours.
     #[arg(long, env = "KEYRELAY_PUBLISH_TLS_PORT", value_name = "PORT")]
     pub(crate) publish_tls_port: Option<u16>,
+
+    /// Addresses of our pod, published behind those of its Service for the node it runs on; repeat or separate by commas.
+    #[arg(
+        long = "publish-pod-address",
+        env = "KEYRELAY_PUBLISH_POD_ADDRESS",
+        value_name = "ADDRESS",
+        value_delimiter = ','
+    )]
+    pub(crate) publish_pod_addresses: Vec<IpAddr>,
 
     /// Host to publish for the relay of this name, instead; repeat or separate by commas for other relays.
     #[arg(

@@ -8,6 +8,7 @@
 
 use std::collections::BTreeSet;
 use std::future::Future;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -105,12 +106,19 @@ fn entry(args: &Run, key: PublicKey, port: u16) -> anyhow::Result<Option<Entry>>
         name: name.clone(),
         address_of: told.publish_address_of,
         host,
+        pod: pod_of(&told.publish_pod_addresses, port),
         key,
         port: told.publish_port.unwrap_or(port),
         tls_port: args.tls_listen.map(|at| told.publish_tls_port.unwrap_or(at.port())),
     };
     entry.check().map_err(|why| anyhow!("--publish-to, --publish-as, --publish-host: {why}"))?;
     Ok(Some(entry))
+}
+
+/// One of each family, as nodes take a bounded number of addresses.
+fn pod_of(addresses: &[IpAddr], port: u16) -> Vec<SocketAddr> {
+    let of = |v4: bool| addresses.iter().find(|ip| ip.is_ipv4() == v4);
+    [true, false].into_iter().filter_map(of).map(|ip| SocketAddr::new(*ip, port)).collect()
 }
 
 /// The entry, kept by a task of its own.

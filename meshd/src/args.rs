@@ -124,12 +124,13 @@ pub struct RunArgs {
     /// Two sites that reach each other's private addresses, SITE=SITE; repeat or separate by commas.
     #[arg(long = "join-sites", env = "MESHD_JOIN_SITES", value_delimiter = ',')]
     pub joined_sites: Vec<String>,
-    /// Relay to register at, KEY@HOST:PORT with its public key, best first; up to four, repeat or separate by commas. Behind it
-    /// /tls=PORT: the TCP port that is tried where UDP is blocked, 443 unless said; /tls=off: none.
+    /// Relay to register at, KEY@HOST:PORT with its public key, best first; up to four, repeat or separate by commas. One that
+    /// has an address of each IP family: KEY@HOST:PORT+HOST:PORT. Behind it /tls=PORT: the TCP port that is tried where UDP is
+    /// blocked, 443 unless said; /tls=off: none.
     #[arg(
         long = "keyrelay",
         env = "MESHD_KEYRELAY",
-        value_name = "KEY@HOST:PORT[/tls=PORT]",
+        value_name = "KEY@HOST:PORT[+HOST:PORT][/tls=PORT]",
         value_delimiter = ','
     )]
     pub keyrelays: Vec<String>,

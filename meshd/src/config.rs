@@ -8,8 +8,8 @@ use anyhow::{Context, anyhow, bail, ensure};
 use ipnet::IpNet;
 use mesh_core::cluster::Keyrelay;
 use mesh_types::defaults;
-use mesh_types::limits::RELAYS_MAX;
-use mesh_types::net::{ClusterPrefixes, check_prefix, overlap};
+use mesh_types::limits::{RELAY_PLACES_MAX, RELAYS_MAX};
+use mesh_types::net::{ClusterPrefixes, EndpointHint, check_prefix, overlap};
 use mesh_types::node::{NodeName, Site};
 use serde::{Deserialize, Serialize};
 
@@ -386,18 +386,23 @@ pub(crate) fn keyrelays(texts: &[String]) -> anyhow::Result<Vec<Keyrelay>> {
         let key = key.parse().with_context(|| {
             format!("--keyrelay {text:?}: no public key in front of the @: the relay's log shows its key")
         })?;
-        let (endpoint, tls) = endpoint.split_once('/').unwrap_or((endpoint, ""));
-        let endpoint = endpoint
-            .parse()
-            .with_context(|| format!("--keyrelay {text:?}: no HOST:PORT behind the @"))?;
+        let (places, tls) = endpoint.split_once('/').unwrap_or((endpoint, ""));
+        let endpoints: Result<Vec<EndpointHint>, _> = places.split('+').map(str::parse).collect();
+        let endpoints = endpoints.with_context(|| {
+            format!("--keyrelay {text:?}: behind the @ stands HOST:PORT, or several with + between")
+        })?;
+        ensure!(
+            endpoints.len() <= RELAY_PLACES_MAX,
+            "--keyrelay {text:?}: a relay has {RELAY_PLACES_MAX} addresses at most"
+        );
         let tls_port = tls_port(tls).with_context(|| {
             format!("--keyrelay {text:?}: behind HOST:PORT may stand /tls=PORT or /tls=off")
         })?;
         ensure!(
             all.iter().all(|relay| relay.key != key),
-            "--keyrelay names the key {key} twice: give a relay one address or name"
+            "--keyrelay names the key {key} twice: write KEY@HOST:PORT+HOST:PORT for two addresses of a relay"
         );
-        all.push(Keyrelay { key, endpoint, tls_port });
+        all.push(Keyrelay { key, endpoints, tls_port });
     }
     ensure!(
         all.len() <= RELAYS_MAX,
@@ -445,12 +450,14 @@ mod tests {
             ("relay.example.org:15192", Some(443)),
             ("[2001:db8::7]:15192/tls=8443", Some(8443)),
             ("192.0.2.1:15192/tls=off", None),
+            ("192.0.2.1:15192+[2001:db8::7]:15192/tls=off", None),
         ];
         for (endpoint, port) in cases {
             let flags = format!("--cluster-cidr 10.244.0.0/16 --keyrelay {key}@{endpoint}");
             let relays = config(&flags).expect("good").keyrelays;
             assert_eq!(relays[0].tls_port, port, "{endpoint}");
-            assert_eq!(relays[0].endpoint.to_string(), endpoint.split('/').next().expect("it"));
+            let places: Vec<_> = relays[0].endpoints.iter().map(ToString::to_string).collect();
+            assert_eq!(places.join("+"), endpoint.split('/').next().expect("it"));
         }
     }
 
@@ -481,6 +488,14 @@ mod tests {
             (
                 "--cluster-cidr 10.244.0.0/16 --keyrelay LsI6AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=@a:1/8443",
                 "/tls=PORT",
+            ),
+            (
+                "--cluster-cidr 10.244.0.0/16 --keyrelay LsI6AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=@a:1+b",
+                "HOST:PORT",
+            ),
+            (
+                "--cluster-cidr 10.244.0.0/16 --keyrelay LsI6AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=@a:1+a:2+a:3+a:4+a:5",
+                "4 addresses",
             ),
             (
                 "--cluster-cidr 10.244.0.0/16 --keyrelay LsI6AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=@a:1/tls=0",

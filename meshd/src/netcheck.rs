@@ -212,7 +212,7 @@ mod tests {
             let at: std::net::SocketAddr = "203.0.113.1:15192".parse().expect("endpoint");
             snapshot.facts.relays.push(RelayFacts {
                 key: key(number),
-                endpoint: at.to_string().parse().expect("endpoint"),
+                endpoints: vec![at.to_string().parse().expect("endpoint")],
                 candidates: vec![at],
             });
             let key = key(number);

@@ -216,7 +216,8 @@ fn relay_status(
     let over = registered.then_some(if tls { Over::Tls } else { Over::Udp });
     let problem = match snapshot {
         _ if relay.candidates.is_empty() => {
-            format!("{} resolves to no address that may be used", relay.endpoint)
+            let places: Vec<_> = relay.endpoints.iter().map(ToString::to_string).collect();
+            format!("{} resolves to no address that may be used", places.join("+"))
         }
         _ if over == Some(Over::Udp) => String::new(),
         _ if over == Some(Over::Tls) => match link.filter(|link| link.remote.is_none()) {
@@ -372,7 +373,7 @@ mod tests {
         let key = snapshot.data.peers[0].key;
         snapshot.facts.relays = vec![RelayFacts {
             key,
-            endpoint: "192.0.2.20:15192".parse().expect("a hint"),
+            endpoints: vec!["192.0.2.20:15192".parse().expect("a hint")],
             candidates: vec![addr("192.0.2.20:15192")],
         }];
         snapshot.data.peers[0].sight.v4 = Some(addr("198.51.100.7:5000"));

@@ -98,7 +98,7 @@ pub struct Facts {
 pub struct RelayFacts {
     pub key: PublicKey,
     /// As configured.
-    pub endpoint: EndpointHint,
+    pub endpoints: Vec<EndpointHint>,
     /// What that resolved to.
     pub candidates: Vec<SocketAddr>,
 }

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use mesh_core::cluster::{
-    Change, ClusterIndex, ClusterView, Desired, DesiredPeer, EndpointRefusal, Held, LocalNode,
-    PathMtus, Policy, RawAddress, RawNode, desired, own_endpoints,
+    Change, ClusterIndex, ClusterView, Desired, DesiredPeer, EndpointRefusal, Held, Keyrelay,
+    LocalNode, PathMtus, Policy, RawAddress, RawNode, desired, own_endpoints,
 };
 use mesh_types::defaults::{MTU_MIN, OVERHEAD_V4, OVERHEAD_V6};
 use mesh_types::key::PublicKey;
@@ -343,6 +343,29 @@ fn a_family_this_machine_has_no_address_of_is_not_tried() {
     assert_eq!(candidates(&world.desired(), "n2"), ["203.0.113.2:1"]);
     world.local.addresses.clear();
     assert_eq!(candidates(&world.desired(), "n2").len(), 2, "nothing known: both are tried");
+}
+
+#[test]
+fn a_relay_is_tried_at_all_its_addresses_and_at_its_pod_where_that_lives_here() {
+    let mut world = World::new([]);
+    let places = ["203.0.113.8:15192", "[2001:db8::8]:15192", "relay.example.org:15192"];
+    let pods = ["10.244.1.5:15192", "10.244.2.5:15192", "[fd00:10:244:1::5]:15192"];
+    let endpoints = places.iter().chain(&pods).map(|text| text.parse().unwrap()).collect();
+    world.policy.keyrelays = vec![Keyrelay { key: key(9), endpoints, tls_port: None }];
+    let of_name = ["203.0.113.8", "203.0.113.9"].map(|ip| ip.parse().unwrap()).to_vec();
+    world.resolved.insert("relay.example.org".into(), of_name);
+    let tried = |world: &World| {
+        let relays = world.desired().relays;
+        relays[0].candidates.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let v4 = ["203.0.113.8:15192", "203.0.113.9:15192", "10.244.1.5:15192"];
+    let v6 = ["[2001:db8::8]:15192", "[fd00:10:244:1::5]:15192"];
+    assert_eq!(tried(&world), [v4[0], v6[0], v4[1], v4[2], v6[1]], "each once");
+    world.local.addresses.retain(IpAddr::is_ipv4);
+    assert_eq!(tried(&world), v4, "no address of IPv6, no way to it");
+    world.resolved.clear();
+    assert_eq!(world.desired().names.len(), 1, "the name is asked for");
+    assert_eq!(tried(&world), [v4[0], v4[2]]);
 }
 
 #[test]

@@ -151,6 +151,9 @@ pub const RELAY_LEAVING_PER_TURN: usize = 256;
 /// Relays a node registers at: the nearest, one kept warm, and as many again while addresses change.
 pub const RELAYS_MAX: usize = 4;
 
+/// Addresses and names of one relay: of each IP family the one outside, and that of its pod.
+pub const RELAY_PLACES_MAX: usize = 4;
+
 /// Longest packet with which a node asks a relay what arrives: what Ethernet's 1500 bytes leave behind IPv4, UDP and WireGuard.
 pub const RELAY_SIZE_PACKET_BYTES_MAX: usize = 1_500 - 28 - 32;
 

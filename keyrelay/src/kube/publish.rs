@@ -1,17 +1,17 @@
 //! Where nodes find the relay: its key and address in one entry of a ConfigMap, which all relays of a mesh share.
 //!
 //! ```text
-//!  told by flag ─┐
-//!  own Node ─────┼─> address ─> KEY@HOST:PORT ─ differs? ─ apply (a field manager for each relay) ─> ConfigMap, entry NAME
-//!  own Service ──┘                                         merge NAME: null <── leaving; entries whose Node or Service is gone
+//!  told by flag ────────────┐
+//!  own Node ────────────────┼─> KEY@HOST:PORT+HOST:PORT ─ differs? ─ apply (a field manager for each) ─> ConfigMap, entry NAME
+//!  own Service, and the pod ┘                                merge NAME: null <── leaving; those whose Node or Service is gone
 //! ```
+//! Of each IP family one address is told. A pod's own is for the node it runs on, which a load balancer seldom leads back to itself.
 //! Each relay looks again every half a minute: an entry somebody took away comes back, an address that changed is told. The
 //! ConfigMap is the chart's: a relay may write into it, and make none.
 
 use std::future::Future;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Node, NodeStatus, Service};
@@ -51,13 +51,14 @@ pub enum AddressOf {
 
 impl Entry {
     /// What nodes read. TLS is expected at 443.
-    fn text(&self, address: &EndpointHint) -> String {
+    fn text(&self, places: &[EndpointHint]) -> String {
         let tls = match self.tls_port {
             Some(TLS_PORT) => String::new(),
             Some(port) => format!("/tls={port}"),
             None => "/tls=off".to_owned(),
         };
-        format!("{}@{address}{tls}", self.key)
+        let places: Vec<_> = places.iter().map(ToString::to_string).collect();
+        format!("{}@{}{tls}", self.key, places.join("+"))
     }
 
     /// Refuses what the API server would, or nodes.
@@ -98,6 +99,8 @@ pub struct Entry {
     pub address_of: AddressOf,
     /// Told by the operator: it wins over what the API says.
     pub host: Option<String>,
+    /// Addresses of the pod, told behind those of its Service.
+    pub pod: Vec<SocketAddr>,
     pub key: PublicKey,
     pub port: u16,
     /// Where it takes TLS, if it does.
@@ -159,8 +162,6 @@ struct Publisher {
     nodes: Api<Node>,
     services: Api<Service>,
     entry: Entry,
-    /// The log has it that nodes may not reach us.
-    warned: AtomicBool,
 }
 
 impl Publisher {
@@ -170,13 +171,12 @@ impl Publisher {
             services: Api::namespaced(client.clone(), &entry.namespace),
             nodes: Api::all(client),
             entry,
-            warned: AtomicBool::new(false),
         }
     }
 
     /// One look; the value the ConfigMap has now.
     async fn look(&self, search: bool) -> Result<String, String> {
-        let value = self.entry.text(&self.address().await?);
+        let value = self.entry.text(&self.places().await?);
         let what = format!("read the ConfigMap {}/{}", self.entry.namespace, self.entry.config_map);
         let map =
             within(self.maps.get(&self.entry.config_map), &what).await?.data.unwrap_or_default();
@@ -234,41 +234,30 @@ impl Publisher {
         found.unwrap_or(false)
     }
 
-    fn tell_of_shortcut(&self, host: &str, is_reached: bool) {
-        if !is_reached && !self.warned.swap(true, Ordering::Relaxed) {
-            tracing::warn!(
-                host,
-                "kube-proxy of this cluster's nodes may lead this address to our pod by itself, where outer packets cannot go: \
-                 if no node registers, have the load balancer set ipMode Proxy or a host name, or run the relay on the host's network"
-            );
-        }
-    }
-
-    async fn address(&self) -> Result<EndpointHint, String> {
-        let Entry { name, address_of, host, port, .. } = &self.entry;
-        if let Some(host) = host {
-            return endpoint(host, *port)
-                .ok_or_else(|| format!("{host:?} is no address and no name"));
-        }
+    async fn places(&self) -> Result<Vec<EndpointHint>, String> {
+        let Entry { name, address_of, host, pod, port, .. } = &self.entry;
         let what = format!("read {} {name}", address_of.kind());
-        let host = match address_of {
-            AddressOf::Node => host_of_node(&within(self.nodes.get(name), &what).await?),
-            AddressOf::Service => {
-                let found = host_of_service(&within(self.services.get(name), &what).await?);
-                found.map(|(host, is_reached)| {
-                    self.tell_of_shortcut(&host, is_reached);
-                    host
-                })
+        let hosts = match (host, address_of) {
+            (Some(host), _) => vec![host.clone()],
+            (None, AddressOf::Node) => hosts_of_node(&within(self.nodes.get(name), &what).await?),
+            (None, AddressOf::Service) => {
+                hosts_of_service(&within(self.services.get(name), &what).await?)
             }
         };
-        let host = host.ok_or_else(|| match address_of {
-            AddressOf::Node => format!("node {name} has no address yet"),
-            AddressOf::Service => format!(
-                "service {name} has no load balancer address yet: does something in the cluster make load balancers?"
-            ),
-        })?;
-        endpoint(&host, *port)
-            .ok_or_else(|| format!("{host:?} of {name} is no address and no name"))
+        if hosts.is_empty() {
+            return Err(match address_of {
+                AddressOf::Node => format!("node {name} has no address yet"),
+                AddressOf::Service => format!(
+                    "service {name} has no load balancer address yet: does something in the cluster make load balancers?"
+                ),
+            });
+        }
+        let places = hosts.iter().map(|host| {
+            endpoint(host, *port)
+                .ok_or_else(|| format!("{host:?} of {name} is no address and no name"))
+        });
+        let pod = pod.iter().map(|at| Ok(EndpointHint::Address(*at)));
+        places.chain(pod).collect()
     }
 }
 
@@ -294,19 +283,28 @@ fn endpoint(host: &str, port: u16) -> Option<EndpointHint> {
     }
 }
 
-/// Where a Node's relay is found: where the operator says the node is, else its public address, else its inner one.
-fn host_of_node(node: &Node) -> Option<String> {
+/// Where a Node's relay is found: where the operator says the node is, else, of each IP family, its public address, else its inner
+/// one. Beside a public one an inner one is of no use.
+fn hosts_of_node(node: &Node) -> Vec<String> {
     let annotations = node.metadata.annotations.as_ref();
     let told = annotations.and_then(|all| parse_override(all.get(ENDPOINT_OVERRIDE)?).ok());
     match told {
-        Some(EndpointHint::Address(address)) => return Some(address.ip().to_string()),
-        Some(EndpointHint::Name { host, .. }) => return Some(host),
+        Some(EndpointHint::Address(address)) => return vec![address.ip().to_string()],
+        Some(EndpointHint::Name { host, .. }) => return vec![host],
         None => {}
     }
-    let status = node.status.as_ref()?;
-    let of =
-        |kind| addresses(status, kind).min_by_key(|ip| (reach(*ip) != Reach::Public, ip.is_ipv6()));
-    of("ExternalIP").or_else(|| of("InternalIP")).map(|ip| ip.to_string())
+    let Some(status) = node.status.as_ref() else { return Vec::new() };
+    let is_public = |ip: &IpAddr| reach(*ip) == Reach::Public;
+    let of = |kind, v4: bool| {
+        let family = addresses(status, kind).filter(move |ip| ip.is_ipv4() == v4);
+        family.min_by_key(|ip| !is_public(ip))
+    };
+    let best = |v4| of("ExternalIP", v4).or_else(|| of("InternalIP", v4));
+    let mut found: Vec<IpAddr> = [true, false].into_iter().filter_map(best).collect();
+    if found.iter().any(is_public) {
+        found.retain(is_public);
+    }
+    found.iter().map(ToString::to_string).collect()
 }
 
 fn addresses<'a>(status: &'a NodeStatus, kind: &'a str) -> impl Iterator<Item = IpAddr> + 'a {
@@ -314,15 +312,18 @@ fn addresses<'a>(status: &'a NodeStatus, kind: &'a str) -> impl Iterator<Item = 
     all.filter_map(|address| address.address.parse().ok()).filter(|ip| reach(*ip) != Reach::Never)
 }
 
-/// What the load balancer in front of a Service says it is reached at, and whether nodes of the cluster get there: kube-proxy
-/// leads an address to the pods itself, past the network, unless it is told by name or as of a proxy.
-fn host_of_service(service: &Service) -> Option<(String, bool)> {
-    let ingress = service.status.as_ref()?.load_balancer.as_ref()?.ingress.as_ref()?;
-    ingress.iter().find_map(|at| match (&at.ip, &at.hostname) {
-        (Some(ip), _) => Some((ip.clone(), at.ip_mode.as_deref() == Some("Proxy"))),
-        (None, Some(name)) => Some((name.clone(), true)),
-        (None, None) => None,
-    })
+/// What the load balancer in front of a Service says it is reached at: an address of each IP family, else a name.
+fn hosts_of_service(service: &Service) -> Vec<String> {
+    let balancer = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
+    let ingress = balancer.and_then(|balancer| balancer.ingress.as_deref()).unwrap_or_default();
+    let parsed = || ingress.iter().filter_map(|at| at.ip.as_deref()?.parse::<IpAddr>().ok());
+    let of = |v4: bool| parsed().find(|ip| ip.is_ipv4() == v4);
+    let addresses: Vec<String> =
+        [true, false].into_iter().filter_map(of).map(|ip| ip.to_string()).collect();
+    match addresses.is_empty() {
+        false => addresses,
+        true => ingress.iter().find_map(|at| at.hostname.clone()).into_iter().collect(),
+    }
 }
 
 #[cfg(test)]
@@ -346,35 +347,35 @@ mod tests {
             ("Hostname", "node-1"),
         ];
         let found = |annotations: serde_json::Value, addresses| {
-            host_of_node(&node(&annotations, addresses))
+            hosts_of_node(&node(&annotations, addresses)).join(" ")
         };
-        assert_eq!(found(json!({}), &both).as_deref(), Some("203.0.113.7"));
-        assert_eq!(found(json!({}), &both[..2]).as_deref(), Some("2001:db8::7"));
-        assert_eq!(found(json!({}), &both[..1]).as_deref(), Some("10.0.0.7"));
-        assert_eq!(found(json!({}), &[("InternalIP", "127.0.0.1"), ("ExternalIP", "x")]), None);
+        assert_eq!(found(json!({}), &both), "203.0.113.7 2001:db8::7");
+        assert_eq!(found(json!({}), &both[..2]), "2001:db8::7");
+        assert_eq!(found(json!({}), &both[..1]), "10.0.0.7");
+        let inner = [("InternalIP", "fd00::7"), ("InternalIP", "10.0.0.7")];
+        assert_eq!(found(json!({}), &inner), "10.0.0.7 fd00::7");
+        assert_eq!(found(json!({}), &[("InternalIP", "127.0.0.1"), ("ExternalIP", "x")]), "");
         let named = json!({"meshd.dev/endpoint": "relay.example.org:15190"});
-        assert_eq!(found(named, &both).as_deref(), Some("relay.example.org"));
+        assert_eq!(found(named, &both), "relay.example.org");
         let told = json!({"meshd.dev/endpoint": "[2001:db8::9]:15190"});
-        assert_eq!(found(told, &both).as_deref(), Some("2001:db8::9"));
+        assert_eq!(found(told, &both), "2001:db8::9");
         let garbage = json!({"meshd.dev/endpoint": "no sense"});
-        assert_eq!(found(garbage, &both).as_deref(), Some("203.0.113.7"));
-        assert_eq!(host_of_node(&Node::default()), None);
+        assert_eq!(found(garbage, &both), "203.0.113.7 2001:db8::7");
+        assert!(hosts_of_node(&Node::default()).is_empty());
     }
 
     #[test]
     fn a_service_is_found_where_its_load_balancer_says() {
         let found = |ingress: serde_json::Value| {
             let service = json!({"metadata": {}, "status": {"loadBalancer": {"ingress": ingress}}});
-            host_of_service(&serde_json::from_value(service).expect("a Service"))
+            hosts_of_service(&serde_json::from_value(service).expect("a Service")).join(" ")
         };
-        assert_eq!(found(json!([])), None);
-        let ip = |is_reached| Some(("203.0.113.8".to_owned(), is_reached));
-        assert_eq!(found(json!([{"ip": "203.0.113.8"}])), ip(false));
-        assert_eq!(found(json!([{"ip": "203.0.113.8", "ipMode": "VIP"}])), ip(false));
-        assert_eq!(found(json!([{"ip": "203.0.113.8", "ipMode": "Proxy"}])), ip(true));
-        let name = Some(("a.elb.test".to_owned(), true));
-        assert_eq!(found(json!([{}, {"hostname": "a.elb.test"}])), name);
-        assert_eq!(host_of_service(&Service::default()), None);
+        assert_eq!(found(json!([])), "");
+        assert_eq!(found(json!([{"ip": "203.0.113.8", "ipMode": "VIP"}])), "203.0.113.8");
+        let both = json!([{"ip": "2001:db8::8"}, {"ip": "203.0.113.8"}, {"ip": "203.0.113.9"}]);
+        assert_eq!(found(both), "203.0.113.8 2001:db8::8");
+        assert_eq!(found(json!([{}, {"hostname": "a.elb.test"}])), "a.elb.test");
+        assert!(hosts_of_service(&Service::default()).is_empty());
     }
 
     #[test]
@@ -386,14 +387,19 @@ mod tests {
             name: "a".into(),
             address_of: AddressOf::Node,
             host: None,
+            pod: Vec::new(),
             key,
             port: 15192,
             tls_port,
         };
-        let address = "203.0.113.7:15192".parse().expect("an endpoint");
+        let address = ["203.0.113.7:15192".parse().expect("an endpoint")];
         for (port, end) in [(None, "/tls=off"), (Some(443), ""), (Some(8443), "/tls=8443")] {
             assert_eq!(entry(port).text(&address), format!("{key}@203.0.113.7:15192{end}"));
         }
+        let [v4] = address;
+        let both = [v4, "[2001:db8::7]:15192".parse().expect("an endpoint")];
+        let text = format!("{key}@203.0.113.7:15192+[2001:db8::7]:15192/tls=off");
+        assert_eq!(entry(None).text(&both), text);
         assert_eq!(entry(None).check(), Ok(()));
         for host in ["a b", "relay.example.org:15192", ""] {
             assert!(Entry { host: Some(host.into()), ..entry(None) }.check().is_err(), "{host}");

@@ -83,7 +83,7 @@ mod tests {
     }
 
     fn shown(relays: &mut Relays) -> Vec<String> {
-        relays.chosen().iter().map(|relay| relay.endpoint.to_string()).collect()
+        relays.chosen().iter().map(|relay| relay.endpoints[0].to_string()).collect()
     }
 
     fn published(entries: &[(&str, String)]) -> BTreeMap<String, String> {
@@ -98,6 +98,18 @@ mod tests {
             (2..).zip(names).map(|(byte, name)| (name, text(byte, &format!("{name}:1")))).collect();
         let mut relays = Relays::new(told, published(&entries));
         assert_eq!(shown(&mut relays), ["told:1", "b:1", "c:1", "d:1"]);
+    }
+
+    #[test]
+    fn a_relay_may_say_an_address_of_each_family() {
+        let places = ["203.0.113.8:15192", "[2001:db8::8]:15192", "10.244.1.5:15192"];
+        let entry = text(1, &format!("{}/tls=8443", places.join("+")));
+        let relays = Relays::new(Vec::new(), published(&[("a", entry)])).chosen();
+        let shown: Vec<_> = relays[0].endpoints.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            (shown.as_slice(), relays[0].tls_port),
+            (&places.map(String::from)[..], Some(8443))
+        );
     }
 
     #[test]

@@ -433,7 +433,7 @@ fn relay_facts(wanted: &Desired, policy: &Policy) -> Vec<RelayFacts> {
         let found = wanted.relays.iter().find(|found| found.key == relay.key);
         RelayFacts {
             key: relay.key,
-            endpoint: relay.endpoint.clone(),
+            endpoints: relay.endpoints.clone(),
             candidates: found.map(|found| found.candidates.clone()).unwrap_or_default(),
         }
     });

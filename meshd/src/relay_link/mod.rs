@@ -321,5 +321,5 @@ fn place_of(configured: &Keyrelay, relay: &PeerConfig) -> Option<Place> {
             addresses.push(at);
         }
     }
-    Some(Place { name: name_of(&configured.endpoint), addresses })
+    Some(Place { name: name_of(configured.endpoints.first()?), addresses })
 }

@@ -234,17 +234,22 @@ fn refusal(
     if local.addresses.contains(&ip) || local.endpoints.contains(&endpoint) {
         return Some(EndpointRefusal::Own);
     }
-    let reachable = if ip.is_ipv4() { families.v4 } else { families.v6 };
-    if reachable { None } else { Some(EndpointRefusal::NoFamily) }
+    if families.reach(ip) { None } else { Some(EndpointRefusal::NoFamily) }
 }
 
-struct Families {
+pub(super) struct Families {
     v4: bool,
     v6: bool,
 }
 
+impl Families {
+    pub(super) fn reach(&self, ip: IpAddr) -> bool {
+        if ip.is_ipv4() { self.v4 } else { self.v6 }
+    }
+}
+
 /// The families this machine has an address of. Without any knowledge, both.
-fn families(local: &LocalNode, policy: &Policy) -> Families {
+pub(super) fn families(local: &LocalNode, policy: &Policy) -> Families {
     let outside = |ip: &&IpAddr| reach(**ip) != Reach::Never && !policy.cluster.contains(**ip);
     let has = |v4: bool| local.addresses.iter().filter(outside).any(|ip| ip.is_ipv4() == v4);
     match (has(true), has(false)) {

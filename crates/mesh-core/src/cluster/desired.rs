@@ -27,7 +27,7 @@ use mesh_types::net::{EndpointHint, Reach, host_prefix, overlap, overlay_address
 use mesh_types::netstate::{Family, NetState, Route, RouteTarget, Rule, TunLink};
 use mesh_types::node::{NodeName, Site};
 
-use super::candidates::{Candidates, EndpointRefusal, PathMtus, candidates};
+use super::candidates::{Candidates, EndpointRefusal, PathMtus, candidates, families};
 use super::claims::{Granted, Held, grant_keys, grant_prefixes};
 use super::index::ClusterIndex;
 use super::policy::{LocalNode, Policy};
@@ -113,7 +113,7 @@ pub fn desired(
     let granted = grant(view, local, policy, &mut refused);
     let mut own = own_state(view.nodes, local, &granted);
     let mut endpoints_left_out = BTreeMap::new();
-    let relays = relays(view, local, policy, mtus);
+    let relays = relays(view, local, &own, policy, mtus);
     let mut peers = Vec::new();
     for record in believed(view.nodes).filter(|record| record.name != local.name) {
         let Some((key, allowed_ips)) = grants_of(&granted, &record.name) else { continue };
@@ -261,23 +261,27 @@ fn peer(
 fn relays(
     view: &ClusterView<'_>,
     local: &LocalNode,
+    own: &OwnState,
     policy: &Policy,
     mtus: &PathMtus,
 ) -> Vec<PeerConfig> {
+    let families = families(local, policy);
     let found = policy.keyrelays.iter().take(RELAYS_MAX).filter(|relay| relay.key != local.key);
     let found = found.filter_map(|relay| {
-        let candidates: Vec<SocketAddr> = match &relay.endpoint {
-            EndpointHint::Address(address) => vec![canonical(*address)],
-            EndpointHint::Name { host, port } => {
-                let resolved = view.resolved.get(host).map(Vec::as_slice).unwrap_or_default();
-                let endpoint = |ip: &IpAddr| SocketAddr::new(ip.to_canonical(), *port);
-                resolved.iter().map(endpoint).collect()
-            }
+        // Inside the cluster it would be asked through itself; not so where it is a pod of this node, and load balancers seldom lead a
+        // node back to itself.
+        let near = |ip: IpAddr| own.pod_cidrs.iter().any(|cidr| cidr.contains(&ip));
+        let usable = |to: &SocketAddr| {
+            reach(to.ip()) != Reach::Never
+                && families.reach(to.ip())
+                && (!policy.cluster.contains(to.ip()) || near(to.ip()))
         };
-        // Inside the cluster it would be asked through itself.
-        let usable =
-            |to: &SocketAddr| !policy.cluster.contains(to.ip()) && reach(to.ip()) != Reach::Never;
-        let candidates: Vec<_> = candidates.into_iter().filter(usable).collect();
+        let mut candidates: Vec<SocketAddr> = Vec::new();
+        for at in relay.endpoints.iter().flat_map(|hint| addresses_of(hint, view)).filter(usable) {
+            if !candidates.contains(&at) {
+                candidates.push(at);
+            }
+        }
         (!candidates.is_empty()).then(|| PeerConfig {
             key: relay.key,
             preshared: None,
@@ -290,6 +294,18 @@ fn relays(
         })
     });
     found.collect()
+}
+
+/// As far as they are known.
+fn addresses_of(hint: &EndpointHint, view: &ClusterView<'_>) -> Vec<SocketAddr> {
+    match hint {
+        EndpointHint::Address(address) => vec![canonical(*address)],
+        EndpointHint::Name { host, port } => {
+            let resolved = view.resolved.get(host).map(Vec::as_slice).unwrap_or_default();
+            let endpoint = |ip: &IpAddr| SocketAddr::new(ip.to_canonical(), *port);
+            resolved.iter().map(endpoint).collect()
+        }
+    }
 }
 
 fn net_state(peers: &[DesiredPeer], own: &OwnState, policy: &Policy, mtus: &PathMtus) -> NetState {
@@ -348,7 +364,7 @@ fn all_refused(nodes: &ClusterIndex, refused: Refusals) -> Vec<Refused> {
 }
 
 fn names(nodes: &ClusterIndex, local: &LocalNode, policy: &Policy) -> BTreeSet<String> {
-    let relays = policy.keyrelays.iter().map(|relay| &relay.endpoint);
+    let relays = policy.keyrelays.iter().flat_map(|relay| &relay.endpoints);
     let nodes = believed(nodes).filter(|record| record.name != local.name);
     let overrides = nodes.filter_map(|record| record.endpoint_override.as_ref());
     let names = relays.chain(overrides).filter_map(|hint| match hint {

@@ -23,7 +23,8 @@ pub struct LocalNode {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Keyrelay {
     pub key: PublicKey,
-    pub endpoint: EndpointHint,
+    /// Where it is: an address of each family, a name. One inside the cluster counts on the node alone that has that pod.
+    pub endpoints: Vec<EndpointHint>,
     /// TCP port of the same host for TLS where UDP is blocked.
     pub tls_port: Option<u16>,
 }
