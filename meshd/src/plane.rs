@@ -85,6 +85,7 @@ impl NodePlane {
             relays: relay_link::Options {
                 mark: config.kernel.mark,
                 tunnel_port: config.listen_port,
+                cluster: config.prefixes.clone(),
             },
         }
     }
@@ -234,6 +235,7 @@ fn listener(news: mpsc::Sender<()>, recorder: Recorder, notes: Notes) -> impl Fn
             // Full means that a turn is due anyway.
             let _ = news.try_send(());
         }
+        DataEvent::Filtered(to) => notes.filtered(&to),
         DataEvent::Restarted => tracing::warn!("the data plane panicked and was started again"),
     }
 }

@@ -16,6 +16,7 @@
 //! is too long for a link behind the first would vanish, so their answers are heard and we fragment
 //! (`IPV6_PMTUDISC_DONT`); a forged one costs fragments of 1280 bytes at worst.
 
+mod filtered;
 mod group;
 
 use std::collections::BTreeMap;
@@ -34,6 +35,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use crate::cmsg::{self, ControlWriter};
 use crate::{clock, sys};
 
+use filtered::Filtered;
 pub use group::FilterInstruction;
 
 /// Size of one receive buffer: the largest UDP payload, rounded up to whole pages.
@@ -138,6 +140,7 @@ pub struct UdpSocket {
     counters: UdpCounters,
     /// Destinations that get single datagrams, until when.
     gso_refused: BTreeMap<SocketAddr, MonoTime>,
+    filtered: Filtered,
     overflow_seen: u32,
 }
 
@@ -250,6 +253,7 @@ impl UdpSocket {
             local_port,
             counters: UdpCounters::default(),
             gso_refused: BTreeMap::new(),
+            filtered: Filtered::default(),
             overflow_seen: 0,
         })
     }
@@ -260,6 +264,7 @@ impl UdpSocket {
             fd: self.fd.try_clone()?,
             counters: UdpCounters::default(),
             gso_refused: BTreeMap::new(),
+            filtered: Filtered::default(),
             overflow_seen: 0,
             ..*self
         })
@@ -338,8 +343,16 @@ impl UdpSocket {
         bytes: &[u8],
     ) -> io::Result<()> {
         let sent = self.send_as_it_goes(destination, source, ecn, segment_len, bytes);
-        self.counters.tx_errors += u64::from(sent.is_err());
+        if let Err(error) = &sent {
+            self.counters.tx_errors += 1;
+            self.filtered.note(destination, error);
+        }
         sent
+    }
+
+    /// Destinations a packet filter of this machine refused of late; told now and then.
+    pub fn take_filtered(&mut self, now: MonoTime) -> Vec<SocketAddr> {
+        self.filtered.take(now)
     }
 
     /// Sends one datagram that no router may fragment, whatever the kernel believes of the path; an error where it is too long for

@@ -75,6 +75,8 @@ pub enum DataEvent {
     TunLost,
     /// The shard panicked and runs again, without its old sessions.
     Restarted,
+    /// A packet filter of this machine lets nothing go to these.
+    Filtered(Vec<SocketAddr>),
 }
 
 /// Called on the packet thread: must not block (a `try_send`, a notification).

@@ -210,6 +210,10 @@ impl Shard {
                 self.tell_shards(&event);
                 (self.on_event)(DataEvent::Tunnel(event));
             }
+            let filtered = self.udp.take_filtered(now);
+            if !filtered.is_empty() {
+                (self.on_event)(DataEvent::Filtered(filtered));
+            }
             self.steer();
         }
     }

@@ -1,13 +1,18 @@
-//! Relays over TLS, where UDP is blocked.
+//! Ways to relays: TLS, where UDP is blocked, and past a filter of this node, where that stands between it and a relay of the
+//! cluster's own.
 //!
 //! ```text
-//!  shards ── answered, not answered ──> notes ─────────────┐                       ┌──> Bridger: "the relay is at 127.0.0.1:n"
+//!  shards ── answered, not answered, refused ──> notes ────┐                       ┌──> Bridger: "the relay is at 127.0.0.1:n"
 //!  plane  ── relays, their addresses ──────────────────────┼──> [policy] ── links ─┤
 //!  bridges ─ stands, ended, failed ────────────────────────┘                       └──> bridge (a task each) ── TLS ── relay
 //! ```
 //! Packets meet none of this while UDP goes through. Where it does not, the tunnel sends to the bridge's address on loopback as if
 //! it were the relay, so that the data plane is the same; the bridge is slower than a shard, and TCP on the way is what such a
 //! network leaves.
+//!
+//! In its mode nftables kube-proxy refuses new flows to a load balancer's address (`externalTrafficPolicy: Local`) on nodes without a
+//! pod of the Service, and from time to time forgets flows there that do not lead to the pod. The flow of a relay behind a Service
+//! is then taken as begun. What is refused to any other place stays refused: that is an operator's filter.
 
 mod board;
 mod bridge;
@@ -24,6 +29,7 @@ use mesh_core::cluster::Keyrelay;
 use mesh_core::tunnel::config::{Event, PeerConfig, Role};
 use mesh_types::key::PublicKey;
 use mesh_types::limits::{RELAY_NOTES_MAX, RELAYS_MAX};
+use mesh_types::net::{ClusterPrefixes, EndpointHint};
 use netcfg::clock;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
@@ -39,6 +45,8 @@ use tls::{Dialer, Place, name_of};
 enum Note {
     Answered { relay: PublicKey, by: SocketAddr, rtt: Option<Duration> },
     Unanswered { relay: PublicKey, to: SocketAddr },
+    /// A packet filter of this node lets nothing go there.
+    Filtered { to: SocketAddr },
 }
 
 /// Takes what the packet threads say; never waits.
@@ -59,6 +67,13 @@ impl Notes {
         };
         let _ = self.0.try_send(note);
     }
+
+    /// As [`Self::take`].
+    pub fn filtered(&self, places: &[SocketAddr]) {
+        for to in places {
+            let _ = self.0.try_send(Note::Filtered { to: *to });
+        }
+    }
 }
 
 /// What has to be there before there is a data plane.
@@ -78,6 +93,7 @@ pub struct Options {
     pub mark: u32,
     /// Port of the tunnel's own socket.
     pub tunnel_port: u16,
+    pub cluster: ClusterPrefixes,
 }
 
 /// Ends with its owner.
@@ -106,8 +122,9 @@ impl RelayLinks {
         let (news_in, news) = mpsc::channel(2 * RELAYS_MAX);
         let policy = Policy::default();
         let links = BTreeMap::new();
-        let tunnel_port = options.tunnel_port;
-        let keeper = Keeper { tunnel_port, bridger, board, dialer, news_in, policy, links };
+        let (options, behind_services) = (options.clone(), Vec::new());
+        let keeper =
+            Keeper { options, bridger, board, dialer, news_in, policy, links, behind_services };
         tokio::spawn(keeper.run(told, prepared.notes, news));
         Ok(Self { relays })
     }
@@ -134,13 +151,15 @@ impl RelayLinks {
 }
 
 struct Keeper {
-    tunnel_port: u16,
+    options: Options,
     bridger: Bridger,
     board: Arc<Board>,
     dialer: Dialer,
     news_in: mpsc::Sender<(PublicKey, News)>,
     policy: Policy,
     links: BTreeMap<PublicKey, Way>,
+    /// Addresses of relays that run in a pod of this cluster.
+    behind_services: Vec<SocketAddr>,
 }
 
 /// A bridge's task ends when this is dropped.
@@ -189,8 +208,12 @@ impl Keeper {
         self.links.retain(|key, _| keys(key));
         self.board.retain(keys);
         let mut known = Vec::new();
+        self.behind_services.clear();
         for relay in relays {
             let configured = keyrelays.iter().find(|it| it.key == relay.key);
+            if configured.is_some_and(|it| is_pod(it, &self.options.cluster)) {
+                self.behind_services.extend(&relay.candidates);
+            }
             let place = configured.and_then(|configured| place_of(configured, relay));
             known.push((relay.key, place.is_some()));
             let Some(place) = place else { continue };
@@ -208,7 +231,7 @@ impl Keeper {
         let bridge = Bridge {
             relay,
             dialer: self.dialer.clone(),
-            tunnel_port: self.tunnel_port,
+            tunnel_port: self.options.tunnel_port,
             place: where_to,
             wanted: asked_for,
             news: self.news_in.clone(),
@@ -234,6 +257,21 @@ impl Keeper {
                 self.policy.unanswered(clock::now(), &relay);
             }
             Note::Unanswered { .. } => {}
+            Note::Filtered { to } if self.behind_services.contains(&to) => self.begin(to),
+            Note::Filtered { .. } => {}
+        }
+    }
+
+    /// The next packet goes out.
+    fn begin(&self, to: SocketAddr) {
+        match netcfg::conntrack::begin(self.options.tunnel_port, to, self.options.mark) {
+            Ok(true) => {
+                tracing::debug!(%to, "kube-proxy refuses new flows to the relay: taken as begun");
+            }
+            Ok(false) => {}
+            Err(error) => {
+                tracing::debug!(%to, %error, "a packet filter of this node stands before the relay");
+            }
         }
     }
 
@@ -310,6 +348,15 @@ impl Keeper {
         self.bridger.set_bridge(*relay, None);
         self.board.change(relay, |link| link.remote = None);
     }
+}
+
+/// It tells an address inside the cluster.
+fn is_pod(configured: &Keyrelay, cluster: &ClusterPrefixes) -> bool {
+    let inside = |hint: &EndpointHint| match hint {
+        EndpointHint::Address(at) => cluster.contains(at.ip()),
+        EndpointHint::Name { .. } => false,
+    };
+    configured.endpoints.iter().any(inside)
 }
 
 /// Where a relay takes connections, if it is to be asked for any.

@@ -297,6 +297,7 @@ fn listen(news: &mpsc::Sender<()>, event: DataEvent) {
         DataEvent::Refused(refusals) => tracing::warn!(?refusals, "left out by the data plane"),
         // Full means that somebody is about to look anyway.
         DataEvent::TunLost => drop(news.try_send(())),
+        DataEvent::Filtered(to) => tracing::debug!(?to, "refused by a packet filter"),
         DataEvent::Restarted => tracing::warn!("the data plane panicked and was started again"),
     }
 }
