@@ -215,6 +215,13 @@ impl Exchange {
         }
     }
 
+    /// Tells the other shards that a relay of ours is not to be used.
+    pub(super) fn tell_passed_over(&self, relay: SocketAddr, peer: Option<PublicKey>) {
+        for to in self.to.iter().flatten() {
+            to.packets.mailbox().pass_over(relay, peer);
+        }
+    }
+
     /// Whether the TUN is not to be read: an owner has more than it can seal. What waits stays in the kernel's queue, where
     /// it would with one shard. Not for long, or one that does not run would stop all others' packets, too.
     pub(super) fn holds_back(&self, now: MonoTime) -> bool {

@@ -39,6 +39,8 @@ pub(super) struct Letters<P, T, S> {
     pub(super) seen: BTreeMap<PublicKey, Sight>,
     /// Relays of ours that may not know this node any more.
     pub(super) doubted: BTreeSet<PublicKey>,
+    /// Relays of other shards, by address, that are not to be used: to reach this peer, or any.
+    pub(super) passed_over: BTreeSet<(Option<PublicKey>, SocketAddr)>,
     /// What relays show of this node is to be found out anew.
     pub(super) check_relays: bool,
     /// Bridges to relays that stand now, or do not any more; of one relay the last word counts.
@@ -62,6 +64,7 @@ impl<P, T, S> Default for Letters<P, T, S> {
             places: BTreeMap::new(),
             seen: BTreeMap::new(),
             doubted: BTreeSet::new(),
+            passed_over: BTreeSet::new(),
             check_relays: false,
             bridges: BTreeMap::new(),
             initiate_all: false,
@@ -152,6 +155,16 @@ impl<P, T, S> Mailbox<P, T, S> {
         self.post(|letters| {
             if letters.doubted.len() < RELAYS_MAX {
                 letters.doubted.insert(relay);
+            }
+        });
+    }
+
+    /// Tells that a relay of another shard is not to be used.
+    pub(super) fn pass_over(&self, relay: SocketAddr, peer: Option<PublicKey>) {
+        self.post(|letters| {
+            // What finds no room here is found out by silence.
+            if letters.passed_over.len() < NODES_MAX {
+                letters.passed_over.insert((peer, relay));
             }
         });
     }

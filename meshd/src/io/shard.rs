@@ -323,6 +323,9 @@ impl Shard {
         for relay in &letters.doubted {
             tunnel.doubt_relay(now, relay);
         }
+        for (peer, relay) in &letters.passed_over {
+            tunnel.pass_over(now, *relay, peer.as_ref());
+        }
         if letters.check_relays {
             tunnel.check_relays(now);
         }

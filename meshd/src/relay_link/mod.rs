@@ -43,10 +43,19 @@ use tls::{Dialer, Place, name_of};
 /// What the data plane says of relays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Note {
-    Answered { relay: PublicKey, by: SocketAddr, rtt: Option<Duration> },
-    Unanswered { relay: PublicKey, to: SocketAddr },
+    Answered {
+        relay: PublicKey,
+        by: SocketAddr,
+        rtt: Option<Duration>,
+    },
+    Unanswered {
+        relay: PublicKey,
+        to: SocketAddr,
+    },
     /// A packet filter of this node lets nothing go there.
-    Filtered { to: SocketAddr },
+    Filtered {
+        to: SocketAddr,
+    },
 }
 
 /// Takes what the packet threads say; never waits.
@@ -63,6 +72,7 @@ impl Notes {
             | Event::EndpointChanged { .. }
             | Event::Seen { .. }
             | Event::RelayInDoubt { .. }
+            | Event::PassOver { .. }
             | Event::HandshakeGaveUp { .. } => return,
         };
         let _ = self.0.try_send(note);

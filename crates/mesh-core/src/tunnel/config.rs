@@ -231,6 +231,11 @@ pub enum Event {
     RelayInDoubt {
         relay: PublicKey,
     },
+    /// The relay at this address says that it does not know the peer, which another shard serves, or that it leaves.
+    PassOver {
+        relay: SocketAddr,
+        peer: Option<PublicKey>,
+    },
     /// No answer for 90 s; what waited for the session was dropped.
     HandshakeGaveUp {
         key: PublicKey,

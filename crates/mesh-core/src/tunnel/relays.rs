@@ -434,20 +434,35 @@ impl<F: EngineFactory> Tunnel<F> {
                 return false;
             }
             Frame::NotHere { key } => {
-                let Some(peer) = self.peer_of(&key) else { return false };
-                peer.ways.avoid(now, meta.source);
+                let Ok(key) = PublicKey::from_bytes(key) else { return false };
+                if self.foreign.holds(&key) {
+                    self.event(Event::PassOver { relay: meta.source, peer: Some(key) });
+                } else if self.peers.slot_of(&key).is_some() {
+                    self.pass_over(now, meta.source, Some(&key));
+                } else {
+                    return false;
+                }
             }
             Frame::Leaving => {
-                let slots: Vec<u32> = self.peers.slots().collect();
-                for slot in slots {
-                    if let Some(peer) = self.peers.get_mut(slot) {
-                        peer.ways.avoid(now, meta.source);
-                    }
-                }
+                self.pass_over(now, meta.source, None);
+                self.event(Event::PassOver { relay: meta.source, peer: None });
             }
             _ => return false,
         }
         true
+    }
+
+    /// The relay at this address says that it is not to be used to reach the peer, or any.
+    pub fn pass_over(&mut self, now: MonoTime, relay: SocketAddr, peer: Option<&PublicKey>) {
+        let slots: Vec<u32> = match peer {
+            Some(key) => self.peers.slot_of(key).into_iter().collect(),
+            None => self.peers.slots().collect(),
+        };
+        for slot in slots {
+            if let Some(peer) = self.peers.get_mut(slot) {
+                peer.ways.avoid(now, relay);
+            }
+        }
     }
 
     /// Whether the relay is reached there, as configuration or its bridge has it.
@@ -528,12 +543,6 @@ impl<F: EngineFactory> Tunnel<F> {
             }
         }
         Addresses::new(all)
-    }
-
-    fn peer_of(&mut self, key: &[u8; 32]) -> Option<&mut Peer<F::Engine>> {
-        let key = mesh_types::key::PublicKey::from_bytes(*key).ok()?;
-        let slot = self.peers.slot_of(&key)?;
-        self.peers.get_mut(slot)
     }
 
     /// Sends a control message in the peer's session over one way.

@@ -12,6 +12,7 @@ use mesh_core::tunnel::steer::{FRONT, Share};
 use mesh_core::tunnel::{DropReason, PeerConfig, Tunnel, TunnelConfig, UdpMeta};
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::{ADMITTED_MAX, NODES_MAX};
+use mesh_types::relay_frame::Frame;
 use mesh_types::time::MonoTime;
 
 use crate::network::{MTU, inner, ipv4, net};
@@ -116,10 +117,16 @@ impl Machine {
     fn tell_places(&mut self) {
         for at in 0..self.shards.len() {
             while let Some(event) = self.shards[at].poll_event() {
-                let Event::EndpointChanged { key, endpoint } = event else { continue };
-                for (other, shard) in self.shards.iter_mut().enumerate() {
-                    if other != at {
-                        shard.note_endpoint(now(), key, endpoint);
+                let others = self.shards.iter_mut().enumerate().filter(|(other, _)| *other != at);
+                for (_, shard) in others {
+                    match event {
+                        Event::EndpointChanged { key, endpoint } => {
+                            shard.note_endpoint(now(), key, endpoint);
+                        }
+                        Event::PassOver { relay, peer } => {
+                            shard.pass_over(now(), relay, peer.as_ref());
+                        }
+                        _ => {}
                     }
                 }
             }
@@ -397,26 +404,9 @@ fn a_datagram_to_one_shards_peer_led_into_anothers_prefix_is_not_carried_whole_o
 #[test]
 fn what_a_relay_carries_reaches_the_shards_of_its_peers_merged_or_not() {
     let count = 7;
-    let members = (0..count).map(key).collect();
-    let mut relay = Relay::new(200, "203.0.113.1:15192", members);
-    let mut machines: Vec<_> =
-        (0..count).map(|number| Machine::new(number, number % 3 + 1)).collect();
-    for (number, machine) in machines.iter_mut().enumerate() {
-        let others = (0..count).filter(|other| *other != number).map(|other| PeerConfig {
-            candidates: Vec::new(),
-            relays: vec![relay.key],
-            ..config(other)
-        });
-        let carrier = PeerConfig {
-            key: relay.key,
-            candidates: vec![relay.addr],
-            allowed_ips: Vec::new(),
-            role: Role::Relay,
-            ..config(0)
-        };
-        machine.set_peers(&others.chain([carrier]).collect::<Vec<_>>());
-    }
-    settle_by(&mut machines, &mut relay);
+    let mut relays = [Relay::new(200, "203.0.113.1:15192", (0..count).map(key).collect())];
+    let mut machines = relayed(&(0..count).map(|at| at % 3 + 1).collect::<Vec<_>>(), &relays);
+    settle_by(&mut machines, &mut relays);
     for part in ["a", "b"] {
         for (from, machine) in machines.iter_mut().enumerate() {
             for to in (0..count).filter(|to| *to != from) {
@@ -424,7 +414,7 @@ fn what_a_relay_carries_reaches_the_shards_of_its_peers_merged_or_not() {
                 machine.send_from(queue, &inner(from, to, &format!("{from}>{to}{part}")));
             }
         }
-        settle_by(&mut machines, &mut relay);
+        settle_by(&mut machines, &mut relays);
     }
     for machine in &machines {
         let mut texts = machine.texts();
@@ -438,9 +428,63 @@ fn what_a_relay_carries_reaches_the_shards_of_its_peers_merged_or_not() {
     }
 }
 
-/// As [`settle`], with a relay alone in between, which sends what it has for one machine together.
-fn settle_by(machines: &mut [Machine], relay: &mut Relay) {
-    let relay_at = relay.addr;
+#[test]
+fn what_a_relay_says_of_itself_and_of_a_peer_counts_in_every_shard() {
+    let count = 7;
+    let leaving = |_: PublicKey| Frame::Leaving;
+    let not_here = |key: PublicKey| Frame::NotHere { key: *key.as_bytes() };
+    for say in [&leaving as &dyn Fn(PublicKey) -> Frame, &not_here] {
+        let members: Vec<_> = (0..count).map(key).collect();
+        let mut relays = [
+            Relay::new(200, "203.0.113.1:15192", members.clone()),
+            Relay::new(201, "203.0.113.2:15192", members.clone()),
+        ];
+        let mut machines = relayed(&[3, 1, 1, 1, 1, 1, 1], &relays);
+        settle_by(&mut machines, &mut relays);
+        let to_all = |machines: &mut Vec<Machine>, relays: &mut [Relay; 2]| {
+            let before = relays.each_ref().map(|relay| relay.carried_data);
+            for to in 1..count {
+                machines[0]
+                    .send_from(0, &inner(0, to, "a text that is long enough to be no probe"));
+            }
+            settle_by(machines, relays);
+            [0, 1].map(|at| relays[at].carried_data - before[at])
+        };
+        to_all(&mut machines, &mut relays);
+        assert_eq!(to_all(&mut machines, &mut relays), [count - 1, 0], "the first of two alike");
+        for peer in &members[1..] {
+            let (from, _, said) = relays[0].say(now(), &members[0], say(*peer)).expect("a member");
+            machines[0].receive(from, 0, &said);
+            machines[0].tell_places();
+        }
+        assert_eq!(to_all(&mut machines, &mut relays), [0, count - 1], "the other");
+    }
+}
+
+/// Machines of so many shards each, who know each other by these relays alone.
+fn relayed(shards: &[usize], relays: &[Relay]) -> Vec<Machine> {
+    let one = |(number, of): (usize, &usize)| {
+        let mut machine = Machine::new(number, *of);
+        let others = (0..shards.len()).filter(|other| *other != number).map(|other| PeerConfig {
+            candidates: Vec::new(),
+            relays: relays.iter().map(|relay| relay.key).collect(),
+            ..config(other)
+        });
+        let carriers = relays.iter().map(|relay| PeerConfig {
+            key: relay.key,
+            candidates: vec![relay.addr],
+            allowed_ips: Vec::new(),
+            role: Role::Relay,
+            ..config(0)
+        });
+        machine.set_peers(&others.chain(carriers).collect::<Vec<_>>());
+        machine
+    };
+    shards.iter().enumerate().map(one).collect()
+}
+
+/// As [`settle`], with relays alone in between, which send what they have for one machine together.
+fn settle_by(machines: &mut [Machine], relays: &mut [Relay]) {
     for _ in 0..100 {
         let mut sent = Vec::new();
         for machine in machines.iter_mut() {
@@ -451,21 +495,19 @@ fn settle_by(machines: &mut [Machine], relay: &mut Relay) {
         if sent.is_empty() {
             return;
         }
-        let mut together: BTreeMap<(SocketAddr, usize), Vec<u8>> = BTreeMap::new();
+        let mut together: BTreeMap<(SocketAddr, SocketAddr, usize), Vec<u8>> = BTreeMap::new();
         for (from, to, segment_len, bytes) in sent {
             // Nothing else passes: probes of direct ways are lost.
-            if to != relay.addr {
-                continue;
-            }
+            let Some(relay) = relays.iter_mut().find(|relay| relay.addr == to) else { continue };
             let carried = bytes.chunks(segment_len);
             let answers = carried.filter_map(|it| relay.receive(now(), from, to, it));
-            for (_, to, datagram) in answers.filter(|(src, ..)| *src == relay_at) {
-                together.entry((to, datagram.len())).or_default().extend(datagram);
+            for (src, dst, datagram) in answers.filter(|(src, ..)| *src == to) {
+                together.entry((src, dst, datagram.len())).or_default().extend(datagram);
             }
         }
-        for ((to, len), bytes) in together {
-            let machine = machines.iter_mut().find(|machine| addr(machine.number) == to);
-            machine.expect("a member").receive(relay.addr, len, &bytes);
+        for ((src, dst, len), bytes) in together {
+            let machine = machines.iter_mut().find(|machine| addr(machine.number) == dst);
+            machine.expect("a member").receive(src, len, &bytes);
         }
     }
     panic!("they never fall silent");

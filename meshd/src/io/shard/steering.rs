@@ -35,6 +35,11 @@ impl Shard {
                     exchange.tell_doubt(relay);
                 }
             }
+            Event::PassOver { relay, peer } => {
+                if let Some(exchange) = &self.exchange {
+                    exchange.tell_passed_over(relay, peer);
+                }
+            }
             Event::SessionEstablished { .. }
             | Event::RelayAnswered { .. }
             | Event::Unanswered { .. }
