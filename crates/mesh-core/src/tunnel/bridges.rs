@@ -32,6 +32,11 @@ const STRAIGHT_AGAIN_MAX: Duration = Duration::from_secs(60);
 /// A question is unanswered after this long.
 pub const UNANSWERED_AFTER: Duration = Duration::from_millis(500);
 
+/// A relay that owes an answer may have been started anew and know no session: it is greeted so often, so far apart. Then it is the
+/// handshake's own timers that go on.
+const GREETINGS: u8 = 3;
+const GREET_AGAIN: Duration = Duration::from_secs(1);
+
 /// Which way a relay is asked.
 #[derive(Debug, Default)]
 pub(super) struct Link {
@@ -39,6 +44,9 @@ pub(super) struct Link {
     asked: Option<(MonoTime, SocketAddr)>,
     /// When that has to be told.
     tell_at: Option<MonoTime>,
+    /// When a new session is asked for, and how often it was since the last answer.
+    greet_at: Option<MonoTime>,
+    greetings: u8,
     /// Reached over a bridge: when it is tried straight again, and how often it was.
     straight_at: Option<MonoTime>,
     straight_tries: u32,
@@ -46,7 +54,7 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn deadline(&self) -> Option<MonoTime> {
-        self.straight_at.into_iter().chain(self.tell_at).min()
+        [self.straight_at, self.tell_at, self.greet_at].into_iter().flatten().min()
     }
 
     /// Whether a question is unanswered.
@@ -56,13 +64,25 @@ impl Link {
 
     pub(super) fn answered(&mut self) {
         (self.asked, self.tell_at) = (None, None);
+        (self.greet_at, self.greetings) = (None, 0);
     }
 
     fn ask(&mut self, now: MonoTime, to: SocketAddr) {
         let since = self.asked.map_or(now, |(since, _)| since);
         if self.asked.replace((since, to)).is_none() {
             self.tell_at = Some(now + UNANSWERED_AFTER);
+            (self.greet_at, self.greetings) = (self.tell_at, 0);
         }
+    }
+
+    /// Whether a new session is to be asked for now.
+    fn is_to_greet(&mut self, now: MonoTime) -> bool {
+        if self.greet_at.is_none_or(|at| at > now) {
+            return false;
+        }
+        self.greetings = self.greetings.saturating_add(1);
+        self.greet_at = (self.greetings < GREETINGS).then(|| now + GREET_AGAIN);
+        true
     }
 }
 
@@ -166,6 +186,15 @@ impl<F: EngineFactory> Tunnel<F> {
         if let Some((_, to)) = relay.link.asked.filter(|_| due.is_some()) {
             let relay = relay.config.key;
             self.event(Event::Unanswered { relay, to });
+        }
+    }
+
+    /// Begins a new session with a relay that owes an answer, when that is due: with the old one alone, only 15 s of silence would
+    /// tell that it was forgotten.
+    pub(super) fn greet_again(&mut self, now: MonoTime, slot: u32) {
+        let Some(relay) = self.peers.get_mut(slot) else { return };
+        if relay.link.is_to_greet(now) && relay.sender(now).is_some() {
+            self.begin_handshake(now, slot, true);
         }
     }
 

@@ -138,6 +138,7 @@ impl<F: EngineFactory> Tunnel<F> {
             Role::Relay => {
                 self.ask_address(now, slot);
                 self.tell_unanswered(now, slot);
+                self.greet_again(now, slot);
                 self.try_straight(now, slot);
             }
             Role::Node if peer.is_relayed() => self.tend_ways(now, slot),
