@@ -136,7 +136,16 @@ fn two_nodes_become_one_peer_with_routes_addresses_and_rules() {
     assert_eq!(routes(&desired), expected);
     let addresses: Vec<_> = desired.net.addresses.iter().map(ToString::to_string).collect();
     assert_eq!(addresses, ["10.244.1.1/32", "fd00:10:244:1::1/128"]);
-    assert_eq!(desired.net.rules.len(), 2);
+    let rules =
+        desired.net.rules.iter().map(|rule| (rule.family, rule.to.map(|to| to.to_string())));
+    let pods = |net: &str| Some(net.to_owned());
+    let expected = [
+        (Family::V4, None),
+        (Family::V4, pods("10.244.1.0/24")),
+        (Family::V6, None),
+        (Family::V6, pods("fd00:10:244:1::/64")),
+    ];
+    assert_eq!(rules.collect::<Vec<_>>(), expected);
     let node_file = desired.node_file.expect("pods can start");
     assert_eq!((node_file.pod_cidrs.len(), node_file.mtu), (2, 1400));
 }
@@ -146,7 +155,8 @@ fn a_single_family_cluster_gets_rules_and_fallbacks_of_that_family_only() {
     let mut world = World::new([]);
     world.policy.cluster = ClusterPrefixes::new(vec!["10.244.0.0/16".parse().unwrap()]).unwrap();
     let desired = world.desired();
-    assert_eq!(desired.net.rules.len(), 1);
+    assert!(desired.net.rules.iter().all(|rule| rule.family == Family::V4));
+    assert_eq!(desired.net.rules.len(), 2, "all without the mark, and pods with it");
     assert_eq!(routes(&desired), ["10.244.0.0/16 unreachable", "10.244.1.0/24 unreachable"]);
     assert_eq!(reasons(&desired, "n1"), ["outside_cluster"]);
 }
@@ -164,7 +174,8 @@ fn earlier_prefixes_that_pods_live_in_stay_unreachable_and_keep_the_rule_of_thei
         "fd00:99::/48 unreachable",
     ];
     assert_eq!(routes(&desired), expected);
-    let families: Vec<Family> = desired.net.rules.iter().map(|rule| rule.family).collect();
+    let all = desired.net.rules.iter().filter(|rule| rule.to.is_none());
+    let families: Vec<Family> = all.map(|rule| rule.family).collect();
     assert_eq!(families, [Family::V4, Family::V6]);
 }
 

@@ -46,10 +46,15 @@ impl Family {
     }
 }
 
-/// `ip rule`: everything that does not carry our outer mark looks into our table first.
+/// `ip rule`: who looks into our table first.
+///
+/// Without `to`, everything that does not carry our outer mark. With it, all that goes there, and `mark` and `mark_mask` are 0: to pods
+/// of this node there is no other way, for the tunnel's own packets either. Rules that differ in the mark's value alone would be one
+/// to the kernel (`rule_find`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Rule {
     pub family: Family,
+    pub to: Option<IpNet>,
     pub priority: u32,
     pub table: u32,
     pub mark: u32,

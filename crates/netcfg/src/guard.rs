@@ -183,8 +183,9 @@ pub fn ensure(config: &GuardConfig) -> anyhow::Result<bool> {
         return Ok(false);
     }
     nft::run_script(&script).context("load the guard")?;
-    sealed.close(&mut socket)?;
+    // Before the guard counts as whole: who is ended in between does it again.
     forget_led_away(config.port);
+    sealed.close(&mut socket)?;
     Ok(true)
 }
 

@@ -22,6 +22,7 @@ pub mod clock;
 mod cmsg;
 pub mod conntrack;
 pub mod guard;
+pub mod kube_proxy;
 pub mod link;
 pub mod neigh;
 mod netlink;

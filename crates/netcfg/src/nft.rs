@@ -49,7 +49,7 @@ pub(crate) fn run_script(script: &str) -> anyhow::Result<()> {
 }
 
 /// Runs `nft` with arguments and returns what it printed.
-fn query(arguments: &[&str]) -> anyhow::Result<String> {
+pub(crate) fn query(arguments: &[&str]) -> anyhow::Result<String> {
     run(arguments, None)
 }
 

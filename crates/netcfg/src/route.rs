@@ -174,7 +174,7 @@ pub fn delete(route: &KernelRoute) -> io::Result<()> {
     delete_on(&mut Netlink::open()?, route)
 }
 
-/// Rules of ours: at `priority`, into `table`, "everything that does not carry the mark", of protocol `protocol`.
+/// Rules of ours: at `priority`, into `table`, of the two shapes of [`Rule`], of protocol `protocol`.
 /// Other rules at the priority are not reported.
 pub fn rules(priority: u32, table: u32, protocol: u8) -> io::Result<Vec<Rule>> {
     let mut rules: Vec<Rule> =
@@ -368,19 +368,26 @@ fn rule_message(rule: &Rule, protocol: u8) -> RuleMessage {
         Family::V6 => AddressFamily::Inet6,
     };
     message.header.action = RuleAction::ToTable;
-    message.header.flags = RuleFlags::Invert;
     message.header.table = short_table(rule.table);
     message.attributes = vec![
         RuleAttribute::Table(rule.table),
         RuleAttribute::Priority(rule.priority),
-        RuleAttribute::FwMark(rule.mark),
-        RuleAttribute::FwMask(rule.mark_mask),
         RuleAttribute::Protocol(RouteProtocol::Other(protocol)),
     ];
+    match rule.to {
+        None => {
+            message.header.flags = RuleFlags::Invert;
+            let mark = [RuleAttribute::FwMark(rule.mark), RuleAttribute::FwMask(rule.mark_mask)];
+            message.attributes.extend(mark);
+        }
+        Some(to) => {
+            message.header.dst_len = to.prefix_len();
+            message.attributes.push(RuleAttribute::Destination(to.trunc().addr()));
+        }
+    }
     message
 }
 
-/// A rule of the one shape we make; everything else at our priority is somebody else's.
 fn dump_rules() -> io::Result<Vec<RouteNetlinkMessage>> {
     let mut all = Vec::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -404,6 +411,7 @@ fn dump_rules() -> io::Result<Vec<RouteNetlinkMessage>> {
     Ok(all)
 }
 
+/// A rule of the two shapes we make; everything else at our priority is somebody else's.
 fn our_rule(answer: &RouteNetlinkMessage, protocol: u8) -> Option<Rule> {
     let RouteNetlinkMessage::NewRule(message) = answer else { return None };
     let header = &message.header;
@@ -412,11 +420,11 @@ fn our_rule(answer: &RouteNetlinkMessage, protocol: u8) -> Option<Rule> {
         AddressFamily::Inet6 => Family::V6,
         _ => return None,
     };
-    if header.action != RuleAction::ToTable || !header.flags.contains(RuleFlags::Invert) {
+    if header.action != RuleAction::ToTable {
         return None;
     }
-    let mut rule =
-        Rule { family, priority: 0, table: u32::from(header.table), mark: 0, mark_mask: 0 };
+    let table = u32::from(header.table);
+    let mut rule = Rule { family, to: None, priority: 0, table, mark: 0, mark_mask: 0 };
     let mut made_by = 0;
     for attribute in &message.attributes {
         match attribute {
@@ -425,15 +433,18 @@ fn our_rule(answer: &RouteNetlinkMessage, protocol: u8) -> Option<Rule> {
             RuleAttribute::FwMark(mark) => rule.mark = *mark,
             RuleAttribute::FwMask(mask) => rule.mark_mask = *mask,
             RuleAttribute::Protocol(protocol) => made_by = u8::from(*protocol),
+            RuleAttribute::Destination(to) => rule.to = Some(IpNet::new(*to, header.dst_len).ok()?),
             // A rule that looks at anything else is not ours.
-            RuleAttribute::Source(_)
-            | RuleAttribute::Destination(_)
-            | RuleAttribute::Iifname(_)
-            | RuleAttribute::Oifname(_) => return None,
+            RuleAttribute::Source(_) | RuleAttribute::Iifname(_) | RuleAttribute::Oifname(_) => {
+                return None;
+            }
             _ => {}
         }
     }
-    (made_by == protocol && rule.mark_mask != 0).then_some(rule)
+    let without_mark = header.flags.contains(RuleFlags::Invert) && rule.mark_mask != 0;
+    let all_to = !header.flags.contains(RuleFlags::Invert) && rule.mark_mask == 0;
+    let is_ours = if rule.to.is_none() { without_mark } else { all_to };
+    (made_by == protocol && is_ours).then_some(rule)
 }
 
 fn foreign_rule(answer: &RouteNetlinkMessage, protocol: u8) -> Option<(Family, ForeignRule)> {

@@ -354,6 +354,7 @@ mod tests {
         let routes = proptest::collection::btree_map((net, 1u32..4), target, 0..12);
         let rule = (any::<bool>(), 1u32..3).prop_map(|(v4, table)| Rule {
             family: if v4 { Family::V4 } else { Family::V6 },
+            to: None,
             priority: 5190,
             table,
             mark: 4,

@@ -534,11 +534,26 @@ fn led_by_itself(program: (&str, &str), any: &str, real: &str, elsewhere: &str) 
 /// kube-proxy's filter refuses new flows to a load balancer's address on nodes that have no pod of the Service
 /// (`service-endpoints-check` in its mode nftables).
 fn refused_and_begun(lab: &Lab, tunnel: &UdpSocket, at_real: &UdpSocket, to: SocketAddr) {
-    let ip = if to.is_ipv4() { "ip" } else { "ip6" };
+    let (ip, kind) = if to.is_ipv4() { ("ip", "ipv4_addr") } else { ("ip6", "ipv6_addr") };
+    let refuses =
+        |port: u16| lab.node.run(|| netcfg::kube_proxy::refuses(SocketAddr::new(to.ip(), port)));
+    assert!(!refuses(15192), "no kube-proxy");
     lab.node.sh(&format!(
-        "nft 'table inet check {{ chain output {{ type filter hook output priority 0; ct state new {ip} daddr {} udp dport 15192 drop; }}; }}'",
+        "nft -f - <<'END'
+table {ip} kube-proxy {{
+    map no-endpoint-services {{
+        type {kind} . inet_proto . inet_service : verdict
+        elements = {{ {} . udp . 15192 : drop }}
+    }}
+    chain check {{
+        type filter hook output priority -110
+        ct state new {ip} daddr . meta l4proto . th dport vmap @no-endpoint-services
+    }}
+}}
+END",
         to.ip()
     ));
+    assert!(refuses(15192) && !refuses(15193));
     lab.node.run(|| Ok(netcfg::conntrack::forget_all()?));
     let refused = tunnel.send_to(b"refused", to).unwrap_err();
     assert_eq!(refused.kind(), std::io::ErrorKind::PermissionDenied);

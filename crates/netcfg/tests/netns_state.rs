@@ -9,7 +9,9 @@ use std::io::IoSlice;
 use std::os::fd::AsFd;
 
 use common::{Scratch, privileged};
+use ipnet::IpNet;
 use mesh_types::netstate::{Family, NetState, Route, RouteTarget, Rule, TunLink};
+use netcfg::route::KernelRoute;
 use netcfg::state::{self, Change, Marks};
 use netcfg::tun::{self, Tun, TunOptions, VNET_HEADER_BYTES};
 use netcfg::watch::{Interest, Watch};
@@ -27,7 +29,10 @@ fn wanted() -> NetState {
         |source: &str, mtu| RouteTarget::Tunnel { source: Some(source.parse().unwrap()), mtu };
     let route =
         |net: &str, metric, target| Route { destination: net.parse().unwrap(), metric, target };
-    let rule = |family| Rule { family, priority: 5190, table: 5190, mark: 4, mark_mask: 4 };
+    let rule = |family, to: Option<&str>| {
+        let (mark, to) = (if to.is_none() { 4 } else { 0 }, to.map(|net| net.parse().unwrap()));
+        Rule { family, to, priority: 5190, table: 5190, mark, mark_mask: mark }
+    };
     NetState {
         link: TunLink { name: "meshd0".into(), mtu: 1380, up: true },
         addresses: ["10.244.1.1/32", "fd00:10:244:1::1/128"].map(|a| a.parse().unwrap()).into(),
@@ -37,7 +42,12 @@ fn wanted() -> NetState {
             route("10.244.0.0/16", 4_278_198_272, RouteTarget::Unreachable),
             route("fd00:10:244::/48", 4_278_198_272, RouteTarget::Unreachable),
         ]),
-        rules: BTreeSet::from([rule(Family::V4), rule(Family::V6)]),
+        rules: BTreeSet::from([
+            rule(Family::V4, None),
+            rule(Family::V4, Some("10.244.1.0/24")),
+            rule(Family::V6, None),
+            rule(Family::V6, Some("fd00:10:244:1::/64")),
+        ]),
     }
 }
 
@@ -61,6 +71,10 @@ fn applying_makes_the_kernel_as_wanted_and_twice_is_free() {
         2,
         "{rules}"
     );
+    for to in ["10.244.1.0/24", "fd00:10:244:1::/64"] {
+        let rule = format!("5190:\tfrom all to {to} lookup 5190 proto 190");
+        assert_eq!(rules.matches(&rule).count(), 1, "{rules}");
+    }
     let routes = scratch.sh("ip route show table 5190; ip -6 route show table 5190");
     for expected in [
         "10.244.2.0/24 dev meshd0 proto 190 scope link src 10.244.1.1 mtu 1300",
@@ -78,6 +92,15 @@ fn applying_makes_the_kernel_as_wanted_and_twice_is_free() {
         assert_eq!(unowned.raw_os_error(), Some(113), "EHOSTUNREACH");
         // Marked packets do not look into our table; there is no other route here.
         assert!(route::route_get("10.244.2.9".parse()?, 4).is_err());
+        // But for pods of this node: no other way leads there.
+        for (pod, prefix) in [("10.244.1.5", 32), ("fd00:10:244:1::5", 128)] {
+            let mut way = KernelRoute::new(IpNet::new(pod.parse()?, prefix)?, 5190, 191);
+            way.oif = Some(link::get("meshd0")?.expect("the device").index);
+            assert!(route::route_get(pod.parse()?, 4).is_err(), "no such pod");
+            route::add(&way)?;
+            assert_eq!(route::route_get(pod.parse()?, 4)?.oif_name, "meshd0");
+            route::delete(&way)?;
+        }
         Ok(())
     });
     drop(tun);
@@ -109,6 +132,12 @@ fn what_somebody_else_removed_is_put_back_and_nothing_else_is_touched() {
     assert!(changes.contains(&Change::SetMtu(1380)), "{changes:?}");
     assert!(changes.iter().any(|change| matches!(change, Change::RemoveRoute(_))), "{changes:?}");
     assert_eq!(reconcile(), vec![]);
+    // Either shape, whichever of them is left.
+    for selector in ["not fwmark 0x4/0x4", "to 10.244.1.0/24"] {
+        scratch.sh(&format!("ip rule del priority 5190 {selector} lookup 5190 protocol 190"));
+        assert!(matches!(reconcile()[..], [Change::AddRule(_)]), "{selector}");
+        assert_eq!(reconcile(), vec![]);
+    }
     let foreign = scratch.sh("ip route show table 5190; ip rule");
     assert!(foreign.contains("192.0.2.0/24") && foreign.contains("from 192.0.2.1 lookup 5190"));
     assert!(!foreign.contains("10.244.9.0/24"), "{foreign}");
@@ -169,7 +198,7 @@ fn a_failed_change_is_named_and_the_rest_is_done() {
         assert!(text.iter().any(|line| line.contains("10.244.2.0/24")), "{text:?}");
         assert!(text.iter().all(|line| line.contains("no TUN device meshd0")), "{text:?}");
         let have = state::observe(&marks)?;
-        assert_eq!((have.routes.len(), have.rules.len()), (2, 2));
+        assert_eq!((have.routes.len(), have.rules.len()), (2, 4));
         Ok(())
     });
 }

@@ -17,7 +17,7 @@ What the schema cannot say. Each refusal is one line that names the value and sa
   "cni.install" "cni.binDir" "cni.confDir" "cni.confName" "cni.strict" "cni.removeOthers" "listenPort" "shards" "adminPort" "log" "logFormat"
   "kernel.tunName" "kernel.table" "kernel.rulePriority" "kernel.mark" "portMapping" "stateDir" "runDir" "wireguardDir" "machineIdFile" "resources" "maxUnavailable"
   "privileged" "seLinuxType" "operators.group" "keyrelay.enabled" "keyrelay.kind" "keyrelay.port" "keyrelay.tlsPort"
-  "keyrelay.adminPort" "keyrelay.replicas" "keyrelay.service.loadBalancerClass" "keyrelay.stateDir" "keyrelay.resources"
+  "keyrelay.adminPort" "keyrelay.replicas" "keyrelay.service.loadBalancerClass" "keyrelay.service.ipFamilyPolicy" "keyrelay.stateDir" "keyrelay.resources"
   "metrics.enabled" "metrics.podMonitor.enabled" "metrics.podMonitor.interval" "metrics.scrapeConfig.enabled" "metrics.rules.operator"
   "metrics.rules.configMap" "metrics.dashboard.enabled" "test.nodes" "test.timeoutSeconds" "cleanup.enabled" -}}
   {{- $at := $.Values -}}

@@ -5,7 +5,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_core::cluster::Keyrelay;
-use mesh_types::limits::RELAYS_MAX;
+use mesh_types::limits::{RELAY_PLACES_MAX, RELAYS_MAX};
+use mesh_types::net::EndpointHint;
 
 use crate::config;
 
@@ -60,15 +61,17 @@ impl Relays {
     }
 }
 
-/// What stands behind a slash may be a later version's word.
+/// What stands behind a slash may be a later version's word, and so may a place: what is known of it serves.
 fn parse(text: &str) -> anyhow::Result<Keyrelay> {
     let read = |text: &str| config::keyrelays(&[text.to_owned()]);
     // Keys hold slashes too, in front of the @.
-    let at = text.find('@').unwrap_or(text.len());
-    let end =
-        text.get(at..).and_then(|place| place.find('/')).map_or(text.len(), |slash| at + slash);
-    let found =
-        read(text).or_else(|error| read(text.get(..end).unwrap_or_default()).map_err(|_| error))?;
+    let (key, place) = text.split_once('@').unwrap_or((text, ""));
+    let (places, word) = place.split_once('/').unwrap_or((place, ""));
+    let known = places.split('+').filter(|place| place.parse::<EndpointHint>().is_ok());
+    let known: Vec<&str> = known.take(RELAY_PLACES_MAX).collect();
+    let found = read(text)
+        .or_else(|error| read(&format!("{key}@{}/{word}", known.join("+"))).map_err(|_| error))
+        .or_else(|error| read(&format!("{key}@{}", known.join("+"))).map_err(|_| error))?;
     found.into_iter().next().ok_or_else(|| anyhow::anyhow!("it is empty"))
 }
 
@@ -110,6 +113,13 @@ mod tests {
             (shown.as_slice(), relays[0].tls_port),
             (&places.map(String::from)[..], Some(8443))
         );
+        // Of places a later version may name, and of more than there may be, those that are known serve.
+        let later = [&places[..], &["what:is:this", "a:1", "b:2"]].concat();
+        let entry = text(1, &format!("{}/tls=8443", later.join("+")));
+        let relays = Relays::new(Vec::new(), published(&[("a", entry)])).chosen();
+        let shown: Vec<_> = relays[0].endpoints.iter().map(ToString::to_string).collect();
+        assert_eq!(shown, [&places[..], &["a:1"]].concat());
+        assert_eq!(relays[0].tls_port, Some(8443));
     }
 
     #[test]

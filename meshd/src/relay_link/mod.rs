@@ -10,13 +10,11 @@
 //! it were the relay, so that the data plane is the same; the bridge is slower than a shard, and TCP on the way is what such a
 //! network leaves.
 //!
-//! In its mode nftables kube-proxy refuses new flows to a load balancer's address (`externalTrafficPolicy: Local`) on nodes without a
-//! pod of the Service, and from time to time forgets flows there that do not lead to the pod. The flow of a relay behind a Service
-//! is then taken as begun. What is refused to any other place stays refused: that is an operator's filter.
 
 mod board;
 mod bridge;
 mod policy;
+mod services;
 mod tls;
 
 use std::collections::BTreeMap;
@@ -29,7 +27,7 @@ use mesh_core::cluster::Keyrelay;
 use mesh_core::tunnel::config::{Event, PeerConfig, Role};
 use mesh_types::key::PublicKey;
 use mesh_types::limits::{RELAY_NOTES_MAX, RELAYS_MAX};
-use mesh_types::net::{ClusterPrefixes, EndpointHint};
+use mesh_types::net::ClusterPrefixes;
 use netcfg::clock;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
@@ -38,6 +36,7 @@ use crate::io::Bridger;
 pub use board::{Board, Link};
 use bridge::{Bridge, News};
 use policy::{Change, Policy, Wanted};
+use services::Services;
 use tls::{Dialer, Place, name_of};
 
 /// What the data plane says of relays.
@@ -132,9 +131,9 @@ impl RelayLinks {
         let (news_in, news) = mpsc::channel(2 * RELAYS_MAX);
         let policy = Policy::default();
         let links = BTreeMap::new();
-        let (options, behind_services) = (options.clone(), Vec::new());
-        let keeper =
-            Keeper { options, bridger, board, dialer, news_in, policy, links, behind_services };
+        let services = Services::new(options);
+        let options = options.clone();
+        let keeper = Keeper { options, bridger, board, dialer, news_in, policy, links, services };
         tokio::spawn(keeper.run(told, prepared.notes, news));
         Ok(Self { relays })
     }
@@ -168,8 +167,7 @@ struct Keeper {
     news_in: mpsc::Sender<(PublicKey, News)>,
     policy: Policy,
     links: BTreeMap<PublicKey, Way>,
-    /// Addresses of relays that run in a pod of this cluster.
-    behind_services: Vec<SocketAddr>,
+    services: Services,
 }
 
 /// A bridge's task ends when this is dropped.
@@ -218,13 +216,11 @@ impl Keeper {
         self.links.retain(|key, _| keys(key));
         self.board.retain(keys);
         let mut known = Vec::new();
-        self.behind_services.clear();
+        self.services.set_relays(relays);
         for relay in relays {
             let configured = keyrelays.iter().find(|it| it.key == relay.key);
-            if configured.is_some_and(|it| is_pod(it, &self.options.cluster)) {
-                self.behind_services.extend(&relay.candidates);
-            }
-            let place = configured.and_then(|configured| place_of(configured, relay));
+            let place = configured
+                .and_then(|configured| place_of(configured, relay, &self.options.cluster));
             known.push((relay.key, place.is_some()));
             let Some(place) = place else { continue };
             match self.links.get(&relay.key) {
@@ -253,6 +249,10 @@ impl Keeper {
 
     fn note(&mut self, note: Note) {
         match note {
+            // A pod of this node, or the cluster's own network: that says nothing of UDP outside.
+            Note::Answered { relay, by, .. } if self.options.cluster.contains(by.ip()) => {
+                self.policy.answered_inside(&relay);
+            }
             Note::Answered { relay, by, rtt } if !by.ip().is_loopback() => {
                 self.policy.answered(&relay, rtt);
             }
@@ -267,21 +267,7 @@ impl Keeper {
                 self.policy.unanswered(clock::now(), &relay);
             }
             Note::Unanswered { .. } => {}
-            Note::Filtered { to } if self.behind_services.contains(&to) => self.begin(to),
-            Note::Filtered { .. } => {}
-        }
-    }
-
-    /// The next packet goes out.
-    fn begin(&self, to: SocketAddr) {
-        match netcfg::conntrack::begin(self.options.tunnel_port, to, self.options.mark) {
-            Ok(true) => {
-                tracing::debug!(%to, "kube-proxy refuses new flows to the relay: taken as begun");
-            }
-            Ok(false) => {}
-            Err(error) => {
-                tracing::debug!(%to, %error, "a packet filter of this node stands before the relay");
-            }
+            Note::Filtered { to } => self.services.refused(clock::now(), to),
         }
     }
 
@@ -360,23 +346,17 @@ impl Keeper {
     }
 }
 
-/// It tells an address inside the cluster.
-fn is_pod(configured: &Keyrelay, cluster: &ClusterPrefixes) -> bool {
-    let inside = |hint: &EndpointHint| match hint {
-        EndpointHint::Address(at) => cluster.contains(at.ip()),
-        EndpointHint::Name { .. } => false,
-    };
-    configured.endpoints.iter().any(inside)
-}
-
 /// Where a relay takes connections, if it is to be asked for any.
-fn place_of(configured: &Keyrelay, relay: &PeerConfig) -> Option<Place> {
+fn place_of(configured: &Keyrelay, relay: &PeerConfig, cluster: &ClusterPrefixes) -> Option<Place> {
     let port = configured.tls_port?;
     let mut addresses: Vec<SocketAddr> = Vec::new();
-    for at in relay.candidates.iter().map(|at| SocketAddr::new(at.ip(), port)) {
+    // The port is that of the Service, not of the pod behind it.
+    let outside = relay.candidates.iter().filter(|at| !cluster.contains(at.ip()));
+    for at in outside.map(|at| SocketAddr::new(at.ip(), port)) {
         if !addresses.contains(&at) {
             addresses.push(at);
         }
     }
-    Some(Place { name: name_of(configured.endpoints.first()?), addresses })
+    let name = name_of(configured.endpoints.first()?);
+    (!addresses.is_empty()).then_some(Place { name, addresses })
 }

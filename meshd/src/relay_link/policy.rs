@@ -50,6 +50,8 @@ struct Relay {
     rtt: Option<Duration>,
     /// Since when it owes an answer over UDP; `None`: it answers.
     doubt: Option<MonoTime>,
+    /// It answers from inside the cluster, where nothing blocks UDP: it says nothing of others, and needs no bridge.
+    inside: bool,
     /// Connections that failed since the last that carried.
     failures: u32,
     /// Since when one stands that has not carried yet.
@@ -106,20 +108,31 @@ impl Policy {
                 let failures = known.map_or(0, |known| known.failures);
                 let rtt = known.and_then(|known| known.rtt);
                 let stands = known.and_then(|known| known.stands);
-                Relay { key: *key, tls: *tls, rtt, doubt, failures, stands }
+                let inside = known.is_some_and(|known| known.inside);
+                Relay { key: *key, tls: *tls, rtt, doubt, inside, failures, stands }
             })
             .collect();
     }
 
     /// The relay answered over UDP, after this round trip if it is known.
     pub(super) fn answered(&mut self, key: &PublicKey, rtt: Option<Duration>) {
-        self.with(key, |relay| (relay.doubt, relay.rtt) = (None, rtt.or(relay.rtt)));
+        self.with(key, |relay| {
+            (relay.doubt, relay.inside, relay.rtt) = (None, false, rtt.or(relay.rtt));
+        });
+    }
+
+    /// As [`Self::answered`], by a way that does not leave the cluster.
+    pub(super) fn answered_inside(&mut self, key: &PublicKey) {
+        self.with(key, |relay| (relay.doubt, relay.inside) = (None, true));
     }
 
     /// A question over UDP was not answered for [`UNANSWERED_AFTER`].
     pub(super) fn unanswered(&mut self, now: MonoTime, key: &PublicKey) {
         let asked = MonoTime::ZERO + now.since(MonoTime::ZERO + UNANSWERED_AFTER);
-        self.with(key, |relay| _ = relay.doubt.get_or_insert(asked));
+        self.with(key, |relay| {
+            relay.doubt.get_or_insert(asked);
+            relay.inside = false;
+        });
     }
 
     /// A connection was made.
@@ -141,7 +154,10 @@ impl Policy {
     pub(super) fn turn(&mut self, now: MonoTime) -> Option<Change> {
         let silent = |relay: &&mut Relay| relay.answer_by().is_some_and(|by| by <= now);
         self.relays.iter_mut().filter(silent).for_each(Relay::fail);
-        let (before, udp) = (self.mode, self.relays.iter().any(|relay| relay.doubt.is_none()));
+        let before = self.mode;
+        let mut doubts = self.outside().map(|relay| relay.doubt).peekable();
+        let udp = doubts.peek().is_none() || doubts.any(|doubt| doubt.is_none());
+        drop(doubts);
         self.mode = match before {
             _ if self.relays.is_empty() => Mode::Straight,
             Mode::Straight if self.given_up_at().is_some_and(|at| at <= now) => Mode::Bridged,
@@ -184,7 +200,7 @@ impl Policy {
 
     /// To which a bridge is worth having.
     fn bridged(&self) -> Vec<PublicKey> {
-        let mut ranked: Vec<&Relay> = self.relays.iter().filter(|relay| relay.tls).collect();
+        let mut ranked: Vec<&Relay> = self.outside().filter(|relay| relay.tls).collect();
         // Stable: of equals the one written first stays first.
         ranked.sort_by_key(|relay| relay.failures);
         if let Some((_, others)) = ranked.split_first_mut() {
@@ -195,8 +211,12 @@ impl Policy {
 
     /// When none has answered for long enough; `None` while one does.
     fn given_up_at(&self) -> Option<MonoTime> {
-        let doubts: Option<Vec<MonoTime>> = self.relays.iter().map(|relay| relay.doubt).collect();
+        let doubts: Option<Vec<MonoTime>> = self.outside().map(|relay| relay.doubt).collect();
         doubts?.into_iter().max().map(|latest| latest + PATIENCE)
+    }
+
+    fn outside(&self) -> impl Iterator<Item = &Relay> {
+        self.relays.iter().filter(|relay| !relay.inside)
     }
 
     fn with(&mut self, key: &PublicKey, change: impl FnOnce(&mut Relay)) {
@@ -226,6 +246,21 @@ mod tests {
         let wanted = policy.wanted();
         let open = wanted.iter().enumerate().filter(|(_, (_, wanted))| *wanted == Wanted::Open);
         open.map(|(at, _)| at as u8).collect()
+    }
+
+    #[test]
+    fn a_relay_inside_the_cluster_says_nothing_of_udp_outside() {
+        let mut policy = policy(3);
+        policy.answered_inside(&key(20));
+        assert_eq!(policy.turn(at(800)), Some(Change::UdpFails));
+        assert_eq!(open(&policy), [1, 2], "it is reached without");
+        policy.unanswered(at(900), &key(20));
+        assert_eq!(open(&policy), [0, 1]);
+        // All are inside.
+        (20..23).for_each(|number| policy.answered_inside(&key(number)));
+        assert_eq!(policy.turn(at(1_000)), Some(Change::UdpAnswers));
+        assert_eq!(policy.turn(at(60_000)), None);
+        assert_eq!((policy.deadline(), open(&policy)), (None, vec![]));
     }
 
     #[test]

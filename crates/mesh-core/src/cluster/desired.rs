@@ -326,13 +326,13 @@ fn net_state(peers: &[DesiredPeer], own: &OwnState, policy: &Policy, mtus: &Path
         routes.insert(Route { destination: *destination, metric: FALLBACK_METRIC, target });
     }
     let has = |v4: bool| closed.iter().any(|prefix| prefix.addr().is_ipv4() == v4);
-    let rules = [(Family::V4, has(true)), (Family::V6, has(false))];
-    let rules = rules.into_iter().filter(|(_, wanted)| *wanted).map(|(family, _)| Rule {
-        family,
-        priority: policy.rule_priority,
-        table: policy.table,
-        mark: policy.mark,
-        mark_mask: policy.mark_mask,
+    let all = [(Family::V4, has(true)), (Family::V6, has(false))].into_iter();
+    let all = all.filter(|(_, wanted)| *wanted).map(|(family, _)| (family, None));
+    let own_pods = own.pod_cidrs.iter().map(|net| (Family::of(net.addr()), Some(*net)));
+    let rules = all.chain(own_pods).map(|(family, to)| {
+        let (priority, table) = (policy.rule_priority, policy.table);
+        let (mark, mark_mask) = if to.is_none() { (policy.mark, policy.mark_mask) } else { (0, 0) };
+        Rule { family, to, priority, table, mark, mark_mask }
     });
     NetState {
         link: TunLink { name: policy.tun.clone(), mtu, up: true },

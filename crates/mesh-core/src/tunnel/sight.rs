@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use mesh_types::limits::RELAY_SIZE_PACKET_BYTES_MAX;
 use mesh_types::nat::{Filtering, Mapping, Nat};
+use mesh_types::net::{Reach, reach};
 use mesh_types::time::MonoTime;
 
 use super::engine::{TAG_BYTES, TRANSPORT_HEADER_BYTES};
@@ -75,12 +76,20 @@ impl Sight {
 /// What several relays' sights say together of this node's NAT; the worst, since a peer may meet that.
 pub fn nat_of(sights: impl Iterator<Item = Sight> + Clone) -> Nat {
     let mut nat = sights.clone().map(|sight| sight.nat).reduce(Nat::worse).unwrap_or_default();
-    let first = sights.clone().find_map(|sight| sight.v4);
+    let seen = sights.filter_map(|sight| sight.v4);
+    // A relay on our side of the NAT, in the same network or a pod of this node, sees us as we are.
+    let outside = seen.clone().any(|at| is_public(&at));
+    let mut seen = seen.filter(|at| !outside || is_public(at));
+    let first = seen.next();
     // Two relays that see another address or port each.
-    if sights.filter_map(|sight| sight.v4).any(|other| Some(other) != first) {
+    if seen.any(|other| Some(other) != first) {
         nat.mapping = Mapping::Dependent;
     }
     nat
+}
+
+fn is_public(at: &SocketAddr) -> bool {
+    reach(at.ip()) == Reach::Public
 }
 
 /// What is sent, and where to.
@@ -559,5 +568,8 @@ mod tests {
             Sight { nat: Nat { mapping: Mapping::NoUdp, ..Nat::default() }, ..Sight::default() };
         assert_eq!(mapping([blocked, seen(SEEN)]), Mapping::EndpointIndependent);
         assert_eq!(mapping([blocked, blocked]), Mapping::NoUdp);
+        // One of them is inside, where the NAT does nothing yet.
+        assert_eq!(mapping([seen("10.0.0.7:15190"), seen(SEEN)]), Mapping::EndpointIndependent);
+        assert_eq!(mapping([seen("10.0.0.7:9"), seen("10.0.0.7:15190")]), Mapping::Dependent);
     }
 }

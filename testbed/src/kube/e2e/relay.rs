@@ -104,17 +104,21 @@ fn behind_service(suite: &mut Suite<'_>) -> Result<String> {
     lead("add")?;
     let done = serve(suite, &home);
     // Whatever came of it: the next test finds the release and the routes as they were.
-    suite.kube.upgrade_chart(&[])?;
-    suite.kube.kubectl(&["label", "node", &home.name, &format!("{LABEL}-")])?;
-    lead("del")?;
-    done
+    let led = lead("del");
+    let label = format!("{LABEL}-");
+    let cleared = suite
+        .kube
+        .upgrade_chart(&[])
+        .and_then(|_| suite.kube.kubectl(&["label", "node", &home.name, &label]));
+    let done = done?;
+    led.and(cleared).map(|_| done)
 }
 
 fn serve(suite: &Suite<'_>, home: &NodePlan) -> Result<String> {
     suite.kube.kubectl(&["label", "node", &home.name, &format!("{LABEL}=yes")])?;
     let mut values = vec!["keyrelay.enabled=true", "keyrelay.kind=service", "keyrelay.replicas=1"];
     let selector = format!("keyrelay.nodeSelector.{LABEL}=yes");
-    values.push(&selector);
+    values.extend([selector.as_str(), "keyrelay.service.ipFamilyPolicy=PreferDualStack"]);
     suite.kube.upgrade_chart(&values)?;
     // What a load balancer's controller would do.
     let ingress = BALANCER.map(|ip| json!({"ip": ip, "ipMode": "VIP"}));
@@ -139,16 +143,22 @@ fn serve(suite: &Suite<'_>, home: &NodePlan) -> Result<String> {
         };
         suite.wait(&format!("{} is registered at the relay", plan.name), |suite| {
             let seen = seen_at(suite, &plan.name, key)?;
-            let known = expected
-                .iter()
-                .any(|at| at.ip() == seen.ip() && (at.port() == 0 || at.port() == seen.port()));
+            // Its own node may be seen from inside.
+            let at_home = plan.name == home.name && seen.port() == UDP_PORT;
+            let known = at_home
+                || expected
+                    .iter()
+                    .any(|at| at.ip() == seen.ip() && (at.port() == 0 || at.port() == seen.port()));
             ensure!(known, "it is told {seen}, not one of {expected:?}");
+            let nat = nat_at(suite, &plan.name, key)?;
+            ensure!(nat != "unknown", "its other port is not heard");
             Ok(())
         })?;
     }
     values.push("maxUnavailable=2");
     suite.kube.upgrade_chart(&values)?;
-    let after = published(suite, &[BALANCED])?;
+    // At once: what was taken away would be published anew soon.
+    let after = entries(suite)?;
     ensure!(after == before, "published before the upgrade {before:?}, after it {after:?}");
     Ok(format!("{} daemons registered", suite.kube.plan.len()))
 }
@@ -176,17 +186,21 @@ fn wait_on(suite: &Suite<'_>, nodes: &[&str], host_network: bool) -> Result<()> 
 
 /// Waits until the list of relays names these and no others; what it says of them.
 fn published(suite: &Suite<'_>, names: &[&str]) -> Result<BTreeMap<String, String>> {
-    let mut entries = BTreeMap::new();
+    let mut found = BTreeMap::new();
     suite.wait(&format!("relays of {names:?} are published, and no others"), |suite| {
-        let words = ["-n", chart::NAMESPACE, "get", "configmap", "meshd-keyrelays"];
-        let map = suite.json(&words)?;
-        let data = map.get("data").cloned().unwrap_or_else(|| json!({}));
-        entries = serde_json::from_value(data).context("its data")?;
-        let found: BTreeSet<&str> = entries.keys().map(String::as_str).collect();
-        ensure!(found == names.iter().copied().collect(), "published: {found:?}");
+        found = entries(suite)?;
+        let published: BTreeSet<&str> = found.keys().map(String::as_str).collect();
+        ensure!(published == names.iter().copied().collect(), "published: {published:?}");
         Ok(())
     })?;
-    Ok(entries)
+    Ok(found)
+}
+
+/// The list of relays as it is now.
+fn entries(suite: &Suite<'_>) -> Result<BTreeMap<String, String>> {
+    let map = suite.json(&["-n", chart::NAMESPACE, "get", "configmap", "meshd-keyrelays"])?;
+    let data = map.get("data").cloned().unwrap_or_else(|| json!({}));
+    serde_json::from_value(data).context("its data")
 }
 
 fn published_keys(suite: &Suite<'_>, names: &[&str]) -> Result<Vec<String>> {
@@ -197,14 +211,24 @@ fn published_keys(suite: &Suite<'_>, names: &[&str]) -> Result<Vec<String>> {
 
 /// At what address the relay with this key sees a node's daemon, by the daemon's status.
 fn seen_at(suite: &Suite<'_>, node: &str, relay_key: &str) -> Result<SocketAddr> {
+    let relay = relay_of(suite, node, relay_key)?;
+    let seen = text(&relay, "/reflexive");
+    seen.parse().with_context(|| format!("not registered: {relay}"))
+}
+
+/// How the NAT before a node maps, by what that relay's two ports saw.
+fn nat_at(suite: &Suite<'_>, node: &str, relay_key: &str) -> Result<String> {
+    Ok(text(&relay_of(suite, node, relay_key)?, "/nat/mapping").to_owned())
+}
+
+/// What a node's daemon says of the relay with this key.
+fn relay_of(suite: &Suite<'_>, node: &str, relay_key: &str) -> Result<Value> {
     let program = suite.kube.lab.programs().meshd.display().to_string();
     let said = suite.kube.node(node)?.run(&[&program, "status", "--json"])?;
     let status: Value = serde_json::from_str(&said).context("its status")?;
     let relays = status.get("keyrelays").and_then(Value::as_array).cloned().unwrap_or_default();
     let relay = relays.iter().find(|relay| text(relay, "/public_key") == relay_key);
-    let relay = relay.with_context(|| format!("it knows {} relays", relays.len()))?;
-    let seen = text(relay, "/reflexive");
-    seen.parse().with_context(|| format!("not registered: {relay}"))
+    relay.cloned().with_context(|| format!("it knows {} relays", relays.len()))
 }
 
 /// Asks the relay on a node, with this key.
