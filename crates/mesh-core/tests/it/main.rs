@@ -10,6 +10,7 @@ mod network;
 mod paths;
 mod relay;
 mod relays;
+mod restarts;
 mod robustness;
 mod sessions;
 mod shards;

@@ -34,6 +34,8 @@ pub(crate) struct Relay {
     factory: ModelFactory,
     members: Vec<PublicKey>,
     engines: BTreeMap<PublicKey, (u32, ModelEngine)>,
+    /// Engines made so far: none has an index that another had, also before a restart.
+    made: u32,
     registered: BTreeMap<PublicKey, SocketAddr>,
 }
 
@@ -53,8 +55,15 @@ impl Relay {
             factory: ModelFactory::new(&private),
             members,
             engines: BTreeMap::new(),
+            made: 0,
             registered: BTreeMap::new(),
         }
+    }
+
+    /// It ends and begins anew with the same key: nobody is registered, no session opens.
+    pub(crate) fn restart(&mut self) {
+        self.engines.clear();
+        self.registered.clear();
     }
 
     /// Whether it hears at this address: its own, or its other port.
@@ -108,8 +117,9 @@ impl Relay {
         datagram: &[u8],
     ) -> Option<(SocketAddr, Vec<u8>)> {
         let peer = self.factory.identify(OWN, datagram).filter(|it| self.members.contains(it))?;
-        let index = u32::try_from(self.engines.len()).expect("few") + 1;
         let (_, engine) = self.engines.entry(peer).or_insert_with(|| {
+            self.made += 1;
+            let index = self.made;
             let (preshared, keepalive, seed) = (None, None, u64::from(index));
             let config = EngineConfig { own: OWN, peer, preshared, keepalive, index, seed };
             (index, self.factory.create(now, config))
