@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use mesh_core::packet::VnetHeader;
 use mesh_core::tunnel::Tunnel;
-use mesh_core::tunnel::config::{Admitted, UdpMeta};
+use mesh_core::tunnel::config::{Admitted, Doubt, UdpMeta};
 use mesh_core::tunnel::engine::EngineFactory;
 use mesh_core::tunnel::sight::Sight;
 use mesh_core::tunnel::steer::Share;
@@ -209,9 +209,9 @@ impl Exchange {
     }
 
     /// Tells the shard whose relay this is that nothing comes back through it.
-    pub(super) fn tell_doubt(&self, relay: PublicKey) {
+    pub(super) fn tell_doubt(&self, relay: PublicKey, doubt: Doubt) {
         for to in self.to.iter().flatten() {
-            to.packets.mailbox().doubt_relay(relay);
+            to.packets.mailbox().doubt_relay(relay, doubt);
         }
     }
 

@@ -12,6 +12,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail};
+use mesh_core::tunnel::config::Doubt;
 use mesh_core::tunnel::engine::OwnKeyId;
 use mesh_core::tunnel::sight::Sight;
 use mesh_types::key::{PrivateKey, PublicKey};
@@ -38,7 +39,7 @@ pub(super) struct Letters<P, T, S> {
     /// What relays of other shards show of this node.
     pub(super) seen: BTreeMap<PublicKey, Sight>,
     /// Relays of ours that may not know this node any more.
-    pub(super) doubted: BTreeSet<PublicKey>,
+    pub(super) doubted: BTreeMap<PublicKey, Doubt>,
     /// Relays of other shards, by address, that are not to be used: to reach this peer, or any.
     pub(super) passed_over: BTreeSet<(Option<PublicKey>, SocketAddr)>,
     /// What relays show of this node is to be found out anew.
@@ -63,7 +64,7 @@ impl<P, T, S> Default for Letters<P, T, S> {
             own_addresses: None,
             places: BTreeMap::new(),
             seen: BTreeMap::new(),
-            doubted: BTreeSet::new(),
+            doubted: BTreeMap::new(),
             passed_over: BTreeSet::new(),
             check_relays: false,
             bridges: BTreeMap::new(),
@@ -151,10 +152,11 @@ impl<P, T, S> Mailbox<P, T, S> {
     }
 
     /// Tells that nothing comes back through a relay.
-    pub(super) fn doubt_relay(&self, relay: PublicKey) {
+    pub(super) fn doubt_relay(&self, relay: PublicKey, doubt: Doubt) {
         self.post(|letters| {
-            if letters.doubted.len() < RELAYS_MAX {
-                letters.doubted.insert(relay);
+            if letters.doubted.len() < RELAYS_MAX || letters.doubted.contains_key(&relay) {
+                let before = letters.doubted.entry(relay).or_insert(doubt);
+                *before = doubt.max(*before);
             }
         });
     }

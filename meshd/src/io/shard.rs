@@ -320,8 +320,8 @@ impl Shard {
         for (relay, sight) in letters.seen {
             tunnel.note_seen(relay, sight);
         }
-        for relay in &letters.doubted {
-            tunnel.doubt_relay(now, relay);
+        for (relay, doubt) in &letters.doubted {
+            tunnel.doubt_relay(now, relay, *doubt);
         }
         for (peer, relay) in &letters.passed_over {
             tunnel.pass_over(now, *relay, peer.as_ref());

@@ -32,9 +32,8 @@ const STRAIGHT_AGAIN_MAX: Duration = Duration::from_secs(60);
 /// A question is unanswered after this long.
 pub const UNANSWERED_AFTER: Duration = Duration::from_millis(500);
 
-/// A relay that owes an answer may have been started anew and know no session: it is greeted so often, so far apart. Then it is the
-/// handshake's own timers that go on.
-const GREETINGS: u8 = 3;
+/// A relay that owes an answer may have been started anew and know no session: it is greeted with each further question, at most so
+/// often. Questions are rare where nobody speaks.
 const GREET_AGAIN: Duration = Duration::from_secs(1);
 
 /// Which way a relay is asked.
@@ -44,9 +43,9 @@ pub(super) struct Link {
     asked: Option<(MonoTime, SocketAddr)>,
     /// When that has to be told.
     tell_at: Option<MonoTime>,
-    /// When a new session is asked for, and how often it was since the last answer.
+    /// When a new session is asked for, and when it was last.
     greet_at: Option<MonoTime>,
-    greetings: u8,
+    greeted: Option<MonoTime>,
     /// Reached over a bridge: when it is tried straight again, and how often it was.
     straight_at: Option<MonoTime>,
     straight_tries: u32,
@@ -64,25 +63,26 @@ impl Link {
 
     pub(super) fn answered(&mut self) {
         (self.asked, self.tell_at) = (None, None);
-        (self.greet_at, self.greetings) = (None, 0);
+        self.greet_at = None;
     }
 
     fn ask(&mut self, now: MonoTime, to: SocketAddr) {
         let since = self.asked.map_or(now, |(since, _)| since);
         if self.asked.replace((since, to)).is_none() {
             self.tell_at = Some(now + UNANSWERED_AFTER);
-            (self.greet_at, self.greetings) = (self.tell_at, 0);
+            self.greet_at = self.tell_at;
+        } else if self.owes(now) && self.greet_at.is_none() {
+            self.greet_at = Some(self.greeted.map_or(now, |at| (at + GREET_AGAIN).max(now)));
         }
     }
 
     /// Whether a new session is to be asked for now.
     fn is_to_greet(&mut self, now: MonoTime) -> bool {
-        if self.greet_at.is_none_or(|at| at > now) {
-            return false;
+        let due = self.greet_at.take_if(|at| *at <= now).is_some();
+        if due {
+            self.greeted = Some(now);
         }
-        self.greetings = self.greetings.saturating_add(1);
-        self.greet_at = (self.greetings < GREETINGS).then(|| now + GREET_AGAIN);
-        true
+        due
     }
 }
 

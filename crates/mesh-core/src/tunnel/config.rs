@@ -198,6 +198,15 @@ impl<'a> TunFrame<'a> {
     }
 }
 
+/// Which relays may be to blame that nothing comes back from a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Doubt {
+    /// Those that owe an answer: the peer has been silent over so many ways that it may be gone itself.
+    Owing,
+    /// Any.
+    All,
+}
+
 /// What control may want to know at once. Only a hint: [`PeerSnapshot`] holds the state, and events beyond
 /// the bound of the queue are dropped and counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -230,6 +239,7 @@ pub enum Event {
     /// Nothing comes back over some way, and this relay of another shard may not know this node any more.
     RelayInDoubt {
         relay: PublicKey,
+        doubt: Doubt,
     },
     /// The relay at this address says that it does not know the peer, which another shard serves, or that it leaves.
     PassOver {

@@ -21,7 +21,7 @@ use mesh_types::relay_frame::{self, Addresses, Frame};
 use mesh_types::time::MonoTime;
 
 use super::Tunnel;
-use super::config::{Event, PeerConfig, Role, UdpMeta};
+use super::config::{Doubt, Event, PeerConfig, Role, UdpMeta};
 use super::counters::DropReason;
 use super::engine::EngineFactory;
 use super::path::{Endpoint, MemberKey};
@@ -133,9 +133,13 @@ impl<F: EngineFactory> Tunnel<F> {
     }
 
     /// A relay of this shard may not know this node any more: it is asked at once.
-    pub fn doubt_relay(&mut self, now: MonoTime, relay: &PublicKey) {
+    pub fn doubt_relay(&mut self, now: MonoTime, relay: &PublicKey, doubt: Doubt) {
         let Some(slot) = self.peers.slot_of(relay) else { return };
-        if let Some(relay) = self.peers.get_mut(slot).filter(|it| it.config.role == Role::Relay) {
+        let Some(relay) = self.peers.get_mut(slot).filter(|it| it.config.role == Role::Relay)
+        else {
+            return;
+        };
+        if doubt == Doubt::All || relay.link.owes(now) {
             relay.look.doubt(now);
             self.peers.reschedule(now, slot);
         }
@@ -378,14 +382,13 @@ impl<F: EngineFactory> Tunnel<F> {
     /// nowhere any more, that shows by none of them answering.
     fn ask_doubted(&mut self, now: MonoTime, slot: u32) {
         let Some(peer) = self.peers.get_mut(slot).filter(|peer| peer.is_relayed()) else { return };
-        if !peer.ways.take_doubted() {
-            return;
-        }
-        self.each_relay(now, |look| look.doubt(now));
-        let keys = self.relays.keys.iter().copied();
-        let elsewhere: Vec<_> = keys.filter(|key| self.foreign.holds(key)).collect();
-        for relay in elsewhere {
-            self.event(Event::RelayInDoubt { relay });
+        let Some(doubt) = peer.ways.take_doubted() else { return };
+        for at in 0..self.relays.keys.len() {
+            let Some(relay) = self.relays.keys.get(at).copied() else { break };
+            match self.foreign.holds(&relay) {
+                true => self.event(Event::RelayInDoubt { relay, doubt }),
+                false => self.doubt_relay(now, &relay, doubt),
+            }
         }
     }
 

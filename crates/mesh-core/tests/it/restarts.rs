@@ -88,3 +88,21 @@ fn relays_that_were_all_out_of_reach_for_a_minute_carry_again_within_2500_ms() {
     let silence = longest_after(&[RELAY, SECOND], 60_000, false);
     assert!(silence <= SILENCE_MAX, "{silence:?}");
 }
+
+#[test]
+fn a_relay_that_restarts_at_once_carries_again_within_2500_ms() {
+    let silence = longest_after(&[RELAY], 0, true);
+    assert!(silence <= SILENCE_MAX, "{silence:?}");
+}
+
+#[test]
+fn a_relay_that_restarts_within_three_seconds_carries_again_within_2500_ms() {
+    let silence = longest_after(&[RELAY], 3_000, true);
+    assert!(silence <= SILENCE_MAX, "{silence:?}");
+}
+
+#[test]
+fn relays_that_all_restart_within_a_minute_carry_again_within_2500_ms() {
+    let silence = longest_after(&[RELAY, SECOND], 60_000, true);
+    assert!(silence <= SILENCE_MAX, "{silence:?}");
+}

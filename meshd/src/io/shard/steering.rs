@@ -30,9 +30,9 @@ impl Shard {
                     exchange.tell_seen(relay, sight);
                 }
             }
-            Event::RelayInDoubt { relay } => {
+            Event::RelayInDoubt { relay, doubt } => {
                 if let Some(exchange) = &self.exchange {
-                    exchange.tell_doubt(relay);
+                    exchange.tell_doubt(relay, doubt);
                 }
             }
             Event::PassOver { relay, peer } => {

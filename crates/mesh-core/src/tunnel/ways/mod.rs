@@ -40,6 +40,7 @@ use mesh_types::nat::Nat;
 use mesh_types::time::MonoTime;
 
 use self::silence::{CHECK, LOST};
+use super::config::Doubt;
 use super::path::{Endpoint, ProbeLimiter};
 
 /// How long a direct way is believed without proof: one that NATs were opened for as long as the shortest mappings live
@@ -147,7 +148,7 @@ pub struct Ways {
     /// What was said too early after that.
     told_next: Option<(Vec<SocketAddr>, Nat)>,
     /// Relays may not know us any more.
-    doubted: bool,
+    doubted: Option<Doubt>,
     used: Option<MonoTime>,
     check_at: Option<MonoTime>,
     /// Probes of a silent way since the last that was alive.
@@ -331,8 +332,8 @@ impl Ways {
     }
 
     /// Whether a way was lost, or a probe of it, since the last question: relays are to be asked whether they know us.
-    pub fn take_doubted(&mut self) -> bool {
-        std::mem::take(&mut self.doubted)
+    pub fn take_doubted(&mut self) -> Option<Doubt> {
+        self.doubted.take()
     }
 
     /// When [`Self::tick`] has something to do.

@@ -13,6 +13,7 @@ use mesh_types::limits::RELAYS_MAX;
 use mesh_types::time::MonoTime;
 
 use super::{ASKED_MAX, AVOID, Around, Ask, Asked, Avoided, DISTRUST, Ways};
+use crate::tunnel::config::Doubt;
 use crate::tunnel::path::{Endpoint, ProbeLimiter};
 
 /// A way in use on which nothing was heard for so long is probed.
@@ -46,7 +47,10 @@ impl Ways {
         self.check_at = Some(now + CHECK);
         let Some(way) = way else { return };
         // Perhaps it is our own address that changed, or UDP that does not go through any more.
-        self.doubted |= self.is_promising() && self.asked.iter().any(|asked| asked.to == way);
+        if self.asked.iter().any(|asked| asked.to == way) {
+            let doubt = if self.is_promising() { Doubt::All } else { Doubt::Owing };
+            self.doubted = self.doubted.max(Some(doubt));
+        }
         self.checks = self.checks.saturating_add(1);
         if self.checks <= PROBES_MAX {
             self.check_at = Some(now + self.patience(&way) / PROBES);
@@ -137,7 +141,7 @@ impl Ways {
         (self.seeks, self.seek_at, self.check_at) = (0, Some(now), Some(now));
         self.called = None;
         // Perhaps it was our own address that changed.
-        self.doubted = true;
+        self.doubted = Some(Doubt::All);
     }
 
     /// Nobody was heard over so many ways in a row: the peer is gone, and nothing is done at once any more.
