@@ -15,18 +15,21 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// Where the daemon's metrics are named.
-var sources = []string{"../../meshd/src/metrics.rs", "../../meshd/src/io/snapshot.rs", "../../meshd/src/plane.rs"}
+// Where the metrics of the daemon, and of the relay, are named.
+var sources = []string{
+	"../../meshd/src/metrics.rs", "../../meshd/src/io/snapshot.rs", "../../meshd/src/plane.rs",
+	"../../keyrelay/src/metrics.rs", "../../keyrelay/src/core/counters.rs",
+}
 
 var (
-	metric = regexp.MustCompile(`\bmeshd_[a-z_]+`)
-	reason = regexp.MustCompile(`reason=~?"([a-z_.*]+)"`)
+	metric = regexp.MustCompile(`\b(meshd|keyrelay)_[a-z_]+`)
+	reason = regexp.MustCompile(`reason=~?"([a-z_.*|]+)"`)
 )
 
 // named tells whether the daemon's source holds the name, without prefix and the suffixes of OpenMetrics.
 func named(t *testing.T, name string) bool {
 	t.Helper()
-	name = strings.TrimPrefix(name, "meshd_")
+	_, name, _ = strings.Cut(name, "_")
 	for _, suffix := range []string{"_total", "_seconds", "_bytes"} {
 		name = strings.TrimSuffix(name, suffix)
 	}
@@ -63,14 +66,16 @@ func check(t *testing.T, where, expression string) {
 		t.Errorf("%s names no metric of ours: %s", where, expression)
 	}
 	for _, match := range reason.FindAllStringSubmatch(expression, -1) {
-		if exact := match[1]; !strings.HasSuffix(exact, ".*") && !quoted(t, exact) {
-			t.Errorf("%s: the daemon has no reason %s", where, exact)
+		for _, exact := range strings.Split(match[1], "|") {
+			if !strings.HasSuffix(exact, ".*") && !quoted(t, exact) {
+				t.Errorf("%s: nobody counts the reason %s", where, exact)
+			}
 		}
 	}
 }
 
 func TestADaemonWithoutAMetricIsNoticed(t *testing.T) {
-	if named(t, "meshd_no_such_metric_total") || !named(t, "meshd_peer_received_bytes_total") {
+	if named(t, "meshd_no_such_metric_total") || named(t, "keyrelay_no_such_total") || !named(t, "keyrelay_not_ready") || !named(t, "meshd_peer_received_bytes_total") {
 		t.Error("names are not found as they should be")
 	}
 }
