@@ -343,7 +343,7 @@ fn beside(net: &mut Network, seconds: u64) -> f64 {
 
 #[test]
 fn many_peers_that_are_gone_at_once_cost_few_packets_and_fewer_as_time_goes_on() {
-    let mut net = crowd(20);
+    let mut net = crowd(180);
     beside(&mut net, 5);
     for host in 1..net.hosts.len() {
         net.hosts[host].up = false;
