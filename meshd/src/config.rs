@@ -8,8 +8,8 @@ use anyhow::{Context, anyhow, bail, ensure};
 use ipnet::IpNet;
 use mesh_core::cluster::Keyrelay;
 use mesh_types::defaults;
-use mesh_types::limits::{RELAY_PLACES_MAX, RELAYS_MAX};
-use mesh_types::net::{ClusterPrefixes, EndpointHint, check_prefix, overlap};
+use mesh_types::limits::RELAYS_MAX;
+use mesh_types::net::{ClusterPrefixes, check_prefix, overlap};
 use mesh_types::node::{NodeName, Site};
 use serde::{Deserialize, Serialize};
 
@@ -380,29 +380,13 @@ fn keyrelays_config_map(args: &RunArgs) -> anyhow::Result<Option<(String, String
 pub(crate) fn keyrelays(texts: &[String]) -> anyhow::Result<Vec<Keyrelay>> {
     let mut all: Vec<Keyrelay> = Vec::new();
     for text in texts.iter().map(|text| text.trim()).filter(|text| !text.is_empty()) {
-        let (key, endpoint) = text
-            .split_once('@')
-            .with_context(|| format!("--keyrelay {text:?} is not KEY@HOST:PORT"))?;
-        let key = key.parse().with_context(|| {
-            format!("--keyrelay {text:?}: no public key in front of the @: the relay's log shows its key")
-        })?;
-        let (places, tls) = endpoint.split_once('/').unwrap_or((endpoint, ""));
-        let endpoints: Result<Vec<EndpointHint>, _> = places.split('+').map(str::parse).collect();
-        let endpoints = endpoints.with_context(|| {
-            format!("--keyrelay {text:?}: behind the @ stands HOST:PORT, or several with + between")
-        })?;
-        ensure!(
-            endpoints.len() <= RELAY_PLACES_MAX,
-            "--keyrelay {text:?}: a relay has {RELAY_PLACES_MAX} addresses at most"
-        );
-        let tls_port = tls_port(tls).with_context(|| {
-            format!("--keyrelay {text:?}: behind HOST:PORT may stand /tls=PORT or /tls=off")
-        })?;
+        let relay: Keyrelay = text.parse().with_context(|| format!("--keyrelay {text:?}"))?;
+        let key = relay.key;
         ensure!(
             all.iter().all(|relay| relay.key != key),
             "--keyrelay names the key {key} twice: write KEY@HOST:PORT+HOST:PORT for two addresses of a relay"
         );
-        all.push(Keyrelay { key, endpoints, tls_port });
+        all.push(relay);
     }
     ensure!(
         all.len() <= RELAYS_MAX,
@@ -410,16 +394,6 @@ pub(crate) fn keyrelays(texts: &[String]) -> anyhow::Result<Vec<Keyrelay>> {
         all.len()
     );
     Ok(all)
-}
-
-/// TCP port for TLS, by what stands behind the slash; `Some(None)`: not to be tried.
-fn tls_port(text: &str) -> Option<Option<u16>> {
-    match text.strip_prefix("tls=") {
-        None if text.is_empty() => Some(Some(defaults::KEYRELAY_TLS_PORT)),
-        None => None,
-        Some("off") => Some(None),
-        Some(port) => port.parse().ok().filter(|port| *port != 0).map(Some),
-    }
 }
 
 #[cfg(test)]

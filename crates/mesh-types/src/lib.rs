@@ -10,6 +10,7 @@
 //! | [`node`] | validated node names, sites |
 //! | [`annotations`] | the Kubernetes keys we read and write, with their parsers |
 //! | [`defaults`] | port, mark, table and names we use unless told otherwise |
+//! | [`keyrelay`] | a relay as text, by flag and as relays publish themselves |
 //! | [`limits`] | every bound, each with its reason |
 //! | [`netcheck`] | the document behind `meshd netcheck --json` |
 //! | [`netstate`] | kernel objects as data: what the core wants and `netcfg` does |
@@ -27,6 +28,7 @@ pub mod attachment;
 pub mod carry;
 pub mod defaults;
 pub mod key;
+pub mod keyrelay;
 pub mod limits;
 pub mod nat;
 pub mod net;

@@ -20,6 +20,7 @@ use kube::{Client, Error};
 use kube_edge::{jittered, words};
 use mesh_types::annotations::{ENDPOINT_OVERRIDE, KEYRELAYS_FIELD_MANAGER, parse_override};
 use mesh_types::key::PublicKey;
+use mesh_types::keyrelay::Keyrelay;
 use mesh_types::net::{EndpointHint, Reach, reach};
 use serde_json::json;
 use tokio::sync::watch;
@@ -39,9 +40,6 @@ const LOOKS_PER_SEARCH: u64 = 10;
 const TIMEOUT: Duration = Duration::from_secs(15);
 const LAST_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Where nodes try TLS unless told otherwise.
-const TLS_PORT: u16 = 443;
-
 /// Whose address is the relay's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AddressOf {
@@ -50,15 +48,10 @@ pub enum AddressOf {
 }
 
 impl Entry {
-    /// What nodes read. TLS is expected at 443.
+    /// What nodes read.
     fn text(&self, places: &[EndpointHint]) -> String {
-        let tls = match self.tls_port {
-            Some(TLS_PORT) => String::new(),
-            Some(port) => format!("/tls={port}"),
-            None => "/tls=off".to_owned(),
-        };
-        let places: Vec<_> = places.iter().map(ToString::to_string).collect();
-        format!("{}@{}{tls}", self.key, places.join("+"))
+        let (key, endpoints, tls_port) = (self.key, places.to_vec(), self.tls_port);
+        Keyrelay { key, endpoints, tls_port }.to_string()
     }
 
     /// Refuses what the API server would, or nodes.

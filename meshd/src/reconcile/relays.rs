@@ -5,10 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_core::cluster::Keyrelay;
-use mesh_types::limits::{RELAY_PLACES_MAX, RELAYS_MAX};
-use mesh_types::net::EndpointHint;
-
-use crate::config;
+use mesh_types::limits::RELAYS_MAX;
 
 #[derive(Debug, Default)]
 pub(super) struct Relays {
@@ -40,7 +37,7 @@ impl Relays {
         let mut chosen = self.told.clone();
         let mut bad = BTreeSet::new();
         for (name, text) in &self.published {
-            match parse(text) {
+            match Keyrelay::published(text) {
                 Ok(relay) => {
                     let known = chosen.iter().any(|before| before.key == relay.key);
                     if !known && chosen.len() < RELAYS_MAX {
@@ -50,7 +47,7 @@ impl Relays {
                 Err(error) => {
                     let place = (name.clone(), text.clone());
                     if !self.named.contains(&place) {
-                        tracing::warn!(name, error = format!("{error:#}"), "no relay: skipped");
+                        tracing::warn!(name, text, %error, "no relay: skipped");
                     }
                     bad.insert(place);
                 }
@@ -61,25 +58,12 @@ impl Relays {
     }
 }
 
-/// What stands behind a slash may be a later version's word, and so may a place: what is known of it serves.
-fn parse(text: &str) -> anyhow::Result<Keyrelay> {
-    let read = |text: &str| config::keyrelays(&[text.to_owned()]);
-    // Keys hold slashes too, in front of the @.
-    let (key, place) = text.split_once('@').unwrap_or((text, ""));
-    let (places, word) = place.split_once('/').unwrap_or((place, ""));
-    let known = places.split('+').filter(|place| place.parse::<EndpointHint>().is_ok());
-    let known: Vec<&str> = known.take(RELAY_PLACES_MAX).collect();
-    let found = read(text)
-        .or_else(|error| read(&format!("{key}@{}/{word}", known.join("+"))).map_err(|_| error))
-        .or_else(|error| read(&format!("{key}@{}", known.join("+"))).map_err(|_| error))?;
-    found.into_iter().next().ok_or_else(|| anyhow::anyhow!("it is empty"))
-}
-
 #[cfg(test)]
 mod tests {
     use mesh_types::key::PublicKey;
 
     use super::*;
+    use crate::config;
 
     fn text(byte: u8, place: &str) -> String {
         format!("{}@{place}", PublicKey::from_bytes([byte; 32]).expect("a point"))

@@ -27,5 +27,6 @@ pub use claims::Held;
 pub use desired::{ClusterView, Desired, DesiredPeer, NodeFileInput, OwnState, Refused, desired};
 pub use gate::{Gate, Verdict};
 pub use index::{Change, ClusterIndex};
-pub use policy::{Keyrelay, LocalNode, Policy};
+pub use mesh_types::keyrelay::Keyrelay;
+pub use policy::{LocalNode, Policy};
 pub use record::{NodeRecord, RawAddress, RawNode, Refusal};

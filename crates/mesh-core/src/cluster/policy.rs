@@ -5,7 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use mesh_types::defaults::{MARK, MARK_MASK, RULE_PRIORITY, TABLE, TUN_NAME};
 use mesh_types::key::PublicKey;
-use mesh_types::net::{ClusterPrefixes, EndpointHint};
+use mesh_types::keyrelay::Keyrelay;
+use mesh_types::net::ClusterPrefixes;
 use mesh_types::node::{NodeName, Site};
 
 /// What this machine knows of itself.
@@ -17,16 +18,6 @@ pub struct LocalNode {
     pub endpoints: Vec<SocketAddr>,
     /// Addresses of this machine's interfaces.
     pub addresses: Vec<IpAddr>,
-}
-
-/// A relay of the mesh.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Keyrelay {
-    pub key: PublicKey,
-    /// Where it is: an address of each family, a name. One inside the cluster counts on the node alone that has that pod.
-    pub endpoints: Vec<EndpointHint>,
-    /// TCP port of the same host for TLS where UDP is blocked.
-    pub tls_port: Option<u16>,
 }
 
 /// What configuration says.
