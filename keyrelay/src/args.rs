@@ -50,8 +50,13 @@ pub(crate) struct Run {
     #[arg(long, env = "KEYRELAY_PROBE_PORT", value_name = "PORT")]
     pub(crate) probe_port: Option<u16>,
 
-    /// Public key of a member, beside those of the first keys file; may be given several times.
-    #[arg(long = "allow-key", value_name = "KEY")]
+    /// Public key of a member, beside those of the first keys file; repeat or separate by commas.
+    #[arg(
+        long = "allow-key",
+        env = "KEYRELAY_ALLOW_KEY",
+        value_name = "KEY",
+        value_delimiter = ','
+    )]
     pub(crate) allow_keys: Vec<PublicKey>,
 
     /// File of members' public keys, one per line, `#` begins a comment. May be given several times: members of one
@@ -173,4 +178,34 @@ pub(crate) struct Whoami {
     /// How long to wait for an answer.
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub(crate) timeout_s: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn every_flag_of_run_has_an_environment_name() {
+        let command = Args::command();
+        let run = command.find_subcommand("run").expect("it runs");
+        let flags: Vec<_> =
+            run.get_arguments().filter(|flag| flag.get_long() != Some("help")).collect();
+        assert!(flags.len() > 15, "{}", flags.len());
+        for flag in flags {
+            let name = flag.get_env().and_then(|name| name.to_str()).unwrap_or_default();
+            assert!(name.starts_with("KEYRELAY_"), "{:?}: {name:?}", flag.get_long());
+        }
+    }
+
+    #[test]
+    fn members_may_be_separated_by_commas() {
+        let key = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
+        let keys = format!("{key},{key}");
+        let args =
+            Args::try_parse_from(["keyrelay", "run", "--allow-key", &keys, "--allow-key", key]);
+        let Command::Run(run) = args.expect("good").command else { panic!("it runs") };
+        assert_eq!(run.allow_keys.len(), 3);
+    }
 }
