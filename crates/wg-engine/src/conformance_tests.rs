@@ -10,10 +10,7 @@ use mesh_types::key::PrivateKey;
 use super::tests::*;
 use super::*;
 use crate::factory::{generate_private_key, public_key};
-use peer::{Begun, Keys};
-
-#[path = "test_peer.rs"]
-mod peer;
+use crate::test_peer::{Begun, Keys};
 
 const ADDRESS: &str = "192.0.2.1:1000";
 

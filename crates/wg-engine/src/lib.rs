@@ -49,6 +49,8 @@ mod factory;
 mod index;
 mod macs;
 mod ring;
+#[cfg(any(test, feature = "test-peer"))]
+pub mod test_peer;
 mod timers;
 
 pub use dumps::forbid_core_dumps;

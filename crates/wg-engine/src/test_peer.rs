@@ -1,11 +1,16 @@
 //! A peer written from the whitepaper's section 5.4 alone, sharing nothing with `Tunn`: it shows what is on the wire
-//! and does what an honest peer never would.
+//! and does what an honest peer never would, or with a clock that says anything. For tests, also of other crates
+//! (feature `test-peer`).
+#![allow(clippy::expect_used, clippy::indexing_slicing)] // a test's: it says what failed by panicking
+
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use blake2::{Blake2s256, Digest};
 use boringtun::x25519::{PublicKey as Point, StaticSecret};
 use chacha20poly1305::{AeadInPlace, ChaCha20Poly1305, KeyInit, Nonce};
+use mesh_types::key::{PrivateKey, PublicKey};
 
-use super::*;
+use crate::MacKeys;
 
 type Bytes = [u8; 32];
 
@@ -39,8 +44,14 @@ fn aead(key: &Bytes, counter: u64, plain: &[u8], aad: &[u8]) -> Vec<u8> {
     sealed
 }
 
+/// What a clock shows that is so far ahead of this machine's, as an initiation says it (TAI64).
+pub fn clock_ahead(ahead_s: i64) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
+    ((1u64 << 62) + 37 + now.as_secs()).saturating_add_signed(ahead_s)
+}
+
 /// A handshake that waits for its response.
-pub(super) struct Begun {
+pub struct Begun {
     private: StaticSecret,
     ephemeral: StaticSecret,
     chain: Bytes,
@@ -48,7 +59,7 @@ pub(super) struct Begun {
 }
 
 /// What the initiator has of a session.
-pub(super) struct Keys {
+pub struct Keys {
     send: Bytes,
     their_index: u32,
 }
@@ -56,7 +67,7 @@ pub(super) struct Keys {
 impl Begun {
     /// An initiation from `own` to `them` that says `stamp`, with `point` in place of an ephemeral key, if given: it is
     /// of low order, so that what is agreed with it is zero.
-    pub(super) fn new(
+    pub fn new(
         own: &PrivateKey,
         them: &PublicKey,
         stamp: u64,
@@ -89,7 +100,7 @@ impl Begun {
     }
 
     /// The session that `response` makes.
-    pub(super) fn answered(&self, response: &[u8]) -> Keys {
+    pub fn answered(&self, response: &[u8]) -> Keys {
         let theirs: Bytes = response[12..44].try_into().expect("an ephemeral key");
         let agreed = |secret: &StaticSecret| secret.diffie_hellman(&Point::from(theirs)).to_bytes();
         let transcript = hash(&[&self.hash, &theirs]);
@@ -100,13 +111,13 @@ impl Begun {
         let transcript = hash(&[&transcript, &mixed]);
         assert_eq!(aead(&key, 0, &[], &transcript), response[44..60], "the response verifies");
         let [send, ..] = kdf(&chain, &[]);
-        Keys { send, their_index: read_u32(response, 4).expect("an index") }
+        Keys { send, their_index: u32::from_le_bytes(response[4..8].try_into().expect("an index")) }
     }
 }
 
 impl Keys {
     /// Any content under any counter.
-    pub(super) fn seal(&self, counter: u64, content: &[u8]) -> Vec<u8> {
+    pub fn seal(&self, counter: u64, content: &[u8]) -> Vec<u8> {
         let head = [4u32.to_le_bytes(), self.their_index.to_le_bytes()].concat();
         [&head, &counter.to_le_bytes()[..], &aead(&self.send, counter, content, &[])].concat()
     }

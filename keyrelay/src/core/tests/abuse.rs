@@ -257,27 +257,3 @@ fn a_key_moved_to_another_roster_reaches_the_old_one_no_more() {
     let sent = bench.burst(now, a.at, datagram.len(), &datagram);
     assert!(sent.iter().all(|sent| !carry::is_carried(&sent.bytes)));
 }
-
-#[test]
-fn a_member_whose_clock_went_back_is_served_again_when_its_last_session_is_over() {
-    let key = generate_private_key();
-    let mut bench = Bench::new(&[&key]);
-    // Made first, so its timestamp is the older one, by however much.
-    let mut late = engine(&key, bench.key);
-    let old = initiation(&mut late, at_ms(0));
-    let mut node = Node::joined(&key, &mut bench, at_ms(1000), HERE);
-    for second in (2..180).step_by(5) {
-        let now = at_ms(second * 1000);
-        bench.relay.handle_timeout(now);
-        assert_eq!(bench.ask(now, address(HERE), &old), None, "it might be a recorded one");
-    }
-    assert!(node.is_answered(&mut bench, at_ms(179_000)), "nor did it cost the living session");
-    let now = at_ms(182_000);
-    bench.relay.handle_timeout(now);
-    let response = bench.ask(now, address(HERE), &old).expect("a response");
-    let met = late.handle_handshake(now, address(HERE).ip(), &response, &mut buffer());
-    assert!(met.expect("met").session_ready);
-    let keepalive = seal(&mut late, now, &[]);
-    bench.ask(now, address(HERE), &keepalive);
-    assert_eq!(bench.relay.registered(), 1);
-}

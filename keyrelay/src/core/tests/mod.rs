@@ -2,6 +2,7 @@
 
 mod abuse;
 mod carrying;
+mod clocks;
 mod cost;
 mod looks;
 mod session;
