@@ -58,6 +58,7 @@ pub struct Shared {
     pub refused_keys: AtomicU64,
     pub api_trouble: AtomicBool,
     pub(crate) stream_counters: Arc<Counters>,
+    /// Of each thread that carries, and of the other port.
     counters: Vec<Arc<Counters>>,
     udp: Vec<Mutex<UdpCounters>>,
     shares: Shares,
@@ -69,6 +70,24 @@ pub struct Shared {
 }
 
 impl Shared {
+    fn new(relay: Relay<BoringFactory>, threads: usize, elsewhere: Option<UdpSocket>) -> Self {
+        Self {
+            relay,
+            streams: Arc::default(),
+            health: Arc::default(),
+            refused_keys: AtomicU64::new(0),
+            api_trouble: AtomicBool::new(false),
+            stream_counters: Arc::default(),
+            counters: (0..=threads).map(|_| Arc::default()).collect(),
+            elsewhere: elsewhere.map(Mutex::new),
+            udp: (0..threads).map(|_| Mutex::default()).collect(),
+            shares: Shares::new(threads),
+            panics: AtomicU64::new(0),
+            leaving: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+        }
+    }
+
     pub fn drops(&self, reason: Reason) -> u64 {
         self.all().map(|counters| counters.drops(reason)).sum()
     }
@@ -170,21 +189,7 @@ impl Server {
     ) -> anyhow::Result<Self> {
         let (other, elsewhere) = looks.map(|it| (it.other, it.elsewhere)).unzip();
         relay.set_other_port(other.as_ref().map_or(0, UdpSocket::local_port));
-        let shared = Arc::new(Shared {
-            relay,
-            streams: Arc::default(),
-            health: Arc::default(),
-            refused_keys: AtomicU64::new(0),
-            api_trouble: AtomicBool::new(false),
-            stream_counters: Arc::default(),
-            counters: sockets.iter().map(|_| Arc::default()).chain([Arc::default()]).collect(),
-            elsewhere: elsewhere.map(Mutex::new),
-            udp: sockets.iter().map(|_| Mutex::default()).collect(),
-            shares: Shares::new(sockets.len()),
-            panics: AtomicU64::new(0),
-            leaving: AtomicBool::new(false),
-            stop: AtomicBool::new(false),
-        });
+        let shared = Arc::new(Shared::new(relay, sockets.len(), elsewhere));
         let mut threads = Vec::with_capacity(sockets.len());
         for (number, socket) in sockets.into_iter().enumerate() {
             socket.let_wait(WAIT).context("let the UDP socket wait")?;
@@ -441,3 +446,6 @@ impl Looks {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

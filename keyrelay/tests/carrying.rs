@@ -3,9 +3,15 @@
 
 mod support;
 
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
 use mesh_core::tunnel::engine::{Engine, HandshakeBuffer, INITIATION_BYTES};
-use mesh_types::key::PrivateKey;
+use mesh_types::carry;
+use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::relay_frame::Frame;
+use netcfg::udp::{UdpOptions, UdpSocket};
 use rustix::process::Signal;
 use wg_engine::{BoringEngine, generate_private_key, public_key};
 
@@ -157,4 +163,89 @@ fn health_and_metrics_are_served_and_nothing_else() {
     ] {
         assert!(page.contains(line), "{line} in\n{page}");
     }
+}
+
+/// Of the member that fills the relay's socket: datagrams of one burst, bursts until it pauses, and the pause: 8 Gbit/s at most.
+const FLOOD_DATAGRAM_BYTES: usize = 1_440;
+const FLOOD_SEGMENTS: usize = 44;
+const FLOOD_BURSTS: usize = 4;
+const FLOOD_PAUSE: Duration = Duration::from_micros(250);
+
+/// Of the others: rounds, and how often each thing is tried. A try is lost where the kernel's queue is full.
+const ROUNDS: u32 = 20;
+const TRIES: u32 = 40;
+const TRY: Duration = Duration::from_millis(250);
+
+/// Sends what a member can to another of whom nothing is read, until told.
+fn flood(member: Client, to: &PublicKey, relay: SocketAddr, stop: &AtomicBool) {
+    let local = member.socket.local_addr().expect("an address");
+    drop(member);
+    let options =
+        UdpOptions { address: Some(local.ip()), port: local.port(), ..UdpOptions::default() };
+    let mut socket = UdpSocket::open(&options).expect("the same address");
+    let mut message = vec![0; FLOOD_DATAGRAM_BYTES - carry::CARRY_HEADER_BYTES];
+    message[0] = 4;
+    let datagram = [&carry::header(to.as_bytes())[..], &message].concat();
+    let burst = datagram.repeat(FLOOD_SEGMENTS);
+    while !stop.load(Ordering::Relaxed) {
+        for _ in 0..FLOOD_BURSTS {
+            // What the machine does not take is lost, as on any wire.
+            let _ = socket.send(relay, None, 0, FLOOD_DATAGRAM_BYTES, &burst);
+        }
+        std::thread::sleep(FLOOD_PAUSE);
+    }
+}
+
+/// Whether data of this number comes from `a` to `b`, within a try.
+fn brings(a: &Client, b: &Client, number: u32) -> bool {
+    let mut message = vec![0; 1_200];
+    message[0] = 4;
+    message[20..24].copy_from_slice(&number.to_le_bytes());
+    a.carry(&b.public, &message);
+    let mut buffer = [0; 2048];
+    while let Ok(got) = b.socket.recv(&mut buffer) {
+        let came = carry::parse(&buffer[..got]).expect("a header");
+        assert_eq!(came.key, a.public.as_bytes());
+        if came.message == message {
+            return true;
+        }
+    }
+    false
+}
+
+/// By counts: everything each of the others wants it gets, while the roster's budget is used up many times over.
+#[test]
+fn while_one_member_fills_the_relays_socket_others_shake_hands_ask_and_are_carried() {
+    let keys = [0; 4].map(|_| generate_private_key());
+    let members = [0, 1, 2, 3].map(|n: usize| public_key(&keys[n]));
+    let limits = ["--client-bytes-per-s", "4000000", "--roster-bytes-per-s", "1000000"];
+    let flags = [&["--threads", "1"][..], &limits].concat();
+    let relay = start_with("127.0.0.1:0", &members, &flags);
+    let [flooder, silent] = two(&relay, [&keys[0], &keys[1]]);
+    let mut a = Client::join(&relay, &keys[2], 3);
+    let b = Client::join(&relay, &keys[3], 4);
+    for member in [&a, &b] {
+        member.socket.set_read_timeout(Some(TRY)).expect("a timeout");
+    }
+    let lost = r#"keyrelay_dropped_datagrams_total{reason="roster_budget"}"#;
+    let stop = AtomicBool::new(false);
+    let (address, stop) = (relay.address, &stop);
+    std::thread::scope(|scope| {
+        scope.spawn(move || flood(flooder, &silent.public, address, stop));
+        while relay.metric(lost) < 1_000 {
+            std::thread::yield_now();
+        }
+        let served = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            for round in 0..ROUNDS {
+                let within = |what: &mut dyn FnMut() -> bool| (0..TRIES).any(|_| what());
+                assert!(within(&mut || a.try_hands()), "no handshake in round {round}");
+                assert!(within(&mut || a.ask()), "no answer in round {round}");
+                assert!(within(&mut || brings(&a, &b, round)), "nothing carried in round {round}");
+            }
+        }));
+        stop.store(true, Ordering::Relaxed);
+        served.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+    let carried = relay.metric("keyrelay_carried_datagrams_total");
+    assert!(relay.metric(lost) > 10 * carried, "{carried}");
 }

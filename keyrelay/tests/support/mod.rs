@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use keyrelay::clock;
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId,
+    COOKIE_BYTES, Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId,
     RESPONSE_BYTES, open_one, seal_one,
 };
 use mesh_types::carry;
@@ -176,20 +176,27 @@ impl Client {
     }
 
     fn shake_hands(&mut self) {
-        for _ in 0..5 {
-            let (mut out, mut answer): (HandshakeBuffer, _) = ([0; INITIATION_BYTES], [0; 256]);
-            let length = self.relay.initiate(clock::now(), true, &mut out).expect("an initiation");
-            self.socket.send(&out[..length]).expect("sent");
-            let got = self.socket.recv(&mut answer).expect("an answer");
-            let from = self.socket.peer_addr().expect("an address").ip();
+        assert!((0..5).any(|_| self.try_hands()), "no session");
+    }
+
+    /// One initiation, and whether its answer came within the socket's patience.
+    pub(crate) fn try_hands(&mut self) -> bool {
+        let (mut out, mut answer): (HandshakeBuffer, _) = ([0; INITIATION_BYTES], [0; 2048]);
+        let length = self.relay.initiate(clock::now(), true, &mut out).expect("an initiation");
+        self.socket.send(&out[..length]).expect("sent");
+        let from = self.socket.peer_addr().expect("an address").ip();
+        while let Ok(got) = self.socket.recv(&mut answer) {
             let met = self.relay.handle_handshake(clock::now(), from, &answer[..got], &mut out);
             if got == RESPONSE_BYTES && met.is_ok_and(|met| met.session_ready) {
-                return;
+                return true;
             }
             // A cookie: more come in this second than are answered without.
-            std::thread::sleep(Duration::from_millis(100));
+            if got == COOKIE_BYTES {
+                std::thread::sleep(Duration::from_millis(100));
+                return false;
+            }
         }
-        panic!("no session");
+        false
     }
 
     /// Asks for its address, which registers it.

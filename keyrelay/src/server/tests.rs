@@ -1,0 +1,134 @@
+//! One thread's turn over a socket of loopback, taken by hand.
+
+use std::net::UdpSocket as Plain;
+
+use mesh_types::carry;
+use mesh_types::key::{PrivateKey, PublicKey};
+use wg_engine::{generate_private_key, public_key};
+
+use super::*;
+use crate::core::asker::{Asker, Step};
+use crate::core::relay::Limits;
+
+/// Data that came before what is urgent, in the same receive call.
+const DATA: usize = 20;
+
+/// The kernel may hand a round over in two calls: most come in one.
+const ROUNDS: usize = 9;
+
+/// A member of the relay.
+struct Member {
+    key: PrivateKey,
+    socket: Plain,
+}
+
+impl Member {
+    fn new(relay: SocketAddr) -> Self {
+        let socket = Plain::bind("127.0.0.1:0").expect("a socket");
+        socket.connect(relay).expect("a way");
+        socket.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+        Self { key: generate_private_key(), socket }
+    }
+
+    fn public(&self) -> PublicKey {
+        public_key(&self.key)
+    }
+
+    fn asker(&self, whom: PublicKey, seed: u64) -> Asker<wg_engine::BoringEngine> {
+        Asker::new(clock::now(), BoringFactory::new(), &self.key, whom, seed)
+    }
+
+    /// Begins a handshake with `whom`: the initiation.
+    fn initiation(&self, whom: PublicKey) -> Vec<u8> {
+        let mut out = [0; 148];
+        let step = self.asker(whom, 9).poll(clock::now(), &mut out);
+        assert_eq!(step, Step::Send(148));
+        out.to_vec()
+    }
+
+    fn receive(&self) -> Vec<u8> {
+        let mut buffer = [0; 2_048];
+        let length = self.socket.recv(&mut buffer).expect("something");
+        buffer[..length].to_vec()
+    }
+
+    fn register(&self, carrier: &mut Carrier, relay: (SocketAddr, PublicKey)) {
+        let mut asker = self.asker(relay.1, 1);
+        let mut out = [0; 148];
+        let mut step = asker.poll(clock::now(), &mut out);
+        while let Step::Send(length) = step {
+            self.socket.send(&out[..length]).expect("sent");
+            carrier.turn().expect("a turn");
+            step = asker.handle_datagram(clock::now(), relay.0, &self.receive(), &mut out);
+        }
+        assert_eq!(step, Step::Answered(self.socket.local_addr().expect("an address")));
+    }
+}
+
+/// A relay's one thread that does not run, where it is, and two members that are registered.
+fn bench() -> (Carrier, PublicKey, [Member; 2]) {
+    let key = generate_private_key();
+    let mut seed = 0;
+    let mut seeds = || {
+        seed += 0x9e37_79b9_7f4a_7c15_u64 >> 8;
+        seed
+    };
+    let limits = Limits::default();
+    let relay = Relay::new(BoringFactory::new(), &key, limits, &mut seeds).expect("a relay");
+    let listen = Some("127.0.0.1:0".parse().expect("an address"));
+    let (address, mut sockets) = open(listen, 0, 1).expect("a socket");
+    let members = [(); 2].map(|()| Member::new(address));
+    relay.set_members(&[members.iter().map(Member::public).collect()], seeds);
+    let socket = sockets.pop().expect("one");
+    socket.let_wait(WAIT).expect("it may wait");
+    let mut carrier = Carrier::new(0, socket, Arc::new(Shared::new(relay, 1, None)));
+    for member in &members {
+        member.register(&mut carrier, (address, public_key(&key)));
+    }
+    (carrier, public_key(&key), members)
+}
+
+/// In how many rounds `urgent` overtook the data that `a` sent to `b` before it. What it leads to comes to `b`.
+fn overtakes(urgent: impl Fn(&Member, &Member, PublicKey), is_it: impl Fn(&[u8]) -> bool) -> usize {
+    let (mut carrier, key, [a, b]) = bench();
+    let mut message = [0; 64];
+    message[0] = 4;
+    let data = [&carry::header(b.public().as_bytes())[..], &message].concat();
+    let mut overtook = 0;
+    for _ in 0..ROUNDS {
+        for _ in 0..DATA {
+            a.socket.send(&data).expect("sent");
+        }
+        urgent(&a, &b, key);
+        let mut received = 0;
+        while received <= DATA {
+            carrier.turn().expect("a turn");
+            received += carrier.batch.iter().count();
+        }
+        let came: Vec<_> = (0..=DATA).map(|_| b.receive()).collect();
+        assert_eq!(came.iter().filter(|datagram| is_it(datagram)).count(), 1);
+        overtook += usize::from(is_it(&came[0]));
+    }
+    overtook
+}
+
+#[test]
+fn a_handshake_with_the_relay_goes_before_data_that_came_earlier() {
+    let begin = |_: &Member, b: &Member, relay| {
+        b.socket.send(&b.initiation(relay)).expect("sent");
+    };
+    let overtook = overtakes(begin, |datagram| datagram[0] == 2);
+    assert!(overtook > ROUNDS / 2, "{overtook} of {ROUNDS}");
+}
+
+#[test]
+fn a_carried_handshake_goes_before_data_that_came_earlier() {
+    let begin = |a: &Member, b: &Member, _| {
+        let first = a.initiation(b.public());
+        let carried = [&carry::header(b.public().as_bytes())[..], &first].concat();
+        a.socket.send(&carried).expect("sent");
+    };
+    let is_it = |datagram: &[u8]| carry::parse(datagram).is_some_and(|it| it.message[0] == 1);
+    let overtook = overtakes(begin, is_it);
+    assert!(overtook > ROUNDS / 2, "{overtook} of {ROUNDS}");
+}
