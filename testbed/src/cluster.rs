@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use ipnet::IpNet;
 use mesh_types::defaults::KEYRELAY_PORT;
+use mesh_types::key::PublicKey;
 use mesh_types::net::overlay_address;
 use mesh_types::netcheck::Netcheck;
 use mesh_types::status::Status;
@@ -32,9 +33,12 @@ const API_PORT: u16 = 6443;
 const API_DIR: &str = "/run/api";
 const KUBECONFIG: &str = "/etc/meshd/kubeconfig";
 
-/// The relay's files, in the same namespace.
-const KEYRELAY_KEY: &str = "/run/keyrelay-key";
+/// The relays' files, in the same namespace: a key each, by name, and the members of all.
+const KEYRELAY_KEYS: &str = "/run";
 const KEYRELAY_MEMBERS: &str = "/run/keyrelay-members";
+
+/// UDP ports of one relay: its own, and that by which NATs are measured.
+const KEYRELAY_PORTS: u16 = 2;
 
 /// A pod address no node owns, per family, for deliberate leaks.
 const NOBODYS_PODS: [&str; 2] = ["10.244.77.7", "fd00:10:244:77::7"];
@@ -56,9 +60,9 @@ pub struct Cluster {
     daemons: BTreeMap<String, Daemon>,
     /// What every daemon started from now on is told besides.
     pub flags: Vec<String>,
-    /// What the relay is told besides.
+    /// What every relay is told besides.
     pub keyrelay_flags: Vec<String>,
-    keyrelay: Option<Keyrelay>,
+    keyrelays: Vec<Keyrelay>,
     _api: Daemon,
     // Last: everything above dies with it.
     lab: Lab,
@@ -67,8 +71,10 @@ pub struct Cluster {
 /// A relay beside the API server.
 #[derive(Debug)]
 struct Keyrelay {
-    /// `KEY@ADDRESS:PORT`, as daemons are told.
-    told: String,
+    /// Of its files.
+    name: String,
+    key: PublicKey,
+    address: SocketAddr,
     /// Once it runs.
     daemon: Option<Daemon>,
 }
@@ -104,9 +110,9 @@ impl Cluster {
             lab.install_cni(node)?;
         }
         let canary = Canary::random();
-        let (pods, daemons, keyrelay) = (Vec::new(), BTreeMap::new(), None);
+        let (pods, daemons, keyrelays) = (Vec::new(), BTreeMap::new(), Vec::new());
         let (flags, keyrelay_flags) = (Vec::new(), Vec::new());
-        Ok(Self { net, pods, canary, daemons, flags, keyrelay_flags, keyrelay, _api: api, lab })
+        Ok(Self { net, pods, canary, daemons, flags, keyrelay_flags, keyrelays, _api: api, lab })
     }
 
     /// As [`Cluster::build`] in a lab of this name, taken down when the cluster is dropped.
@@ -156,34 +162,55 @@ impl Cluster {
         command.args(["run", "--node-name", name, "--cluster-cidr", &CLUSTER_CIDRS.join(",")]);
         command.args(["--kubeconfig", KUBECONFIG]);
         command.args(&self.flags);
-        if let Some(keyrelay) = &self.keyrelay {
-            command.args(["--keyrelay", &keyrelay.told]);
+        for Keyrelay { key, address, .. } in &self.keyrelays {
+            command.args(["--keyrelay", &format!("{key}@{address}")]);
         }
         let daemon = node.spawn(command, "meshd")?;
         self.daemons.insert(name.to_owned(), daemon);
         Ok(())
     }
 
-    /// Gives the cluster a relay that daemons started from now on are told of; it runs when it knows its members.
+    /// Gives the cluster one relay more, beside the API server, that daemons started from now on are told of; it runs when it
+    /// knows its members.
     pub fn add_keyrelay(&mut self) -> Result<()> {
         ensure!(self.lab.programs().keyrelay.is_file(), "build it first: cargo build -p keyrelay");
-        let key = wg_engine::generate_private_key();
-        self.net.api.write(KEYRELAY_KEY, format!("{}\n", *key.to_base64()))?;
-        self.net.api.shell(&format!("chmod 600 {KEYRELAY_KEY}"))?;
-        let address = SocketAddr::new(api_address(&self.net).parse()?, KEYRELAY_PORT);
-        let told = format!("{}@{address}", wg_engine::public_key(&key));
-        self.keyrelay = Some(Keyrelay { told, daemon: None });
+        let number = u16::try_from(self.keyrelays.len())?;
+        let name = format!("keyrelay-{number}");
+        let private = wg_engine::generate_private_key();
+        let file = format!("{KEYRELAY_KEYS}/{name}");
+        self.net.api.write(&file, format!("{}\n", *private.to_base64()))?;
+        self.net.api.shell(&format!("chmod 600 {file}"))?;
+        let port = KEYRELAY_PORT + KEYRELAY_PORTS * number;
+        let address = SocketAddr::new(api_address(&self.net).parse()?, port);
+        let key = wg_engine::public_key(&private);
+        self.keyrelays.push(Keyrelay { name, key, address, daemon: None });
         Ok(())
     }
 
-    /// SIGKILL to the relay.
-    pub fn kill_keyrelay(&mut self) -> Result<()> {
-        let keyrelay = self.keyrelay.as_mut().context("the cluster has no relay")?;
-        keyrelay.daemon.take().context("no relay runs")?.kill()
+    /// Where the relays are, in the order in which they were added.
+    pub fn keyrelays(&self) -> Vec<SocketAddr> {
+        self.keyrelays.iter().map(|keyrelay| keyrelay.address).collect()
     }
 
-    /// Starts the relay for the keys that the nodes have published.
-    pub fn start_keyrelay(&mut self, timeout: Duration) -> Result<()> {
+    /// SIGKILL to the relay at this place of [`Cluster::keyrelays`].
+    pub fn kill_keyrelay(&mut self, number: usize) -> Result<()> {
+        self.take_keyrelay(number)?.kill()
+    }
+
+    /// SIGTERM to the relay at this place; its exit status must be 0.
+    pub fn stop_keyrelay(&mut self, number: usize, timeout: Duration) -> Result<()> {
+        let status = self.take_keyrelay(number)?.terminate(timeout)?;
+        ensure!(status.success(), "keyrelay ended with {status}");
+        Ok(())
+    }
+
+    fn take_keyrelay(&mut self, number: usize) -> Result<Daemon> {
+        let keyrelay = self.keyrelays.get_mut(number).context("the cluster has no such relay")?;
+        keyrelay.daemon.take().context("it does not run")
+    }
+
+    /// Starts every relay that does not run, for the keys that the nodes have published.
+    pub fn start_keyrelays(&mut self, timeout: Duration) -> Result<()> {
         let mut members = String::new();
         self.wait(timeout, || {
             let facts = self.facts()?;
@@ -193,12 +220,18 @@ impl Cluster {
             Ok(if silent.is_empty() { Ok(()) } else { Err(format!("no key of {silent:?}")) })
         })?;
         self.net.api.write(KEYRELAY_MEMBERS, members)?;
-        let mut command = self.net.api.command(&self.lab.programs().keyrelay);
-        command.args(["run", "--keys-file", KEYRELAY_MEMBERS, "--private-key-file", KEYRELAY_KEY]);
-        command.args(&self.keyrelay_flags);
-        let daemon = self.net.api.spawn(command, "keyrelay")?;
-        let keyrelay = self.keyrelay.as_mut().context("the cluster has no relay")?;
-        keyrelay.daemon = Some(daemon);
+        for keyrelay in self.keyrelays.iter_mut().filter(|keyrelay| keyrelay.daemon.is_none()) {
+            let Keyrelay { name, address, .. } = &keyrelay;
+            let mut command = self.net.api.command(&self.lab.programs().keyrelay);
+            command.args(["run", "--keys-file", KEYRELAY_MEMBERS, "--private-key-file"]);
+            command.args([
+                &format!("{KEYRELAY_KEYS}/{name}"),
+                "--port",
+                &address.port().to_string(),
+            ]);
+            command.args(&self.keyrelay_flags);
+            keyrelay.daemon = Some(self.net.api.spawn(command, name)?);
+        }
         Ok(())
     }
 

@@ -60,7 +60,7 @@ fn homes(what: &str, shards: &str, blocked: &[usize]) -> (Cluster, Oracle) {
         block(&cluster, *home);
     }
     cluster.start_every_meshd().expect("daemons");
-    cluster.start_keyrelay(TIMEOUT).expect("the relay");
+    cluster.start_keyrelays(TIMEOUT).expect("the relay");
     cluster.wait_node_files(TIMEOUT).expect("node files");
     cluster.add_pods(1).expect("pods");
     (cluster, oracle)
@@ -184,9 +184,9 @@ fn two_homes_without_udp_speak_over_tls_whatever_happens_to_relay_and_connection
             talk.goes_on(100);
         }
 
-        cluster.kill_keyrelay().expect("killed");
+        cluster.kill_keyrelay(0).expect("killed");
         std::thread::sleep(Duration::from_secs(2));
-        cluster.start_keyrelay(TIMEOUT).expect("the relay again");
+        cluster.start_keyrelays(TIMEOUT).expect("the relay again");
         talk.goes_on(100);
         assert_eq!(paths(&cluster), [PathKind::Relayed; 2]);
         finish(cluster, oracle);

@@ -157,7 +157,7 @@ fn show_mesh(cluster: &mut Cluster, report: &mut Report) -> Result<()> {
     progress("starting meshd on every node");
     cluster.start_every_meshd()?;
     progress("starting a keyrelay on the internet, which introduces the homes to each other");
-    cluster.start_keyrelay(STEP_TIMEOUT)?;
+    cluster.start_keyrelays(STEP_TIMEOUT)?;
     cluster.wait_node_files(STEP_TIMEOUT)?;
     cluster.wait_all_meshed(STEP_TIMEOUT)?;
     progress("making pods with the CNI plugin");
