@@ -70,3 +70,37 @@ fn carrying_allocates_nothing() {
     let (info, sent) = measured(&mut bench, a.at, &bursts, 100);
     assert_eq!((info.count_total, sent), (0, 100 * (50 * 1240 + 188)));
 }
+
+/// What one member may take with its first engine, and more with another beside it (`RELAY_CLIENTS_MAX` counts on both).
+const MEMBER_BYTES_MAX: i64 = 14 * 1024;
+const SECOND_ENGINE_BYTES_MAX: i64 = 14 * 1024;
+
+#[test]
+fn a_member_takes_14_kib_and_twice_that_while_its_engine_is_replaced() {
+    let key = generate_private_key();
+    let mut bench = Bench::new(&[&key]);
+    // Tables and buffers come to their size by another's.
+    let other = generate_private_key();
+    bench.set(&[&[&key, &other]]);
+    Node::joined(&other, &mut bench, at_ms(0), "203.0.113.8:2");
+    let mut sessions = 0;
+    // A renewal each time, which registers it.
+    let mut renewed = |bench: &mut Bench, until: u64| {
+        let before = bench.events(Event::Handshakes);
+        let info = allocation_counter::measure(|| {
+            for session in sessions..until {
+                let now = at_ms(1_000 + session * 120_000);
+                Node::joined(&key, bench, now, "203.0.113.7:1");
+            }
+        });
+        assert_eq!(bench.events(Event::Handshakes) - before, until - sessions);
+        sessions = until;
+        info.bytes_current
+    };
+    let first = renewed(&mut bench, 1);
+    let kept = first + renewed(&mut bench, 190);
+    let both = renewed(&mut bench, 194);
+    eprintln!("{first} {kept} {both}");
+    assert!(kept <= MEMBER_BYTES_MAX, "{first} {kept}");
+    assert!((1..=SECOND_ENGINE_BYTES_MAX).contains(&both), "{both}: a second engine");
+}
