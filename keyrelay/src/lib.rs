@@ -16,14 +16,12 @@
 
 pub mod clock;
 pub mod core;
-pub mod glue;
 pub mod health;
 pub mod keyfile;
 pub mod kube;
 pub mod members;
 pub mod metrics;
 pub mod server;
-pub mod spread;
 pub mod streams;
 pub mod vantage;
 pub mod whoami;

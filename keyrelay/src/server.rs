@@ -1,7 +1,7 @@
 //! The shell around the relay: threads that carry, each with its own socket on the one port.
 //!
 //! ```text
-//!            UDP port, SO_REUSEPORT: by addresses and ports, or all to socket 0 while that is enough (`spread.rs`)
+//!            UDP port, SO_REUSEPORT: by addresses and ports, or all to socket 0 while that is enough (`netcfg::udp`)
 //!             │                │                │
 //!          socket 0         socket 1         socket 2         a sender's packets always come to the same
 //!          thread 0         thread 1         thread 2         and leave, whoever they are for, by that one too
@@ -10,7 +10,7 @@
 //!   thread "looks": a second port, whose questions register nobody     a third, which only sends: NATs are measured by both
 //! ```
 //! A turn: one receive call, control and handshakes first, then data, each burst out by a segmented send; what came one by one is
-//! made into bursts (`glue.rs`). Nothing is queued but in the kernel's socket buffers.
+//! made into bursts (`netcfg::udp`). Nothing is queued but in the kernel's socket buffers.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -24,16 +24,14 @@ use anyhow::Context;
 use mesh_types::limits::{RELAY_LEAVING_PER_TURN, RELAY_RECEIVE_MESSAGES, RELAY_THREADS_MAX};
 use mesh_types::time::MonoTime;
 use netcfg::release::Release;
-use netcfg::udp::{RecvBatch, UdpCounters, UdpOptions, UdpSocket};
+use netcfg::udp::{Carrying, Glue, Received, RecvBatch, UdpCounters, UdpOptions, UdpSocket};
 use wg_engine::BoringFactory;
 
 use crate::clock;
 use crate::core::counters::{Counters, Event, Reason};
 use crate::core::relay::{Arrival, Outlet, Relay, Worker};
 use crate::core::{Reach, Source};
-use crate::glue::Glue;
 use crate::health::Health;
-use crate::spread::{Meter, Shares, Way};
 use crate::streams::Streams;
 
 /// How often engines may forget expired keys.
@@ -61,7 +59,6 @@ pub struct Shared {
     /// Of each thread that carries, and of the other port.
     counters: Vec<Arc<Counters>>,
     udp: Vec<Mutex<UdpCounters>>,
-    shares: Shares,
     panics: AtomicU64,
     /// Sends from a port that nobody sends to.
     elsewhere: Option<Mutex<UdpSocket>>,
@@ -81,7 +78,6 @@ impl Shared {
             counters: (0..=threads).map(|_| Arc::default()).collect(),
             elsewhere: elsewhere.map(Mutex::new),
             udp: (0..threads).map(|_| Mutex::default()).collect(),
-            shares: Shares::new(threads),
             panics: AtomicU64::new(0),
             leaving: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -191,9 +187,10 @@ impl Server {
         relay.set_other_port(other.as_ref().map_or(0, UdpSocket::local_port));
         let shared = Arc::new(Shared::new(relay, sockets.len(), elsewhere));
         let mut threads = Vec::with_capacity(sockets.len());
-        for (number, socket) in sockets.into_iter().enumerate() {
+        let carrying = Carrying::of(sockets.len());
+        for ((number, socket), carrying) in sockets.into_iter().enumerate().zip(carrying) {
             socket.let_wait(WAIT).context("let the UDP socket wait")?;
-            let mut carrier = Carrier::new(number, socket, Arc::clone(&shared));
+            let mut carrier = Carrier::new(number, socket, carrying, Arc::clone(&shared));
             let thread = thread::Builder::new().name(format!("carry-{number}"));
             threads.push(thread.spawn(move || carrier.run()).context("cannot start a thread")?);
         }
@@ -226,20 +223,18 @@ struct Carrier {
     number: usize,
     socket: UdpSocket,
     batch: RecvBatch,
-    glue: Glue,
+    glue: Glue<Arrival>,
+    carrying: Carrying,
     worker: Worker,
     shared: Arc<Shared>,
     /// When the socket's counters were last shown.
     shown: MonoTime,
-    meter: Meter,
-    /// Of thread 0: how datagrams come to the threads, where that can be chosen.
-    way: Option<Way>,
     /// Members told that we stop.
     told: Option<usize>,
 }
 
 impl Carrier {
-    fn new(number: usize, socket: UdpSocket, shared: Arc<Shared>) -> Self {
+    fn new(number: usize, socket: UdpSocket, carrying: Carrying, shared: Arc<Shared>) -> Self {
         let counters = shared.counters.get(number).cloned().unwrap_or_default();
         let told = (number == 0).then_some(0);
         let batch = RecvBatch::new(RELAY_RECEIVE_MESSAGES);
@@ -248,37 +243,16 @@ impl Carrier {
             socket,
             batch,
             glue: Glue::default(),
+            carrying,
             worker: Worker::new(counters),
             shared,
             shown: MonoTime::ZERO,
-            meter: Meter::default(),
-            way: None,
             told,
         }
     }
 
-    /// Where several threads share the port, the first has all datagrams until it needs help. A kernel that takes no filter
-    /// spreads them from the beginning.
-    fn gather(&mut self) {
-        let is_first = self.number == 0 && self.shared.udp.len() > 1;
-        if is_first && self.socket.set_filter(&Way::Gathered.filter()).is_ok() {
-            self.way = Some(Way::Gathered);
-        }
-    }
-
-    fn measure(&mut self, now: MonoTime, filled: usize) {
-        let (way, shares) = (self.way.unwrap_or(Way::Spread), &self.shared.shares);
-        let better = self.meter.turn(now, filled, clock::of_this_thread, self.number, shares, way);
-        let Some(better) = better.filter(|_| self.way.is_some()) else { return };
-        tracing::debug!(way = ?better, "datagrams come to other threads");
-        match self.socket.set_filter(&better.filter()) {
-            Ok(()) => self.way = Some(better),
-            Err(error) => tracing::debug!(%error, "the kernel takes no other filter"),
-        }
-    }
-
     fn run(&mut self) {
-        self.gather();
+        self.carrying.gather(&self.socket);
         while !self.shared.stop.load(Ordering::Relaxed) {
             // A fault costs the burst that met it, not the relay.
             match catch_unwind(AssertUnwindSafe(|| self.turn())) {
@@ -302,55 +276,33 @@ impl Carrier {
         self.tell_leaving();
         let filled = self.socket.recv_or_wait(&mut self.batch)?;
         let now = clock::now();
-        self.measure(now, filled);
+        self.carrying.measure(now, filled, &self.socket);
         if now >= self.shown + WAIT {
             self.shown = now;
             self.show_counters();
         }
         for slot in 0..filled {
-            let Some((arrival, true)) = self.look(slot) else { continue };
-            self.handle(now, &arrival, slot);
+            self.handle_urgent(now, slot);
         }
-        self.glue.clear();
-        for slot in 0..filled {
-            let Some((arrival, false)) = self.look(slot) else { continue };
-            self.handle_data(now, &arrival, slot);
-        }
-        self.handle_glued(now);
+        self.handle_data(now);
         Ok(())
     }
 
-    /// Where the message in `slot` came from, and whether it is looked at first.
-    fn look(&self, slot: usize) -> Option<(Arrival, bool)> {
-        let message = self.batch.get(slot)?;
-        let from = Reach { source: Source::Udp(message.source), local: message.local };
-        let arrival = Arrival { from, segment_len: message.segment_len, ecn: message.ecn };
-        Some((arrival, Relay::<BoringFactory>::is_urgent(message.bytes)))
+    fn handle_urgent(&mut self, now: MonoTime, slot: usize) {
+        let Some(message) = self.batch.get(slot).filter(is_urgent) else { return };
+        let arrival = arrival(&message);
+        let Some(bytes) = self.batch.bytes_mut(slot) else { return };
+        let mut out = Sockets { udp: &mut self.socket, shared: &self.shared };
+        self.shared.relay.handle(now, &arrival, bytes, &mut self.worker, &mut out);
     }
 
     /// Data that came one by one goes on in bursts.
-    fn handle_data(&mut self, now: MonoTime, arrival: &Arrival, slot: usize) {
-        let Some(bytes) = self.batch.bytes_mut(slot) else { return };
-        if Glue::is_for(arrival, bytes) && self.glue.add(arrival, bytes) {
-            return;
-        }
-        self.handle_glued(now);
-        let Some(bytes) = self.batch.bytes_mut(slot) else { return };
-        if !(Glue::is_for(arrival, bytes) && self.glue.add(arrival, bytes)) {
-            self.handle(now, arrival, slot);
-        }
-    }
-
-    fn handle(&mut self, now: MonoTime, arrival: &Arrival, slot: usize) {
-        let Some(bytes) = self.batch.bytes_mut(slot) else { return };
-        let mut out = Sockets { udp: &mut self.socket, shared: &self.shared };
-        self.shared.relay.handle(now, arrival, bytes, &mut self.worker, &mut out);
-    }
-
-    fn handle_glued(&mut self, now: MonoTime) {
-        let mut out = Sockets { udp: &mut self.socket, shared: &self.shared };
-        self.glue.take(|arrival, bytes| {
-            self.shared.relay.handle(now, arrival, bytes, &mut self.worker, &mut out);
+    fn handle_data(&mut self, now: MonoTime) {
+        let Self { glue, batch, worker, shared, socket, .. } = self;
+        let mut out = Sockets { udp: socket, shared };
+        let of_data = |message: &Received<'_>| (!is_urgent(message)).then(|| arrival(message));
+        glue.bursts(batch, of_data, |arrival, bytes| {
+            shared.relay.handle(now, arrival, bytes, worker, &mut out);
         });
     }
 
@@ -368,6 +320,16 @@ impl Carrier {
         let (relay, count) = (&self.shared.relay, RELAY_LEAVING_PER_TURN);
         self.told = relay.leave(clock::now(), from, count, &mut self.worker, &mut out);
     }
+}
+
+/// Whether it is looked at before data.
+fn is_urgent(message: &Received<'_>) -> bool {
+    Relay::<BoringFactory>::is_urgent(message.bytes)
+}
+
+fn arrival(message: &Received<'_>) -> Arrival {
+    let from = Reach { source: Source::Udp(message.source), local: message.local };
+    Arrival { from, segment_len: message.segment_len, ecn: message.ecn }
 }
 
 /// Where a thread sends.

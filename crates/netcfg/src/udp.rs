@@ -17,7 +17,9 @@
 //! (`IPV6_PMTUDISC_DONT`); a forged one costs fragments of 1280 bytes at worst.
 
 mod filtered;
+mod glue;
 mod group;
+mod spread;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -36,7 +38,9 @@ use crate::cmsg::{self, ControlWriter};
 use crate::{clock, sys};
 
 use filtered::Filtered;
+pub use glue::{GLUED_DATAGRAM_BYTES_MAX, Glue};
 pub use group::FilterInstruction;
+pub use spread::Carrying;
 
 /// Size of one receive buffer: the largest UDP payload, rounded up to whole pages.
 pub const RECV_BUFFER_BYTES: usize = 64 * 1024;

@@ -16,8 +16,9 @@ costs all of them together; ratios between relays of the same round are what to 
 
 - keyrelay: members on both sides, who speak by carried datagrams. coturn: an allocation and a channel on the near side, plain
   datagrams on the far one, no authentication. derper: DERP over TLS on both sides, by Tailscale's own client library.
-  forwarder: a program of ours that receives and sends with keyrelay's own code and as many threads, and does nothing in between but
-  compute an address. direct: a wire without a relay, which shows what the load generator can do.
+  forwarder: a program of ours that makes keyrelay's system calls by the same code: as many threads, gathered and spread as its are,
+  and the same bursts of datagrams that came one by one. It does nothing in between but compute an address. direct: a wire without a
+  relay, which shows what the load generator can do.
 - The messages are the same for all, 1,408 bytes or 64; headers of the relays do not count as carried. Over UDP the senders hand over up
   to 44 datagrams in one call (`UDP_SEGMENT`), as WireGuard programs do. As many bytes are under way as serve each relay best,
   which is tried out first.

@@ -14,11 +14,14 @@
 //! Busy is processor time, not time passed: on a machine that does much else a thread that is kept waiting needs no help of
 //! another. One pair that answers each other at once keeps a thread busy for two thirds of its time, but nothing ever waits.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use mesh_types::time::MonoTime;
-use netcfg::udp::FilterInstruction;
+
+use super::{FilterInstruction, UdpSocket};
+use crate::clock;
 
 /// Between looks.
 const WINDOW: Duration = Duration::from_millis(10);
@@ -33,12 +36,58 @@ const BACKLOG: usize = 4;
 /// How long that has to last before the threads are gathered.
 const CALM: Duration = Duration::from_secs(2);
 
+/// One thread of several that share a port.
+#[derive(Debug)]
+pub struct Carrying {
+    thread: usize,
+    meter: Meter,
+    shares: Arc<Shares>,
+    /// Of thread 0: how datagrams come to the threads, where that can be chosen.
+    way: Option<Way>,
+}
+
+impl Carrying {
+    /// For each of so many threads.
+    pub fn of(threads: usize) -> Vec<Self> {
+        let shares = Arc::new(Shares::new(threads));
+        let one = |thread| Self {
+            thread,
+            meter: Meter::default(),
+            shares: Arc::clone(&shares),
+            way: None,
+        };
+        (0..threads).map(one).collect()
+    }
+
+    /// Where several threads share the port, the first has all datagrams until it needs help. A kernel that takes no filter
+    /// spreads them from the beginning.
+    pub fn gather(&mut self, socket: &UdpSocket) {
+        let is_first = self.thread == 0 && self.shares.0.len() > 1;
+        if is_first && socket.set_filter(&Way::Gathered.filter()).is_ok() {
+            self.way = Some(Way::Gathered);
+        }
+    }
+
+    /// A receive call of this thread brought so many messages: whether that is too much for one, or little for all.
+    pub fn measure(&mut self, now: MonoTime, messages: usize, socket: &UdpSocket) {
+        let (way, shares) = (self.way.unwrap_or(Way::Spread), &self.shares);
+        let spent = clock::of_this_thread;
+        let better = self.meter.turn(now, messages, spent, self.thread, shares, way);
+        let Some(better) = better.filter(|_| self.way.is_some()) else { return };
+        tracing::debug!(way = ?better, "datagrams come to other threads");
+        match socket.set_filter(&better.filter()) {
+            Ok(()) => self.way = Some(better),
+            Err(error) => tracing::debug!(%error, "the kernel takes no other filter"),
+        }
+    }
+}
+
 /// How busy each thread was in its last window, in thousandths.
 #[derive(Debug)]
-pub struct Shares(Vec<AtomicU32>);
+struct Shares(Vec<AtomicU32>);
 
 impl Shares {
-    pub fn new(threads: usize) -> Self {
+    fn new(threads: usize) -> Self {
         Self((0..threads).map(|_| AtomicU32::new(0)).collect())
     }
 
@@ -55,14 +104,14 @@ impl Shares {
 
 /// Which sockets datagrams come to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+enum Way {
     Gathered,
     Spread,
 }
 
 impl Way {
     /// For sockets that share a port (`SO_ATTACH_REUSEPORT_CBPF`): the number of one, or of none, and then the kernel chooses.
-    pub fn filter(self) -> [FilterInstruction; 1] {
+    fn filter(self) -> [FilterInstruction; 1] {
         const RETURN: u16 = 0x06;
         let socket = match self {
             Self::Gathered => 0,
@@ -74,7 +123,7 @@ impl Way {
 
 /// What one thread knows of its time.
 #[derive(Debug, Default)]
-pub struct Meter {
+struct Meter {
     began: MonoTime,
     /// Processor time of the thread when the window began.
     spent: Duration,
@@ -85,7 +134,7 @@ pub struct Meter {
 
 impl Meter {
     /// A receive call brought so many messages. Thread 0 is told the way datagrams come, and tells a better one.
-    pub fn turn(
+    fn turn(
         &mut self,
         now: MonoTime,
         messages: usize,
@@ -131,8 +180,7 @@ impl Meter {
 
 #[cfg(test)]
 mod tests {
-    use netcfg::udp::{RecvBatch, UdpOptions, UdpSocket};
-
+    use super::super::{RecvBatch, UdpOptions};
     use super::*;
 
     fn at_ms(ms: u64) -> MonoTime {
