@@ -9,6 +9,7 @@
 //! traffic  what pods say to each other: TCP, UDP, ICMP, v4 and v6, checked byte by byte
 //! demo     all of it in one command, with a report and a picture
 //! nat      nodes behind every kind of NAT, and which of them reach each other directly
+//! setting  what something was measured on
 //! parallel jobs at once, a few, and what each needs for itself alone
 //! kube     a real Kubernetes cluster in a lab; tool: what its test pods run
 //! ```
@@ -28,6 +29,7 @@ pub mod lab;
 pub mod nat;
 pub mod oracle;
 mod parallel;
+pub mod setting;
 pub mod tool;
 pub mod traffic;
 

@@ -8,6 +8,8 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::Serialize;
 
+use crate::setting::Setting;
+
 /// Which way is better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Better {
@@ -203,9 +205,8 @@ impl Figure {
 /// All figures of a run, and what they were measured on.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
-    pub processor: String,
-    pub processors: usize,
-    pub kernel: String,
+    #[serde(flatten)]
+    pub machine: Setting,
     pub rounds: usize,
     /// Of each measurement; none where one is a single call.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -223,16 +224,8 @@ pub struct Report {
 
 impl Report {
     pub(crate) fn new(rounds: usize, figures: Vec<Figure>) -> Self {
-        let information = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let processor = information
-            .lines()
-            .find_map(|line| line.strip_prefix("model name")?.split_once(':'))
-            .map_or_else(|| "unknown".to_owned(), |(_, model)| model.trim().to_owned());
-        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Self {
-            processor,
-            processors: std::thread::available_parallelism().map_or(1, usize::from),
-            kernel: kernel.trim().to_owned(),
+            machine: Setting::here(),
             rounds,
             seconds: None,
             load_before: None,
@@ -265,11 +258,11 @@ impl Report {
 
     /// What it was measured on, in a line.
     pub(super) fn setting(&self) -> String {
-        let Self { processor, processors, kernel, rounds, .. } = self;
+        let Self { machine, rounds, .. } = self;
         let seconds = self.seconds.map_or_else(String::new, |seconds| format!(" of {seconds} s"));
         let load =
             self.load_before.map_or_else(String::new, |load| format!(", load before {load}"));
-        format!("{processors} x {processor}, Linux {kernel}, {rounds} rounds{seconds}{load}")
+        format!("{machine}, {rounds} rounds{seconds}{load}")
     }
 
     /// For people. Columns of a peer only where there is one.

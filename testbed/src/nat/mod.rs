@@ -38,7 +38,7 @@
 //! host      reflector and relay there                 probe     measures what a site does (RFC 5780)
 //! expected  direct or relayed, from two kinds         punch     tries it with plain sockets
 //! daemons   connects it as users do                   pairs     all of them, by whatever connects them
-//! page      the guide
+//! page      the guide                             steps     what is timed, within which bounds, and what a run took
 //! ```
 
 mod daemons;
@@ -51,6 +51,7 @@ mod probe;
 mod punch;
 mod rules;
 mod site;
+mod steps;
 mod wire;
 
 use std::fs;
@@ -68,7 +69,6 @@ pub use daemons::Daemons;
 pub use expected::{Expected, Reason, expected, reason};
 pub use host::Host;
 pub use kind::{Behaviour, Filtering, Kind, Lifetime, Mapping, Neighbours, Ports};
-pub use page::page;
 pub use pairs::{Connect, Got, Outcome, Pair, run as connect_pairs, wanted};
 pub use probe::{measure, reaches_by_tcp};
 pub use punch::Sockets;
@@ -100,8 +100,9 @@ pub struct NatOptions {
     /// What connects the pairs
     #[arg(long, value_enum, default_value_t = By::Daemons)]
     pub by: By,
-    /// Write the guide's page here, when every pair is as expected
-    #[arg(long, value_name = "FILE", conflicts_with = "only")]
+    /// Write the guide's page here with the figures of this run, when every pair is as expected; the one of the repository is of
+    /// all pairs
+    #[arg(long, value_name = "FILE")]
     pub page: Option<PathBuf>,
     /// Name of the lab, to run more than one
     #[arg(long, hide = true, default_value = "nat")]
@@ -120,6 +121,8 @@ pub struct Report {
 /// Connects the pairs and prints what came of it. `Ok(false)` when a pair is not as expected.
 pub fn run(options: &NatOptions) -> Result<bool> {
     ensure!(options.only.len() <= 2, "--only takes one kind of site or two, a pair");
+    let may_write = options.page.is_none() || options.by == By::Daemons;
+    ensure!(may_write, "--page is of what daemons do: leave out --by sockets");
     lab::require_root()?;
     let begin = Instant::now();
     let programs = Programs::beside(&std::env::current_exe()?)?;
@@ -180,7 +183,8 @@ fn print(report: &Report, options: &NatOptions) -> Result<()> {
     if let Some(path) = &options.page
         && report.problems.is_empty()
     {
-        fs::write(path, page()).with_context(|| format!("cannot write {}", path.display()))?;
+        fs::write(path, page::page(report))
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
     for problem in &report.problems {
         progress(&format!("FAILED: {problem}"));

@@ -2,10 +2,11 @@
 
 use std::fmt::Write as _;
 
-use super::Report;
 use super::expected::{Expected, Reason, reason};
 use super::kind::{Behaviour, Filtering, Kind, Lifetime, Mapping, Neighbours, Ports};
 use super::pairs::Pair;
+use super::{Report, steps};
+use crate::setting::Setting;
 
 const HEAD: &str = "\
 # Who reaches whom directly
@@ -51,15 +52,23 @@ order; the times are those of datagrams sent every 20 ms beside it.
 | all | both daemons start at once while somebody speaks | `start_ms`: first answered packet | 2 s |
 | all | both are registered, and somebody begins to speak | `first_packet_ms` | 2 s |
 | direct | the relay's way gives place to the direct one | `direct_ms`: both daemons say so | 5 s |
-| direct | UDP between the two sites is blocked: the relay carries | `blocked_ms`: without an answer | – |
-| direct | and let through again | `direct_again_ms`: both say direct | – |
+| direct | UDP between the two sites is blocked: the relay carries | `blocked_ms`: without an answer | 5 s |
+| direct | and let through again | `direct_again_ms`: both say direct | 5 s |
 | relayed | six seconds, in which neither may say direct | | |
 | all | the first site's NAT forgets everything and gives another port; an open node gets another address | `address_change_ms`: without an answer | 1 s of a node that everybody can reach, else 5 s |
 | short-mappings | nobody speaks for 30 s | `after_silence_ms`: first answered packet | 2 s |
 | relayed | the relay in use is killed | `relay_move_ms`: without an answer | 2 s |
 | all | all UDP of the first site is blocked: the relay carries over TLS | `udp_blocked_ms`: without an answer | 2 s |
 | direct | both relays are killed: nothing may be noticed | `relays_gone_ms`: without an answer | 0.5 s |
+";
 
+/// Begins the section of measured figures.
+const MEASURED: &str = "
+## What it took
+
+";
+
+const REST: &str = "
 ## To try it
 
 `./testbed/nat` builds the laboratory, connects every pair and takes it down, in about five minutes on any Linux with root.
@@ -78,12 +87,16 @@ plain sockets carry no stream), `ok`, the times above, `late` (what took longer 
 0: every pair is as expected, in time. By sockets, sites without UDP find that out by five questions without an answer, which takes the
 second that their `first_packet_ms` shows.
 
-The namespace tests in `testbed/tests/netns_nat.rs` measure every kind of site, connect all pairs by sockets and one of each reason by
-daemons.
+The namespace tests in `testbed/tests/netns_nat.rs` measure every kind of site, connect all pairs by sockets, and by daemons some of each
+reason and of each kind.
 ";
 
-/// The guide.
-pub fn page() -> String {
+/// The guide, with the figures of this run.
+pub(super) fn page(report: &Report) -> String {
+    with_figures(&steps::table(report, &Setting::here().to_string()))
+}
+
+fn with_figures(measured: &str) -> String {
     let mut text = HEAD.to_owned();
     text.push_str(
         "| site | what it is | mapping | filtering | ports | hairpinning | mappings live |\n",
@@ -94,7 +107,7 @@ pub fn page() -> String {
     }
     text.push_str(HOW);
     matrix(&mut text);
-    text.push_str(TAIL);
+    [TAIL, MEASURED, measured, REST].into_iter().for_each(|part| text.push_str(part));
     text
 }
 
@@ -244,10 +257,13 @@ mod tests {
     fn the_guide_is_what_this_program_writes() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/guide/nat.md");
         let found = std::fs::read_to_string(path).unwrap_or_default();
+        let measured = found.split_once(MEASURED).and_then(|(_, it)| it.split_once(REST));
+        let (measured, _) = measured.unwrap_or_default();
         assert!(
-            found == page(),
+            found == with_figures(measured),
             "docs/guide/nat.md is not what this program writes: ./testbed/nat --page docs/guide/nat.md"
         );
+        steps::tests::check_written(measured);
     }
 
     #[test]

@@ -9,18 +9,8 @@ use serde::Serialize;
 use super::expected::{Expected, expected};
 use super::kind::Kind;
 use super::site::{NatLab, Side, Site};
+use super::steps::late;
 use crate::parallel;
-
-/// Within which time things have to happen; a pair that takes longer is told as a problem.
-pub(super) const FIRST_PACKET_MAX: Duration = Duration::from_secs(2);
-pub(super) const DIRECT_MAX: Duration = Duration::from_secs(5);
-pub(super) const RELAY_MOVE_MAX: Duration = Duration::from_secs(2);
-pub(super) const ADDRESS_CHANGE_MAX: Duration = Duration::from_secs(5);
-pub(super) const PUBLIC_ADDRESS_CHANGE_MAX: Duration = Duration::from_secs(1);
-/// Silence has to be noticed, then that no relay answers, then a connection to be made.
-pub(super) const UDP_BLOCKED_MAX: Duration = Duration::from_secs(2);
-/// What this machine may take for a datagram between two others while nothing is wrong.
-pub(super) const UNNOTICED_MAX: Duration = Duration::from_millis(500);
 
 /// How a pair was connected in the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -126,6 +116,9 @@ pub struct Pair {
     pub direct_again_ms: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub address_change_ms: Option<f64>,
+    /// What moved was a node that everybody can reach.
+    #[serde(skip)]
+    pub public_side_moved: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub relay_move_ms: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -142,16 +135,15 @@ pub struct Pair {
 }
 
 impl Pair {
-    fn of(a: Kind, b: Kind, by: &'static str, result: Result<Outcome>) -> Self {
+    pub(super) fn of(a: Kind, b: Kind, by: &'static str, result: Result<Outcome>) -> Self {
         let expected = expected(a, b);
         let error = result.as_ref().err().map(|error| format!("{error:#}"));
         let outcome = result.unwrap_or_else(|_| Outcome::nothing());
         let ms =
             |time: Option<Duration>| time.map(|time| (time.as_secs_f64() * 1e4).round() / 10.0);
         let Outcome { got, first_packet, direct, stream_survived, changes, broken } = outcome;
-        let late = late(expected, first_packet, direct, &changes);
         let error = error.or_else(|| (!broken.is_empty()).then(|| broken.join("; ")));
-        Self {
+        let mut pair = Self {
             a,
             b,
             by,
@@ -160,18 +152,22 @@ impl Pair {
             first_packet_ms: ms(first_packet),
             direct_ms: ms(direct),
             stream_survived,
-            ok: got.is(expected) && error.is_none() && late.is_empty(),
+            ok: false,
             start_ms: ms(changes.start),
             blocked_ms: ms(changes.blocked),
             direct_again_ms: ms(changes.direct_again),
             address_change_ms: ms(changes.address_change),
+            public_side_moved: changes.public_side_moved,
             relay_move_ms: ms(changes.relay_move),
             udp_blocked_ms: ms(changes.udp_blocked),
             relays_gone_ms: ms(changes.relays_gone),
             after_silence_ms: ms(changes.after_silence),
-            late,
+            late: Vec::new(),
             error,
-        }
+        };
+        pair.late = late(&pair);
+        pair.ok = pair.is_right() && pair.late.is_empty();
+        pair
     }
 
     /// Whether it came to be as expected, and nothing broke, however long it took.
@@ -191,36 +187,6 @@ impl Outcome {
             broken: Vec::new(),
         }
     }
-}
-
-/// What took longer than it may, each with its bound.
-fn late(
-    expected: Expected,
-    first_packet: Option<Duration>,
-    direct: Option<Duration>,
-    changes: &Changes,
-) -> Vec<String> {
-    let moved = match changes.public_side_moved {
-        true => PUBLIC_ADDRESS_CHANGE_MAX,
-        false => ADDRESS_CHANGE_MAX,
-    };
-    let direct = direct.filter(|_| expected == Expected::Direct);
-    let bounds = [
-        ("first packet", first_packet, FIRST_PACKET_MAX),
-        ("first packet of two that start", changes.start, FIRST_PACKET_MAX),
-        ("direct", direct, DIRECT_MAX),
-        ("another relay", changes.relay_move, RELAY_MOVE_MAX),
-        ("change of address", changes.address_change, moved),
-        ("first packet after a silence", changes.after_silence, FIRST_PACKET_MAX),
-        ("UDP that is blocked", changes.udp_blocked, UDP_BLOCKED_MAX),
-        ("an end of relays not in use", changes.relays_gone, UNNOTICED_MAX),
-    ];
-    let over = bounds.into_iter().filter_map(|(what, took, max)| Some((what, took?, max)));
-    let over = over.filter(|(_, took, max)| took > max);
-    over.map(|(what, took, max)| {
-        format!("{what} after {} ms, not {}", took.as_millis(), max.as_millis())
-    })
-    .collect()
 }
 
 /// Every pair once, whoever begins; with `only` one kind those with it, with two that one.

@@ -206,6 +206,9 @@ impl<'a> Run<'a> {
         let talk = self.talk()?;
         self.start()?;
         self.changes.start = talk.first_answer(FIRST_LIMIT);
+        if self.changes.start.is_none() {
+            self.broken.push(format!("no packet within {FIRST_LIMIT:?} of a start of both"));
+        }
         drop(talk);
         self.nodes.iter_mut().try_for_each(Node::stop)
     }
@@ -271,6 +274,9 @@ impl<'a> Run<'a> {
         self.note(stream.check("the direct path was blocked"));
         drop(block);
         self.changes.direct_again = self.wait_direct(BACK_LIMIT);
+        if self.changes.direct_again.is_none() {
+            self.broken.push("not direct again after the path was open again".to_owned());
+        }
         self.note(stream.check("the direct path was open again"));
         self.move_one(talk, stream)?;
         if self.wait_direct(BACK_LIMIT).is_none() {
@@ -343,6 +349,9 @@ impl<'a> Run<'a> {
         }
         stream.set_silent(true);
         self.changes.after_silence = talk.be_silent(SILENCE, BACK_LIMIT);
+        if self.changes.after_silence.is_none() {
+            self.broken.push(format!("no packet within {BACK_LIMIT:?} of a silence"));
+        }
         stream.set_silent(false);
         self.note(stream.check("a silence"));
     }
