@@ -10,8 +10,8 @@ use std::time::Duration;
 use rustix::process::Signal;
 use testbed::lab::{Lab, ProcessRef};
 use testbed::nat::{
-    Daemons, Got, Host, Kind, NatLab, PARALLEL, PARALLEL_DAEMONS, Side, Site, Sockets,
-    connect_pairs, measure, reaches_by_tcp, wanted,
+    Daemons, Got, Host, Kind, NatLab, PARALLEL, PARALLEL_DAEMONS, Reason, Side, Site, Sockets,
+    connect_pairs, measure, reaches_by_tcp, reason, wanted,
 };
 
 /// Of a program that is stopped and goes on; more often than that it is not stopped.
@@ -68,8 +68,8 @@ fn every_pair_of_sites_is_connected_as_the_table_says() {
     }
 }
 
-/// Of every reason one, and of the usual ones some.
-const BY_DAEMONS: [(Kind, Kind); 12] = [
+/// Of every reason some, and of every kind.
+const BY_DAEMONS: [(Kind, Kind); 14] = [
     (Kind::Open, Kind::SymmetricRandom),
     (Kind::Open, Kind::Open),
     (Kind::FullCone, Kind::PortRestricted),
@@ -82,7 +82,19 @@ const BY_DAEMONS: [(Kind, Kind); 12] = [
     (Kind::NoHairpin, Kind::NoHairpin),
     (Kind::Shared, Kind::Shared),
     (Kind::V6Only, Kind::V6Only),
+    (Kind::UdpBlocked, Kind::PortRestricted),
+    (Kind::ShortMappings, Kind::PortRestricted),
 ];
+
+#[test]
+fn daemons_connect_a_pair_of_every_reason_and_of_every_kind() {
+    for wanted in Reason::ALL {
+        assert!(BY_DAEMONS.iter().any(|(a, b)| reason(*a, *b) == wanted), "none for {wanted:?}");
+    }
+    for wanted in Kind::ALL {
+        assert!(BY_DAEMONS.iter().any(|(a, b)| [*a, *b].contains(&wanted)), "none of {wanted}");
+    }
+}
 
 #[test]
 fn daemons_connect_pairs_as_the_table_says_and_a_stream_lives_through_every_change() {
@@ -90,11 +102,7 @@ fn daemons_connect_pairs_as_the_table_says_and_a_stream_lives_through_every_chan
         return;
     }
     let lab = Lab::create(&common::lab_name("natdaemons"), common::programs()).expect("lab");
-    let kinds: Vec<Kind> = Kind::ALL
-        .into_iter()
-        .filter(|kind| BY_DAEMONS.iter().any(|(a, b)| a == kind || b == kind))
-        .collect();
-    let built = NatLab::build(lab, &kinds, &Side::BOTH).expect("sites");
+    let built = NatLab::build(lab, &Kind::ALL, &Side::BOTH).expect("sites");
     let daemons = Daemons::prepare(&built, PARALLEL_DAEMONS).expect("relays");
     let pairs = connect_pairs(&built, &daemons, &BY_DAEMONS, PARALLEL_DAEMONS, |_| {});
     assert_eq!(pairs.len(), BY_DAEMONS.len());
@@ -108,6 +116,9 @@ fn daemons_connect_pairs_as_the_table_says_and_a_stream_lives_through_every_chan
         assert_eq!(pair.direct_ms.is_some(), pair.got == Got::Direct, "{pair:?}");
         assert_eq!(pair.direct_again_ms.is_some(), pair.got == Got::Direct, "{pair:?}");
         assert_eq!(pair.relay_move_ms.is_some(), pair.got == Got::Relayed, "{pair:?}");
+        let is_short = [pair.a, pair.b].contains(&Kind::ShortMappings);
+        assert_eq!(pair.after_silence_ms.is_some(), is_short, "{pair:?}");
+        assert_eq!(pair.udp_blocked_ms.is_none(), pair.a == Kind::UdpBlocked, "{pair:?}");
     }
 }
 
