@@ -11,7 +11,7 @@ use anyhow::{Context, ensure};
 use mesh_core::tunnel::config::PeerSnapshot;
 use mesh_core::tunnel::sight::{self, Sight};
 use mesh_types::key::PublicKey;
-use mesh_types::nat::{Mapping, Nat};
+use mesh_types::nat::{Filtering, Mapping, Nat};
 use mesh_types::status::{
     KeyrelayStatus, Over, PathKind, PeerStatus, RefusedNode, STATUS_VERSION, Status,
 };
@@ -91,61 +91,51 @@ pub fn table(status: &Status) -> String {
         let mark = if condition.ok { "+" } else { "-" };
         let _ = writeln!(text, "  {mark} {}: {}", condition.name, condition.message);
     }
-    let mut rows: Vec<Vec<String>> = vec![
-        [
-            "NODE",
-            "SITE",
-            "KEY",
-            "ENDPOINT",
-            "PATH",
-            "HANDSHAKE",
-            "RTT",
-            "RX",
-            "TX",
-            "MTU",
-            "PROBLEM",
-        ]
-        .map(String::from)
-        .to_vec(),
-    ];
-    rows.extend(status.peers.iter().map(peer_row));
-    text.push('\n');
-    text.push_str(&columns(&rows));
-    let relayed = status.peers.iter().filter(|peer| !peer.not_direct.is_empty());
-    let relayed: Vec<_> = relayed.collect();
-    if !relayed.is_empty() {
-        text.push_str("\nrelayed, not direct:\n");
-        for peer in relayed {
-            let _ = writeln!(
-                text,
-                "  {}: {} (its NAT: {})",
-                peer.node,
-                peer.not_direct,
-                nat_words(peer.nat)
-            );
-        }
-    }
+    let asked =
+        if status.keyrelays.is_empty() { " (no keyrelay is configured to tell)" } else { "" };
+    let _ = writeln!(text, "NAT {}{asked}", nat_words(status.nat));
+    peers(&mut text, status);
     if !status.keyrelays.is_empty() {
-        let _ = writeln!(text, "\nNAT {}", nat_words(status.nat));
         let head = ["KEYRELAY", "ENDPOINT", "REGISTERED", "OVER", "SEES US AT", "RTT", "PROBLEM"];
         let mut rows = vec![head.map(String::from).to_vec()];
         rows.extend(status.keyrelays.iter().map(relay_row));
         text.push('\n');
         text.push_str(&columns(&rows));
     }
-    if !status.refused.is_empty() {
-        text.push_str("\nnot meshed:\n");
-        for node in &status.refused {
-            let _ = writeln!(text, "  {}: {}", node.node, node.reason);
-        }
-    }
-    if status.drops.iter().any(|drop| drop.count > 0) {
-        text.push_str("\ndropped packets:\n");
-        for drop in status.drops.iter().filter(|drop| drop.count > 0) {
-            let _ = writeln!(text, "  {}: {}", drop.reason, drop.count);
-        }
-    }
+    let refused = status.refused.iter().map(|node| format!("{}: {}", node.node, node.reason));
+    block(&mut text, "not meshed", refused);
+    let dropped = status.drops.iter().filter(|drop| drop.count > 0);
+    let dropped = dropped.map(|drop| format!("{}: {}", drop.reason, drop.count));
+    block(&mut text, "dropped packets", dropped);
     text
+}
+
+/// A row for each, then in words why packets take a relay, and what is wrong: sentences would tear columns apart.
+fn peers(text: &mut String, status: &Status) {
+    let head =
+        ["NODE", "SITE", "KEY", "ENDPOINT", "PATH", "NAT", "HANDSHAKE", "RTT", "RX", "TX", "MTU"];
+    let mut rows = vec![head.map(String::from).to_vec()];
+    rows.extend(status.peers.iter().map(peer_row));
+    text.push('\n');
+    text.push_str(&columns(&rows));
+    let relayed = status.peers.iter().filter(|peer| !peer.not_direct.is_empty()).map(|peer| {
+        let (ours, theirs) = (nat_words(status.nat), nat_words(peer.nat));
+        format!("{}: {} (its NAT: {theirs}; ours: {ours})", peer.node, peer.not_direct)
+    });
+    block(text, "relayed, not direct", relayed);
+    let silent = status.peers.iter().filter(|peer| !peer.problem.is_empty());
+    block(text, "problems", silent.map(|peer| format!("{}: {}", peer.node, peer.problem)));
+}
+
+/// A heading and its lines, if there are any.
+fn block(text: &mut String, heading: &str, lines: impl Iterator<Item = String>) {
+    let mut lines = lines.peekable();
+    if lines.peek().is_some() {
+        let _ = writeln!(text, "\n{heading}:");
+    }
+    for line in lines {
+        let _ = writeln!(text, "  {line}");
+    }
 }
 
 fn peer_status(
@@ -270,16 +260,36 @@ fn peer_row(peer: &PeerStatus) -> Vec<String> {
     vec![
         peer.node.to_string(),
         or_dash(Some(peer.site.clone())),
-        peer.public_key.to_string(),
+        short(peer.public_key),
         or_dash(peer.endpoint.map(|endpoint| endpoint.to_string())),
         path_word(peer.path).to_owned(),
+        nat_word(peer.nat).to_owned(),
         or_dash(peer.last_handshake_s.map(|age| format!("{age} s ago"))),
         or_dash(peer.rtt_ms.map(|rtt| format!("{rtt:.1} ms"))),
         bytes(peer.rx_bytes),
         bytes(peer.tx_bytes),
         peer.mtu.to_string(),
-        or_dash(Some(peer.problem.clone())),
     ]
+}
+
+/// As much of a key as tells it from others; `wg` and the document show all of it.
+fn short(key: PublicKey) -> String {
+    let text = key.to_string();
+    format!("{}…", text.get(..8).unwrap_or_default())
+}
+
+/// What a NAT does, in a word that fits into a column: the kinds of `docs/guide/nat.md`.
+fn nat_word(nat: Nat) -> &'static str {
+    match (nat.mapping, nat.filtering) {
+        (Mapping::Unknown, _) => "-",
+        (Mapping::NoUdp, _) => "no UDP",
+        (Mapping::Dependent, _) => "symmetric",
+        (Mapping::None, Filtering::PortDependent) => "firewall",
+        (Mapping::None, _) => "open",
+        (Mapping::EndpointIndependent, Filtering::PortDependent) => "restricted",
+        (Mapping::EndpointIndependent, Filtering::PortIndependent) => "cone",
+        (Mapping::EndpointIndependent, Filtering::Unknown) => "NAT",
+    }
 }
 
 /// What a NAT does, as people read it.
@@ -347,7 +357,7 @@ pub fn fetch(run_dir: &Path) -> anyhow::Result<Vec<u8>> {
 mod tests {
     use super::*;
     use crate::relay_link::Link;
-    use crate::view::tests::sample;
+    use crate::view::tests::{key, sample};
 
     #[test]
     fn the_document_joins_what_is_wanted_with_what_the_data_plane_saw() {
@@ -427,10 +437,72 @@ mod tests {
             "guard: not reached yet",
             "source_not_allowed: 7",
             "ready no",
+            "NAT unknown (no keyrelay is configured to tell)",
+            "problems:\n  node-3: the data plane does not know it yet",
         ] {
             assert!(text.contains(wanted), "{wanted} in\n{text}");
         }
+        assert!(!text.contains("relayed, not direct"), "nobody is\n{text}");
         assert!(text.lines().all(|line| line == line.trim_end()));
+    }
+
+    #[test]
+    fn the_table_shows_the_nat_of_both_ends_and_why_a_peer_is_not_reached_directly() {
+        let mut snapshot = sample().snapshot();
+        let nat = |mapping, filtering| Nat { mapping, filtering };
+        let strict = nat(Mapping::Dependent, Filtering::PortDependent);
+        let home = nat(Mapping::EndpointIndependent, Filtering::PortDependent);
+        let direct = snapshot.data.peers[0].clone();
+        snapshot.data.peers[0].nat = home;
+        snapshot.data.peers.push(PeerSnapshot {
+            key: snapshot.facts.peers[1].config.key,
+            endpoint: Some("192.0.2.20:15192".parse().expect("an endpoint")),
+            path: PathKind::Relayed,
+            nat: strict,
+            not_direct: "the NATs of both ends give each destination another port",
+            ..direct.clone()
+        });
+        let relay = key(20);
+        snapshot.facts.relays =
+            vec![RelayFacts { key: relay, endpoints: Vec::new(), candidates: Vec::new() }];
+        let v4 = Some("198.51.100.7:5000".parse().expect("an endpoint"));
+        let sight = Sight { v4, nat: strict, ..Sight::default() };
+        snapshot.data.peers.push(PeerSnapshot { key: relay, sight, ..direct });
+        let text = table(&build(&snapshot));
+        let row = |node: &str| {
+            let line = text.lines().find(|line| line.starts_with(node));
+            line.unwrap_or_default().split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+        };
+        let nat = row("NODE").iter().position(|head| head == "NAT").expect("a column");
+        assert_eq!(row("node-2")[nat - 1..=nat], ["direct", "restricted"], "{text}");
+        assert_eq!(row("node-3")[nat - 1..=nat], ["relayed", "symmetric"], "{text}");
+        let strict = "another port for each destination, lets in known address and port only";
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines.contains(&format!("NAT {strict}").as_str()), "{text}");
+        let why = format!(
+            "  node-3: the NATs of both ends give each destination another port (its NAT: {strict}; ours: {strict})"
+        );
+        let at = lines.iter().position(|line| *line == "relayed, not direct:").expect("a heading");
+        assert_eq!(lines[at + 1..=at + 2], [why.as_str(), ""], "nobody else\n{text}");
+        let rows =
+            lines.iter().filter(|line| line.starts_with("node-") || line.starts_with("NODE"));
+        let widest = rows.map(|line| line.chars().count()).max();
+        assert!(widest.is_some_and(|width| width <= TABLE_COLUMNS), "{widest:?}\n{text}");
+    }
+
+    /// What fits on people's screens.
+    const TABLE_COLUMNS: usize = 120;
+
+    #[test]
+    fn every_kind_of_nat_has_a_word_that_fits_into_the_column() {
+        let mut words = Vec::new();
+        for mapping in [Mapping::None, Mapping::EndpointIndependent, Mapping::Dependent] {
+            for filtering in [Filtering::PortIndependent, Filtering::PortDependent] {
+                words.push(nat_word(Nat { mapping, filtering }));
+            }
+        }
+        assert_eq!(words, ["open", "firewall", "cone", "restricted", "symmetric", "symmetric"]);
+        assert_eq!(nat_word(Nat::default()), "-");
     }
 
     #[test]
