@@ -15,7 +15,7 @@ use anyhow::{Context, ensure};
 use mesh_types::defaults::OVERHEAD_V4;
 use mesh_types::nat::{Filtering, Mapping};
 use mesh_types::netcheck::{NETCHECK_VERSION, Netcheck, Udp};
-use mesh_types::status::KeyrelayStatus;
+use mesh_types::status::{KeyrelayStatus, Over};
 use tokio::time::{Instant, sleep};
 
 use crate::args::StatusArgs;
@@ -50,13 +50,7 @@ pub async fn run(view: Arc<View>) -> anyhow::Result<Netcheck> {
 fn build(snapshot: &Snapshot, port_mapping: State, complete: bool) -> Netcheck {
     let status = status::build(snapshot);
     let relays = status.keyrelays;
-    let over_udp =
-        |relay: &&KeyrelayStatus| relay.registered && relay.nat.mapping != Mapping::NoUdp;
-    let udp = match relays.iter().find(over_udp) {
-        Some(_) => Udp::Works,
-        None if relays.is_empty() => Udp::Unknown,
-        None => Udp::Blocked,
-    };
+    let udp = udp(&relays);
     let seen = |v4: bool| {
         let addresses = relays.iter().flat_map(|relay| [relay.reflexive, relay.reflexive_v6]);
         addresses.flatten().find(|address| address.is_ipv4() == v4)
@@ -79,6 +73,30 @@ fn build(snapshot: &Snapshot, port_mapping: State, complete: bool) -> Netcheck {
     found
 }
 
+/// Blocked is said only where a relay itself shows that it is up and knows this node.
+fn udp(relays: &[KeyrelayStatus]) -> Udp {
+    if relays.is_empty() {
+        Udp::Unknown
+    } else if relays.iter().any(answers_over_udp) {
+        Udp::Works
+    } else if relays.iter().any(answers_over_tls) {
+        Udp::Blocked
+    } else {
+        Udp::Unanswered
+    }
+}
+
+/// Now, and not some time in its session, which outlives a relay by minutes: the longest packet is forgotten before the check
+/// asks for it anew, and 1,280 bytes arrive wherever the mesh is of use.
+fn answers_over_udp(relay: &KeyrelayStatus) -> bool {
+    relay.over == Some(Over::Udp) && relay.mtu.is_some()
+}
+
+/// While the connection stands: afterwards its endpoint is the bridge's.
+fn answers_over_tls(relay: &KeyrelayStatus) -> bool {
+    relay.over == Some(Over::Tls) && relay.endpoint.is_some_and(|at| !at.ip().is_loopback())
+}
+
 /// What the operator of this node can do about what was found.
 fn advice(found: &Netcheck, port: u16, mesh_mtu: u32) -> Vec<String> {
     let mut advice = Vec::new();
@@ -87,7 +105,10 @@ fn advice(found: &Netcheck, port: u16, mesh_mtu: u32) -> Vec<String> {
             "no keyrelay is configured, so nobody outside can say how this node looks: set --keyrelay".to_owned(),
         ),
         Udp::Blocked => advice.push(format!(
-            "no relay answers over UDP: let UDP out of this network, from port {port} and to the relays' ports; until then everything goes through a relay"
+            "relays answer over TLS and not over UDP: let UDP out of this network, from port {port} and to the relays' ports; until then everything goes through a relay"
+        )),
+        Udp::Unanswered => advice.push(format!(
+            "no relay answers at all: see below what each needs; if they are up and know this node's key, let UDP out of this network, from port {port} and to the relays' ports"
         )),
         Udp::Works => {}
     }
@@ -142,7 +163,8 @@ fn table(found: &Netcheck) -> String {
     };
     let udp = match found.udp {
         Udp::Works => "works",
-        Udp::Blocked => "blocked, or no relay is up",
+        Udp::Blocked => "blocked: relays answer over TLS alone",
+        Udp::Unanswered => "not answered by any relay: blocked, or none is up and knows this node",
         Udp::Unknown => "unknown",
     };
     let mtu = found.mtu.map_or_else(|| "unknown".to_owned(), |it| format!("{it} bytes"));
@@ -202,6 +224,7 @@ mod tests {
     use mesh_types::nat::Nat;
 
     use super::*;
+    use crate::relay_link::Link;
     use crate::view::RelayFacts;
     use crate::view::tests::{key, sample};
 
@@ -255,22 +278,67 @@ mod tests {
         let advice =
             |sights: &[Sight]| build(&snapshot(sights), State::Off, true).advice.join("\n");
         assert!(advice(&[]).contains("no keyrelay is configured"));
-        let blocked =
-            Sight { nat: Nat { mapping: Mapping::NoUdp, ..Nat::default() }, ..Sight::default() };
-        assert!(advice(&[blocked]).contains("let UDP out"));
         let strict = sight(Mapping::Dependent, Filtering::PortDependent, Some(1_400));
         let said = advice(&[strict]);
         assert!(
             said.contains("forward UDP port 15190") && said.contains("uplink to 1400"),
             "{said}"
         );
-        let firewall = sight(Mapping::None, Filtering::PortDependent, None);
+        let firewall = sight(Mapping::None, Filtering::PortDependent, Some(1_500));
         assert!(advice(&[firewall]).contains("let UDP to port 15190 in"));
-        let unmeasured = sight(Mapping::Unknown, Filtering::PortDependent, None);
+        let unmeasured = sight(Mapping::Unknown, Filtering::PortDependent, Some(1_500));
         assert!(advice(&[unmeasured]).contains("--probe-port"));
         assert!(
             advice(&[Sight::default()]).contains("no answer")
                 || advice(&[Sight::default()]).contains("not said yet")
         );
+    }
+
+    #[test]
+    fn udp_is_said_to_be_blocked_only_where_a_relay_answers_over_tls() {
+        let found = |snapshot: &Snapshot| build(snapshot, State::Off, true);
+        let words = |found: &Netcheck| {
+            let json = serde_json::to_value(found).expect("json");
+            (json["udp"].as_str().unwrap_or_default().to_owned(), found.advice.join("\n"))
+        };
+        // A relay that is down, or does not know this node's key: no session.
+        let mut silent = snapshot(&[Sight::default()]);
+        silent.data.peers.last_mut().expect("the relay").session = false;
+        let (udp, advice) = words(&found(&silent));
+        assert_eq!(udp, "unanswered");
+        assert!(advice.contains("no relay answers at all"), "{advice}");
+        assert!(table(&found(&silent)).contains("not answered by any relay"));
+        // One that died a moment ago: its session and what it said before are still there.
+        let before = sight(Mapping::EndpointIndependent, Filtering::PortDependent, None);
+        assert_eq!(words(&found(&snapshot(&[before]))).0, "unanswered");
+        // One that a connection reaches.
+        let no_udp =
+            Sight { nat: Nat { mapping: Mapping::NoUdp, ..Nat::default() }, ..Sight::default() };
+        let mut over_tls = snapshot(&[no_udp]);
+        let relay = over_tls.data.peers.last_mut().expect("the relay");
+        let local = "127.0.0.1:40001".parse().expect("an endpoint");
+        relay.endpoint = Some(local);
+        let remote = Some("203.0.113.1:443".parse().expect("an endpoint"));
+        let link = Link { local: Some(local), remote, problem: String::new() };
+        let key = relay.key;
+        over_tls.relay_links.insert(key, link.clone());
+        let (udp, advice) = words(&found(&over_tls));
+        assert_eq!(udp, "blocked");
+        assert!(advice.contains("let UDP out"), "{advice}");
+        // The connection has ended since.
+        over_tls.relay_links.insert(key, Link { remote: None, ..link });
+        assert_eq!(words(&found(&over_tls)).0, "unanswered");
+    }
+
+    #[test]
+    fn each_family_is_shown_as_a_relay_sees_it() {
+        let v6 = Some("[2001:db8::7]:4242".parse().expect("endpoint"));
+        let home = sight(Mapping::None, Filtering::PortIndependent, Some(1_500));
+        let found = build(&snapshot(&[Sight { v6, ..home }]), State::Off, true);
+        assert_eq!((found.ipv4, found.ipv6), (home.v4, v6));
+        let text = table(&found);
+        assert!(text.contains("seen at [2001:db8::7]:4242"), "{text}");
+        let text = table(&build(&snapshot(&[home]), State::Off, true));
+        assert!(text.contains("not seen by any relay"), "{text}");
     }
 }

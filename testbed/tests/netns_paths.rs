@@ -17,13 +17,15 @@ use mesh_types::nat::{Filtering, Mapping};
 use mesh_types::netcheck::Udp;
 use mesh_types::status::PathKind;
 use testbed::cluster::Cluster;
-use testbed::lab::{Namespace, run_in_netns, two_homes_plan};
+use testbed::lab::{HOME_ADDRESS_V4, Namespace, run_in_netns, two_homes_plan};
 use testbed::oracle::{self, Oracle};
 use testbed::traffic::{Family, GapProbe, STEP_TIMEOUT};
 
 const PAIR: (&str, &str) = ("c1-pod1", "d1-pod1");
 const HOME: (Mapping, Filtering) = (Mapping::EndpointIndependent, Filtering::PortDependent);
 const STRICT: (Mapping, Filtering) = (Mapping::Dependent, Filtering::PortDependent);
+/// Three namespaces on one machine, however busy it is.
+const LATENCY_MAX_MS: f64 = 5_000.0;
 const EVERY: Duration = Duration::from_millis(10);
 
 /// Of a stream: what is written at one time, the pause after it, and what must arrive for it to go on.
@@ -96,11 +98,19 @@ fn two_homes_come_to_a_direct_path_and_need_the_relay_no_more() {
         assert!(found.complete && found.udp == Udp::Works, "{found:?}");
         assert_eq!((found.nat.mapping, found.nat.filtering), HOME);
         assert_eq!((found.mtu, &found.advice[..]), (Some(1_500), &[][..]), "{found:?}");
+        let seen = found.ipv4.map(|at| at.ip().to_string());
+        assert_eq!(seen.as_deref(), Some(HOME_ADDRESS_V4), "{found:?}");
+        assert_eq!(found.ipv6, None, "homes have IPv4 alone: {found:?}");
+        let latency_ms = found.relays[0].rtt_ms;
+        assert!(latency_ms.is_some_and(|ms| ms > 0.0 && ms < LATENCY_MAX_MS), "{found:?}");
         let killed = Instant::now();
         cluster.kill_keyrelay(0).expect("killed");
         let before = talk.answered();
         talk.wait_for_answers(before + 300).expect("answers without a relay");
         assert!(paths(&cluster).into_iter().all(direct), "{:?}", paths(&cluster));
+        // Its session lives on, but nobody answers: neither does UDP work, nor is it known to be blocked.
+        let found = cluster.netcheck("c1").expect("netcheck");
+        assert_eq!(found.udp, Udp::Unanswered, "{found:?}");
         talk.finish(killed).expect("echoes");
         finish(cluster, oracle);
     }
@@ -122,7 +132,7 @@ fn behind_two_symmetric_nats_everything_goes_through_the_relay_and_is_seen_by_no
         let relay = &status.keyrelays[0];
         assert!(relay.registered && relay.problem.is_empty(), "{relay:?}");
         let seen = relay.reflexive.expect("where it sees us");
-        assert_eq!(seen.ip().to_string(), testbed::lab::HOME_ADDRESS_V4);
+        assert_eq!(seen.ip().to_string(), HOME_ADDRESS_V4);
         cluster
             .wait(TIMEOUT, || {
                 // What the peer knows of itself by then comes with its next invitation.

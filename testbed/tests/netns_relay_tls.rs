@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::mesh::TIMEOUT;
+use mesh_types::netcheck::Udp;
 use mesh_types::status::{Over, PathKind};
 use testbed::cluster::Cluster;
 use testbed::lab::{Namespace, run_in_netns, two_homes_plan};
@@ -165,6 +166,7 @@ fn two_homes_without_udp_speak_over_tls_whatever_happens_to_relay_and_connection
         let relay = &status.keyrelays[0];
         assert_eq!(relay.endpoint.map(|at| at.port()), Some(443), "{relay:?}");
         assert!(relay.problem.contains("UDP"), "{relay:?}");
+        assert_eq!(cluster.netcheck("c1").expect("netcheck").udp, Udp::Blocked);
 
         // Every connection of one home is reset, and of both later.
         for homes in [&[0][..], &[0, 1]] {

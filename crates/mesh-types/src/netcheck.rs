@@ -40,8 +40,10 @@ pub struct Netcheck {
 pub enum Udp {
     /// A relay answers over it.
     Works,
-    /// No relay does.
+    /// None does, and one answers over TLS.
     Blocked,
+    /// None answers over anything: whether it is the network, or the relays, nobody can tell.
+    Unanswered,
     /// There is no relay to ask.
     Unknown,
 }
