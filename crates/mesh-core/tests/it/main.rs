@@ -6,6 +6,7 @@ mod conformance;
 mod device;
 mod handshakes;
 mod hostile;
+mod moves;
 mod network;
 mod paths;
 mod relay;

@@ -151,7 +151,12 @@ impl Nat {
 
     /// The mapping is gone and comes back as another port.
     pub(crate) fn rebind(&mut self) {
-        self.public.set_port(self.public.port() + 1);
+        self.move_to(SocketAddr::new(self.public.ip(), self.public.port() + 1));
+    }
+
+    /// All mappings are gone and come back there.
+    pub(crate) fn move_to(&mut self, public: SocketAddr) {
+        self.public = public;
         self.contacted.clear();
         if let Some(ports) = &mut self.symmetric {
             ports.clear();

@@ -8,6 +8,7 @@ use mesh_core::tunnel::{DropReason, Event, PeerConfig};
 use mesh_types::carry;
 use mesh_types::nat::{self, Filtering, Mapping};
 use mesh_types::status::PathKind;
+use mesh_types::time::MonoTime;
 
 use crate::network::{MTU, Nat, Network, PORT};
 use crate::relay::Relay;
@@ -132,7 +133,7 @@ fn whoever_can_be_reached_is_reached_directly_from_behind_any_nat() {
     }
 }
 
-fn nat_again(nat: &Option<Nat>) -> Option<Nat> {
+pub(crate) fn nat_again(nat: &Option<Nat>) -> Option<Nat> {
     nat.as_ref().map(Nat::anew)
 }
 
@@ -278,25 +279,46 @@ fn what_a_relays_other_ports_send_moves_neither_the_relay_nor_us() {
     assert_eq!(talk(&mut net, 3_000), [30, 30]);
 }
 
+/// How long, at the longest, one of the two has heard nothing of the other.
+pub(crate) struct Ears {
+    heard: [usize; 2],
+    since: [MonoTime; 2],
+    pub(crate) longest: Duration,
+}
+
+impl Ears {
+    pub(crate) fn new(net: &Network) -> Self {
+        Self { heard: heard(net), since: [net.now; 2], longest: Duration::ZERO }
+    }
+
+    /// Both speak every 20 ms.
+    pub(crate) fn listen(&mut self, net: &mut Network, ms: u64) {
+        for _ in 0..ms / 20 {
+            net.send(0, 1, "there");
+            net.send(1, 0, "back");
+            net.run_ms(20);
+            let heard = heard(net);
+            for host in 0..2 {
+                self.longest = self.longest.max(net.now.since(self.since[host]));
+                if heard[host] > self.heard[host] {
+                    self.since[host] = net.now;
+                }
+            }
+            self.heard = heard;
+        }
+    }
+}
+
+/// How many packets each of the two has heard of the other.
+pub(crate) fn heard(net: &Network) -> [usize; 2] {
+    [0, 1].map(|host| net.texts(host, 1 - host).len())
+}
+
 /// Both speak every 20 ms; how long, at the longest, one of them heard nothing.
 pub(crate) fn longest_silence(net: &mut Network, ms: u64) -> Duration {
-    let counts = |net: &Network| [0, 1].map(|host| net.texts(host, 1 - host).len());
-    let (mut before, mut since) = (counts(net), [net.now; 2]);
-    let mut longest = Duration::ZERO;
-    for _ in 0..ms / 20 {
-        net.send(0, 1, "there");
-        net.send(1, 0, "back");
-        net.run_ms(20);
-        let heard = counts(net);
-        for host in 0..2 {
-            if heard[host] > before[host] {
-                since[host] = net.now;
-            }
-            longest = longest.max(net.now.since(since[host]));
-        }
-        before = heard;
-    }
-    longest
+    let mut ears = Ears::new(net);
+    ears.listen(net, ms);
+    ears.longest
 }
 
 #[test]

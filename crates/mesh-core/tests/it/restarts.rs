@@ -12,7 +12,7 @@ use mesh_types::status::PathKind;
 use mesh_types::time::MonoTime;
 
 use crate::network::Network;
-use crate::relays::{RELAY, SECOND, homes, kinds, longest_silence, strict, talk};
+use crate::relays::{RELAY, SECOND, heard, homes, kinds, longest_silence, strict, talk};
 
 /// How long after its return a relay may stay of no use.
 const SILENCE_MAX: Duration = Duration::from_millis(2_500);
@@ -49,7 +49,6 @@ fn lose_relays(net: &mut Network, gone_ms: u64, forget: bool) -> MonoTime {
 
 /// Both speak every 20 ms; how long after `from` each has heard the other.
 fn silence(net: &mut Network, from: MonoTime) -> Duration {
-    let heard = |net: &Network| [0, 1].map(|host| net.texts(host, 1 - host).len());
     let before = heard(net);
     while net.now.since(from) < PATIENCE {
         longest_silence(net, 20);
