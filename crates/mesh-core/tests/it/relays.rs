@@ -298,10 +298,10 @@ impl Ears {
             net.send(1, 0, "back");
             net.run_ms(20);
             let heard = heard(net);
-            for host in 0..2 {
-                self.longest = self.longest.max(net.now.since(self.since[host]));
-                if heard[host] > self.heard[host] {
-                    self.since[host] = net.now;
+            for ((heard, before), since) in heard.iter().zip(&self.heard).zip(&mut self.since) {
+                self.longest = self.longest.max(net.now.since(*since));
+                if heard > before {
+                    *since = net.now;
                 }
             }
             self.heard = heard;
