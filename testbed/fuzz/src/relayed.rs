@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use mesh_core::packet::{Ecn, IpHeader, VnetHeader};
 use mesh_core::tunnel::config::Role;
 use mesh_core::tunnel::engine::{
@@ -25,6 +26,9 @@ const NODE: u8 = 1;
 const PEER: u8 = 2;
 const RELAY: u8 = 9;
 const SECOND: Duration = Duration::from_secs(1);
+
+/// Where the peer's pods are.
+const PEER_PREFIXES: [&str; 2] = ["10.2.0.0/16", "fd00:2::/32"];
 
 /// Datagrams that leave within one step: every way asked, and invitations.
 const LEAVE_MAX: usize = 256;
@@ -48,6 +52,8 @@ struct Bench {
     peer: ModelEngine,
     /// The last numbers the node drew, for whom they were.
     token: [u64; 2],
+    /// Whose session what the node hears now was sealed in, if in any.
+    speaker: Option<u8>,
     /// Who spoke to the node, or seemed to.
     sources: BTreeSet<IpAddr>,
     sent: BTreeMap<IpAddr, Vec<MonoTime>>,
@@ -77,7 +83,7 @@ impl Bench {
         };
         let relay = PeerConfig { candidates: vec![at(RELAY)], ..config(RELAY, Role::Relay) };
         let peer = PeerConfig {
-            allowed_ips: vec!["10.2.0.0/16".parse().expect("a prefix")],
+            allowed_ips: PEER_PREFIXES.map(|it| it.parse().expect("a prefix")).to_vec(),
             relays: vec![relay.key],
             ..config(PEER, Role::Node)
         };
@@ -89,6 +95,7 @@ impl Bench {
             relay: engine(RELAY, now),
             peer: engine(PEER, now),
             token: [0; 2],
+            speaker: None,
             sources: [at(PEER), at(RELAY)].map(|at| at.ip()).into(),
             sent: BTreeMap::new(),
             left: 0,
@@ -128,7 +135,10 @@ impl Bench {
         while let Some(frame) = self.tunnel.poll_tun() {
             let packet: Vec<u8> = frame.pieces().flatten().copied().collect();
             let source = IpHeader::parse(&packet).expect("IP").source;
-            assert!(matches!(source, IpAddr::V4(v4) if v4.octets()[..2] == [10, 2]), "{source}");
+            let prefixes = PEER_PREFIXES.map(|it| it.parse::<IpNet>().expect("a prefix"));
+            assert!(prefixes.iter().any(|prefix| prefix.contains(&source)), "{source}");
+            // A relay may write the peer's address as well as the peer.
+            assert_eq!(self.speaker, Some(PEER), "{source} in another's session");
         }
         while self.tunnel.poll_event().is_some() {}
         let mut answers = Vec::new();
@@ -185,6 +195,11 @@ impl Bench {
         let from = |here: SocketAddr| if kind & 4 == 0 { here } else { elsewhere };
         let from_relay = kind & 3 == 0;
         let packet = packet(bytes, from_relay, self.token[usize::from(!from_relay)]);
+        self.speaker = match kind & 3 {
+            0 => Some(RELAY),
+            3 => None,
+            _ => Some(PEER),
+        };
         match kind & 3 {
             0 => {
                 if let Some(sealed) = seal_one(&mut self.relay, self.now, &packet) {
@@ -201,6 +216,7 @@ impl Bench {
                 }
             }
         }
+        self.speaker = None;
     }
 
     /// An address that nobody spoke from gets one datagram a second.
@@ -237,9 +253,9 @@ fn packet(bytes: &[u8], from_relay: bool, token: u64) -> Vec<u8> {
     packet
 }
 
-/// Whatever a relay and a peer say, in their sessions and outside of them, in their own name and others': nothing of it that is
-/// not the peer's reaches the device, nobody who never spoke gets more than a packet a second, nothing spins, and the session of
-/// the two goes on.
+/// Whatever a relay and a peer say, in their sessions and outside of them, in their own name and others': nothing but what the
+/// peer's pods sent in the peer's session reaches the device, nobody who never spoke gets more than a packet a second, nothing
+/// spins, and the session of the two goes on.
 pub(crate) fn node(data: &[u8]) {
     let mut bench = Bench::new();
     for chunk in Chunks(data).take(48) {

@@ -4,144 +4,17 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use mesh_core::packet::Ecn;
-use mesh_core::tunnel::config::Role;
-use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId,
-    RESPONSE_BYTES,
-};
-use mesh_core::tunnel::model::{ModelEngine, ModelFactory, public_key};
-use mesh_core::tunnel::{PeerConfig, Tunnel, UdpMeta};
+use mesh_core::tunnel::PeerConfig;
+use mesh_core::tunnel::engine::INITIATION_BYTES;
 use mesh_types::carry;
-use mesh_types::key::PrivateKey;
-use mesh_types::nat;
-use mesh_types::relay_frame::{Addresses, Frame};
-use mesh_types::time::MonoTime;
+use mesh_types::relay_frame::Frame;
 
-use crate::network::{MTU, Nat, Network, PORT, new_tunnel};
-use crate::relay::{Relay, seal};
+use crate::besieged::{Besieged, addr};
+use crate::network::{Nat, Network, PORT};
+use crate::relay::Relay;
 use crate::relays::{
     RELAY, SECOND, home, homes, homes_with, is_direct, kinds, peers_of, strict, talk,
 };
-
-const PEER: &str = "198.51.100.20:15190";
-
-fn addr(text: &str) -> SocketAddr {
-    text.parse().expect("an endpoint")
-}
-
-struct Sent {
-    at: MonoTime,
-    to: SocketAddr,
-    bytes: Vec<u8>,
-}
-
-/// A node with one peer, whose session we hold and who may say anything from anywhere.
-struct Besieged {
-    tunnel: Tunnel<ModelFactory>,
-    now: MonoTime,
-    peer: ModelEngine,
-    sent: Vec<Sent>,
-}
-
-impl Besieged {
-    fn new() -> Self {
-        let [own, peer, relay] = [1, 2, 200].map(|number| PrivateKey::from_bytes([number; 32]));
-        let now = MonoTime::ZERO + Duration::from_secs(1_000);
-        let config = |key: &PrivateKey, role| PeerConfig {
-            key: public_key(key),
-            preshared: None,
-            allowed_ips: Vec::new(),
-            candidates: Vec::new(),
-            keepalive: None,
-            mtu: MTU,
-            role,
-            relays: Vec::new(),
-        };
-        let carrier = PeerConfig { candidates: vec![addr(RELAY)], ..config(&relay, Role::Relay) };
-        let member = PeerConfig { relays: vec![carrier.key], ..config(&peer, Role::Node) };
-        let mut tunnel = new_tunnel(&own, 7);
-        assert_eq!(tunnel.set_peers(now, &[member, carrier]), []);
-        let (own, preshared, keepalive) = (OwnKeyId(0), None, None);
-        let to = public_key(&PrivateKey::from_bytes([1; 32]));
-        let to = EngineConfig { own, peer: to, preshared, keepalive, index: 9, seed: 9 };
-        let peer = ModelFactory::new(&peer).create(now, to);
-        let mut it = Self { tunnel, now, peer, sent: Vec::new() };
-        it.meet();
-        it.sent.clear();
-        it
-    }
-
-    fn meet(&mut self) {
-        let mut out: HandshakeBuffer = [0; INITIATION_BYTES];
-        let length = self.peer.initiate(self.now, true, &mut out).expect("an initiation");
-        self.hear(addr(PEER), &out[..length]);
-        let response = self.sent.iter().find(|sent| sent.bytes.len() == RESPONSE_BYTES);
-        let response = response.expect("a response").bytes.clone();
-        let met = self.peer.handle_handshake(self.now, addr(PEER).ip(), &response, &mut out);
-        let met = met.expect("met");
-        assert!(met.session_ready);
-        self.hear(addr(PEER), &out[..met.reply_len]);
-    }
-
-    fn hear(&mut self, from: SocketAddr, datagram: &[u8]) {
-        let meta =
-            UdpMeta { source: from, local: None, segment_len: 0, ecn: Ecn::NotEct, carried: None };
-        self.tunnel.handle_udp_input(self.now, &meta, &mut datagram.to_vec());
-        self.collect();
-    }
-
-    /// The peer says this, from there or in the name of whoever is there. Returns how many bytes it took.
-    fn says(&mut self, from: SocketAddr, frame: Frame) -> usize {
-        let sealed = seal(self.now, &mut self.peer, frame).expect("a session");
-        self.hear(from, &sealed);
-        sealed.len()
-    }
-
-    fn calls(&mut self, named: impl IntoIterator<Item = SocketAddr>) {
-        let addresses = Addresses::new(named);
-        self.says(addr(PEER), Frame::CallMeNow { addresses, nat: nat::Nat::default() });
-    }
-
-    fn collect(&mut self) {
-        self.tunnel.flush(self.now);
-        while self.tunnel.poll_tun().is_some() {}
-        while self.tunnel.poll_event().is_some() {}
-        while let Some(transmit) = self.tunnel.poll_transmit() {
-            for bytes in transmit.bytes.chunks(transmit.segment_len) {
-                let (at, to) = (self.now, transmit.dst);
-                self.sent.push(Sent { at, to, bytes: bytes.to_vec() });
-            }
-        }
-    }
-
-    fn pass(&mut self, ms: u64) {
-        let end = self.now + Duration::from_millis(ms);
-        while let Some((at, _)) = self.tunnel.next_deadline().filter(|(at, _)| *at <= end) {
-            self.now = self.now.max(at);
-            self.tunnel.handle_timeout(self.now);
-            self.collect();
-        }
-        self.now = end;
-    }
-
-    /// Datagrams in the busiest second of each address that is nobody's here.
-    fn busiest(&self) -> BTreeMap<IpAddr, usize> {
-        let ours = [addr(PEER).ip(), addr(RELAY).ip()];
-        let mut times: BTreeMap<IpAddr, Vec<MonoTime>> = BTreeMap::new();
-        for sent in self.sent.iter().filter(|sent| !ours.contains(&sent.to.ip())) {
-            times.entry(sent.to.ip()).or_default().push(sent.at);
-        }
-        let second = Duration::from_secs(1);
-        let busiest = |times: &[MonoTime]| {
-            let within = |from: &MonoTime| {
-                times.iter().filter(|at| **at >= *from && at.since(*from) < second).count()
-            };
-            times.iter().map(within).max().unwrap_or(0)
-        };
-        times.iter().map(|(ip, times)| (*ip, busiest(times))).collect()
-    }
-}
 
 /// Ports of one address.
 fn ports(ip: [u8; 4]) -> impl Iterator<Item = SocketAddr> {

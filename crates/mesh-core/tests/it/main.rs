@@ -1,6 +1,7 @@
 //! Whole tunnels on a simulated network: seeded, with a clock that jumps from event to event.
 #![allow(clippy::expect_used, clippy::panic, reason = "helpers of tests fail by panicking")]
 
+mod besieged;
 mod bridges;
 mod conformance;
 mod device;
@@ -15,4 +16,5 @@ mod restarts;
 mod robustness;
 mod sessions;
 mod shards;
+mod strangers;
 mod traffic;

@@ -7,6 +7,7 @@ use mesh_core::tunnel::config::Role;
 use mesh_core::tunnel::{DropReason, Event, PeerConfig};
 use mesh_types::carry;
 use mesh_types::nat::{self, Filtering, Mapping};
+use mesh_types::net::{Reach, reach};
 use mesh_types::status::PathKind;
 use mesh_types::time::MonoTime;
 
@@ -108,6 +109,9 @@ fn two_homes_speak_through_the_relay_at_once_and_directly_within_seconds() {
     assert_eq!(talk(&mut net, 30_000), [300, 300]);
     assert_eq!(net.relays[0].carried, carried, "the relay carries no more");
     assert_eq!(net.dropped(0, DropReason::BadFrame) + net.dropped(1, DropReason::BadFrame), 0);
+    // Each names its address at home to the other, whose neighbour that might be.
+    let at_home = |to: &SocketAddr| reach(to.ip()) != Reach::Public;
+    assert_eq!(net.log.iter().map(|sent| sent.to).find(at_home), None);
 }
 
 #[test]
