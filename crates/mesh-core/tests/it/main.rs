@@ -7,6 +7,7 @@ mod conformance;
 mod device;
 mod handshakes;
 mod hostile;
+mod leaving;
 mod moves;
 mod network;
 mod paths;

@@ -20,6 +20,8 @@ pub(crate) struct Relay {
     pub(crate) addr: SocketAddr,
     pub(crate) key: PublicKey,
     pub(crate) up: bool,
+    /// It has said that it ends, and says so to whoever registers yet.
+    leaving: bool,
     /// What it tells everybody who asks; a lie, if set.
     pub(crate) lie: Option<SocketAddr>,
     /// Whether each lie names the next host of its /24.
@@ -46,6 +48,7 @@ impl Relay {
             addr: addr.parse().expect("an endpoint"),
             key: public_key(&private),
             up: true,
+            leaving: false,
             lie: None,
             wanders: false,
             swallows: BTreeSet::new(),
@@ -62,6 +65,7 @@ impl Relay {
 
     /// It ends and begins anew with the same key: nobody is registered, no session opens.
     pub(crate) fn restart(&mut self) {
+        self.leaving = false;
         self.engines.clear();
         self.registered.clear();
     }
@@ -154,8 +158,8 @@ impl Relay {
             },
         );
         let opened = results.pop()?.ok()?;
-        if to == main {
-            self.registered.insert(*peer, from);
+        if to == main && self.registered.insert(*peer, from) != Some(from) && self.leaving {
+            return Some((main, from, seal(now, engine, Frame::Leaving)?));
         }
         let (token, src) = match Frame::decode(&output[opened]).ok()? {
             Frame::WhatIsMyAddress { token } => (token, to),
@@ -169,6 +173,13 @@ impl Relay {
         }
         let frame = Frame::YourAddressIs { token, address: self.lie.unwrap_or(from), other_port };
         Some((src, from, seal(now, engine, frame)?))
+    }
+
+    /// It is about to end, and tells all members: what leaves for that.
+    pub(crate) fn leave(&mut self, now: MonoTime) -> Vec<(SocketAddr, SocketAddr, Vec<u8>)> {
+        self.leaving = true;
+        let members = self.members.clone();
+        members.iter().filter_map(|member| self.say(now, member, Frame::Leaving)).collect()
     }
 
     /// A message of its own accord to a member: from where, where to.

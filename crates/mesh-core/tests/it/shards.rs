@@ -18,29 +18,31 @@ use mesh_types::time::MonoTime;
 use crate::network::{MTU, inner, ipv4, net};
 use crate::relay::Relay;
 
-type Sent = (SocketAddr, SocketAddr, usize, Vec<u8>);
+/// From, to, length of a segment, bytes.
+pub(crate) type Sent = (SocketAddr, SocketAddr, usize, Vec<u8>);
 
-struct Machine {
+pub(crate) struct Machine {
     number: usize,
-    shards: Vec<Tunnel<ModelFactory>>,
-    share: Share,
+    pub(crate) shards: Vec<Tunnel<ModelFactory>>,
+    pub(crate) share: Share,
+    pub(crate) now: MonoTime,
     /// (shard that opened it, packet)
-    delivered: Vec<(usize, Vec<u8>)>,
+    pub(crate) delivered: Vec<(usize, Vec<u8>)>,
 }
 
 fn private(number: usize) -> PrivateKey {
     PrivateKey::from_bytes([u8::try_from(number + 1).expect("few machines"); 32])
 }
 
-fn key(number: usize) -> PublicKey {
+pub(crate) fn key(number: usize) -> PublicKey {
     public_key(&private(number))
 }
 
-fn addr(number: usize) -> SocketAddr {
+pub(crate) fn addr(number: usize) -> SocketAddr {
     SocketAddr::from(([192, 0, 2, u8::try_from(number + 1).expect("few machines")], 15190))
 }
 
-fn config(number: usize) -> PeerConfig {
+pub(crate) fn config(number: usize) -> PeerConfig {
     PeerConfig {
         key: key(number),
         preshared: None,
@@ -67,43 +69,43 @@ fn tunnels(number: usize, of: usize) -> Vec<Tunnel<ModelFactory>> {
 }
 
 impl Machine {
-    fn new(number: usize, of: usize) -> Self {
+    pub(crate) fn new(number: usize, of: usize) -> Self {
         let (shards, share) = (tunnels(number, of), Share::new(0, of));
-        Self { number, shards, share, delivered: Vec::new() }
+        Self { number, shards, share, now: now(), delivered: Vec::new() }
     }
 
-    fn set_peers(&mut self, peers: &[PeerConfig]) {
+    pub(crate) fn set_peers(&mut self, peers: &[PeerConfig]) {
         for shard in &mut self.shards {
-            assert_eq!(shard.set_peers(now(), peers), []);
+            assert_eq!(shard.set_peers(self.now, peers), []);
         }
     }
 
     /// What the shards' loops do with a packet that came from the TUN queue of shard `queue`.
-    fn send_from(&mut self, queue: usize, packet: &[u8]) {
+    pub(crate) fn send_from(&mut self, queue: usize, packet: &[u8]) {
         let (plain, mut packet) = (VnetHeader::PLAIN, packet.to_vec());
-        if let Some(owner) = self.shards[queue].handle_tun_input(now(), &plain, &mut packet) {
+        if let Some(owner) = self.shards[queue].handle_tun_input(self.now, &plain, &mut packet) {
             assert_ne!(owner, queue);
-            self.shards[owner].handle_handed_packet(now(), &plain, &mut packet);
+            self.shards[owner].handle_handed_packet(self.now, &plain, &mut packet);
         }
     }
 
-    fn receive(&mut self, from: SocketAddr, segment_len: usize, bytes: &[u8]) {
+    pub(crate) fn receive(&mut self, from: SocketAddr, segment_len: usize, bytes: &[u8]) {
         let local = Some(addr(self.number).ip());
         let meta = UdpMeta { source: from, local, segment_len, ecn: Ecn::NotEct, carried: None };
         for run in self.share.runs(bytes, segment_len) {
             let shard = run.taker;
-            self.shards[shard].handle_udp_input(now(), &meta, &mut bytes[run.range].to_vec());
+            self.shards[shard].handle_udp_input(self.now, &meta, &mut bytes[run.range].to_vec());
             while let Some((admitted, meta, datagram)) = self.shards[shard].poll_admitted() {
                 assert_eq!(shard, FRONT, "the front alone hears strangers");
                 let owner = &mut self.shards[admitted.shard];
-                owner.handle_admitted(now(), &admitted, &meta, &datagram);
+                owner.handle_admitted(self.now, &admitted, &meta, &datagram);
             }
         }
     }
 
-    fn collect(&mut self, out: &mut Vec<Sent>) {
+    pub(crate) fn collect(&mut self, out: &mut Vec<Sent>) {
         for (at, shard) in self.shards.iter_mut().enumerate() {
-            shard.flush(now());
+            shard.flush(self.now);
             while let Some(frame) = shard.poll_tun() {
                 self.delivered.push((at, frame.pieces().flatten().copied().collect()));
             }
@@ -113,31 +115,36 @@ impl Machine {
         }
     }
 
-    /// What a shard hears it tells the others.
-    fn tell_places(&mut self) {
+    /// What a shard hears, and what relays show it, it tells the others.
+    pub(crate) fn tell_shards(&mut self) {
         for at in 0..self.shards.len() {
             while let Some(event) = self.shards[at].poll_event() {
-                let others = self.shards.iter_mut().enumerate().filter(|(other, _)| *other != at);
-                for (_, shard) in others {
-                    match event {
-                        Event::EndpointChanged { key, endpoint } => {
-                            shard.note_endpoint(now(), key, endpoint);
-                        }
-                        Event::PassOver { relay, peer } => {
-                            shard.pass_over(now(), relay, peer.as_ref());
-                        }
-                        _ => {}
-                    }
+                for other in (0..self.shards.len()).filter(|other| *other != at) {
+                    self.tell(other, &event);
                 }
             }
         }
     }
 
-    fn dropped(&self, reason: DropReason) -> u64 {
+    fn tell(&mut self, shard: usize, event: &Event) {
+        let (now, shard) = (self.now, &mut self.shards[shard]);
+        match *event {
+            Event::EndpointChanged { key, endpoint } => shard.note_endpoint(now, key, endpoint),
+            Event::Seen { relay, sight } => shard.note_seen(relay, sight),
+            Event::RelayInDoubt { relay, doubt } => shard.doubt_relay(now, &relay, doubt),
+            Event::PassOver { relay, peer } => shard.pass_over(now, relay, peer.as_ref()),
+            Event::SessionEstablished { .. }
+            | Event::RelayAnswered { .. }
+            | Event::Unanswered { .. }
+            | Event::HandshakeGaveUp { .. } => {}
+        }
+    }
+
+    pub(crate) fn dropped(&self, reason: DropReason) -> u64 {
         self.shards.iter().map(|shard| shard.counters().dropped(reason)).sum()
     }
 
-    fn texts(&self) -> Vec<String> {
+    pub(crate) fn texts(&self) -> Vec<String> {
         let text = |(_, packet): &(usize, Vec<u8>)| String::from_utf8_lossy(&packet[20..]).into();
         self.delivered.iter().map(text).collect()
     }
@@ -455,7 +462,7 @@ fn what_a_relay_says_of_itself_and_of_a_peer_counts_in_every_shard() {
         for peer in &members[1..] {
             let (from, _, said) = relays[0].say(now(), &members[0], say(*peer)).expect("a member");
             machines[0].receive(from, 0, &said);
-            machines[0].tell_places();
+            machines[0].tell_shards();
         }
         assert_eq!(to_all(&mut machines, &mut relays), [0, count - 1], "the other");
     }
@@ -488,7 +495,7 @@ fn settle_by(machines: &mut [Machine], relays: &mut [Relay]) {
     for _ in 0..100 {
         let mut sent = Vec::new();
         for machine in machines.iter_mut() {
-            machine.tell_places();
+            machine.tell_shards();
             machine.shards.iter_mut().for_each(|shard| shard.handle_timeout(now()));
             machine.collect(&mut sent);
         }
