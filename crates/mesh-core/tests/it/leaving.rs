@@ -226,6 +226,14 @@ fn a_pair_that_knows_two_relays_loses_nothing_when_one_leaves() {
     assert!(lost.iter().all(|lost| *lost > 0), "{lost:?}");
 }
 
+#[test]
+fn a_pair_of_several_shards_that_knows_two_relays_loses_nothing_when_one_leaves() {
+    // Shards that serve the peer, the relay, both or neither.
+    for shards in [[2, 1], [2, 2], [3, 3]] {
+        nothing_is_lost(shards);
+    }
+}
+
 /// As [`lost_by_leaving`], where nobody has spoken for so long when the relay leaves, nor does until so long after its end.
 fn lost_after_silence(far_ms: [u64; 2], before_s: u64, after_s: u64) -> [usize; 2] {
     let mut pair = Pair::new([1, 1], far_ms);
