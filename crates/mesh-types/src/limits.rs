@@ -81,9 +81,9 @@ pub const COOKIES_PER_SECOND: u32 = 10 * HANDSHAKES_PER_SECOND_BEFORE_COOKIES;
 /// Burst of cookie replies: those of 50 ms.
 pub const COOKIES_BURST: u32 = COOKIES_PER_SECOND / 20;
 
-/// Keys one `keyrelay` serves: two meshes of `NODES_MAX` nodes. Each has an engine from its first handshake on
-/// (about 11 KiB, so 180 MiB), which is kept, since it remembers the last initiation. One that has made 192 sessions is
-/// replaced and lives for 180 s more beside the new one, so twice that at most.
+/// Keys one `keyrelay` serves: two meshes of `NODES_MAX` nodes. Each takes about 14 KiB from its first handshake on (144 MiB for
+/// 10,000 of them, docs/performance.md; so 232 MiB), 11 KiB of them its engine, which is kept, since it remembers the last
+/// initiation. One that has made 192 sessions is replaced and lives for 180 s more beside the new one: 411 MiB if all are at once.
 pub const RELAY_CLIENTS_MAX: usize = 2 * NODES_MAX;
 
 /// Rosters one `keyrelay` serves: a file and a pool of bandwidth each.
