@@ -165,15 +165,16 @@ fn health_and_metrics_are_served_and_nothing_else() {
     }
 }
 
-/// Of the member that fills the relay's socket: datagrams of one burst, bursts until it pauses, and the pause: 8 Gbit/s at most.
-const FLOOD_DATAGRAM_BYTES: usize = 1_440;
+/// Of the member that fills the relay's socket: short datagrams, so that it has the crumbs of every budget too; datagrams of a
+/// burst, bursts until it pauses, and the pause.
+const FLOOD_DATAGRAM_BYTES: usize = 200;
 const FLOOD_SEGMENTS: usize = 44;
-const FLOOD_BURSTS: usize = 4;
+const FLOOD_BURSTS: usize = 2;
 const FLOOD_PAUSE: Duration = Duration::from_micros(250);
 
 /// Of the others: rounds, and how often each thing is tried. A try is lost where the kernel's queue is full.
 const ROUNDS: u32 = 20;
-const TRIES: u32 = 40;
+const TRIES: u32 = 10;
 const TRY: Duration = Duration::from_millis(250);
 
 /// Sends what a member can to another of whom nothing is read, until told.
@@ -213,12 +214,12 @@ fn brings(a: &Client, b: &Client, number: u32) -> bool {
     false
 }
 
-/// By counts: everything each of the others wants it gets, while the roster's budget is used up many times over.
+/// By counts: everything each of the others wants it gets, while the roster's budget is used up all the time.
 #[test]
 fn while_one_member_fills_the_relays_socket_others_shake_hands_ask_and_are_carried() {
     let keys = [0; 4].map(|_| generate_private_key());
     let members = [0, 1, 2, 3].map(|n: usize| public_key(&keys[n]));
-    let limits = ["--client-bytes-per-s", "4000000", "--roster-bytes-per-s", "1000000"];
+    let limits = ["--client-bytes-per-s", "1000000", "--roster-bytes-per-s", "50000"];
     let flags = [&["--threads", "1"][..], &limits].concat();
     let relay = start_with("127.0.0.1:0", &members, &flags);
     let [flooder, silent] = two(&relay, [&keys[0], &keys[1]]);
@@ -232,7 +233,8 @@ fn while_one_member_fills_the_relays_socket_others_shake_hands_ask_and_are_carri
     let (address, stop) = (relay.address, &stop);
     std::thread::scope(|scope| {
         scope.spawn(move || flood(flooder, &silent.public, address, stop));
-        while relay.metric(lost) < 1_000 {
+        // Until then bursts are used up.
+        while relay.metric(lost) < 10_000 {
             std::thread::yield_now();
         }
         let served = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
@@ -247,5 +249,5 @@ fn while_one_member_fills_the_relays_socket_others_shake_hands_ask_and_are_carri
         served.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     });
     let carried = relay.metric("keyrelay_carried_datagrams_total");
-    assert!(relay.metric(lost) > 10 * carried, "{carried}");
+    assert!(relay.metric(lost) > carried, "{carried}");
 }
