@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 
 use super::figures::rank;
-use super::plan::Subject;
+use super::subject::Subject;
 
 /// Where the programs of the subjects are, and why some are not.
 #[derive(Debug)]

@@ -23,6 +23,7 @@ mod plan;
 mod plugin;
 mod processors;
 mod relay;
+mod subject;
 mod tunnel;
 
 use anyhow::Result;

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::expected::{Expected, Reason, reason};
 use super::kind::{Behaviour, Filtering, Kind, Lifetime, Mapping, Neighbours, Ports};
-use super::pairs::Pair;
+use super::pair::Pair;
 use super::{Report, steps};
 use crate::setting::Setting;
 

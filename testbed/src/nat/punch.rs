@@ -18,7 +18,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::host::{is_host, place};
-use super::pairs::{Connect, Got, Outcome};
+use super::pair::{Got, Outcome};
+use super::pairs::Connect;
 use super::probe::{ask, next_id};
 use super::site::Site;
 use super::wire::{From, Lines, MESSAGE_BYTES, Message};

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::Report;
 use super::expected::Expected;
-use super::pairs::Pair;
+use super::pair::Pair;
 
 /// Something that a pair lives through.
 pub(super) struct Step {
@@ -100,8 +100,15 @@ pub(super) const STEPS: [Step; 11] = [
     },
 ];
 
+/// Says what took longer than it may, and whether all is well.
+pub(super) fn judged(mut pair: Pair) -> Pair {
+    pair.late = late(&pair);
+    pair.ok = pair.is_right() && pair.late.is_empty();
+    pair
+}
+
 /// What took longer than it may, each with its bound.
-pub(super) fn late(pair: &Pair) -> Vec<String> {
+fn late(pair: &Pair) -> Vec<String> {
     let took = STEPS.iter().filter_map(|step| Some((step, (step.took_ms)(pair)?)));
     let over = took.filter(|(step, ms)| *ms > milliseconds(step.bound));
     over.map(|(step, ms)| format!("{} after {ms:.0} ms, not {}", step.what, step.bound.as_millis()))
@@ -167,7 +174,7 @@ fn written(ms: f64) -> String {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::super::pairs::{Got, Outcome};
+    use super::super::pair::{Got, Outcome};
     use super::*;
     use crate::nat::kind::Kind;
 
@@ -195,7 +202,7 @@ pub(super) mod tests {
         let mut outcome = Outcome { got: Got::Direct, ..Outcome::nothing() };
         outcome.stream_survived = Some(true);
         change(&mut outcome);
-        Pair::of(Kind::Open, Kind::Open, "daemons", Ok(outcome))
+        judged(Pair::of(Kind::Open, Kind::Open, "daemons", Ok(outcome)))
     }
 
     #[test]

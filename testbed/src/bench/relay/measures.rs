@@ -10,8 +10,8 @@ use wg_engine::{generate_private_key, public_key};
 
 use super::super::cost;
 use super::super::figures::rank;
-use super::super::plan::Subject as _;
 use super::super::processors::{Awake, Together};
+use super::super::subject::Subject as _;
 use super::load::{self, Carried, LEAD, Load, Pace};
 use super::pair;
 use super::site::{KEYRELAY_PORT, NEAR_NET, PAIRS, RELAY, SECOND_PORT, Site};

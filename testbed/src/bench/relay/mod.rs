@@ -44,7 +44,8 @@ use subject::{Found, Subject};
 use super::cost::load_average;
 use super::figures::Report;
 use super::page::{self as pages, Section};
-use super::plan::{self, Amount, Subject as _, leave_out};
+use super::plan::{self, Amount, leave_out};
+use super::subject::Subject as _;
 use crate::progress;
 
 /// Beyond the time of a measurement: its sockets and sessions.

@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use mesh_types::key::{PrivateKey, PublicKey};
 use wg_engine::{generate_private_key, public_key};
 
-use super::super::plan::Subject as _;
+use super::super::subject::Subject as _;
 use super::subject::{Found, Subject};
 use crate::lab::{Daemon, Kind, Lab, Namespace, Programs, last_lines};
 

@@ -1,6 +1,6 @@
 //! What is measured: ours, relays of others, and two ways for scale.
 
-use super::super::plan;
+use super::super::subject as measured;
 
 /// One way from a client to another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -16,7 +16,7 @@ pub(super) enum Subject {
     Direct,
 }
 
-impl plan::Subject for Subject {
+impl measured::Subject for Subject {
     const ALL: &'static [Self] =
         &[Self::Keyrelay, Self::Coturn, Self::Derper, Self::Forwarder, Self::Direct];
     const ABSENT: &'static str = "could not be had";

@@ -6,11 +6,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 
 use super::super::cost;
-use super::super::plan::Subject as _;
+use super::super::subject::Subject as _;
+use super::addresses::WIRE;
 use super::cost::Repairs;
 use super::flood;
 use super::load::{self, Place, Stream, Way};
-use super::site::{PORT, Shape, Site, WIRE};
+use super::site::{PORT, Shape, Site};
 use super::subject::Subject;
 
 /// Payload of the small and the large UDP test: an answer of a name server, and what fills a packet of 1,400 bytes.

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use serde_json::json;
 
-use super::site::{WIRE, pod_cidrs};
+use super::addresses::{WIRE, pod_cidrs};
 use crate::lab::{Daemon, Namespace};
 
 pub(super) const DEVICE: &str = "nebula1";

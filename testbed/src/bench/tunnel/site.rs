@@ -21,7 +21,8 @@ use mesh_types::status::Status;
 use serde_json::json;
 use wg_engine::{generate_private_key, public_key};
 
-use super::super::plan::Subject as _;
+use super::super::subject::Subject as _;
+use super::addresses::{WIRE, pod_cidrs};
 use super::crowd::{self, Member};
 use super::load::{self, Place};
 use super::nebula;
@@ -31,9 +32,6 @@ use crate::lab::{Daemon, Kind, Lab, Namespace, PodRequest, Programs};
 
 /// Prefixes of all pods; the crowd's are below 10.244.
 pub(super) const CLUSTER: [&str; 2] = ["10.240.0.0/12", "fd00:10::/32"];
-
-/// The nodes' addresses on the wire.
-pub(super) const WIRE: [&str; 2] = ["198.51.100.1", "198.51.100.2"];
 
 pub(super) const PORT: u16 = 15190;
 
@@ -376,11 +374,6 @@ fn device_of(subject: Subject) -> &'static str {
         Subject::Vxlan => "vxlan0",
         Subject::Veth => "eth0",
     }
-}
-
-pub(super) fn pod_cidrs(place: usize) -> Vec<String> {
-    let number = place + 1;
-    vec![format!("10.244.{number}.0/24"), format!("fd00:10:244:{number}::/64")]
 }
 
 fn status(node: &Namespace, meshd: &Path) -> Result<Status> {

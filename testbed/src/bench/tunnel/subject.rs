@@ -1,6 +1,6 @@
 //! What is measured: ours, others that encrypt, and two kernel ways that do not, for scale.
 
-use super::super::plan;
+use super::super::subject as measured;
 
 /// One way from a node to another. A further way of ours to run is one more variant here and one arm in `site`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -17,7 +17,7 @@ pub(super) enum Subject {
     Veth,
 }
 
-impl plan::Subject for Subject {
+impl measured::Subject for Subject {
     const ALL: &'static [Self] = &[
         Self::Meshd,
         Self::WireguardGo,
@@ -68,7 +68,7 @@ pub(super) type Found = super::super::found::Found<Subject>;
 
 #[cfg(test)]
 mod tests {
-    use super::plan::Subject as _;
+    use super::measured::Subject as _;
     use super::*;
 
     #[test]

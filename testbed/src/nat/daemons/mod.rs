@@ -36,7 +36,8 @@ use self::stream::Stream;
 use self::talk::Talk;
 use super::expected::{Expected, expected};
 use super::kind::Kind;
-use super::pairs::{Changes, Connect, Got, Outcome};
+use super::pair::{Changes, Got, Outcome};
+use super::pairs::Connect;
 use super::site::{NatLab, Site};
 use crate::lab::Programs;
 
