@@ -13,7 +13,7 @@ fn objects(node: &support::Node) -> String {
         "ip -br addr show dev meshd0 | sed 's/ \\(UP\\|UNKNOWN\\|DOWN\\) */ /'; \
          ip link show meshd0 | grep -o '[<,]UP[,>]' | tr -d '<>,'; \
          ip route show table 5190 | sed 's/ linkdown//'; ip -6 route show table 5190 | sed 's/ linkdown//'; \
-         ip rule show priority 5190; ip -6 rule show priority 5190; nft -s list table inet meshd",
+         ip rule show priority 5190 | sort; ip -6 rule show priority 5190 | sort; nft -s list table inet meshd",
     );
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
@@ -88,7 +88,16 @@ fn what_others_remove_is_put_back_and_counted() {
     let before = objects(&pair.a);
     for (what, kind, line) in [
         ("routes", "route", "ip route flush table 5190; ip -6 route flush table 5190"),
-        ("rules", "rule", "ip rule del priority 5190; ip -6 rule del priority 5190"),
+        (
+            "a rule of each family",
+            "rule",
+            "ip rule del priority 5190; ip -6 rule del priority 5190",
+        ),
+        (
+            "rules",
+            "rule",
+            "while ip rule del priority 5190; do :; done; while ip -6 rule del priority 5190; do :; done",
+        ),
         ("the guard", "guard", "nft delete table inet meshd"),
         ("guard rules", "guard", "nft flush table inet meshd"),
         ("addresses", "address", "ip addr flush dev meshd0"),

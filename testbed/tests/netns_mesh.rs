@@ -120,7 +120,8 @@ fn nothing_leaves_in_clear_whatever_is_taken_from_a_dead_node() {
         &[
             "sh",
             "-c",
-            "ip rule del priority 5190; ip -6 rule del priority 5190; ip link del meshd0; \
+            "while ip rule del priority 5190 2>/dev/null; do :; done; \
+           while ip -6 rule del priority 5190 2>/dev/null; do :; done; ip link del meshd0; \
            ip route add 10.244.3.0/24 via 198.51.100.1; ip -6 route add fd00:10:244:3::/64 via 2001:db8:a::1",
         ],
     ];
@@ -146,14 +147,15 @@ fn what_others_remove_comes_back_and_nothing_leaks_meanwhile() {
         "ip route flush table 5190",
         "ip -6 route flush table 5190",
         "ip rule del priority 5190; ip -6 rule del priority 5190",
+        "while ip rule del priority 5190 2>/dev/null; do :; done; while ip -6 rule del priority 5190 2>/dev/null; do :; done",
         "nft delete table inet meshd",
         "ip addr flush dev meshd0",
         "ip link set meshd0 down",
     ];
     let kernel = || {
         node.shell(
-            "ip route show table 5190 | sort; ip -6 route show table 5190 | sort; ip rule | grep 5190; \
-             ip -6 rule | grep 5190; ip -o addr show dev meshd0 scope global | awk '{print $4}'; \
+            "ip route show table 5190 | sort; ip -6 route show table 5190 | sort; ip rule | grep 5190 | sort; \
+             ip -6 rule | grep 5190 | sort; ip -o addr show dev meshd0 scope global | awk '{print $4}'; \
              ip -o link show dev meshd0 | grep -o ,UP; nft list tables | grep -x 'table inet meshd'",
         )
         .unwrap_or_default()
