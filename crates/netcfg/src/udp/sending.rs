@@ -1,0 +1,184 @@
+//! Sending: segmented by the kernel where that works, singly for a while to whom it does not.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd as _;
+use std::time::Duration;
+
+use mesh_types::limits::{GSO_BYTES_MAX, GSO_REFUSED_DESTINATIONS_MAX, GSO_SEGMENTS_MAX};
+
+use super::{PMTU_V4, PMTU_V6, UdpSocket};
+use crate::cmsg::{self, ControlWriter};
+use crate::{clock, sys};
+
+/// How long a destination that refused a segmented send gets single datagrams: long enough not to fail
+/// on every send, short enough to profit when its route has changed.
+const GSO_REFUSED_FOR: Duration = Duration::from_secs(60);
+
+impl UdpSocket {
+    /// Sends `bytes` to `destination` as datagrams of `segment_len` (the last may be shorter), from `source` if
+    /// given, with the ECN bits given. Never blocks: what does not fit is dropped and counted, as any
+    /// router would do. An error tells that nothing (more) was sent.
+    pub fn send(
+        &mut self,
+        destination: SocketAddr,
+        source: Option<IpAddr>,
+        ecn: u8,
+        segment_len: usize,
+        bytes: &[u8],
+    ) -> io::Result<()> {
+        let sent = self.send_as_it_goes(destination, source, ecn, segment_len, bytes);
+        if let Err(error) = &sent {
+            self.counters.tx_errors += 1;
+            self.filtered.note(destination, error);
+        }
+        sent
+    }
+
+    /// Sends one datagram that no router may fragment, whatever the kernel believes of the path; an error where it is too long for
+    /// the link. For a question now and then: it switches the socket over and back.
+    pub fn send_whole(
+        &mut self,
+        destination: SocketAddr,
+        source: Option<IpAddr>,
+        bytes: &[u8],
+    ) -> io::Result<()> {
+        let v4 = destination.ip().to_canonical().is_ipv4();
+        let (level, option, probe, usual) = match v4 {
+            true => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE, PMTU_V4),
+            false => {
+                (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE, PMTU_V6)
+            }
+        };
+        sys::set_option(&self.fd, level, option, probe)?;
+        let sent = self.send_one(destination, source, 0, None, bytes);
+        sys::set_option(&self.fd, level, option, usual)?;
+        sent
+    }
+
+    fn send_as_it_goes(
+        &mut self,
+        destination: SocketAddr,
+        source: Option<IpAddr>,
+        ecn: u8,
+        segment_len: usize,
+        bytes: &[u8],
+    ) -> io::Result<()> {
+        let segment_len = if segment_len == 0 { bytes.len() } else { segment_len };
+        if bytes.len() <= segment_len {
+            return self.send_one(destination, source, ecn, None, bytes);
+        }
+        if !self.gso_allowed(destination) {
+            return self.send_singly(destination, source, ecn, segment_len, bytes);
+        }
+        let Ok(segment_bytes) = u16::try_from(segment_len) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let segments = (GSO_BYTES_MAX / segment_len).clamp(1, GSO_SEGMENTS_MAX);
+        for burst in bytes.chunks(segment_len.saturating_mul(segments)) {
+            let segment = (burst.len() > segment_len).then_some(segment_bytes);
+            match self.send_one(destination, source, ecn, segment, burst) {
+                Ok(()) => {}
+                Err(error) if segment.is_some() && may_be_of_segments(&error) => {
+                    // These errors may have another cause (a source address that is gone): only what then
+                    // goes singly was refused for its segments.
+                    self.send_singly(destination, source, ecn, segment_len, burst)?;
+                    self.remember_refusal(destination, &error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// A segmented send failed and went singly: so do the next ones to this destination. Others may leave by another
+    /// interface.
+    pub(super) fn remember_refusal(&mut self, destination: SocketAddr, error: &io::Error) {
+        self.counters.gso_refused += 1;
+        tracing::debug!(%destination, %error, "segmented send refused, singly for 60 s");
+        let now = clock::now();
+        if self.gso_refused.len() >= GSO_REFUSED_DESTINATIONS_MAX {
+            self.gso_refused.retain(|_, until| *until > now);
+        }
+        if self.gso_refused.len() < GSO_REFUSED_DESTINATIONS_MAX {
+            self.gso_refused.insert(destination, now + GSO_REFUSED_FOR);
+        }
+    }
+
+    fn gso_allowed(&mut self, destination: SocketAddr) -> bool {
+        if !self.features.gso {
+            return false;
+        }
+        if self.gso_refused.is_empty() {
+            return true;
+        }
+        match self.gso_refused.get(&destination) {
+            Some(until) if clock::now() < *until => false,
+            Some(_) => {
+                self.gso_refused.remove(&destination);
+                true
+            }
+            None => true,
+        }
+    }
+
+    fn send_singly(
+        &mut self,
+        destination: SocketAddr,
+        source: Option<IpAddr>,
+        ecn: u8,
+        segment_len: usize,
+        bytes: &[u8],
+    ) -> io::Result<()> {
+        for datagram in bytes.chunks(segment_len) {
+            self.counters.gso_bypassed += 1;
+            self.send_one(destination, source, ecn, None, datagram)?;
+        }
+        Ok(())
+    }
+
+    fn send_one(
+        &mut self,
+        destination: SocketAddr,
+        source: Option<IpAddr>,
+        ecn: u8,
+        segment_bytes: Option<u16>,
+        bytes: &[u8],
+    ) -> io::Result<()> {
+        let (name, name_len) = cmsg::encode_name(destination, self.features.dual_stack);
+        let mut control = ControlWriter::new();
+        if let Some(segment_bytes) = segment_bytes {
+            control.segment_size(segment_bytes);
+        }
+        if ecn & 3 != 0 {
+            control.ecn(destination.ip(), ecn);
+        }
+        if let Some(source) = source {
+            control.source(source);
+        }
+        self.counters.tx_calls += 1;
+        let sent = loop {
+            match sys::send_message(self.fd.as_fd(), &name[..name_len], control.bytes(), bytes) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => break other,
+            }
+        };
+        match sent {
+            Ok(sent) => {
+                self.counters.tx_bytes += sent as u64;
+                Ok(())
+            }
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOBUFS)) => {
+                self.counters.tx_dropped += 1;
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// What the kernel says of segments it cannot make on this interface (`EIO`: no checksum offload before Linux 6.11, or
+/// IPsec), or that are longer than the path's MTU.
+fn may_be_of_segments(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE))
+}
