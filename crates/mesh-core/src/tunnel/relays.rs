@@ -32,6 +32,9 @@ use super::ways::{Around, Ask, TOKENS_MAX};
 use super::why::{self, Ends};
 use crate::packet::Ecn;
 
+/// Other shards are told of the same doubt no more often, however many peers have it: a relay is asked once a second.
+const TELL_DOUBT: Duration = Duration::from_secs(1);
+
 /// Relays of all shards, and what goes into invitations.
 #[derive(Debug, Default)]
 pub(super) struct Relays {
@@ -50,6 +53,8 @@ pub(super) struct Relays {
     used: bool,
     asks: Vec<Ask>,
     questions: Vec<(Question, u64)>,
+    /// When other shards were told last that their relays are in doubt, and how far.
+    told_doubt: Option<(MonoTime, Doubt)>,
 }
 
 impl Relays {
@@ -383,10 +388,16 @@ impl<F: EngineFactory> Tunnel<F> {
     fn ask_doubted(&mut self, now: MonoTime, slot: u32) {
         let Some(peer) = self.peers.get_mut(slot).filter(|peer| peer.is_relayed()) else { return };
         let Some(doubt) = peer.ways.take_doubted() else { return };
+        let known = |(at, told): (MonoTime, Doubt)| now.since(at) < TELL_DOUBT && told >= doubt;
+        let tell = !self.relays.told_doubt.is_some_and(known);
+        if tell {
+            self.relays.told_doubt = Some((now, doubt));
+        }
         for at in 0..self.relays.keys.len() {
             let Some(relay) = self.relays.keys.get(at).copied() else { break };
             match self.foreign.holds(&relay) {
-                true => self.event(Event::RelayInDoubt { relay, doubt }),
+                true if tell => self.event(Event::RelayInDoubt { relay, doubt }),
+                true => {}
                 false => self.doubt_relay(now, &relay, doubt),
             }
         }
