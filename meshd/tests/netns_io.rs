@@ -196,6 +196,22 @@ fn pair_of(
     sockets: impl Fn(usize) -> anyhow::Result<Vec<UdpSocket>> + Sync,
     tun: &TunOptions,
 ) -> [Side; 2] {
+    let sides = strangers_of(shards, sockets, tun);
+    introduce(&sides);
+    sides
+}
+
+fn introduce(sides: &[Side; 2]) {
+    sides[0].data().set_peers(vec![sides[1].as_peer()]);
+    sides[1].data().set_peers(vec![sides[0].as_peer()]);
+}
+
+/// Two sides of so many shards that were not told any peer yet.
+fn strangers_of(
+    shards: [usize; 2],
+    sockets: impl Fn(usize) -> anyhow::Result<Vec<UdpSocket>> + Sync,
+    tun: &TunOptions,
+) -> [Side; 2] {
     static SERIAL: AtomicU32 = AtomicU32::new(0);
     let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
     let name = |side| format!("/run/meshd-io-{}-{serial}-{side}", std::process::id());
@@ -225,14 +241,11 @@ fn pair_of(
     let mut number = 0;
     let [a, b] = spaces;
     let [path_a, path_b] = paths;
-    let sides = [(a, path_a, shards[0]), (b, path_b, shards[1])].map(|(space, path, shards)| {
+    [(a, path_a, shards[0]), (b, path_b, shards[1])].map(|(space, path, shards)| {
         number += 1;
         let sockets = run_in(&space, || sockets(shards)).expect("UDP sockets");
         Side::start_with(path, space, number, sockets, tun)
-    });
-    sides[0].data().set_peers(vec![sides[1].as_peer()]);
-    sides[1].data().set_peers(vec![sides[0].as_peer()]);
-    sides
+    })
 }
 
 fn everything() -> [Side; 2] {
@@ -334,6 +347,39 @@ fn tcp_and_fragmented_udp_pass_in_both_families_with_true_sources_and_checksums(
         tcp_both_ways(&a, &b, v6, 4 << 20);
     }
     assert_eq!((checksum_errors(&a.netns), checksum_errors(&b.netns)), (0, 0));
+}
+
+#[test]
+fn what_is_sent_before_the_peers_are_told_waits_and_hears_no_unreachable() {
+    if !root() {
+        return;
+    }
+    for shards in [1, 3] {
+        let open = |shards| meshd::io::open_sockets(&UdpOptions::default(), shards);
+        let sides = strangers_of([shards; 2], open, &tun_options());
+        let [a, b] = &sides;
+        let bind = |side: &Side, v6| {
+            run_in(&side.netns, || Ok(StdUdpSocket::bind((side.overlay(v6), 0))?)).expect("bind")
+        };
+        // Several flows: of several shards more than one reads.
+        let flows = (0..16).map(|at| (bind(a, at % 2 == 0), bind(b, at % 2 == 0)));
+        let flows: Vec<_> = flows.collect();
+        for (client, server) in &flows {
+            client.connect(server.local_addr().expect("address")).expect("connect");
+            client.send(b"early").expect("send");
+        }
+        // Asked, a shard has looked around since.
+        let read = a.snapshot();
+        assert_eq!((read.tun.reads, read.tunnel.unreachables_sent), (0, 0));
+        introduce(&sides);
+        for (client, server) in &flows {
+            server.set_read_timeout(Some(PATIENCE)).expect("timeout");
+            let mut buffer = [0; 16];
+            let (got, _) = server.recv_from(&mut buffer).expect("the datagram");
+            assert_eq!(&buffer[..got], b"early");
+            assert_eq!(client.take_error().expect("asked").map(|e| e.to_string()), None);
+        }
+    }
 }
 
 #[test]

@@ -116,7 +116,8 @@ pub struct DataPlane {
 
 impl DataPlane {
     /// Starts a shard's thread for each reader of the device ([`Tun::spread`]) and socket ([`open_sockets`]). They serve no
-    /// peer until [`Self::set_peers`].
+    /// peer until [`Self::set_peers`], and read nothing from the device: what is sent until then waits there, and its senders hear
+    /// no "unreachable" of hosts that are only not known yet.
     pub fn start(
         options: DataPlaneOptions,
         tuns: Vec<Tun>,

@@ -60,7 +60,8 @@ pub(super) struct Shard {
     seed: u64,
     on_event: OnEvent,
     mailbox: Arc<Mailbox>,
-    peers: Arc<Vec<PeerConfig>>,
+    /// Until they are told, what the device and the other shards bring waits: nobody knows yet where it goes.
+    peers: Option<Arc<Vec<PeerConfig>>>,
     /// Where this node can be reached.
     own_addresses: Vec<SocketAddr>,
     /// Where relays are reached that UDP does not lead to.
@@ -120,7 +121,7 @@ impl Shard {
             seed,
             on_event,
             mailbox,
-            peers: Arc::default(),
+            peers: None,
             own_addresses: Vec::new(),
             bridges: BTreeMap::new(),
             places,
@@ -172,9 +173,7 @@ impl Shard {
         tunnel.set_coalesce(self.writer.merging.options());
         tunnel.remember(self.places.iter());
         tunnel.set_own_addresses(self.own_addresses.clone());
-        if !self.peers.is_empty() {
-            self.apply_peers(&mut tunnel, clock::now());
-        }
+        self.apply_peers(&mut tunnel, clock::now());
         for (relay, at) in &self.bridges {
             tunnel.set_bridge(clock::now(), relay, Some(*at));
         }
@@ -197,7 +196,10 @@ impl Shard {
             if ready.udp {
                 self.drain_udp(&mut tunnel, now);
             }
-            let spent = self.drain_handed(&mut tunnel, now);
+            let spent = match self.peers {
+                Some(_) => self.drain_handed(&mut tunnel, now),
+                None => 0,
+            };
             if ready.tun {
                 self.drain_tun(&mut tunnel, now, spent);
             }
@@ -231,7 +233,7 @@ impl Shard {
         let until = [self.tun_paused_until, self.udp_paused_until]
             .map(|at| Some(at).filter(|at| *at > now));
         let [tun_until, udp_until] = until;
-        let tun = self.tun.as_ref().filter(|_| tun_until.is_none() && !self.is_held_back(now));
+        let tun = self.tun.as_ref().filter(|_| tun_until.is_none() && self.may_read_tun(now));
         let mut queues = tun.into_iter().flat_map(Tun::queues);
         let mut fds: [_; 2 + TUN_QUEUES_PER_SHARD] = std::array::from_fn(|at| match at {
             0 => PollFd::new(mailbox, PollFlags::IN),
@@ -302,7 +304,7 @@ impl Shard {
         }
         if let Some(peers) = letters.peers {
             self.forget_removed(&peers);
-            self.peers = peers;
+            self.peers = Some(peers);
             self.apply_peers(tunnel, now);
         }
         if let Some(own) = letters.own_addresses {
@@ -361,7 +363,8 @@ impl Shard {
     }
 
     fn apply_peers(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
-        let refused = tunnel.set_peers(now, &self.peers);
+        let Some(peers) = &self.peers else { return };
+        let refused = tunnel.set_peers(now, peers);
         if self.config.share.index() > 0 {
             // All shards refuse the same: one tells.
             return;

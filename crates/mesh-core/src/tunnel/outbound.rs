@@ -13,6 +13,15 @@ use super::transmit::{Flow, padded_len, slot_len};
 use crate::packet::unreachable::unreachable;
 use crate::packet::{IpHeader, Segmenter, VnetHeader};
 
+/// Who read a packet from the TUN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ReadBy {
+    /// The shard itself.
+    Us,
+    /// Another shard, which took us for the owner of its peer.
+    Another,
+}
+
 impl<F: EngineFactory> Tunnel<F> {
     /// Takes one TUN read: a packet or super-packet of one flow, so one lookup serves all its segments. Of a peer of
     /// another shard: names that shard, and leaves the packet as it is, to be given to [`Self::handle_handed_packet`] there.
@@ -21,6 +30,16 @@ impl<F: EngineFactory> Tunnel<F> {
         now: MonoTime,
         header: &VnetHeader,
         packet: &mut [u8],
+    ) -> Option<usize> {
+        self.take_read(now, header, packet, ReadBy::Us)
+    }
+
+    fn take_read(
+        &mut self,
+        now: MonoTime,
+        header: &VnetHeader,
+        packet: &mut [u8],
+        by: ReadBy,
     ) -> Option<usize> {
         self.now = now;
         let segmenter = match Segmenter::new(header, packet) {
@@ -33,7 +52,9 @@ impl<F: EngineFactory> Tunnel<F> {
         let ip = segmenter.ip();
         let Some(slot) = self.allowed.lookup(ip.destination) else {
             self.counters.count_drop(DropReason::NoPeer);
-            self.tell_unreachable(now, ip, packet);
+            if by == ReadBy::Us {
+                self.tell_unreachable(now, ip, packet);
+            }
             return None;
         };
         if self.config.setting == Setting::Mesh && self.allowed.lookup(ip.source).is_some() {
@@ -58,9 +79,10 @@ impl<F: EngineFactory> Tunnel<F> {
     }
 
     /// Takes what another shard read from the TUN for a peer of ours. One that is no longer ours, as of the newest set of
-    /// peers, is nobody's: handed on it could go round for ever.
+    /// peers, is nobody's: handed on it could go round for ever. Nor is its sender told that it goes nowhere, since for the
+    /// other shard it goes somewhere: one of the two is about to read the newer set.
     pub fn handle_handed_packet(&mut self, now: MonoTime, header: &VnetHeader, packet: &mut [u8]) {
-        if self.handle_tun_input(now, header, packet).is_some() {
+        if self.take_read(now, header, packet, ReadBy::Another).is_some() {
             self.counters.count_drop(DropReason::NoPeer);
         }
     }

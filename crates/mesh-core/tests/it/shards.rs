@@ -212,6 +212,22 @@ fn everybody_reaches_everybody_whichever_shard_reads_and_whoever_owns() {
 }
 
 #[test]
+fn nobody_is_told_unreachable_by_a_shard_that_is_yet_to_hear_of_the_peer() {
+    let mut machine = Machine::new(0, 2);
+    let owner = |number| Share::new(0, 2).owner(&key(number));
+    let one = (1..20).find(|n| owner(*n) == 1).expect("one");
+    // The first shard has read of the new peer, its owner has not.
+    assert_eq!(machine.shards[0].set_peers(now(), &[config(one)]), []);
+    machine.send_from(0, &inner(0, one, "too early"));
+    machine.collect(&mut Vec::new());
+    assert_eq!((machine.dropped(DropReason::NoPeer), machine.texts().len()), (1, 0));
+    // To those whom nobody knows it is said by whoever reads.
+    machine.send_from(1, &inner(0, one, "not known here"));
+    machine.collect(&mut Vec::new());
+    assert_eq!((machine.dropped(DropReason::NoPeer), machine.texts().len()), (2, 1));
+}
+
+#[test]
 fn an_address_that_peers_of_all_shards_name_gets_one_initiation_a_second() {
     let (shards, peers) = (4, 24);
     let victim = SocketAddr::from(([203, 0, 113, 1], 53));

@@ -52,6 +52,11 @@ impl Shard {
         spent
     }
 
+    /// Whether it is known where packets go, and other shards can take more.
+    pub(super) fn may_read_tun(&self, now: MonoTime) -> bool {
+        self.peers.is_some() && !self.is_held_back(now)
+    }
+
     /// Whether the TUN is left alone as another shard cannot take more.
     pub(super) fn is_held_back(&self, now: MonoTime) -> bool {
         self.exchange.as_ref().is_some_and(|exchange| exchange.holds_back(now))

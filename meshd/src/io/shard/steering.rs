@@ -51,13 +51,18 @@ impl Shard {
     pub(super) fn forget_removed(&mut self, peers: &[PeerConfig]) {
         let keys =
             |peers: &[PeerConfig]| peers.iter().map(|peer| peer.key).collect::<BTreeSet<_>>();
-        let (before, after) = (keys(&self.peers), keys(peers));
-        self.past.retain(|key| after.contains(key));
-        self.steer_anew |= self.places.retain(|key| after.contains(key) || !before.contains(key));
+        let known = self.known_peers();
+        let (before, after) = (keys(known), keys(peers));
         let relays = |peers: &[PeerConfig]| {
             peers.iter().filter(|peer| peer.role == Role::Relay).cloned().collect::<Vec<_>>()
         };
-        self.steer_anew |= relays(&self.peers) != relays(peers);
+        self.steer_anew |= relays(known) != relays(peers);
+        self.past.retain(|key| after.contains(key));
+        self.steer_anew |= self.places.retain(|key| after.contains(key) || !before.contains(key));
+    }
+
+    fn known_peers(&self) -> &[PeerConfig] {
+        self.peers.as_deref().map_or(&[], Vec::as_slice)
     }
 
     /// Has the kernel bring what comes from addresses that peers of several shards share to one of them. One shard sees to it
@@ -67,7 +72,7 @@ impl Shard {
         if !std::mem::take(&mut self.steer_anew) || !sees_to_it {
             return;
         }
-        let relays = self.peers.iter().filter(|peer| peer.role == Role::Relay);
+        let relays = self.known_peers().iter().filter(|peer| peer.role == Role::Relay);
         let relays = relays.flat_map(|relay| relay.candidates.iter().copied());
         let gathered = self.places.gathered(relays.chain(self.bridges.values().copied()));
         if let Err(error) = self.udp.set_filter(&filter_of(self.config.share.of(), &gathered)) {
