@@ -5,7 +5,8 @@
 //!    ^                  │        relays are asked, too        │         │
 //!    └──────────────────┴──────── any of them answered ───────┴─────────┘
 //! ```
-//! Several, as one alone may be lost like any packet; patience is counted from the first.
+//! Several, as one alone may be lost like any packet; patience is counted from the first. Where some are lost on a way that stands
+//! ([`Losses`]) there are more of them in the same time.
 
 use std::time::Duration;
 
@@ -23,10 +24,34 @@ pub(super) const LOST: Duration = Duration::from_millis(850);
 const LOST_ROUND_TRIPS: u32 = 3;
 /// Ways lost in a row at which everything is tried at once: each relay, a direct way, and as many again.
 const LOSSES_MAX: u32 = 2 * (RELAYS_MAX as u32 + 1);
-/// Probes within the patience for the first of them.
+/// Probes within the patience for the first of them, where nothing is lost; and where half of all are, of ten in a row still one
+/// in a thousand times.
 const PROBES: u32 = 3;
-/// Probes in a row at that pace: one who speaks to somebody who is gone goes on with one in [`CHECK`].
-const PROBES_MAX: u32 = 4 * PROBES;
+const PROBES_MAX: u32 = 9;
+/// One more for so many lost of a hundred.
+const PERCENT_FOR_ANOTHER: u32 = 8;
+/// So often such a number in a row at that pace: one who speaks to somebody who is gone goes on with one in [`CHECK`].
+const ROUNDS_MAX: u32 = 4;
+
+/// How many of a hundred probes over ways that stand were lost of late, each of them with an eighth of the whole.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Losses {
+    per_mille: u32,
+}
+
+impl Losses {
+    /// One was answered after so many that were not.
+    pub(super) fn answered(&mut self, lost: usize) {
+        for _ in 0..lost.min(PROBES_MAX as usize) {
+            self.per_mille += (1_000 - self.per_mille) / 8;
+        }
+        self.per_mille -= self.per_mille / 8;
+    }
+
+    fn probes(self) -> u32 {
+        (PROBES + self.per_mille / 10 / PERCENT_FOR_ANOTHER).min(PROBES_MAX)
+    }
+}
 
 impl Ways {
     /// Probes the way in use when it was silent for too long.
@@ -52,8 +77,9 @@ impl Ways {
             self.doubted = self.doubted.max(Some(doubt));
         }
         self.checks = self.checks.saturating_add(1);
-        if self.checks <= PROBES_MAX {
-            self.check_at = Some(now + self.patience(&way) / PROBES);
+        let probes = self.lossy.probes();
+        if self.checks <= ROUNDS_MAX * probes {
+            self.check_at = Some(now + self.patience(&way) / probes);
         }
         self.ask(now, way, limiter, token, out);
     }

@@ -110,3 +110,29 @@ fn a_relay_that_says_it_leaves_is_not_taken_up_again_for_carrying_on_meanwhile()
     assert_eq!(ways.way(at(4), &around), Some(other));
     assert!(ways.again_at.is_none());
 }
+
+#[test]
+fn a_way_on_which_much_is_lost_is_asked_more_often_before_it_is_given_up() {
+    // Probes over a way that carries no more, until it is lost, after each `nth` before was answered.
+    let asked_before_it_was_lost = |nth: usize| {
+        let (mut ways, mut asked) = (Ways::default(), 0);
+        for ms in (0..60_000).step_by(10) {
+            ways.used(at(ms));
+            asked += probes(&mut ways, ms, None, &[relay()]).len();
+            let newest = ways.asked.back().filter(|it| it.at == at(ms)).map(|it| it.token);
+            if let Some(token) = newest.filter(|_| asked.is_multiple_of(nth)) {
+                ways.answered(at(ms), token, relay().addr, true);
+            }
+        }
+        let mut asked = 0;
+        for ms in (60_000..70_000).step_by(10) {
+            ways.used(at(ms));
+            asked += probes(&mut ways, ms, None, &[relay()]).len();
+            if ways.avoid.is_some() {
+                return asked;
+            }
+        }
+        panic!("it is never lost");
+    };
+    assert_eq!([1, 2].map(asked_before_it_was_lost), [4, 9]);
+}
