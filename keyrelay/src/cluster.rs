@@ -19,7 +19,7 @@ use keyrelay::kube::copy::Copy;
 use keyrelay::kube::publish::{self, Entry};
 use keyrelay::kube::{self, State};
 use keyrelay::members::Rosters;
-use keyrelay::server::Shared;
+use keyrelay::shared::Shared;
 use mesh_types::key::PublicKey;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;

@@ -22,6 +22,7 @@ pub mod kube;
 pub mod members;
 pub mod metrics;
 pub mod server;
+pub mod shared;
 pub mod streams;
 pub mod vantage;
 pub mod whoami;

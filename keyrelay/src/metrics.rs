@@ -23,7 +23,7 @@ use tokio::sync::Semaphore;
 
 use crate::core::counters::{Event, Reason};
 use crate::health::Doubt;
-use crate::server::Shared;
+use crate::shared::Shared;
 
 /// Connections served at once: a kubelet, a scraper and a few people; more wait.
 const CONNECTIONS_MAX: usize = 32;

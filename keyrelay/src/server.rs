@@ -12,11 +12,13 @@
 //! A turn: one receive call, control and handshakes first, then data, each burst out by a segmented send; what came one by one is
 //! made into bursts (`netcfg::udp`). Nothing is queued but in the kernel's socket buffers.
 
+mod looks;
+
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -24,15 +26,15 @@ use anyhow::Context;
 use mesh_types::limits::{RELAY_LEAVING_PER_TURN, RELAY_RECEIVE_MESSAGES, RELAY_THREADS_MAX};
 use mesh_types::time::MonoTime;
 use netcfg::release::Release;
-use netcfg::udp::{Carrying, Glue, Received, RecvBatch, UdpCounters, UdpOptions, UdpSocket};
+use netcfg::udp::{Carrying, Glue, Received, RecvBatch, UdpOptions, UdpSocket};
 use wg_engine::BoringFactory;
 
+use self::looks::Looks;
+pub use self::looks::{LookSockets, open_looks};
 use crate::clock;
-use crate::core::counters::{Counters, Event, Reason};
 use crate::core::relay::{Arrival, Outlet, Relay, Worker};
 use crate::core::{Reach, Source};
-use crate::health::Health;
-use crate::streams::Streams;
+use crate::shared::Shared;
 
 /// How often engines may forget expired keys.
 pub const EXPIRE_EVERY: Duration = Duration::from_secs(1);
@@ -40,75 +42,8 @@ pub const EXPIRE_EVERY: Duration = Duration::from_secs(1);
 /// How soon an idle thread sees that it is to end, and how old what it counted may look.
 const WAIT: Duration = Duration::from_millis(200);
 
-/// Of the second port: an idle one needs little, and a flood of it is to be lost.
-const LOOK_RECEIVE_MESSAGES: usize = 4;
-const LOOK_BUFFER_BYTES: usize = 64 * 1024;
-
 /// Pause after a receive that failed, so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(50);
-
-/// What the threads and whoever looks at them share.
-pub struct Shared {
-    pub relay: Relay<BoringFactory>,
-    pub streams: Arc<Streams>,
-    pub health: Arc<Health>,
-    /// Annotations of Nodes that hold no key, and whether the API is in trouble.
-    pub refused_keys: AtomicU64,
-    pub api_trouble: AtomicBool,
-    pub(crate) stream_counters: Arc<Counters>,
-    /// Of each thread that carries, and of the other port.
-    counters: Vec<Arc<Counters>>,
-    udp: Vec<Mutex<UdpCounters>>,
-    panics: AtomicU64,
-    /// Sends from a port that nobody sends to.
-    elsewhere: Option<Mutex<UdpSocket>>,
-    leaving: AtomicBool,
-    stop: AtomicBool,
-}
-
-impl Shared {
-    fn new(relay: Relay<BoringFactory>, threads: usize, elsewhere: Option<UdpSocket>) -> Self {
-        Self {
-            relay,
-            streams: Arc::default(),
-            health: Arc::default(),
-            refused_keys: AtomicU64::new(0),
-            api_trouble: AtomicBool::new(false),
-            stream_counters: Arc::default(),
-            counters: (0..=threads).map(|_| Arc::default()).collect(),
-            elsewhere: elsewhere.map(Mutex::new),
-            udp: (0..threads).map(|_| Mutex::default()).collect(),
-            panics: AtomicU64::new(0),
-            leaving: AtomicBool::new(false),
-            stop: AtomicBool::new(false),
-        }
-    }
-
-    pub fn drops(&self, reason: Reason) -> u64 {
-        self.all().map(|counters| counters.drops(reason)).sum()
-    }
-
-    pub fn events(&self, event: Event) -> u64 {
-        self.all().map(|counters| counters.events(event)).sum()
-    }
-
-    fn all(&self) -> impl Iterator<Item = &Arc<Counters>> {
-        self.counters.iter().chain([&self.stream_counters])
-    }
-
-    /// Bursts lost to a fault of ours.
-    pub fn panics(&self) -> u64 {
-        self.panics.load(Ordering::Relaxed)
-    }
-
-    pub fn udp(&self) -> UdpCounters {
-        let mut sum = UdpCounters::default();
-        for counters in &self.udp {
-            sum.add(&counters.lock().unwrap_or_else(PoisonError::into_inner));
-        }
-        sum
-    }
-}
 
 /// Running threads.
 pub struct Server {
@@ -143,37 +78,6 @@ pub fn open(
         Ipv4Addr::UNSPECIFIED.into()
     };
     Ok((SocketAddr::new(options.address.unwrap_or(unspecified), first.local_port()), sockets))
-}
-
-/// What NATs are measured by: a port that answers, and one that only sends.
-#[derive(Debug)]
-pub struct LookSockets {
-    other: UdpSocket,
-    elsewhere: UdpSocket,
-}
-
-impl LookSockets {
-    /// The one that answers.
-    pub fn port(&self) -> u16 {
-        self.other.local_port()
-    }
-}
-
-/// Opens them at the address of the main port: `port`, and one that the kernel chooses.
-pub fn open_looks(main: SocketAddr, port: u16) -> anyhow::Result<LookSockets> {
-    let any = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
-    let open = |port| {
-        UdpSocket::open(&UdpOptions {
-            address: Some(main.ip()).filter(|ip| *ip != any),
-            port,
-            gro: false,
-            gso: false,
-            buffer_bytes: LOOK_BUFFER_BYTES,
-            ..UdpOptions::default()
-        })
-    };
-    let other = open(port).with_context(|| format!("cannot use UDP port {port}"))?;
-    Ok(LookSockets { other, elsewhere: open(0)? })
 }
 
 impl Server {
@@ -358,54 +262,6 @@ impl Outlet for Sockets<'_> {
         if let Err(error) = elsewhere.send(address, to.local, 0, datagram.len(), datagram) {
             tracing::trace!(%address, %error, "not sent");
         }
-    }
-}
-
-/// The thread of the other port: a few questions from each member in a day, and whatever else the internet sends.
-struct Looks {
-    socket: UdpSocket,
-    batch: RecvBatch,
-    worker: Worker,
-    shared: Arc<Shared>,
-}
-
-impl Looks {
-    fn new(socket: UdpSocket, shared: Arc<Shared>) -> Self {
-        let counters = shared.counters.last().cloned().unwrap_or_default();
-        let batch = RecvBatch::new(LOOK_RECEIVE_MESSAGES);
-        Self { socket, batch, worker: Worker::new(counters), shared }
-    }
-
-    fn run(&mut self) {
-        while !self.shared.stop.load(Ordering::Relaxed) {
-            match catch_unwind(AssertUnwindSafe(|| self.turn())) {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    tracing::warn!(%error, "cannot receive from the second UDP port");
-                    thread::sleep(PAUSE);
-                }
-                Err(_) => {
-                    self.shared.panics.fetch_add(1, Ordering::Relaxed);
-                    tracing::warn!(
-                        "a question met a fault of keyrelay's: please report the lines above"
-                    );
-                    thread::sleep(PAUSE);
-                }
-            }
-        }
-    }
-
-    fn turn(&mut self) -> io::Result<()> {
-        let filled = self.socket.recv_or_wait(&mut self.batch)?;
-        let now = clock::now();
-        for slot in 0..filled {
-            let Some(message) = self.batch.get(slot) else { continue };
-            let from = Reach { source: Source::Udp(message.source), local: message.local };
-            let Some(bytes) = self.batch.bytes_mut(slot) else { continue };
-            let mut out = Sockets { udp: &mut self.socket, shared: &self.shared };
-            self.shared.relay.handle_other(now, from, bytes, &mut self.worker, &mut out);
-        }
-        Ok(())
     }
 }
 

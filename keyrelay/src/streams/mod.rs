@@ -11,7 +11,7 @@
 //! own, so that no flood of connections takes time from the threads that carry. Who the relay is, the session inside
 //! proves: the certificate is made at start and means nothing.
 
-mod places;
+pub mod places;
 
 use std::io;
 use std::net::SocketAddr;
@@ -28,13 +28,12 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{interval, timeout};
 use tokio_rustls::TlsAcceptor;
 
-pub use self::places::Streams;
 use self::places::{Place, Stream};
 use crate::clock;
 use crate::core::counters::Counters;
 use crate::core::relay::{Arrival, Outlet, Worker};
 use crate::core::{Reach, Source};
-use crate::server::Shared;
+use crate::shared::Shared;
 
 /// A connection over which nobody has registered by then is closed.
 const HALF_OPEN_FOR: Duration = Duration::from_secs(10);
