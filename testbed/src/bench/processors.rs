@@ -1,46 +1,16 @@
-//! What the machine's processors add to times that are short: taken out, for all programs alike.
+//! What several processors add to times that are short: taken out, for all programs alike.
 //!
 //! A processor with nothing to do sleeps, and to wake one, or to hand work to another, takes a virtual machine tens of microseconds:
 //! more than a relay adds, and sometimes less for a slow program, which leaves it no time to sleep.
 
 use std::fs;
-use std::process::{Child, Command, Stdio};
-use std::thread::available_parallelism;
 
 use anyhow::{Context as _, Result};
 use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-/// None sleeps, until dropped: each has an endless program of the class that runs only when nobody else wants to (`SCHED_IDLE`,
-/// sched(7)).
-#[derive(Debug)]
-pub(super) struct Awake(Vec<Child>);
-
-impl Awake {
-    pub(super) fn begin() -> Result<Self> {
-        let processors = available_parallelism().map_or(1, usize::from);
-        let mut awake = Self(Vec::new());
-        for _ in 0..processors {
-            // In our session, so that it counts as less than the programs beside it (`sched_autogroup_enabled`).
-            let mut command = Command::new("chrt");
-            command.args(["--idle", "0", "sh", "-c", "while :; do :; done"]).stdin(Stdio::null());
-            awake.0.push(command.spawn().context("cannot run chrt(1) from util-linux")?);
-        }
-        Ok(awake)
-    }
-}
-
-impl Drop for Awake {
-    fn drop(&mut self) {
-        for mut child in self.0.drain(..) {
-            let _ = child.kill(); // it ends with its namespace otherwise
-            let _ = child.wait();
-        }
-    }
-}
-
-/// A program, this thread and what it starts share one processor, until dropped: of a request that is alone on its way everybody
-/// waits for it anyway, and what is measured is the work that is done for it.
+/// A program, this thread and what it starts share one processor, until dropped: whoever works on a request
+/// waits for the others anyway, and what is measured is the work that is done for it and before it.
 #[derive(Debug)]
 pub(super) struct Together {
     threads: Vec<Option<Pid>>,

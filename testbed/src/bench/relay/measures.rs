@@ -10,7 +10,7 @@ use wg_engine::{generate_private_key, public_key};
 
 use super::super::cost;
 use super::super::figures::rank;
-use super::super::processors::{Awake, Together};
+use super::super::processors::Together;
 use super::super::subject::Subject as _;
 use super::load::{self, Carried, LEAD, Load, Pace};
 use super::pair;
@@ -168,7 +168,7 @@ impl Measure {
                 state.samples.push_ranks(&figures[..2], subject, &times);
             }
             Kind::Loaded => {
-                let _awake = Awake::begin()?;
+                let _together = Together::begin(site.pid(subject))?;
                 let times = beside_load(site, subject, time)?;
                 state.samples.push_ranks(figures, subject, &times);
             }

@@ -26,8 +26,8 @@ costs all of them together; ratios between relays of the same round are what to 
   the relay one by one, as from a network interface that merges nothing, for one pair and for a hundred.
 - `rtt_…`: a request of 64 bytes and its answer, one under way at a time; `added_…` is that less the same without a relay. `load_…` is `rtt_…`
   beside 300 Mbit/s of another pair.
-- For `rtt_…` the relay and both clients share one processor, and for `load_…` programs of the lowest class (`SCHED_IDLE`) keep the processors
-  awake: to wake a processor of a virtual machine, or to hand work to another, takes longer than any of these relays, and hides them.
+- For `rtt_…` and `load_…` the relay and all clients share one processor: to hand work to another, or to wake one of a virtual machine, takes
+  longer than any of these relays, and hides them.
 - `cpu_per_gbit`: processor time of the relay, in ticks of 10 ms, system calls included, for a Gbit of `forward_1`.
 - `resident_10000`: memory of keyrelay with so many members registered. `flood_…`: 1,000,000 datagrams of strangers of five sorts from 64
   addresses, 100,000 a second: by what memory grows, and what a member's `rtt_p99` is during it, divided by what it is in the pauses of it.
