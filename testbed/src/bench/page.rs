@@ -82,6 +82,18 @@ fn row(text: &mut String, figure: &Figure) {
     );
 }
 
+/// One section of the documentation's page of figures, as it is in the repository.
+#[cfg(test)]
+pub(super) fn written(section: Section) -> String {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/performance.md");
+    let page = fs::read_to_string(path).unwrap_or_default();
+    let (first, second) = page.split_once(MARK).unwrap_or((&page, ""));
+    match section {
+        Section::First => first.to_owned(),
+        Section::Second => second.to_owned(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -49,3 +49,16 @@ pub(super) fn write(report: &Report) -> String {
     pages::table(&mut text, "keyrelay", report);
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_says_how_it_was_measured_as_this_program_does() {
+        assert!(
+            pages::written(pages::Section::Second).starts_with(HOW),
+            "docs/performance.md is not what this program writes: ./testbed/bench relay --page docs/performance.md"
+        );
+    }
+}
