@@ -8,7 +8,7 @@ mod common;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
-use common::mesh::{Mesh, TIMEOUT};
+use common::mesh::{Mesh, TIMEOUT, plan};
 use testbed::lab::{Hybrid, hybrid_plan};
 use testbed::traffic::{self, Family, GapProbe, Party, Protocol};
 
@@ -56,6 +56,28 @@ fn every_pod_talks_to_every_other_and_nothing_is_in_clear() {
     assert_eq!(results.len(), 6 * 5 * 6);
     let failed: Vec<_> = results.iter().filter(|result| !result.ok).collect();
     assert!(failed.is_empty(), "{failed:#?}");
+    mesh.finish();
+}
+
+#[test]
+fn every_pod_talks_to_every_other_over_daemons_of_several_shards() {
+    if !common::root() {
+        return;
+    }
+    let nodes = plan(&["a1", "a2", "b1", "b2", "c1"]);
+    let mut mesh = Mesh::start_flagged("shards", &nodes, 1, &["--shards", "3"]);
+    let everybody = |mesh: &Mesh| {
+        let results = traffic::matrix(&mesh.cluster.parties(), &mesh.cluster.canary, 4, |_| {});
+        assert_eq!(results.len(), 5 * 4 * 6);
+        let failed: Vec<_> = results.iter().filter(|result| !result.ok).collect();
+        assert!(failed.is_empty(), "{failed:#?}");
+    };
+    everybody(&mesh);
+    // All of its shards find their peers again.
+    mesh.cluster.kill_meshd("b1").expect("kill");
+    mesh.cluster.start_meshd("b1").expect("start");
+    mesh.cluster.wait_meshed("b1", TIMEOUT).expect("meshed again");
+    everybody(&mesh);
     mesh.finish();
 }
 

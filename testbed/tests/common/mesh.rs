@@ -27,8 +27,19 @@ impl Mesh {
     }
 
     pub(crate) fn start_plan(what: &str, plan: &[NodePlan], pods: usize) -> Self {
+        Self::start_flagged(what, plan, pods, &[])
+    }
+
+    /// With these flags for every daemon.
+    pub(crate) fn start_flagged(
+        what: &str,
+        plan: &[NodePlan],
+        pods: usize,
+        flags: &[&str],
+    ) -> Self {
         let mut cluster =
             Cluster::build_in(&super::lab_name(what), super::programs(), plan).expect("cluster");
+        cluster.flags.extend(flags.iter().map(|flag| (*flag).to_owned()));
         let watch = cluster.watch().expect("watch");
         oracle::prove(cluster.lab(), &watch, &cluster.leaks().expect("leaks"))
             .expect("a seeing oracle");
