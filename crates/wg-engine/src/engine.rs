@@ -103,8 +103,9 @@ impl BoringEngine {
         let Some(tunn) = &mut self.tunn else { return };
         let expired_before = tunn.is_expired();
         let mut unused = [0; TICK_BYTES];
-        // Whatever it wants to send is dropped: the timers here decide. Its ERROR lines about idle peers, too.
-        tracing::subscriber::with_default(tracing::subscriber::NoSubscriber::default(), || {
+        // Whatever it wants to send is dropped: the timers here decide. Its ERROR lines about idle peers, too; by the one subscriber
+        // that needs no registration, which would take a lock of all threads each time.
+        tracing::dispatcher::with_default(&tracing::Dispatch::none(), || {
             let _ = tunn.update_timers(&mut unused);
         });
         if tunn.is_expired() && !expired_before {
