@@ -157,23 +157,8 @@ impl Carrier {
 
     fn run(&mut self) {
         self.carrying.gather(&self.socket);
-        while !self.shared.stop.load(Ordering::Relaxed) {
-            // A fault costs the burst that met it, not the relay.
-            match catch_unwind(AssertUnwindSafe(|| self.turn())) {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    tracing::warn!(%error, "cannot receive from the UDP socket");
-                    thread::sleep(PAUSE);
-                }
-                Err(_) => {
-                    self.shared.panics.fetch_add(1, Ordering::Relaxed);
-                    tracing::warn!(
-                        "a burst met a fault of keyrelay's: please report the lines above"
-                    );
-                    thread::sleep(PAUSE);
-                }
-            }
-        }
+        let (shared, port) = (Arc::clone(&self.shared), self.socket.local_port());
+        turn_until_stopped(&shared, port, || self.turn());
     }
 
     fn turn(&mut self) -> io::Result<()> {
@@ -223,6 +208,24 @@ impl Carrier {
         let mut out = Sockets { udp: &mut self.socket, shared: &self.shared };
         let (relay, count) = (&self.shared.relay, RELAY_LEAVING_PER_TURN);
         self.told = relay.leave(clock::now(), from, count, &mut self.worker, &mut out);
+    }
+}
+
+/// What every thread with a socket does. A fault costs the burst that met it, not the relay.
+fn turn_until_stopped(shared: &Shared, port: u16, mut turn: impl FnMut() -> io::Result<()>) {
+    while !shared.stop.load(Ordering::Relaxed) {
+        match catch_unwind(AssertUnwindSafe(&mut turn)) {
+            Ok(Ok(())) => continue,
+            Ok(Err(error)) => tracing::warn!(port, %error, "cannot receive from the UDP socket"),
+            Err(_) => {
+                shared.panics.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(
+                    port,
+                    "a burst met a fault of keyrelay's: please report the lines above"
+                );
+            }
+        }
+        thread::sleep(PAUSE);
     }
 }
 

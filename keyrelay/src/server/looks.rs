@@ -2,15 +2,12 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::thread;
 
 use anyhow::Context;
 use netcfg::udp::{RecvBatch, UdpOptions, UdpSocket};
 
-use super::{PAUSE, Sockets};
+use super::{Sockets, turn_until_stopped};
 use crate::clock;
 use crate::core::relay::Worker;
 use crate::core::{Reach, Source};
@@ -67,22 +64,8 @@ impl Looks {
     }
 
     pub(super) fn run(&mut self) {
-        while !self.shared.stop.load(Ordering::Relaxed) {
-            match catch_unwind(AssertUnwindSafe(|| self.turn())) {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    tracing::warn!(%error, "cannot receive from the second UDP port");
-                    thread::sleep(PAUSE);
-                }
-                Err(_) => {
-                    self.shared.panics.fetch_add(1, Ordering::Relaxed);
-                    tracing::warn!(
-                        "a question met a fault of keyrelay's: please report the lines above"
-                    );
-                    thread::sleep(PAUSE);
-                }
-            }
-        }
+        let (shared, port) = (Arc::clone(&self.shared), self.socket.local_port());
+        turn_until_stopped(&shared, port, || self.turn());
     }
 
     fn turn(&mut self) -> io::Result<()> {

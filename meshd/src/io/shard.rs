@@ -196,10 +196,7 @@ impl Shard {
             if ready.udp {
                 self.drain_udp(&mut tunnel, now);
             }
-            let spent = match self.peers {
-                Some(_) => self.drain_handed(&mut tunnel, now),
-                None => 0,
-            };
+            let spent = self.drain_handed(&mut tunnel, now);
             if ready.tun {
                 self.drain_tun(&mut tunnel, now, spent);
             }

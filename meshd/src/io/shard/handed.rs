@@ -16,7 +16,10 @@ const HANDED_BYTES: usize = TUN_DRAIN_BYTES / 2;
 impl Shard {
     /// Handshakes first, then datagrams, then packets for as much as the budget gives; returns the bytes spent of it.
     pub(super) fn drain_handed(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) -> usize {
-        let Some(exchange) = &mut self.exchange else { return 0 };
+        // As the TUN: until the peers are told it waits.
+        let Some(exchange) = self.exchange.as_mut().filter(|_| self.peers.is_some()) else {
+            return 0;
+        };
         let (mut device, mut any) = (Device::There, false);
         for from in 0..exchange.others() {
             any |= take_handshakes(exchange, from, tunnel, now);

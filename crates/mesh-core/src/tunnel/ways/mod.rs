@@ -39,7 +39,7 @@ use mesh_types::limits::{CANDIDATES_PER_NODE_MAX, RELAYS_MAX};
 use mesh_types::nat::Nat;
 use mesh_types::time::MonoTime;
 
-use self::silence::{CHECK, LOST, Losses};
+use self::silence::{CHECK, LOST, ProbeLoss};
 use super::config::Doubt;
 use super::path::{Endpoint, ProbeLimiter};
 
@@ -156,7 +156,7 @@ pub struct Ways {
     /// Ways lost since anything came over one.
     losses: u32,
     /// Probes lost over ways that stood.
-    lossy: Losses,
+    probe_loss: ProbeLoss,
     seek_at: Option<MonoTime>,
     seeks: u32,
     /// Seeks since the peer said where it is.
@@ -232,7 +232,7 @@ impl Ways {
         // Earlier probes over this way are answered with it.
         let waiting = self.asked.len();
         self.asked.retain(|other| other.to != asked.to || other.at > asked.at);
-        self.lossy.answered(waiting - self.asked.len());
+        self.probe_loss.answered(waiting - self.asked.len());
         let proven = Proven { addr: source, at: now, rtt: Some(rtt) };
         if carried {
             self.note_relay_rtt(source, rtt);

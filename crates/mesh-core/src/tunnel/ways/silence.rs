@@ -6,7 +6,7 @@
 //!    └──────────────────┴──────── any of them answered ───────┴─────────┘
 //! ```
 //! Several, as one alone may be lost like any packet; patience is counted from the first. Where some are lost on a way that stands
-//! ([`Losses`]) there are more of them in the same time.
+//! ([`ProbeLoss`]) there are more of them in the same time.
 
 use std::time::Duration;
 
@@ -24,22 +24,22 @@ pub(super) const LOST: Duration = Duration::from_millis(850);
 const LOST_ROUND_TRIPS: u32 = 3;
 /// Ways lost in a row at which everything is tried at once: each relay, a direct way, and as many again.
 const LOSSES_MAX: u32 = 2 * (RELAYS_MAX as u32 + 1);
-/// Probes within the patience for the first of them, where nothing is lost; and where half of all are, of ten in a row still one
-/// in a thousand times.
+/// Probes within the patience for the first of them, where nothing is lost.
 const PROBES: u32 = 3;
+/// The same where half of all are: with the one that ends the patience ten, which are all lost once in a thousand times.
 const PROBES_MAX: u32 = 9;
-/// One more for so many lost of a hundred.
-const PERCENT_FOR_ANOTHER: u32 = 8;
+/// One more for so many lost of a thousand.
+const PER_MILLE_FOR_ANOTHER: u32 = 80;
 /// So often such a number in a row at that pace: one who speaks to somebody who is gone goes on with one in [`CHECK`].
 const ROUNDS_MAX: u32 = 4;
 
-/// How many of a hundred probes over ways that stand were lost of late, each of them with an eighth of the whole.
+/// How many of a thousand probes over ways that stand were lost of late; each counts for an eighth.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Losses {
+pub(super) struct ProbeLoss {
     per_mille: u32,
 }
 
-impl Losses {
+impl ProbeLoss {
     /// One was answered after so many that were not.
     pub(super) fn answered(&mut self, lost: usize) {
         for _ in 0..lost.min(PROBES_MAX as usize) {
@@ -49,7 +49,7 @@ impl Losses {
     }
 
     fn probes(self) -> u32 {
-        (PROBES + self.per_mille / 10 / PERCENT_FOR_ANOTHER).min(PROBES_MAX)
+        (PROBES + self.per_mille / PER_MILLE_FOR_ANOTHER).min(PROBES_MAX)
     }
 }
 
@@ -77,7 +77,7 @@ impl Ways {
             self.doubted = self.doubted.max(Some(doubt));
         }
         self.checks = self.checks.saturating_add(1);
-        let probes = self.lossy.probes();
+        let probes = self.probe_loss.probes();
         if self.checks <= ROUNDS_MAX * probes {
             self.check_at = Some(now + self.patience(&way) / probes);
         }
