@@ -234,6 +234,27 @@ fn a_pair_of_several_shards_that_knows_two_relays_loses_nothing_when_one_leaves(
     }
 }
 
+#[test]
+fn shards_tell_each_other_of_a_doubt_at_once_and_then_once_a_second() {
+    let mut pair = Pair::new([3, 1], [0, 0]);
+    pair.run(Duration::from_millis(500));
+    pair.talk(Duration::from_secs(3));
+    let share = pair.machines[0].share;
+    let owner = share.owner(&key(1));
+    let foreign = pair.relays.iter().filter(|relay| share.owner(&relay.key) != owner).count();
+    assert!(foreign > 0, "another shard has a relay");
+    pair.relays.iter_mut().for_each(|relay| relay.up = false);
+    pair.machines[0].doubts_told = 0;
+    // A second of silence, and then a probe three times as often as they are told.
+    pair.talk(Duration::from_secs(1));
+    let first = pair.machines[0].doubts_told;
+    assert!((foreign..=2 * foreign).contains(&first), "{first} of {foreign} relays");
+    pair.talk(Duration::from_secs(4));
+    let told = pair.machines[0].doubts_told - first;
+    // Once more where doubt grows.
+    assert!((3 * foreign..=5 * foreign).contains(&told), "{told} of {foreign} relays");
+}
+
 /// As [`lost_by_leaving`], where nobody has spoken for so long when the relay leaves, nor does until so long after its end.
 fn lost_after_silence(far_ms: [u64; 2], before_s: u64, after_s: u64) -> [usize; 2] {
     let mut pair = Pair::new([1, 1], far_ms);

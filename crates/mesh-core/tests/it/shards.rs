@@ -28,6 +28,8 @@ pub(crate) struct Machine {
     pub(crate) now: MonoTime,
     /// (shard that opened it, packet)
     pub(crate) delivered: Vec<(usize, Vec<u8>)>,
+    /// Relays in doubt that shards told each other of.
+    pub(crate) doubts_told: usize,
 }
 
 fn private(number: usize) -> PrivateKey {
@@ -71,7 +73,7 @@ fn tunnels(number: usize, of: usize) -> Vec<Tunnel<ModelFactory>> {
 impl Machine {
     pub(crate) fn new(number: usize, of: usize) -> Self {
         let (shards, share) = (tunnels(number, of), Share::new(0, of));
-        Self { number, shards, share, now: now(), delivered: Vec::new() }
+        Self { number, shards, share, now: now(), delivered: Vec::new(), doubts_told: 0 }
     }
 
     pub(crate) fn set_peers(&mut self, peers: &[PeerConfig]) {
@@ -119,6 +121,7 @@ impl Machine {
     pub(crate) fn tell_shards(&mut self) {
         for at in 0..self.shards.len() {
             while let Some(event) = self.shards[at].poll_event() {
+                self.doubts_told += usize::from(matches!(event, Event::RelayInDoubt { .. }));
                 for other in (0..self.shards.len()).filter(|other| *other != at) {
                     self.tell(other, &event);
                 }
