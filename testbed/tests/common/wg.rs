@@ -113,6 +113,11 @@ impl Bench {
 
     /// The same where the wires are made already.
     pub(crate) fn run(&mut self, programs: [Program; 2], underlay: &str) {
+        self.run_with(programs, underlay, "");
+    }
+
+    /// The same; `words` are what each is told of the other besides.
+    pub(crate) fn run_with(&mut self, programs: [Program; 2], underlay: &str, words: &str) {
         let meshd = self.meshd();
         for (node, program) in self.nodes.iter_mut().zip(programs) {
             node.start(program, &meshd);
@@ -120,8 +125,9 @@ impl Bench {
         let [a, b] = &self.nodes;
         a.set(&format!("listen-port 7001 private-key {}", a.key_file()));
         b.set(&format!("listen-port 7002 private-key {}", b.key_file()));
-        a.set(&format!("peer {} endpoint {underlay}:7002 allowed-ips {}", b.name(), b.inside()));
-        b.set(&format!("peer {} allowed-ips {}", a.name(), a.inside()));
+        let of = |node: &Node| format!("peer {} allowed-ips {} {words}", node.name(), node.inside());
+        a.set(&format!("{} endpoint {underlay}:7002", of(b)));
+        b.set(&of(a));
         // The kernel speaks as soon as an interface is up (IPv6 routers, multicast), and whoever knows an endpoint begins a
         // handshake then: to one that is not up yet it would be lost, though counted.
         b.bring_up();
