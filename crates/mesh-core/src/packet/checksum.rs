@@ -4,6 +4,8 @@
 //! in the machine's order into 64-bit lanes, which compilers turn into vector code, and the
 //! carry is folded once at the end. 64 KiB add up to less than 2^46, so nothing overflows.
 
+use std::num::Wrapping;
+
 use super::{PROTOCOL_TCP, PROTOCOL_UDP};
 
 /// A running ones-complement sum.
@@ -16,19 +18,19 @@ impl Sum {
     #[must_use]
     pub fn bytes(self, data: &[u8]) -> Self {
         const LANES: usize = 8;
-        let mut lanes = [0_u64; LANES];
+        // Nothing overflows, but additions that are checked for it are no vector code.
+        let number = |word: &[u8; 4]| Wrapping(u64::from(u32::from_ne_bytes(*word)));
+        let mut lanes = [Wrapping(0); LANES];
         let (chunks, rest) = data.as_chunks::<{ 4 * LANES }>();
         for chunk in chunks {
             let (words, _) = chunk.as_chunks::<4>();
             for (lane, word) in lanes.iter_mut().zip(words) {
-                *lane += u64::from(u32::from_ne_bytes(*word));
+                *lane += number(word);
             }
         }
-        let mut total = self.0 + lanes.iter().sum::<u64>();
         let (words, tail) = rest.as_chunks::<4>();
-        for word in words {
-            total += u64::from(u32::from_ne_bytes(*word));
-        }
+        let Wrapping(mut total) = lanes.into_iter().chain(words.iter().map(number)).sum();
+        total += self.0;
         match *tail {
             [a] => total += u64::from(u16::from_ne_bytes([a, 0])),
             [a, b] => total += u64::from(u16::from_ne_bytes([a, b])),
