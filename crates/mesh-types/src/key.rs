@@ -6,7 +6,7 @@ use std::str::FromStr;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
-use zeroize::{Zeroize, ZeroizeOnDrop};
+use zeroize::{Zeroize as _, Zeroizing};
 
 /// Length of a Curve25519 point or scalar in bytes (RFC 7748).
 pub const KEY_LEN: usize = 32;
@@ -30,13 +30,33 @@ pub enum KeyError {
 pub struct PublicKey([u8; KEY_LEN]);
 
 /// Curve25519 private key. Zeroised on drop, never printed.
-#[derive(Clone, Zeroize, ZeroizeOnDrop)]
-pub struct PrivateKey([u8; KEY_LEN]);
+#[derive(Clone)]
+pub struct PrivateKey(Secret);
 
 /// Optional symmetric key mixed into a handshake. Zeroised on drop, never printed.
-#[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
-pub struct PresharedKey([u8; KEY_LEN]);
+pub struct PresharedKey(Secret);
+
+/// Stays in one place from its making to its end: a value that is moved, by a collection that grows for instance, leaves
+/// its bytes where it was.
+#[derive(PartialEq, Eq)]
+struct Secret(Box<Zeroizing<[u8; KEY_LEN]>>);
+
+impl Secret {
+    /// Copies straight to where it stays.
+    fn new(bytes: &[u8; KEY_LEN]) -> Self {
+        let mut place = Box::new(Zeroizing::new([0; KEY_LEN]));
+        place.copy_from_slice(bytes);
+        Self(place)
+    }
+}
+
+impl Clone for Secret {
+    fn clone(&self) -> Self {
+        Self::new(&self.0)
+    }
+}
 
 impl PublicKey {
     /// Refuses the low-order points (RFC 7748 section 6.1: an all-zero shared secret must abort).
@@ -65,56 +85,60 @@ impl PrivateKey {
         bytes[0] &= 248;
         bytes[31] &= 127;
         bytes[31] |= 64;
-        let key = Self(bytes);
+        let key = Self(Secret::new(&bytes));
         bytes.zeroize();
         key
     }
 
     /// The clamped scalar. Callers hand it to the engine or to the key file and nowhere else.
     pub fn expose(&self) -> &[u8; KEY_LEN] {
-        &self.0
+        &self.0.0
     }
 
     /// Base64 for the key file; the only way a private key becomes text.
-    pub fn to_base64(&self) -> zeroize::Zeroizing<String> {
-        zeroize::Zeroizing::new(STANDARD.encode(self.0))
+    pub fn to_base64(&self) -> Zeroizing<String> {
+        Zeroizing::new(STANDARD.encode(self.expose()))
     }
 }
 
 impl PresharedKey {
-    pub fn from_bytes(bytes: [u8; KEY_LEN]) -> Self {
-        Self(bytes)
+    pub fn from_bytes(mut bytes: [u8; KEY_LEN]) -> Self {
+        let key = Self(Secret::new(&bytes));
+        bytes.zeroize();
+        key
     }
 
     pub fn expose(&self) -> &[u8; KEY_LEN] {
-        &self.0
+        &self.0.0
     }
 }
 
-fn decode(text: &str) -> Result<[u8; KEY_LEN], KeyError> {
-    let bytes =
-        zeroize::Zeroizing::new(STANDARD.decode(text.trim()).map_err(|_| KeyError::NotBase64)?);
-    <[u8; KEY_LEN]>::try_from(bytes.as_slice()).map_err(|_| KeyError::WrongLength(bytes.len()))
+fn decode(text: &str) -> Result<Zeroizing<[u8; KEY_LEN]>, KeyError> {
+    let bytes = Zeroizing::new(STANDARD.decode(text.trim()).map_err(|_| KeyError::NotBase64)?);
+    match <[u8; KEY_LEN]>::try_from(bytes.as_slice()) {
+        Ok(key) => Ok(Zeroizing::new(key)),
+        Err(_) => Err(KeyError::WrongLength(bytes.len())),
+    }
 }
 
 impl FromStr for PublicKey {
     type Err = KeyError;
     fn from_str(text: &str) -> Result<Self, KeyError> {
-        Self::from_bytes(decode(text)?)
+        Self::from_bytes(*decode(text)?)
     }
 }
 
 impl FromStr for PrivateKey {
     type Err = KeyError;
     fn from_str(text: &str) -> Result<Self, KeyError> {
-        Ok(Self::from_bytes(decode(text)?))
+        Ok(Self::from_bytes(*decode(text)?))
     }
 }
 
 impl FromStr for PresharedKey {
     type Err = KeyError;
     fn from_str(text: &str) -> Result<Self, KeyError> {
-        Ok(Self(decode(text)?))
+        Ok(Self(Secret::new(&*decode(text)?)))
     }
 }
 
@@ -238,7 +262,7 @@ mod tests {
 
     #[test]
     fn secrets_do_not_show_in_debug_output() {
-        let shown = format!("{:?}{:?}", PrivateKey::from_bytes([7; 32]), PresharedKey([7; 32]));
+        let shown = format!("{:?}{:?}", PrivateKey::from_bytes([7; 32]), PresharedKey::from_bytes([7; 32]));
         assert_eq!(shown, "PrivateKey(redacted)PresharedKey(redacted)");
     }
 }

@@ -10,6 +10,7 @@
 
 pub mod device;
 pub mod line;
+mod lines;
 mod refusal;
 pub mod server;
 

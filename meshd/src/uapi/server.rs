@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use mesh_types::limits::{UAPI_CONNECTIONS_MAX, UAPI_LINE_BYTES_MAX, UAPI_LINES_MAX};
-use tokio::io::{AsyncBufRead, AsyncBufReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader};
+use mesh_types::limits::{UAPI_CONNECTIONS_MAX, UAPI_LINES_MAX};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
@@ -17,6 +17,7 @@ use zeroize::Zeroizing;
 
 use super::Refusal;
 use super::line::{self, Line};
+use super::lines::{Lines, Read};
 
 /// A client that says nothing for so long is let go.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
@@ -132,10 +133,10 @@ fn is_trusted(stream: &UnixStream) -> bool {
 
 async fn converse(mut stream: UnixStream, service: Service) {
     let (reader, mut writer) = stream.split();
-    let mut reader = BufReader::new(reader);
+    let mut said = Lines::new(reader);
     loop {
         let asked =
-            tokio::time::timeout(IDLE_TIMEOUT, request(&mut reader, service.handler.is_writable()));
+            tokio::time::timeout(IDLE_TIMEOUT, request(&mut said, service.handler.is_writable()));
         let Ok(Ok(asked)) = asked.await else { return };
         let ends = matches!(asked, Request::End | Request::Nonsense);
         let answered = match asked {
@@ -197,42 +198,37 @@ pub(super) enum Request {
 /// Reads one request, to its blank line. After a line that is refused the rest is read and forgotten, so that a client
 /// that writes before it reads is not cut off.
 pub(super) async fn request(
-    reader: &mut (impl AsyncBufRead + Unpin),
+    said: &mut Lines<impl AsyncRead + Unpin>,
     writable: bool,
 ) -> io::Result<Request> {
-    let mut text = Zeroizing::new(Vec::with_capacity(UAPI_LINE_BYTES_MAX));
-    match read_line(reader, &mut text).await? {
+    match said.next().await? {
         Read::End => return Ok(Request::End),
-        Read::Line if text.as_slice() == b"get=1" => {}
-        Read::Line if text.as_slice() == b"set=1" => {
-            return read_set(reader, &mut text, writable).await;
-        }
-        Read::Line | Read::TooLong | Read::Cut => return Ok(Request::Nonsense),
+        Read::Line(b"get=1") => {}
+        Read::Line(b"set=1") => return read_set(said, writable).await,
+        Read::Line(_) | Read::TooLong | Read::Cut => return Ok(Request::Nonsense),
     }
-    Ok(match read_line(reader, &mut text).await? {
+    Ok(match said.next().await? {
         Read::End => Request::End,
-        Read::Line if text.is_empty() => Request::Get,
+        Read::Line([]) => Request::Get,
         _ => Request::Refused(Refusal::Invalid),
     })
 }
 
 async fn read_set(
-    reader: &mut (impl AsyncBufRead + Unpin),
-    text: &mut Zeroizing<Vec<u8>>,
+    said: &mut Lines<impl AsyncRead + Unpin>,
     writable: bool,
 ) -> io::Result<Request> {
     let mut lines = Vec::new();
     let mut refusal = (!writable).then_some(Refusal::NotPermitted);
     let mut in_peer = false;
     loop {
-        let read = match read_line(reader, text).await? {
-            Read::End => break,
-            Read::Line if text.is_empty() => break,
+        let read = match said.next().await? {
+            Read::End | Read::Line([]) => break,
             _ if refusal.is_some() => continue,
             Read::TooLong => Err(Refusal::TooLong),
             Read::Cut => Err(Refusal::Protocol),
-            Read::Line if lines.len() >= UAPI_LINES_MAX => Err(Refusal::TooLong),
-            Read::Line => line::parse(text, in_peer, &zone),
+            Read::Line(_) if lines.len() >= UAPI_LINES_MAX => Err(Refusal::TooLong),
+            Read::Line(text) => line::parse(text, in_peer, &zone),
         };
         match read {
             Ok(line) => {
@@ -251,41 +247,4 @@ async fn read_set(
 /// The index of the interface an address is behind.
 fn zone(name: &str) -> Option<u32> {
     netcfg::link::get(name).ok().flatten().map(|link| link.index)
-}
-
-enum Read {
-    /// Without its end.
-    Line,
-    /// Nothing of it is kept.
-    TooLong,
-    /// The client went away within a line.
-    Cut,
-    End,
-}
-
-/// Reads to the end of the line, and keeps no more of it than a line may have.
-async fn read_line(
-    reader: &mut (impl AsyncBufRead + Unpin),
-    text: &mut Zeroizing<Vec<u8>>,
-) -> io::Result<Read> {
-    text.clear();
-    let mut too_long = false;
-    loop {
-        let buffer = reader.fill_buf().await?;
-        if buffer.is_empty() {
-            let nothing = text.is_empty() && !too_long;
-            return Ok(if nothing { Read::End } else { Read::Cut });
-        }
-        let end = buffer.iter().position(|byte| *byte == b'\n');
-        let part = buffer.get(..end.unwrap_or(buffer.len())).unwrap_or_default();
-        too_long |= text.len() + part.len() > UAPI_LINE_BYTES_MAX;
-        if !too_long {
-            text.extend_from_slice(part);
-        }
-        let used = part.len() + usize::from(end.is_some());
-        reader.consume(used);
-        if end.is_some() {
-            return Ok(if too_long { Read::TooLong } else { Read::Line });
-        }
-    }
 }

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use super::Refusal;
 use super::device::{Device, Figures, Live};
 use super::line::{Line, PeerKey, parse};
+use super::lines::Lines;
 use super::server::{Request, request};
 
 fn zone(name: &str) -> Option<u32> {
@@ -223,10 +224,11 @@ fn a_change_names_what_is_new_and_nothing_else() {
     assert_eq!(endpoints, ["192.0.2.1:1"]);
 }
 
-async fn read(mut bytes: &[u8], writable: bool) -> Vec<Request> {
+async fn read(bytes: &[u8], writable: bool) -> Vec<Request> {
+    let mut said = Lines::new(bytes);
     let mut all = Vec::new();
     loop {
-        let next = request(&mut bytes, writable).await.expect("memory reads");
+        let next = request(&mut said, writable).await.expect("memory reads");
         let end = matches!(next, Request::End | Request::Nonsense);
         all.push(next);
         if end {

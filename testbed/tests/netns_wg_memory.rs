@@ -1,0 +1,106 @@
+//! What keys that were taken back leave in the memory of `meshd wg`: read from outside, as root can.
+#![allow(clippy::expect_used)] // helpers of a test say what failed by panicking
+
+mod common;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+
+use common::wg::{Bench, Node, Program, ensure, wait_for};
+use mesh_types::key::{KEY_LEN, PrivateKey};
+use wg_engine::{generate_private_key, public_key};
+
+/// Everything the daemon can write to: heaps, stacks, globals.
+fn memory(node: &Node) -> Vec<Vec<u8>> {
+    let process = format!("/proc/{}", node.daemon().process().pid);
+    let maps = std::fs::read_to_string(format!("{process}/maps")).expect("its maps");
+    let memory = File::open(format!("{process}/mem")).expect("its memory");
+    let region = |line: &str| {
+        let (range, rest) = line.split_once(' ')?;
+        let (from, to) = range.split_once('-')?;
+        let address = |text| u64::from_str_radix(text, 16).ok();
+        let (from, to) = (address(from)?, address(to)?);
+        let mut bytes = vec![0; (to - from) as usize];
+        // A stack that has ended meanwhile is gone.
+        (rest.starts_with("rw") && memory.read_exact_at(&mut bytes, from).is_ok()).then_some(bytes)
+    };
+    maps.lines().filter_map(region).collect()
+}
+
+fn holds(region: &[u8], form: &[u8]) -> bool {
+    region.windows(form.len()).any(|part| part.first() == form.first() && part == form)
+}
+
+/// In which forms the key is there: its bytes, and as the protocol and `wg` write it.
+fn forms(node: &Node, key: &[u8; KEY_LEN]) -> Vec<&'static str> {
+    let base64 = PrivateKey::from_bytes(*key).to_base64();
+    let hex: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+    let forms = [
+        ("bytes", &key[..]),
+        ("hex", hex.as_bytes()),
+        // Without what the clamped bits of its end are in.
+        ("base64", &base64.as_bytes()[1..40]),
+    ];
+    let memory = memory(node);
+    let there = |form: &[u8]| memory.iter().any(|region| holds(region, form));
+    forms.into_iter().filter(|(_, form)| there(form)).map(|(name, _)| name).collect()
+}
+
+fn is_nowhere(node: &Node, key: &[u8; KEY_LEN], what: &str) {
+    wait_for(what, || {
+        // Runs over the stacks that were used.
+        node.shown("listen-port");
+        let found = forms(node, key);
+        ensure(found.is_empty(), found)
+    });
+}
+
+/// One that speaks to a peer that never answers.
+fn speaking(what: &str, words: &str) -> Bench {
+    let mut bench = Bench::new(what);
+    let meshd = bench.meshd();
+    bench.nodes[0].start(Program::Meshd, &meshd);
+    let a = &bench.nodes[0];
+    let nobody = public_key(&generate_private_key());
+    a.bring_up();
+    a.set(&format!(
+        "private-key {} peer {nobody} endpoint 10.9.0.2:7002 persistent-keepalive 1 {words}",
+        a.key_file()
+    ));
+    bench
+}
+
+#[test]
+fn a_private_key_that_was_taken_back_is_nowhere_in_memory() {
+    if !common::root() {
+        return;
+    }
+    let bench = speaking("memory-private", "");
+    let a = &bench.nodes[0];
+    assert_eq!(forms(a, a.key.expose()), ["bytes"], "it is in use");
+    let second = generate_private_key();
+    a.set(&format!("private-key {}", a.key_file_of(&second)));
+    is_nowhere(a, a.key.expose(), "the first key gone");
+    assert_eq!(forms(a, second.expose()), ["bytes"], "it is in use");
+    a.set("private-key /dev/null");
+    is_nowhere(a, second.expose(), "the second key gone");
+}
+
+#[test]
+fn a_preshared_key_is_nowhere_in_memory_as_it_was_told() {
+    if !common::root() {
+        return;
+    }
+    // Any 32 bytes; so that it can be told in a file of the namespace.
+    let psk = generate_private_key();
+    let bench = speaking("memory-preshared", "");
+    let a = &bench.nodes[0];
+    let nobody = a.done("wg show wg0 peers");
+    a.set(&format!("peer {} preshared-key {}", nobody.trim(), a.key_file_of(&psk)));
+    wait_for("its bytes alone", || {
+        let found = forms(a, psk.expose());
+        ensure(found == ["bytes"], found)
+    });
+    a.done("wg show wg0 preshared-keys");
+    assert_eq!(forms(a, psk.expose()), ["bytes"], "and shown once more");
+}
