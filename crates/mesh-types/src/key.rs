@@ -262,7 +262,8 @@ mod tests {
 
     #[test]
     fn secrets_do_not_show_in_debug_output() {
-        let shown = format!("{:?}{:?}", PrivateKey::from_bytes([7; 32]), PresharedKey::from_bytes([7; 32]));
+        let shown =
+            format!("{:?}{:?}", PrivateKey::from_bytes([7; 32]), PresharedKey::from_bytes([7; 32]));
         assert_eq!(shown, "PrivateKey(redacted)PresharedKey(redacted)");
     }
 }

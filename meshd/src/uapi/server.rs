@@ -214,10 +214,7 @@ pub(super) async fn request(
     })
 }
 
-async fn read_set(
-    said: &mut Lines<impl AsyncRead + Unpin>,
-    writable: bool,
-) -> io::Result<Request> {
+async fn read_set(said: &mut Lines<impl AsyncRead + Unpin>, writable: bool) -> io::Result<Request> {
     let mut lines = Vec::new();
     let mut refusal = (!writable).then_some(Refusal::NotPermitted);
     let mut in_peer = false;

@@ -125,7 +125,8 @@ impl Bench {
         let [a, b] = &self.nodes;
         a.set(&format!("listen-port 7001 private-key {}", a.key_file()));
         b.set(&format!("listen-port 7002 private-key {}", b.key_file()));
-        let of = |node: &Node| format!("peer {} allowed-ips {} {words}", node.name(), node.inside());
+        let of =
+            |node: &Node| format!("peer {} allowed-ips {} {words}", node.name(), node.inside());
         a.set(&format!("{} endpoint {underlay}:7002", of(b)));
         b.set(&of(a));
         // The kernel speaks as soon as an interface is up (IPv6 routers, multicast), and whoever knows an endpoint begins a

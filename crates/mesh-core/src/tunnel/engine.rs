@@ -241,6 +241,9 @@ pub trait EngineFactory: Send {
     /// Holds `key` under `id`, replacing what stood there.
     fn set_own_key(&mut self, id: OwnKeyId, key: &PrivateKey);
 
+    /// Forgets the key of `id`; engines made of it are still spoken to until they are dropped.
+    fn forget_own_key(&mut self, id: OwnKeyId);
+
     /// The public half of an own key.
     fn public_key(&self, id: OwnKeyId) -> Option<PublicKey>;
 

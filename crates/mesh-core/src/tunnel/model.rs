@@ -79,6 +79,10 @@ impl EngineFactory for ModelFactory {
         self.keys.insert(id, public);
     }
 
+    fn forget_own_key(&mut self, id: OwnKeyId) {
+        self.keys.remove(&id);
+    }
+
     fn public_key(&self, id: OwnKeyId) -> Option<PublicKey> {
         self.keys.get(&id).copied()
     }
