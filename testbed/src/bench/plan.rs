@@ -55,32 +55,43 @@ pub(super) struct Plan<M, S> {
     pub(super) subjects: Vec<S>,
     pub(super) rounds: usize,
     pub(super) time: Duration,
-    /// What is left out, and why.
-    pub(super) left_out: Vec<String>,
+    pub(super) left_out: LeftOut,
 }
 
 impl<M, S> Plan<M, S> {
     pub(super) fn announce(&self, longest: Duration) {
-        for line in &self.left_out {
+        for line in &self.left_out.lines {
             progress(&format!("left out: {line}"));
         }
         progress(&format!("this takes about {} minutes", longest.as_secs().div_ceil(60)));
     }
 }
 
-/// A peer that fails is left out, and said; the rest goes on. Ours has to work.
-pub(super) fn leave_out<S: Subject>(
-    left_out: &mut Vec<String>,
-    subject: S,
-    error: anyhow::Error,
-) -> Result<()> {
-    if subject.is_ours() {
-        return Err(error);
+/// What is left out, and why.
+#[derive(Debug, Default)]
+pub(super) struct LeftOut {
+    pub(super) lines: Vec<String>,
+    /// Something of ours is among it: whatever the figures say, not all of them hold.
+    pub(super) ours: bool,
+}
+
+impl LeftOut {
+    /// A peer that cannot be had is left out, and said; the rest goes on. Ours has to be there.
+    pub(super) fn absent<S: Subject>(&mut self, subject: S, error: anyhow::Error) -> Result<()> {
+        if subject.is_ours() {
+            return Err(error);
+        }
+        self.failed(subject, &error);
+        Ok(())
     }
-    let line = format!("{}: {error:#}", subject.name());
-    progress(&line);
-    left_out.push(line);
-    Ok(())
+
+    /// A measurement failed: the hour that others took is not lost with it.
+    pub(super) fn failed<S: Subject>(&mut self, subject: S, error: &anyhow::Error) {
+        let line = format!("{}: {error:#}", subject.name());
+        progress(&line);
+        self.lines.push(line);
+        self.ours |= subject.is_ours();
+    }
 }
 
 /// The measurements that give a figure whose name begins with `only`.

@@ -44,7 +44,7 @@ use subject::{Found, Subject};
 use super::cost::load_average;
 use super::figures::Report;
 use super::page::{self as pages, Section};
-use super::plan::{self, Amount, leave_out};
+use super::plan::{self, Amount, LeftOut};
 use super::subject::Subject as _;
 use crate::progress;
 
@@ -89,12 +89,13 @@ pub(super) fn run(options: &RelayOptions) -> Result<bool> {
     let only = options.only.as_deref().unwrap_or_default();
     let figures = plan::figures(only, &GOALS, &state.samples);
     let seconds = options.amount.seconds;
-    let report = Report::new(plan.rounds, figures).of_traffic(seconds, load, plan.left_out);
+    let LeftOut { lines, ours: failed } = plan.left_out;
+    let report = Report::new(plan.rounds, figures).of_traffic(seconds, load, lines);
     if let Some(path) = &options.page {
         pages::put(path, Section::Second, &page::write(&report))?;
     }
     report.print(options.json)?;
-    Ok(report.holds())
+    Ok(report.holds() && !failed)
 }
 
 impl Plan {
@@ -102,7 +103,7 @@ impl Plan {
         let asked = found.asked(&options.peers)?;
         let wanted =
             |subject: Subject| asked.is_empty() || subject.is_ours() || asked.contains(&subject);
-        let left_out = found.left_out(wanted);
+        let left_out = LeftOut { lines: found.left_out(wanted), ours: false };
         let only = options.only.as_deref().unwrap_or_default();
         let measures = plan::that_give(only, &MEASURES, |measure| measure.figures, &GOALS)?;
         // What a relay adds is beyond what the wire takes.
@@ -138,7 +139,7 @@ impl Plan {
         for subject in &self.subjects {
             match site.start(*subject, found) {
                 Ok(()) => started.push(*subject),
-                Err(error) => leave_out(&mut self.left_out, *subject, error)?,
+                Err(error) => self.left_out.absent(*subject, error)?,
             }
         }
         self.subjects = started;
@@ -146,19 +147,19 @@ impl Plan {
     }
 
     fn measure(&mut self, site: &Site, state: &mut State) -> Result<()> {
-        let mut left_out = Vec::new();
+        let mut left_out = std::mem::take(&mut self.left_out);
         for round in 0..self.rounds {
             for (measure, subjects) in self.of_round(round) {
                 let names = measure.figures.join(" ");
                 progress(&format!("round {} of {}: {names}", round + 1, self.rounds));
                 for subject in subjects {
                     if let Err(error) = measure.run(subject, site, self.time, state) {
-                        leave_out(&mut left_out, subject, error)?;
+                        left_out.failed(subject, &error);
                     }
                 }
             }
         }
-        self.left_out.append(&mut left_out);
+        self.left_out = left_out;
         Ok(())
     }
 }

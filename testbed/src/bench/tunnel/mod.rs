@@ -47,7 +47,7 @@ use subject::{Found, Subject};
 use super::cost::load_average;
 use super::figures::Report;
 use super::page::{self as pages, Section};
-use super::plan::{self, Amount, leave_out};
+use super::plan::{self, Amount, LeftOut};
 use super::subject::Subject as _;
 use crate::progress;
 
@@ -86,18 +86,18 @@ type Plan = plan::Plan<Measure, Subject>;
 pub(super) fn run(options: &TunnelOptions) -> Result<bool> {
     options.amount.check()?;
     let found = Found::read(&options.peer_list)?;
-    let plan = Plan::new(options, &found, &congestion_controls())?;
+    let mut plan = Plan::new(options, &found, &congestion_controls())?;
     plan.announce(plan.longest());
     let load = load_average();
     let mut samples = Samples::default();
-    let mut left_out = plan.left_out.clone();
     for shape in SHAPES {
-        plan.measure_shape(&found, shape, &mut samples, &mut left_out)?;
+        plan.measure_shape(&found, shape, &mut samples)?;
     }
+    let LeftOut { lines, ours: failed } = plan.left_out;
     let only = options.only.as_deref().unwrap_or_default();
     let figures = plan::figures(only, &GOALS, &samples);
     let seconds = options.amount.seconds;
-    let report = Report::new(plan.rounds, figures).of_traffic(seconds, load, left_out);
+    let report = Report::new(plan.rounds, figures).of_traffic(seconds, load, lines);
     if let Some(path) = &options.svg {
         fs::write(path, chart::draw(&report))
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -112,7 +112,7 @@ pub(super) fn run(options: &TunnelOptions) -> Result<bool> {
     if !judged {
         progress("wireguard-go was not measured, beside which figures must hold: nothing is shown");
     }
-    Ok(report.holds() && judged)
+    Ok(report.holds() && judged && !failed)
 }
 
 /// What this kernel has.
@@ -139,6 +139,7 @@ impl Plan {
         }
         measures.retain(|measure| !missing(measure));
         let Amount { rounds, .. } = options.amount;
+        let left_out = LeftOut { lines: left_out, ours: false };
         Ok(Self { measures, subjects, rounds, time: options.amount.time(), left_out })
     }
 
@@ -172,20 +173,15 @@ impl Plan {
     }
 
     /// A peer whose site cannot be built is left out of this shape.
-    fn measure_shape(
-        &self,
-        found: &Found,
-        shape: Shape,
-        samples: &mut Samples,
-        left_out: &mut Vec<String>,
-    ) -> Result<()> {
+    fn measure_shape(&mut self, found: &Found, shape: Shape, samples: &mut Samples) -> Result<()> {
+        let mut left_out = std::mem::take(&mut self.left_out);
         let mut sites = Vec::new();
         for subject in self.subjects_of(shape) {
             let (mtu, peers) = (shape.mtu, shape.peers);
             progress(&format!("building {}: MTU {mtu}, peers {peers}", subject.name()));
             match Site::build(subject, found, shape) {
                 Ok(site) => sites.push((subject, site)),
-                Err(error) => leave_out(left_out, subject, error)?,
+                Err(error) => left_out.absent(subject, error)?,
             }
         }
         let count = sites.len();
@@ -199,17 +195,20 @@ impl Plan {
                         continue;
                     }
                     if let Err(error) = measure.run(*subject, site, self.time, samples) {
-                        leave_out(left_out, *subject, error)?;
+                        left_out.failed(*subject, &error);
                     }
                 }
             }
         }
+        self.left_out = left_out;
         Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use anyhow::anyhow;
+
     use super::*;
 
     fn options(only: &str) -> TunnelOptions {
@@ -225,10 +224,25 @@ mod tests {
     }
 
     #[test]
+    fn a_measurement_that_fails_is_said_and_ours_has_to_be_there() {
+        let mut left_out = LeftOut::default();
+        left_out.absent(Subject::Gotatun, anyhow!("not built")).expect("others may be missing");
+        left_out.failed(Subject::WireguardGo, &anyhow!("no answer"));
+        assert!(!left_out.ours);
+        left_out.failed(Subject::Meshd, &anyhow!("too slow"));
+        assert!(left_out.ours);
+        assert_eq!(
+            left_out.lines,
+            ["gotatun: not built", "wireguard-go: no answer", "meshd: too slow"]
+        );
+        assert!(left_out.absent(Subject::Meshd, anyhow!("not built")).is_err());
+    }
+
+    #[test]
     fn a_congestion_control_the_kernel_lacks_is_left_out_and_said() {
         let plan = Plan::new(&options("tcp_1"), &Found::default(), "reno cubic").expect("a plan");
         assert!(plan.measures.iter().all(|measure| measure.congestion() == Some("cubic")));
-        assert_eq!(plan.left_out, ["tcp_1_bbr: this kernel has no bbr"]);
+        assert_eq!(plan.left_out.lines, ["tcp_1_bbr: this kernel has no bbr"]);
     }
 
     #[test]
