@@ -35,12 +35,15 @@ fn stack_pointers(process: &str) -> Vec<u64> {
         let syscall = thread.expect("a thread").path().join("syscall");
         wait_for("a thread that sleeps", || {
             // The number and six arguments, the stack pointer, the program counter (proc_pid_syscall(5)).
-            let text = std::fs::read_to_string(&syscall).map_err(|error| error.to_string())?;
+            let Ok(text) = std::fs::read_to_string(&syscall) else {
+                // It has ended meanwhile.
+                return Ok(None);
+            };
             let pointer = text.split_whitespace().nth(7).and_then(address);
-            pointer.ok_or(text)
+            pointer.map(Some).ok_or(text)
         })
     };
-    threads.map(pointer).collect()
+    threads.filter_map(pointer).collect()
 }
 
 fn address(text: &str) -> Option<u64> {

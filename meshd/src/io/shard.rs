@@ -355,9 +355,6 @@ impl Shard {
     ) {
         tunnel.factory_mut().set_own_key(id, &key);
         tunnel.replace_own(now, id);
-        if id != self.config.own {
-            tunnel.factory_mut().forget_own_key(self.config.own);
-        }
         self.config.own = id;
         self.own_key = key;
     }

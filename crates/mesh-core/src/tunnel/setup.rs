@@ -84,6 +84,7 @@ impl<F: EngineFactory> Tunnel<F> {
             return;
         }
         self.config.also_own.retain(|also| *also != id);
+        self.factory.forget_own_key(id);
         let slots: Vec<u32> = self.peers.slots().collect();
         for slot in slots {
             self.peers.retire_own(now, slot, id);
@@ -97,8 +98,9 @@ impl<F: EngineFactory> Tunnel<F> {
     pub fn replace_own(&mut self, now: MonoTime, own: OwnKeyId) {
         self.now = now;
         self.flush(now);
-        self.config.also_own.clear();
-        self.config.own = own;
+        let before = std::mem::replace(&mut self.config.own, own);
+        let old = self.config.also_own.drain(..).chain([before]);
+        old.filter(|id| *id != own).for_each(|id| self.factory.forget_own_key(id));
         let slots: Vec<u32> = self.peers.slots().collect();
         for slot in slots {
             self.peers.mute(now, slot);
