@@ -12,7 +12,7 @@ mod common;
 
 use std::io::Write;
 use std::os::unix::net::UnixListener;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::wg::{Bench, Node, PATIENCE, Program, ensure, wait_for};
 use common::wireguard_go::hex;
@@ -398,6 +398,20 @@ fn it_ends_with_interface_namespace_socket_or_signal_and_leaves_nothing() {
     let daemon = node.daemon.take().expect("started");
     assert!(daemon.terminate(PATIENCE).expect("it ends").success());
     assert_eq!(node.done("ls -A /run/wireguard"), "");
+    // As soon as there is a socket, too: who starts a device and changes his mind.
+    for _ in 0..20 {
+        let mut command = node.space.command(&meshd);
+        command.args(["wg", "-f", "wg0"]);
+        let daemon = node.space.spawn(command, "meshd-wg").expect("meshd wg starts");
+        let socket = node.space.path("/run/wireguard/wg0.sock");
+        let end = Instant::now() + PATIENCE;
+        while !socket.exists() {
+            assert!(Instant::now() < end, "{}", daemon.log());
+        }
+        let status = daemon.terminate(PATIENCE).expect("it ends");
+        assert!(status.success(), "{status}");
+        assert_eq!(node.done("ls -A /run/wireguard"), "");
+    }
     // Killed, it cannot take its socket along: the next one does.
     node.start(Program::Meshd, &meshd);
     node.daemon.take().expect("started").kill().expect("killed");

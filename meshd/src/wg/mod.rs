@@ -58,35 +58,49 @@ pub fn run(args: &WgArgs) -> anyhow::Result<()> {
             ..TunOptions::transient(&args.interface)
         }))?,
     };
-    let listener = match args.uapi_fd {
-        Some(number) => UnixListener::from(
-            netcfg::inherited_descriptor(number)
-                .with_context(|| format!("descriptor {number} is not open: --uapi-fd"))?,
-        ),
-        None => server::listen(&dir, tun.name())?,
-    };
-    let socket = Socket::at(server::path(&dir, tun.name()));
-    if !args.foreground {
-        return detach(args, &tun, listener, &socket)
-            .inspect_err(|_| socket.remove())
-            .context("go on in the background");
+    if args.foreground {
+        return foreground(args, &dir, tun);
     }
+    let (listener, socket) = listen(args, &dir, tun.name())?;
+    detach(args, &tun, listener, &socket)
+        .inspect_err(|_| socket.remove())
+        .context("go on in the background")
+}
+
+/// Serves the device until it ends.
+fn foreground(args: &WgArgs, dir: &Path, tun: Tun) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the reactor")?;
+    // Before there is a socket: whoever sees it may tell us to end, and is to find it gone then.
+    let signals = runtime.block_on(async { Signals::catch() })?;
     if std::env::var_os(DETACHED).is_some() {
         // Fails where we lead a session already, which is what we want.
         let _ = rustix::process::setsid();
     }
     wg_engine::forbid_core_dumps().context("cannot switch core dumps off")?;
     let queues = queues(args, &tun);
+    let name = tun.name().to_owned();
     let tuns = tun.spread(queues, TUN_QUEUES_PER_SHARD)?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("start the reactor")?;
-    let served = runtime.block_on(serve(tuns, args, listener, &socket));
+    let (listener, socket) = listen(args, dir, &name)?;
+    let served = runtime.block_on(serve(tuns, args, listener, &socket, signals));
     socket.remove();
     // A request to a data plane that hangs must not hold up the end.
     runtime.shutdown_background();
     served
+}
+
+/// The socket for configuration: the one that was passed on, or a new one.
+fn listen(args: &WgArgs, dir: &Path, device: &str) -> anyhow::Result<(UnixListener, Socket)> {
+    let listener = match args.uapi_fd {
+        Some(number) => UnixListener::from(
+            netcfg::inherited_descriptor(number)
+                .with_context(|| format!("descriptor {number} is not open: --uapi-fd"))?,
+        ),
+        None => server::listen(dir, device)?,
+    };
+    Ok((listener, Socket::at(server::path(dir, device))))
 }
 
 fn disabled(args: &WgArgs) -> Disabled {
@@ -162,8 +176,8 @@ async fn serve(
     args: &WgArgs,
     listener: UnixListener,
     socket: &Socket,
+    signals: Signals,
 ) -> anyhow::Result<()> {
-    let signals = Signals::catch()?.wait();
     listener.set_nonblocking(true).context("serve the configuration socket")?;
     let listener = tokio::net::UnixListener::from_std(listener)
         .context("the descriptor for configuration is no listening socket")?;
@@ -179,7 +193,7 @@ async fn serve(
     )));
     tokio::spawn(server::serve(listener, Arc::new(Configured(Arc::clone(&controller)))));
     tokio::select! {
-        () = signals => {}
+        () = signals.wait() => {}
         () = deleted(news, &controller) => tracing::info!("the interface was deleted"),
         () = socket.removed() => tracing::info!("the configuration socket was removed"),
     }
