@@ -27,6 +27,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Half-open connections; few are held at one time, as the relay closes the others.
 const HALF_OPEN: usize = 5_000;
 
+/// So long the relay holds one; then there is a place for another.
+const HALF_OPEN_FOR: Duration = Duration::from_secs(10);
+
 type Tls = StreamOwned<ClientConnection, TcpStream>;
 
 fn connect(to: SocketAddr) -> Tls {
@@ -135,6 +138,7 @@ fn five_thousand_half_open_connections_stop_nobody() {
     join(&relay, &mut before, &keys[0]);
     let mut udp = Client::join(&relay, &keys[1], 1);
     let mut held = Vec::with_capacity(HALF_OPEN);
+    let begun = Instant::now();
     for number in 0..HALF_OPEN {
         held.push(TcpStream::connect(at).expect("accepted by the kernel"));
         if number % 100 == 0 {
@@ -147,8 +151,17 @@ fn five_thousand_half_open_connections_stop_nobody() {
     assert_eq!(receive(&mut before), whole, "over TLS, who is there");
     let streams = relay.metric("keyrelay_streams ");
     assert!(streams <= RELAY_STREAMS_PER_SOURCE_HALF_OPEN_MAX as u64 + 1, "{streams}");
-    let refused = relay.metric("keyrelay_streams_refused_total");
-    assert!(refused >= (HALF_OPEN - RELAY_STREAMS_PER_SOURCE_HALF_OPEN_MAX) as u64, "{refused}");
+    // The kernel accepts ahead of the relay, which gets to the last ones later.
+    loop {
+        let refused = relay.metric("keyrelay_streams_refused_total");
+        let turns = 1 + begun.elapsed().as_secs() / HALF_OPEN_FOR.as_secs();
+        let held = turns * RELAY_STREAMS_PER_SOURCE_HALF_OPEN_MAX as u64;
+        if refused + held >= HALF_OPEN as u64 {
+            break;
+        }
+        assert!(begun.elapsed() < 3 * PATIENCE, "{refused} refused");
+        std::thread::sleep(Duration::from_millis(50));
+    }
     assert!(Client::join(&relay, &keys[2], 2).ask(), "and who comes now");
 }
 
