@@ -36,7 +36,7 @@ use crate::core::{Reach, Source};
 use crate::shared::Shared;
 
 /// A connection over which nobody has registered by then is closed.
-const HALF_OPEN_FOR: Duration = Duration::from_secs(10);
+pub const HALF_OPEN_FOR: Duration = Duration::from_secs(10);
 
 /// So is one that takes nothing for so long.
 const STALLED_FOR: Duration = Duration::from_secs(10);
