@@ -388,6 +388,10 @@ impl<F: EngineFactory> Relay<F> {
         drop(factory);
         let mut front = self.front.lock().unwrap_or_else(PoisonError::into_inner);
         let verdict = front.admit(now, source.ip(), proven);
+        if verdict == Verdict::Accept {
+            // Whoever it is of: members are not limited one by one here.
+            front.spend(now, source.ip(), proven);
+        }
         drop(front);
         match verdict {
             Verdict::Accept => {

@@ -9,6 +9,9 @@
 //!                    │                         name does not shut him out; proven: dropped
 //!                    └─> identify the initiator (one curve operation) ─> 50 per second per peer ─> engine
 //! ```
+//! What a source is counted for ([`Front::spend`]) is what led nowhere: a hundred nodes behind one NAT that all begin at once are
+//! answered at once. Under load everything is counted.
+//!
 //! Cookie replies are bounded over all sources, too: `COOKIES_PER_SECOND`, and as many for addresses that configuration names.
 //! Numbers are the kernel's (`drivers/net/wireguard/ratelimiter.c`, `noise.c`). A response is not counted per source:
 //! it must carry an index we gave out, is counted per peer, and hundreds may rightly come from one /64 when this
@@ -172,18 +175,28 @@ impl Front {
         now.as_nanos() < self.loaded_until_ns
     }
 
-    /// Decides on a handshake message with a good mac1; `proven`: mac2 is good, too.
+    /// Decides on a handshake message with a good mac1; `proven`: mac2 is good, too. What is accepted and leads nowhere, or
+    /// comes under load, is to be told ([`Self::spend`]).
     pub fn admit(&mut self, now: MonoTime, source: IpAddr, proven: bool) -> Verdict {
         if self.loaded(now) && !proven {
             return self.cookie(now, source, true);
         }
         let key = SourceKey { address: self.limited_as(source), proven };
-        let per_second = HANDSHAKES_PER_SOURCE_PER_SECOND;
-        if !self.bucket_of(key).take(now, per_second, HANDSHAKES_PER_SOURCE_BURST) {
+        let (rate, burst) = (HANDSHAKES_PER_SOURCE_PER_SECOND, HANDSHAKES_PER_SOURCE_BURST);
+        let (set, way) = self.place_of(key);
+        let held = way.and_then(|way| self.sources.get(set + way));
+        if held.is_some_and(|held| !held.bucket.has(now, rate, burst)) {
             return if proven { Verdict::Drop } else { self.cookie(now, source, false) };
         }
         self.count(now);
         Verdict::Accept
+    }
+
+    /// Counts an accepted message against its source.
+    pub fn spend(&mut self, now: MonoTime, source: IpAddr, proven: bool) {
+        let key = SourceKey { address: self.limited_as(source), proven };
+        let (rate, burst) = (HANDSHAKES_PER_SOURCE_PER_SECOND, HANDSHAKES_PER_SOURCE_BURST);
+        self.bucket_of(key).take(now, rate, burst);
     }
 
     /// Sources may be forged: how many get how many bytes from us is bounded, and strangers use up nothing of what peers at
@@ -234,21 +247,26 @@ impl Front {
 
     /// The bucket of `key`; the one of its set unused for longest is forgotten for it.
     fn bucket_of(&mut self, key: SourceKey) -> &mut Bucket {
-        let mut hasher = DefaultHasher::new();
-        (self.seed, key).hash(&mut hasher);
-        let set = usize::try_from(hasher.finish() % SETS as u64).unwrap_or(0);
-        let first = set * WAYS;
-        let ways = self.sources.get(first..first + WAYS).unwrap_or(&[]);
-        let held = ways.iter().position(|way| way.key == key && way.bucket.started);
+        let (set, held) = self.place_of(key);
+        let ways = self.sources.get(set..set + WAYS).unwrap_or(&[]);
         let at = held.unwrap_or_else(|| {
             let oldest = ways.iter().enumerate().min_by_key(|(_, way)| way.bucket.updated_ns);
             oldest.map_or(0, |(at, _)| at)
         });
-        let way = &mut self.sources[first + at];
+        let way = &mut self.sources[set + at];
         if held.is_none() {
             *way = Source { key, bucket: Bucket::default() };
         }
         &mut way.bucket
+    }
+
+    /// Where the set of `key` begins, and which of it holds its bucket.
+    fn place_of(&self, key: SourceKey) -> (usize, Option<usize>) {
+        let mut hasher = DefaultHasher::new();
+        (self.seed, key).hash(&mut hasher);
+        let set = WAYS * usize::try_from(hasher.finish() % SETS as u64).unwrap_or(0);
+        let ways = self.sources.get(set..set + WAYS).unwrap_or(&[]);
+        (set, ways.iter().position(|way| way.key == key && way.bucket.started))
     }
 }
 
@@ -261,9 +279,29 @@ mod tests {
         MonoTime::ZERO + Duration::from_millis(1_000_000 + ms)
     }
 
+    /// How many are accepted of initiations that lead nowhere.
     fn accepted(front: &mut Front, source: &str, times_ms: impl Iterator<Item = u64>) -> usize {
         let source = source.parse().expect("address");
-        times_ms.filter(|ms| front.admit(at(*ms), source, false) == Verdict::Accept).count()
+        let accepted = times_ms.filter(|ms| {
+            let accepted = front.admit(at(*ms), source, false) == Verdict::Accept;
+            if accepted {
+                front.spend(at(*ms), source, false);
+            }
+            accepted
+        });
+        accepted.count()
+    }
+
+    #[test]
+    fn a_source_is_not_limited_in_what_leads_somewhere() {
+        let mut front = Front::new(1);
+        let source = "192.0.2.1".parse().expect("address");
+        for i in 0..HANDSHAKES_PER_SECOND_BEFORE_COOKIES {
+            assert_eq!(front.admit(at(0), source, false), Verdict::Accept, "{i}");
+        }
+        assert!(!front.loaded(at(0)));
+        assert_eq!(accepted(&mut front, "192.0.2.1", std::iter::once(0)), 1);
+        assert!(front.loaded(at(0)), "whatever the source, that is too many");
     }
 
     #[test]

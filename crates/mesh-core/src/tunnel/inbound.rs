@@ -293,7 +293,8 @@ impl<F: EngineFactory> Tunnel<F> {
         datagram: &[u8],
     ) -> Result<(), DropReason> {
         let (own, check) = self.addressed_to(now, meta, datagram).ok_or(DropReason::BadMac)?;
-        match self.front.admit(now, meta.limited_as(), check == MacCheck::Proven) {
+        let (source, proven) = (meta.limited_as(), check == MacCheck::Proven);
+        match self.front.admit(now, source, proven) {
             Verdict::Accept => {}
             Verdict::Drop => return Err(DropReason::SourceLimited),
             Verdict::Silence => return Err(DropReason::CookieLimited),
@@ -302,12 +303,30 @@ impl<F: EngineFactory> Tunnel<F> {
                 return Err(if load { DropReason::UnderLoad } else { DropReason::SourceLimited });
             }
         }
+        let done = self.handle_accepted(now, own, meta, datagram, proven);
+        if done.is_err() || self.front.loaded(now) {
+            self.front.spend(now, source, proven);
+        }
+        done
+    }
+
+    fn handle_accepted(
+        &mut self,
+        now: MonoTime,
+        own: OwnKeyId,
+        meta: &UdpMeta,
+        datagram: &[u8],
+        proven: bool,
+    ) -> Result<(), DropReason> {
         self.counters.initiations_received += 1;
         let key = self.factory.identify(own, datagram).ok_or(DropReason::BadHandshake)?;
         if !meta.names(&key) {
             return Err(DropReason::CarriedName);
         }
         if self.foreign.holds(&key) {
+            if !self.foreign.initiates(now, &key) {
+                self.front.spend(now, meta.limited_as(), proven);
+            }
             let shard = self.config.share.owner(&key);
             return self.admit(Admitted { shard, key, own }, meta, datagram);
         }

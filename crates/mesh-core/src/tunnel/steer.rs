@@ -19,10 +19,11 @@ use std::ops::Range;
 
 use mesh_types::carry;
 use mesh_types::key::PublicKey;
-use mesh_types::limits::{NODES_MAX, SHARDS_MAX};
+use mesh_types::limits::{HANDSHAKES_PER_PEER_PER_SECOND, NODES_MAX, SHARDS_MAX};
+use mesh_types::time::MonoTime;
 
 use super::engine::{TYPE_COOKIE, TYPE_RESPONSE, TYPE_TRANSPORT};
-use super::front::Message;
+use super::front::{Bucket, Message};
 use super::path::plain;
 
 /// The shard that hears strangers.
@@ -185,6 +186,8 @@ pub(super) struct Foreign {
     keys: BTreeSet<PublicKey>,
     /// Where they are, as their owners tell.
     places: BTreeMap<PublicKey, SocketAddr>,
+    /// What came of them here.
+    initiations: BTreeMap<PublicKey, Bucket>,
 }
 
 impl Foreign {
@@ -210,6 +213,14 @@ impl Foreign {
     /// Forgets where those are that are not here.
     pub(super) fn forget_places(&mut self) {
         self.places.retain(|key, _| self.keys.contains(key));
+        self.initiations.retain(|key, _| self.keys.contains(key));
+    }
+
+    /// Counts an initiation of one of them; false: more than a peer's owner would answer. Recorded ones count, too, so it
+    /// must not be dropped for that.
+    pub(super) fn initiates(&mut self, now: MonoTime, key: &PublicKey) -> bool {
+        let rate = HANDSHAKES_PER_PEER_PER_SECOND;
+        self.initiations.entry(*key).or_default().take(now, rate, rate)
     }
 
     /// Where a peer is, as its owner told.

@@ -307,6 +307,31 @@ fn a_node_behind_nat_with_keepalive_comes_back_without_traffic_after_the_other_w
 }
 
 #[test]
+fn sixty_peers_behind_one_address_that_begin_at_once_are_answered_at_once() {
+    let mut net = Network::new(21);
+    net.add("192.0.2.1:51820");
+    // One IPv4 address of a NAT, and one IPv6 network; nobody knows them before.
+    for port in 1_000..1_030 {
+        net.add(&format!("203.0.113.7:{port}"));
+        net.add(&format!("[2001:db8::{port}]:51820"));
+    }
+    let spokes = 1..net.hosts.len();
+    let peers = spokes.clone().map(|i| PeerConfig { candidates: Vec::new(), ..net.config_of(i) });
+    let peers: Vec<_> = peers.collect();
+    net.set_peers(0, &peers);
+    for i in spokes.clone() {
+        let hub = net.config_of(0);
+        net.set_peers(i, &[hub]);
+        net.send(i, 0, "all at once");
+    }
+    net.run_ms(100);
+    for i in spokes {
+        assert_eq!(net.texts(0, i), ["all at once"], "{i}");
+    }
+    assert_eq!(net.hosts[0].tunnel.counters().cookies_sent, 0);
+}
+
+#[test]
 fn a_flood_of_initiations_by_a_valid_peer_is_held_to_its_rate() {
     let mut net = Network::mesh(7, 2);
     let (from, to) = (net.hosts[1].addr, net.hosts[0].addr);
