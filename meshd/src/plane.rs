@@ -107,6 +107,7 @@ impl NodePlane {
         let options = DataPlaneOptions {
             tunnel: TunnelConfig {
                 coalesce: self.disabled.coalesce(coalesce(Release::running())),
+                mixed_marks: mixed_marks(Release::running()),
                 ..TunnelConfig::default()
             },
             own_key: self.key.clone(),
@@ -198,6 +199,11 @@ async fn greet_anew(greeter: Greeter, forgotten: bool) {
 pub(crate) fn coalesce(kernel: Option<Release>) -> CoalesceOptions {
     let spare_tunnel_ports = kernel.is_none_or(Release::drops_merged_tunnels);
     CoalesceOptions { spare_tunnel_ports, ..CoalesceOptions::default() }
+}
+
+/// As [`coalesce`].
+pub(crate) fn mixed_marks(kernel: Option<Release>) -> bool {
+    kernel.is_none_or(Release::merges_marks)
 }
 
 /// Virtual links hand segments on as they are; only network cards are concerned.

@@ -26,6 +26,12 @@ impl Release {
         self < Self(6, 8, 5)
     }
 
+    /// Datagrams of one UDP flow are merged on receipt whatever their ECN marks, and the first one's is told of all (since 5.0;
+    /// Linux 5babae777c61, "net: gro: add flush check in udp_gro_receive_segment", in 6.9 and later in older series).
+    pub fn merges_marks(self) -> bool {
+        self < Self(6, 9, 0)
+    }
+
     /// Drivers that segment in part (`NETIF_F_GSO_PARTIAL`) send damaged UDP headers: begun by Linux b10b446 in
     /// 7.0, ended by 78effd8 and 5f17ae0, which 7.1.5 has.
     pub fn mangles_udp_segments(self) -> bool {
@@ -64,6 +70,7 @@ mod tests {
         assert!(
             !Release(6, 8, 5).drops_merged_tunnels() && !Release(7, 0, 0).drops_merged_tunnels()
         );
+        assert!(Release(6, 8, 12).merges_marks() && !Release(6, 9, 0).merges_marks());
         assert!(Release(7, 0, 0).mangles_udp_segments() && Release(7, 1, 4).mangles_udp_segments());
         assert!(
             !Release(6, 19, 9).mangles_udp_segments() && !Release(7, 1, 5).mangles_udp_segments()

@@ -122,6 +122,7 @@ impl Controller {
         let options = DataPlaneOptions {
             tunnel: TunnelConfig {
                 coalesce: self.disabled.coalesce(plane::coalesce(Release::running())),
+                mixed_marks: plane::mixed_marks(Release::running()),
                 setting: Setting::Device,
                 ..TunnelConfig::default()
             },

@@ -40,6 +40,8 @@ pub struct TunnelConfig {
     pub coalesce: CoalesceOptions,
     /// Datagrams in one GSO send; 1 where the socket has no UDP_SEGMENT.
     pub gso_segments_max: usize,
+    /// Datagrams that were merged on receipt may have had other ECN marks than the one that is told of all.
+    pub mixed_marks: bool,
     pub setting: Setting,
     /// Which shard this is, of how many.
     pub share: Share,
@@ -54,6 +56,7 @@ impl Default for TunnelConfig {
             also_own: Vec::new(),
             coalesce: CoalesceOptions::default(),
             gso_segments_max: GSO_SEGMENTS_MAX,
+            mixed_marks: false,
             setting: Setting::Mesh,
             share: Share::default(),
             knocks: Knocks::default(),

@@ -81,6 +81,26 @@ struct SourceCheck {
     last: Option<(IpAddr, bool)>,
 }
 
+/// ECN of the datagrams of a run.
+#[derive(Debug, Clone, Copy)]
+struct Mark {
+    outer: Ecn,
+    /// It is the first one's, and the others may have had another.
+    told_of_all: bool,
+}
+
+impl Mark {
+    /// Copies it inward (RFC 6040 section 4.2); false: the packet is to be dropped. One that may be another datagram's
+    /// drops nothing and changes nobody's codepoint but to "congestion experienced".
+    fn decapsulate(self, packet: &mut [u8]) -> bool {
+        match self.outer {
+            Ecn::NotEct => true,
+            Ecn::Ect1 if self.told_of_all => true,
+            outer => ip::decapsulate_ecn(packet, outer) || self.told_of_all,
+        }
+    }
+}
+
 /// What came of a peer, the weightiest last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Heard {
@@ -204,13 +224,14 @@ impl<F: EngineFactory> Tunnel<F> {
             }
             self.release_staged(now, slot);
         }
-        self.take_in(slot, meta.ecn);
+        let told_of_all = self.config.mixed_marks && meta.segment_len > 0;
+        self.take_in(slot, Mark { outer: meta.ecn, told_of_all });
         self.handle_frames(now, slot, meta);
         self.peers.reschedule(now, slot);
     }
 
     /// Counts and checks what was opened and hands the good packets to the coalescer.
-    fn take_in(&mut self, slot: u32, outer: Ecn) {
+    fn take_in(&mut self, slot: u32, mark: Mark) {
         let mut check = SourceCheck { last: None };
         let mut rx_bytes = 0;
         for i in 0..self.receive.results.len() {
@@ -220,7 +241,7 @@ impl<F: EngineFactory> Tunnel<F> {
                 Some(Err(error)) => self.counters.count_drop(error.into()),
                 Some(Ok(range)) => {
                     rx_bytes += length;
-                    match self.take_packet(slot, outer, range, &mut check) {
+                    match self.take_packet(slot, mark, range, &mut check) {
                         Ok(()) => {}
                         Err(reason) => self.counters.count_drop(reason),
                     }
@@ -238,7 +259,7 @@ impl<F: EngineFactory> Tunnel<F> {
     fn take_packet(
         &mut self,
         slot: u32,
-        outer: Ecn,
+        mark: Mark,
         range: Range<usize>,
         check: &mut SourceCheck,
     ) -> Result<(), DropReason> {
@@ -260,7 +281,7 @@ impl<F: EngineFactory> Tunnel<F> {
         if !own {
             return Err(DropReason::ForeignSource);
         }
-        if outer != Ecn::NotEct && !ip::decapsulate_ecn(packet, outer) {
+        if !mark.decapsulate(packet) {
             return Err(DropReason::EcnNotCapable);
         }
         receive.coalescer.push(&receive.arena, range).map_err(|_| DropReason::TunFull)?;
@@ -561,3 +582,27 @@ impl<F: EngineFactory> Tunnel<F> {
 }
 
 const _: () = assert!(COALESCE_PACKETS_MAX >= BURST_MAX && TRANSPORT_BYTES_MIN == 32);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_that_may_be_anothers_drops_nothing_and_says_congestion_alone() {
+        let kept = |inner: Ecn, outer: Ecn, told_of_all: bool| {
+            let mut packet = vec![0x60, 0, 0, 0, 0, 0, 59, 64];
+            packet.extend([0xfd; 32]);
+            assert!(ip::set_ecn(&mut packet, inner));
+            let kept = Mark { outer, told_of_all }.decapsulate(&mut packet);
+            kept.then(|| IpHeader::parse(&packet).expect("IP").ecn)
+        };
+        for inner in [Ecn::NotEct, Ecn::Ect0, Ecn::Ect1, Ecn::Ce] {
+            assert_eq!(kept(inner, Ecn::NotEct, true), Some(inner));
+            assert_eq!(kept(inner, Ecn::Ect1, true), Some(inner));
+            let congested = if inner == Ecn::NotEct { inner } else { Ecn::Ce };
+            assert_eq!(kept(inner, Ecn::Ce, true), Some(congested));
+        }
+        assert_eq!(kept(Ecn::NotEct, Ecn::Ce, false), None);
+        assert_eq!(kept(Ecn::Ect0, Ecn::Ect1, false), Some(Ecn::Ect1));
+    }
+}
