@@ -9,7 +9,7 @@ use super::counters::DropReason;
 use super::engine::{Engine, EngineError, EngineFactory};
 use super::path::Endpoint;
 use super::staging::Pushed;
-use super::transmit::{Flow, padded_len, slot_len};
+use super::transmit::{Flow, carried_len, padded_len, slot_len};
 use crate::packet::unreachable::unreachable;
 use crate::packet::{IpHeader, Segmenter, VnetHeader};
 
@@ -271,7 +271,8 @@ impl<F: EngineFactory> Tunnel<F> {
                     continue;
                 }
             };
-            let slots = slot_len(padded_len(segmenter.longest(), mtu)) * segmenter.count();
+            let longest = slot_len(padded_len(segmenter.longest(), mtu));
+            let slots = carried_len(&flow.to, longest) * segmenter.count();
             if slots > self.transmit.room() && !self.transmit.is_empty() {
                 peer.staged.unpop(&mut self.staged, staged);
                 return false;

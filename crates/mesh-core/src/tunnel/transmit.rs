@@ -85,7 +85,7 @@ pub fn slot_len(padded: usize) -> usize {
 }
 
 /// Length of a message with the header that a relay needs.
-fn carried_len(to: &Endpoint, len: usize) -> usize {
+pub(super) fn carried_len(to: &Endpoint, len: usize) -> usize {
     if to.carry.is_some() { len + CARRY_HEADER_BYTES } else { len }
 }
 
@@ -199,9 +199,7 @@ impl TransmitQueue {
     /// The oldest send. Its bytes stand until the next call of any method.
     pub fn pop(&mut self) -> Option<Transmit<'_>> {
         let Some(ready) = self.ready.pop_front() else {
-            if self.open.is_none() {
-                self.used = 0;
-            }
+            self.begin_anew();
             return None;
         };
         let bytes = self.arena.get(ready.range.clone())?;
@@ -212,9 +210,23 @@ impl TransmitQueue {
 
     /// Moves the open batch to the front when it stands at the end and everything else has left.
     fn make_room(&mut self, len: usize) {
-        if self.room() >= len || !self.ready.is_empty() {
-            return;
+        if self.room() < len && self.ready.is_empty() {
+            self.compact();
         }
+    }
+
+    /// Everything closed has left: what is read next has three quarters of the arena, less an open batch. One send is moved
+    /// at most, after a quarter of the arena left.
+    fn begin_anew(&mut self) {
+        match self.open {
+            None => self.used = 0,
+            Some(open) if open.start >= self.arena.len() / 4 => self.compact(),
+            Some(_) => {}
+        }
+    }
+
+    /// Moves the open batch to the front.
+    fn compact(&mut self) {
         let start = self.open.map_or(self.used, |open| open.start);
         self.arena.copy_within(start..self.used, 0);
         self.used -= start;
@@ -264,6 +276,34 @@ mod tests {
     fn another_endpoint_or_mark_starts_another_send() {
         let (a, b, c) = (flow(1, Ecn::NotEct), flow(2, Ecn::NotEct), flow(1, Ecn::Ect0));
         assert_eq!(sends(&[(a, 100), (b, 100), (c, 100)]), [(100, 100); 3]);
+    }
+
+    #[test]
+    fn what_has_left_takes_no_room_from_what_is_read_next() {
+        let mut queue = TransmitQueue::new(64);
+        // Each read is one send of smallest segments, closed by the next: a batch is open whenever all others have left.
+        for port in 0..1_000 {
+            let f = flow(port, Ecn::NotEct);
+            for _ in 0..64 {
+                if !queue.extends(&f, 128) {
+                    queue.close(|_, _| Ok(()));
+                }
+                let room = queue.push(f, 128).expect("room");
+                room.fill(port as u8);
+            }
+            let sent = queue.pop();
+            assert_eq!(sent.is_some(), port > 0);
+            if let Some(sent) = sent {
+                assert_eq!(sent.bytes.len(), 64 * 128);
+                assert!(
+                    sent.bytes[TRANSPORT_HEADER_BYTES..112]
+                        .iter()
+                        .all(|it| *it == (port - 1) as u8)
+                );
+            }
+            assert!(queue.pop().is_none());
+            assert!(queue.room() >= 400 * 1024, "{}", queue.room());
+        }
     }
 
     #[test]
