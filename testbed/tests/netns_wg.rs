@@ -136,6 +136,11 @@ fn a_device_is_what_wg_made_it() {
     assert_eq!((a.shown("listen-port").as_str(), a.shown("fwmark").as_str()), ("7006", "off"));
     let bound = a.done("ss -Hlun");
     assert!(bound.contains(":7006 ") && !bound.contains(":7005 "), "{bound}");
+    // A port that was given up is free when that is said.
+    for _ in 0..50 {
+        assert_eq!(a.say(b"set=1\nlisten_port=7005\n\n"), "errno=0\n\n");
+        assert_eq!(a.say(b"set=1\nlisten_port=7006\n\n"), "errno=0\n\n");
+    }
     a.set("listen-port 0");
     assert_ne!(a.shown("listen-port"), "0");
     let _taken =
@@ -262,6 +267,24 @@ fn down_is_silent_and_up_goes_on_where_it_stopped() {
     wait_for("a session", || ensure(a.transfer().0 > before.0, a.transfer()));
     wait_for("a ping", || a.ping(b));
     wait_for("a long ping", || a.run(&format!("ping -n -c 1 -W 1 -s 1272 -M do {}", b.address())));
+}
+
+#[test]
+fn what_cannot_be_sent_is_not_counted() {
+    if !common::root() {
+        return;
+    }
+    let bench = Bench::tunnel("wg-unsent", [Program::Meshd; 2], "10.9.0.2");
+    let [a, b] = &bench.nodes;
+    wait_for("a session", || a.ping(b));
+    // Nothing leads there.
+    a.set(&format!("peer {} endpoint 203.0.113.1:9", b.name()));
+    let before = a.transfer();
+    a.cannot_ping(b, "nothing leads there");
+    assert_eq!(a.transfer(), before);
+    a.set(&format!("peer {} endpoint 10.9.0.2:7002", b.name()));
+    wait_for("the way back", || a.ping(b));
+    counters_agree(&bench);
 }
 
 #[test]

@@ -29,6 +29,8 @@ pub(super) struct Letters<P, T, S> {
     pub(super) tun: Option<T>,
     /// A socket at another port.
     pub(super) udp: Option<UdpSocket>,
+    /// Datagrams are routed by another mark from now on.
+    pub(super) rerouted: bool,
     /// Who this side is from now on.
     pub(super) own_key: Option<(OwnKeyId, PrivateKey)>,
     /// Where peers are, as an operator says; of one peer the last word counts, so there are at most as many as peers.
@@ -59,6 +61,7 @@ impl<P, T, S> Default for Letters<P, T, S> {
             peers: None,
             tun: None,
             udp: None,
+            rerouted: false,
             own_key: None,
             endpoints: BTreeMap::new(),
             own_addresses: None,
@@ -113,6 +116,10 @@ impl<P, T, S> Mailbox<P, T, S> {
 
     pub(super) fn replace_udp(&self, udp: UdpSocket) {
         self.post(|letters| letters.udp = Some(udp));
+    }
+
+    pub(super) fn reroute(&self) {
+        self.post(|letters| letters.rerouted = true);
     }
 
     /// Changes who this side is, who the peers are and where: one letter, so that no turn sees a part.

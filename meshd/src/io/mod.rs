@@ -196,6 +196,11 @@ impl DataPlane {
         }
     }
 
+    /// The sockets' mark is another: sources are chosen anew.
+    pub fn reroute(&self) {
+        self.shards.each(Mailbox::reroute);
+    }
+
     /// Begins a handshake with every peer, spread over time: after a start, so that peers with old sessions
     /// of ours notice at once.
     pub fn initiate_all(&self) {

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use mesh_core::packet::{CoalesceOptions, Ecn, VNET_HEADER_BYTES, VnetHeader};
 use mesh_core::tunnel::Tunnel;
-use mesh_core::tunnel::config::{PeerConfig, TunnelConfig, UdpMeta};
+use mesh_core::tunnel::config::{Account, PeerConfig, Transmit, TunnelConfig, UdpMeta};
 use mesh_core::tunnel::engine::{EngineFactory as _, OwnKeyId};
 use mesh_core::tunnel::places::Places;
 use mesh_types::key::{PrivateKey, PublicKey};
@@ -295,6 +295,10 @@ impl Shard {
             self.udp_paused_until = MonoTime::ZERO;
             // A new group has the filter of one without such addresses.
             self.steer_anew = true;
+            tunnel.forget_locals();
+        }
+        if letters.rerouted {
+            tunnel.forget_locals();
         }
         if let Some((id, key)) = letters.own_key {
             self.change_own_key(tunnel, id, key, now);
@@ -545,35 +549,51 @@ fn possible(wanted: CoalesceOptions, features: TunFeatures) -> CoalesceOptions {
 }
 
 /// Sends what is ready. A source address that is no longer ours must not silence the peer: the kernel
-/// chooses then. Where that works, the peer's pin to the address is given up.
+/// chooses then. Where that works, the peer's pin to the address is given up. Counters show what left.
 fn send_ready(tunnel: &mut BoringTunnel, udp: &mut UdpSocket) {
     let mut lost: Vec<(IpAddr, SocketAddr)> = Vec::new();
+    let mut unsent: Vec<(Account, usize)> = Vec::new();
     while let Some(transmit) = tunnel.poll_transmit() {
-        if transmit.whole {
-            if let Err(error) = udp.send_whole(transmit.dst, transmit.local, transmit.bytes) {
-                tracing::trace!(dst = %transmit.dst, %error, "send whole");
+        let before = udp.counters().tx_bytes;
+        let (dst, local) = (transmit.dst, transmit.local);
+        match send(udp, &transmit) {
+            Ok(Source::AsTold) => {}
+            Ok(Source::Lost) => {
+                lost.extend(local.filter(|_| lost.len() < LOST_SOURCES_MAX).map(|it| (it, dst)));
             }
-            continue;
+            Err(error) => tracing::trace!(%dst, %error, "send"),
         }
-        let (dst, ecn, len) = (transmit.dst, transmit.ecn.bits(), transmit.segment_len);
-        let local = transmit.local;
-        let sent = match udp.send(dst, local, ecn, len, transmit.bytes) {
-            Err(error) if local.is_some() && is_of_source(&error) => {
-                let sent = udp.send(dst, None, ecn, len, transmit.bytes);
-                if let Some(local) = local.filter(|_| sent.is_ok() && lost.len() < LOST_SOURCES_MAX)
-                {
-                    lost.push((local, dst));
-                }
-                sent
-            }
-            sent => sent,
-        };
-        if let Err(error) = sent {
-            tracing::trace!(%dst, %error, "send");
+        let left = udp.counters().tx_bytes - before;
+        let missing = (transmit.bytes.len() as u64).saturating_sub(left);
+        if let Some(missing) = usize::try_from(missing).ok().filter(|missing| *missing > 0) {
+            unsent.push((transmit.account(), missing));
         }
+    }
+    for (account, bytes) in unsent {
+        tunnel.not_sent(account, bytes);
     }
     for (local, dst) in lost {
         tunnel.forget_local(local, dst);
+    }
+}
+
+/// Which source address a datagram left from.
+enum Source {
+    AsTold,
+    /// The kernel's choice, as it does not send from the one it was told.
+    Lost,
+}
+
+fn send(udp: &mut UdpSocket, transmit: &Transmit<'_>) -> io::Result<Source> {
+    let Transmit { dst, local, ecn, segment_len, whole, bytes, .. } = *transmit;
+    if whole {
+        return udp.send_whole(dst, local, bytes).map(|()| Source::AsTold);
+    }
+    match udp.send(dst, local, ecn.bits(), segment_len, bytes) {
+        Err(error) if local.is_some() && is_of_source(&error) => {
+            udp.send(dst, None, ecn.bits(), segment_len, bytes).map(|()| Source::Lost)
+        }
+        sent => sent.map(|()| Source::AsTold),
     }
 }
 

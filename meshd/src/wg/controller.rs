@@ -238,7 +238,11 @@ impl Controller {
         let device = &self.device;
         let anew = |key: &PeerKey| key.sound().is_some_and(|key| change.made_anew.contains(&key));
         self.carried.retain(|key, _| device.contains(key) && !anew(key));
-        let Some(plane) = self.plane.as_ref().filter(|_| change.identities) else { return Ok(()) };
+        let Some(plane) = &self.plane else { return Ok(()) };
+        if !change.identities {
+            // The old socket is closed then: its port may be asked for at once.
+            return in_force(plane);
+        }
         let peers = device.peer_configs(self.mtu);
         if !change.made_anew.is_empty() {
             let kept = peers.iter().filter(|peer| !change.made_anew.contains(&peer.key));
@@ -271,6 +275,7 @@ impl Controller {
                     Refusal::InUse
                 })?;
             }
+            plane.data.reroute();
         }
         Ok(())
     }

@@ -170,6 +170,8 @@ pub struct Admitted {
 /// One UDP send: a datagram, or several of `segment_len` bytes (the last may be shorter) by UDP_SEGMENT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Transmit<'a> {
+    /// Whose counters it is in; none for strangers.
+    pub(super) peer: Option<u32>,
     pub dst: SocketAddr,
     /// Source address to send from, where the peer is known to expect one.
     pub local: Option<IpAddr>,
@@ -178,6 +180,17 @@ pub struct Transmit<'a> {
     /// Not to be fragmented: its length is the question.
     pub whole: bool,
     pub bytes: &'a [u8],
+}
+
+/// Whose counters a send is in ([`Transmit::account`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Account(pub(super) Option<u32>);
+
+impl Transmit<'_> {
+    /// For [`super::Tunnel::not_sent`]; good until the peers are set anew.
+    pub fn account(&self) -> Account {
+        Account(self.peer)
+    }
 }
 
 /// One write to the TUN: `header` in front, then [`Self::pieces`] in order.

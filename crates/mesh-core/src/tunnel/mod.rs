@@ -214,6 +214,16 @@ impl<F: EngineFactory> Tunnel<F> {
         }
     }
 
+    /// Datagrams leave by another socket or mark: sends choose their source anew, as routing may.
+    pub fn forget_locals(&mut self) {
+        let slots: Vec<u32> = self.peers.slots().collect();
+        for slot in slots {
+            if let Some(peer) = self.peers.get_mut(slot) {
+                peer.path.forget_any_local();
+            }
+        }
+    }
+
     /// Turns this peer's share of what happened into an event.
     fn event(&mut self, event: Event) {
         if self.events.len() >= EVENTS_MAX {

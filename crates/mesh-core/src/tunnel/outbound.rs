@@ -4,7 +4,7 @@ use mesh_types::limits::{UNREACHABLES_BURST, UNREACHABLES_PER_SECOND};
 use mesh_types::time::MonoTime;
 
 use super::Tunnel;
-use super::config::{Setting, Transmit};
+use super::config::{Account, Setting, Transmit};
 use super::counters::DropReason;
 use super::engine::{Engine, EngineError, EngineFactory};
 use super::path::Endpoint;
@@ -122,7 +122,7 @@ impl<F: EngineFactory> Tunnel<F> {
     pub(super) fn send_datagram(&mut self, slot: Option<u32>, to: Endpoint, len: usize) {
         self.flush(self.now);
         let datagram = self.buffer.get(..len).unwrap_or(&[]);
-        if !self.transmit.push_datagram(to, datagram) {
+        if !self.transmit.push_datagram(slot, to, datagram) {
             self.counters.count_drop(DropReason::TransmitFull);
             return;
         }
@@ -164,6 +164,15 @@ impl<F: EngineFactory> Tunnel<F> {
         {
             self.unreachables.take(now, rate, burst);
             self.counters.unreachables_sent += 1;
+        }
+    }
+
+    /// So many bytes of a send that was collected did not leave after all.
+    pub fn not_sent(&mut self, account: Account, bytes: usize) {
+        let bytes = bytes as u64;
+        self.counters.tx_bytes = self.counters.tx_bytes.saturating_sub(bytes);
+        if let Some(peer) = account.0.and_then(|slot| self.peers.get_mut(slot)) {
+            peer.tx_bytes = peer.tx_bytes.saturating_sub(bytes);
         }
     }
 

@@ -260,10 +260,11 @@ impl Path {
     /// Somebody who may say so says where the peer is. True if that is news.
     pub fn set_endpoint(&mut self, addr: SocketAddr) -> bool {
         let addr = plain(addr);
-        if self.endpoint.is_some_and(|endpoint| endpoint.addr == addr) {
+        // Also where it is known, routing chooses our address anew.
+        let before = self.endpoint.replace(Endpoint::direct(addr));
+        if before.is_some_and(|endpoint| endpoint.addr == addr) {
             return false;
         }
-        self.endpoint = Some(Endpoint::direct(addr));
         self.attempts = 0;
         true
     }
@@ -279,6 +280,13 @@ impl Path {
             && endpoint.addr == to
             && endpoint.local == Some(local)
         {
+            endpoint.local = None;
+        }
+    }
+
+    /// Datagrams are routed by other rules now.
+    pub fn forget_any_local(&mut self) {
+        if let Some(endpoint) = &mut self.endpoint {
             endpoint.local = None;
         }
     }
@@ -342,9 +350,7 @@ impl Path {
         }
         // Not answered either from the address the peer knew us by: its uplink may be dead although the address is still
         // ours, and answers would go there. Routing chooses from now on, until the peer is heard again.
-        if let Some(endpoint) = &mut self.endpoint {
-            endpoint.local = None;
-        }
+        self.forget_any_local();
         let ways = self.all().count();
         for _ in 0..ways {
             let to = self.all().nth(self.turn % ways);

@@ -58,6 +58,7 @@ struct Open {
 
 #[derive(Debug, Clone)]
 struct Ready {
+    peer: Option<u32>,
     to: Endpoint,
     ecn: Ecn,
     segment_len: usize,
@@ -172,8 +173,8 @@ impl TransmitQueue {
             Closed { flow: open.flow, packets: self.slots.len(), bytes: range.len(), sealed };
         self.slots.clear();
         if sealed.is_ok() {
-            let (Flow { to, ecn, whole, .. }, segment_len) = (open.flow, open.segment_len);
-            self.ready.push_back(Ready { to, ecn, segment_len, whole, range });
+            let (Flow { slot, to, ecn, whole, .. }, segment_len) = (open.flow, open.segment_len);
+            self.ready.push_back(Ready { peer: Some(slot), to, ecn, segment_len, whole, range });
         } else {
             self.used = range.start;
         }
@@ -182,7 +183,7 @@ impl TransmitQueue {
 
     /// Queues one datagram as it is (handshakes, keepalives). The open batch must be closed. False if
     /// the arena is full.
-    pub fn push_datagram(&mut self, to: Endpoint, datagram: &[u8]) -> bool {
+    pub fn push_datagram(&mut self, peer: Option<u32>, to: Endpoint, datagram: &[u8]) -> bool {
         let segment_len = carried_len(&to, datagram.len());
         let range = self.used..self.used + segment_len;
         let Some(room) = self.arena.get_mut(range.clone()) else { return false };
@@ -192,7 +193,8 @@ impl TransmitQueue {
         }
         message.copy_from_slice(datagram);
         self.used = range.end;
-        self.ready.push_back(Ready { to, ecn: Ecn::NotEct, segment_len, whole: false, range });
+        let ecn = Ecn::NotEct;
+        self.ready.push_back(Ready { peer, to, ecn, segment_len, whole: false, range });
         true
     }
 
@@ -204,8 +206,8 @@ impl TransmitQueue {
         };
         let bytes = self.arena.get(ready.range.clone())?;
         let Endpoint { addr: dst, local, .. } = ready.to;
-        let Ready { ecn, segment_len, whole, .. } = ready;
-        Some(Transmit { dst, local, ecn, segment_len, whole, bytes })
+        let Ready { peer, ecn, segment_len, whole, .. } = ready;
+        Some(Transmit { peer, dst, local, ecn, segment_len, whole, bytes })
     }
 
     /// Moves the open batch to the front when it stands at the end and everything else has left.
@@ -368,7 +370,7 @@ mod tests {
             Ok(())
         });
         assert_eq!(closed.map(|closed| closed.packets), Some(3));
-        assert!(queue.push_datagram(carried.to, &[1; 148]));
+        assert!(queue.push_datagram(None, carried.to, &[1; 148]));
         let sent = queue.pop().expect("a send");
         assert_eq!((sent.segment_len, sent.bytes.len()), (172, 2 * 172 + 140));
         let second = carry::parse(&sent.bytes[172..2 * 172]).expect("a header");

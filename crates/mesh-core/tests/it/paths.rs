@@ -277,3 +277,52 @@ fn replies_leave_from_the_address_that_was_written_to() {
     tunnel.forget_local(ours, peer);
     assert_eq!(local_of(tunnel), None);
 }
+
+#[test]
+fn another_socket_mark_or_endpoint_by_hand_chooses_the_source_anew() {
+    let mut net = Network::mesh(10, 2);
+    let changes: [fn(&mut Network); 2] = [
+        |net| net.hosts[1].tunnel.forget_locals(),
+        |net| {
+            let (now, key, at) = (net.now, net.hosts[0].key, net.hosts[0].addr);
+            net.hosts[1].tunnel.set_endpoint(now, &key, at);
+        },
+    ];
+    for change in changes {
+        net.send(0, 1, "heard");
+        net.run_ms(100);
+        let endpoint = |net: &mut Network| {
+            let mut packet = crate::network::inner(1, 0, "answer");
+            let (now, header) = (net.now, mesh_core::packet::VnetHeader::PLAIN);
+            let tunnel = &mut net.hosts[1].tunnel;
+            tunnel.handle_tun_input(now, &header, &mut packet);
+            tunnel.flush(now);
+            let sent = tunnel.poll_transmit().map(|sent| (sent.dst, sent.local));
+            while tunnel.poll_transmit().is_some() {}
+            sent.expect("a datagram")
+        };
+        let before = endpoint(&mut net);
+        assert!(before.1.is_some());
+        change(&mut net);
+        assert_eq!(endpoint(&mut net), (before.0, None), "the same place");
+    }
+}
+
+#[test]
+fn what_did_not_leave_is_not_counted() {
+    let mut net = Network::mesh(10, 2);
+    net.send(0, 1, "a session");
+    net.run_ms(100);
+    let (now, before) = (net.now, net.snapshot(0, 1).tx_bytes);
+    let total = net.hosts[0].tunnel.counters().tx_bytes;
+    let mut packet = crate::network::inner(0, 1, "one more");
+    let tunnel = &mut net.hosts[0].tunnel;
+    tunnel.handle_tun_input(now, &mesh_core::packet::VnetHeader::PLAIN, &mut packet);
+    tunnel.flush(now);
+    let sent = tunnel.poll_transmit().expect("a datagram");
+    let (account, bytes) = (sent.account(), sent.bytes.len());
+    assert_eq!(net.snapshot(0, 1).tx_bytes, before + bytes as u64);
+    net.hosts[0].tunnel.not_sent(account, bytes);
+    assert_eq!(net.snapshot(0, 1).tx_bytes, before);
+    assert_eq!(net.hosts[0].tunnel.counters().tx_bytes, total);
+}
