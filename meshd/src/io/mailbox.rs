@@ -6,7 +6,7 @@
 //! The lock is held for a move, and the shard takes it only after its eventfd woke it: never per packet.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
@@ -36,6 +36,8 @@ pub(super) struct Letters<P, T, S> {
     /// Where peers are, as an operator says; of one peer the last word counts, so there are at most as many as peers.
     pub(super) endpoints: BTreeMap<PublicKey, SocketAddr>,
     pub(super) own_addresses: Option<Vec<SocketAddr>>,
+    /// All addresses of this host.
+    pub(super) local_addresses: Option<Vec<IpAddr>>,
     /// Where peers of other shards were heard; of one peer the last word counts.
     pub(super) places: BTreeMap<PublicKey, SocketAddr>,
     /// What relays of other shards show of this node.
@@ -65,6 +67,7 @@ impl<P, T, S> Default for Letters<P, T, S> {
             own_key: None,
             endpoints: BTreeMap::new(),
             own_addresses: None,
+            local_addresses: None,
             places: BTreeMap::new(),
             seen: BTreeMap::new(),
             doubted: BTreeMap::new(),
@@ -116,6 +119,10 @@ impl<P, T, S> Mailbox<P, T, S> {
 
     pub(super) fn replace_udp(&self, udp: UdpSocket) {
         self.post(|letters| letters.udp = Some(udp));
+    }
+
+    pub(super) fn set_local_addresses(&self, addresses: Vec<IpAddr>) {
+        self.post(|letters| letters.local_addresses = Some(addresses));
     }
 
     pub(super) fn reroute(&self) {

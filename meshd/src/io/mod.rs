@@ -170,6 +170,13 @@ impl DataPlane {
         self.shards.each(|shard| shard.set_own_addresses(addresses.to_vec()));
     }
 
+    /// All addresses of this host ([`Setting::Device`]).
+    ///
+    /// [`Setting::Device`]: mesh_core::tunnel::config::Setting::Device
+    pub fn set_local_addresses(&self, addresses: &[IpAddr]) {
+        self.shards.each(|shard| shard.set_local_addresses(addresses.to_vec()));
+    }
+
     /// Another own key, other peers, endpoints by hand: in this order, and together.
     pub fn configure(&self, change: Reconfigure<Vec<PeerConfig>>) {
         let Reconfigure { own_key, peers, endpoints } = change;

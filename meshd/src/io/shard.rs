@@ -64,6 +64,8 @@ pub(super) struct Shard {
     peers: Option<Arc<Vec<PeerConfig>>>,
     /// Where this node can be reached.
     own_addresses: Vec<SocketAddr>,
+    /// All addresses of this host, where they matter.
+    local_addresses: Vec<IpAddr>,
     /// Where relays are reached that UDP does not lead to.
     bridges: BTreeMap<PublicKey, SocketAddr>,
     /// Where the peers of all shards were last heard, in this life or one before.
@@ -123,6 +125,7 @@ impl Shard {
             mailbox,
             peers: None,
             own_addresses: Vec::new(),
+            local_addresses: Vec::new(),
             bridges: BTreeMap::new(),
             places,
             tun_paused_until: MonoTime::ZERO,
@@ -173,6 +176,7 @@ impl Shard {
         tunnel.set_coalesce(self.writer.merging.options());
         tunnel.remember(self.places.iter());
         tunnel.set_own_addresses(self.own_addresses.clone());
+        tunnel.set_local_addresses(self.local_addresses.clone());
         self.apply_peers(&mut tunnel, clock::now());
         for (relay, at) in &self.bridges {
             tunnel.set_bridge(clock::now(), relay, Some(*at));
@@ -311,6 +315,10 @@ impl Shard {
         if let Some(own) = letters.own_addresses {
             self.own_addresses = own;
             tunnel.set_own_addresses(self.own_addresses.clone());
+        }
+        if let Some(local) = letters.local_addresses {
+            self.local_addresses = local;
+            tunnel.set_local_addresses(self.local_addresses.clone());
         }
         for (key, endpoint) in letters.endpoints {
             tunnel.set_endpoint(now, &key, endpoint);

@@ -7,6 +7,7 @@
 //! | deleted | the program ends |
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::{Duration, SystemTime};
 
@@ -55,6 +56,8 @@ struct Plane {
     port: u16,
     /// The sockets once more, for their mark.
     sockets: Vec<OwnedFd>,
+    /// This host's, as the data plane was told.
+    addresses: Vec<IpAddr>,
 }
 
 impl Controller {
@@ -95,7 +98,20 @@ impl Controller {
             }
             _ => {}
         }
+        self.tell_addresses();
         Look::There
+    }
+
+    /// Without them what leaves another host behind this one may be taken for ours.
+    fn tell_addresses(&mut self) {
+        let Some(plane) = &mut self.plane else { return };
+        let Ok(addresses) = netcfg::addr::list() else { return };
+        let mut addresses: Vec<_> = addresses.iter().map(|it| it.net.addr()).collect();
+        addresses.sort_unstable();
+        if plane.addresses != addresses {
+            plane.data.set_local_addresses(&addresses);
+            plane.addresses = addresses;
+        }
     }
 
     fn start(&mut self) {
@@ -139,7 +155,7 @@ impl Controller {
             peers: self.device.peer_configs(self.mtu),
             endpoints: self.device.endpoints(),
         });
-        Ok(Plane { data, port, sockets: marks })
+        Ok(Plane { data, port, sockets: marks, addresses: Vec::new() })
     }
 
     /// Their port, a socket for each shard, and each once more.

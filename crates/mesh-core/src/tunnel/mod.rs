@@ -214,6 +214,11 @@ impl<F: EngineFactory> Tunnel<F> {
         }
     }
 
+    /// Addresses of this host: another behind it may speak WireGuard to a peer of ours, from a port like ours.
+    pub fn set_local_addresses(&mut self, addresses: Vec<IpAddr>) {
+        self.own_datagrams.local = addresses;
+    }
+
     /// Datagrams leave by another socket or mark: sends choose their source anew, as routing may.
     pub fn forget_locals(&mut self) {
         let slots: Vec<u32> = self.peers.slots().collect();

@@ -214,6 +214,27 @@ fn a_device_does_not_carry_its_own_datagrams() {
     }
     assert_eq!(network.dropped(0, DropReason::OwnDatagram), 1, "others' datagrams are packets");
     assert_eq!(network.log.len(), sent + 2);
+    // A route leads them in, from this host and from another behind it.
+    let mut peer = network.peers_of(0);
+    peer[0].allowed_ips = vec![crate::network::net("192.0.2.0/24")];
+    network.set_peers(0, &peer);
+    let at = network.hosts[1].addr;
+    network.hosts[0].tunnel.set_endpoint(now, &key, at);
+    network.hosts[0].tunnel.set_local_addresses(vec!["192.0.2.1".parse().expect("ours")]);
+    let mut to_peer = |from: [u8; 4], hops: u8| {
+        let ports = [5_555_u16.to_be_bytes(), at.port().to_be_bytes(), [0, 16], [0, 0]].concat();
+        let mut packet = ipv4(from, [192, 0, 2, 2], 0, &[&ports[..], &[4; 8]].concat());
+        (packet[8], packet[9]) = (hops, 17);
+        network.send_inner(0, &packet);
+        network.dropped(0, DropReason::OwnDatagram)
+    };
+    assert_eq!(to_peer([192, 0, 2, 1], 64), 2);
+    assert_eq!(to_peer([192, 0, 2, 1], 63), 3, "ours, through another namespace");
+    assert_eq!(to_peer([192, 0, 2, 9], 64), 4, "ours, from an address that is new");
+    let why = "another host may speak WireGuard to the peer, from a port like ours";
+    for hops in [63, 127, 62] {
+        assert_eq!(to_peer([192, 168, 1, 9], hops), 4, "{why}");
+    }
 }
 
 #[test]
