@@ -10,7 +10,7 @@
 
 mod common;
 
-use std::io::Write;
+use std::io::{Read as _, Write};
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
@@ -381,6 +381,18 @@ fn lines_that_make_no_sense_change_nothing_and_cost_nothing() {
         assert_eq!(a.say(text.as_bytes()), *answer, "{text:.60}");
     }
     assert!(a.say(b"get=1\n\nget=1\n\n").matches("errno=0\n\n").count() == 2);
+    // Whoever waits for an answer before the request's end has it; what follows of the request counts for nothing.
+    let mut waiting = a.connect();
+    waiting.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    waiting.write_all(b"set=1\nbogus=1\n").expect("it reads");
+    let mut told = [0; 11];
+    waiting.read_exact(&mut told).expect("an answer");
+    assert_eq!(&told, b"errno=-22\n\n");
+    waiting.write_all(b"listen_port=1\n\nget=1\n\n").expect("it reads on");
+    waiting.shutdown(std::net::Shutdown::Write).expect("shut");
+    let mut rest = String::new();
+    waiting.read_to_string(&mut rest).expect("an answer");
+    assert!(rest.starts_with("private_key=") && rest.ends_with("errno=0\n\n"), "{rest:.20}");
     for round in 0..200_u32 {
         let garbage: Vec<u8> = (0..20_000_u32)
             .map(|at| (at.wrapping_mul(2_654_435_761) >> (round % 24)) as u8)

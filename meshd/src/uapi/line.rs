@@ -57,7 +57,10 @@ pub fn parse(
     in_peer: bool,
     zone: &dyn Fn(&str) -> Option<u32>,
 ) -> Result<Line, Refusal> {
-    let text = std::str::from_utf8(text).map_err(|_| Refusal::Protocol)?;
+    if !text.contains(&b'=') {
+        return Err(Refusal::Protocol);
+    }
+    let text = std::str::from_utf8(text).map_err(|_| Refusal::Invalid)?;
     let (key, value) = text.split_once('=').ok_or(Refusal::Protocol)?;
     let line = match key {
         "public_key" => Some(Line::PublicKey(PeerKey(*hex_key(value)?))),

@@ -63,6 +63,10 @@ impl<R: AsyncRead + Unpin> Lines<R> {
             self.from += part.len() + usize::from(end.is_some());
             part.zeroize();
             if end.is_some() {
+                // As everybody's scanner of lines takes them.
+                if let Some(line) = self.line.strip_suffix(b"\r").map(<[u8]>::len) {
+                    self.line.truncate(line);
+                }
                 return Ok(if too_long { Read::TooLong } else { Read::Line(&self.line) });
             }
         }

@@ -139,10 +139,11 @@ async fn converse(mut stream: UnixStream, service: Service) {
             tokio::time::timeout(IDLE_TIMEOUT, request(&mut said, service.handler.is_writable()));
         let Ok(Ok(asked)) = asked.await else { return };
         let ends = matches!(asked, Request::End | Request::Nonsense);
+        let goes_on = matches!(asked, Request::RefusedSet(_));
         let answered = match asked {
             Request::End => return,
             Request::Nonsense => Err(Refusal::Protocol),
-            Request::Refused(refusal) => Err(refusal),
+            Request::Refused(refusal) | Request::RefusedSet(refusal) => Err(refusal),
             Request::Get => off_reactor(&service, |handler| handler.get()).await,
             Request::Set(lines) => {
                 let set = off_reactor(&service, |handler| handler.set(lines)).await;
@@ -155,6 +156,12 @@ async fn converse(mut stream: UnixStream, service: Service) {
         let sent = tokio::time::timeout(IDLE_TIMEOUT, answer(&mut writer, answered));
         if !matches!(sent.await, Ok(Ok(()))) || ends {
             return;
+        }
+        if goes_on {
+            let skipped = tokio::time::timeout(IDLE_TIMEOUT, skip_request(&mut said));
+            if !matches!(skipped.await, Ok(Ok(()))) {
+                return;
+            }
         }
     }
 }
@@ -190,13 +197,15 @@ pub(super) enum Request {
     Get,
     Set(Vec<Line>),
     Refused(Refusal),
+    /// It may have more lines, which count for nothing ([`skip_request`]).
+    RefusedSet(Refusal),
     /// No request at all: what follows cannot be told apart.
     Nonsense,
     End,
 }
 
-/// Reads one request, to its blank line. After a line that is refused the rest is read and forgotten, so that a client
-/// that writes before it reads is not cut off.
+/// Reads one request, to its blank line or the first line that is refused: that is answered at once, as a client may wait
+/// for the answer before it says more.
 pub(super) async fn request(
     said: &mut Lines<impl AsyncRead + Unpin>,
     writable: bool,
@@ -215,13 +224,14 @@ pub(super) async fn request(
 }
 
 async fn read_set(said: &mut Lines<impl AsyncRead + Unpin>, writable: bool) -> io::Result<Request> {
+    if !writable {
+        return Ok(Request::RefusedSet(Refusal::NotPermitted));
+    }
     let mut lines = Vec::new();
-    let mut refusal = (!writable).then_some(Refusal::NotPermitted);
     let mut in_peer = false;
     loop {
         let read = match said.next().await? {
-            Read::End | Read::Line([]) => break,
-            _ if refusal.is_some() => continue,
+            Read::End | Read::Line([]) => return Ok(Request::Set(lines)),
             Read::TooLong => Err(Refusal::TooLong),
             Read::Cut => Err(Refusal::Protocol),
             Read::Line(_) if lines.len() >= UAPI_LINES_MAX => Err(Refusal::TooLong),
@@ -232,13 +242,15 @@ async fn read_set(said: &mut Lines<impl AsyncRead + Unpin>, writable: bool) -> i
                 in_peer |= matches!(line, Line::PublicKey(_));
                 lines.push(line);
             }
-            Err(why) => {
-                refusal = Some(why);
-                lines = Vec::new();
-            }
+            Err(refusal) => return Ok(Request::RefusedSet(refusal)),
         }
     }
-    Ok(refusal.map_or(Request::Set(lines), Request::Refused))
+}
+
+/// Reads what is left of a request, so that a client that writes before it reads is not cut off.
+pub(super) async fn skip_request(said: &mut Lines<impl AsyncRead + Unpin>) -> io::Result<()> {
+    while !matches!(said.next().await?, Read::End | Read::Line([])) {}
+    Ok(())
 }
 
 /// The index of the interface an address is behind.
