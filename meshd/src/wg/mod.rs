@@ -51,7 +51,12 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 pub fn run(args: &WgArgs) -> anyhow::Result<()> {
     let dir = config::uapi_dir(&args.uapi)?.context("--uapi-dir may not be empty here")?;
     let tun = match args.tun_fd {
-        Some(number) => Tun::inherit(number, &disabled(args).tun(TunOptions::transient("")))?,
+        Some(number) => {
+            // The one of our own start has what its operator may have given it meanwhile.
+            let mtu = std::env::var_os(DETACHED).is_none().then_some(MTU);
+            let options = TunOptions { mtu, ..TunOptions::transient("") };
+            Tun::inherit(number, &disabled(args).tun(options))?
+        }
         None => Tun::open(&disabled(args).tun(TunOptions {
             mtu: Some(MTU),
             multi_queue: !args.disable_multi_queue,
