@@ -163,10 +163,14 @@ impl Turn {
 
 /// Another lab's `down` removes the common folder when it is empty, perhaps just before ours is made in it.
 pub(crate) fn make_dir(dir: &Path) -> std::io::Result<()> {
+    use std::io::ErrorKind;
+
     const ATTEMPTS: u32 = 100;
     for _ in 1..ATTEMPTS {
         match fs::create_dir_all(dir) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            // The folder around it went, or went and came and went: `create_dir_all` looks at what it was told is there.
+            Err(error)
+                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::AlreadyExists) => {}
             result => return result,
         }
     }
