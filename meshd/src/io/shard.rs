@@ -574,7 +574,7 @@ fn send_ready(tunnel: &mut BoringTunnel, udp: &mut UdpSocket) {
         let left = udp.counters().tx_bytes - before;
         let missing = (transmit.bytes.len() as u64).saturating_sub(left);
         if let Some(missing) = usize::try_from(missing).ok().filter(|missing| *missing > 0) {
-            unsent.push((transmit.account(), missing));
+            unsent.push((transmit.account, missing));
         }
     }
     for (account, bytes) in unsent {

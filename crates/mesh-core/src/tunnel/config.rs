@@ -170,8 +170,8 @@ pub struct Admitted {
 /// One UDP send: a datagram, or several of `segment_len` bytes (the last may be shorter) by UDP_SEGMENT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Transmit<'a> {
-    /// Whose counters it is in; none for strangers.
-    pub(super) peer: Option<u32>,
+    /// For [`super::Tunnel::not_sent`]; good until the peers are set anew.
+    pub account: Account,
     pub dst: SocketAddr,
     /// Source address to send from, where the peer is known to expect one.
     pub local: Option<IpAddr>,
@@ -182,16 +182,9 @@ pub struct Transmit<'a> {
     pub bytes: &'a [u8],
 }
 
-/// Whose counters a send is in ([`Transmit::account`]).
+/// Whose counters a send is in: a peer's slot; none for strangers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Account(pub(super) Option<u32>);
-
-impl Transmit<'_> {
-    /// For [`super::Tunnel::not_sent`]; good until the peers are set anew.
-    pub fn account(&self) -> Account {
-        Account(self.peer)
-    }
-}
 
 /// One write to the TUN: `header` in front, then [`Self::pieces`] in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

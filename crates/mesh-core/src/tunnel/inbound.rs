@@ -345,7 +345,8 @@ impl<F: EngineFactory> Tunnel<F> {
             return Err(DropReason::CarriedName);
         }
         if self.foreign.holds(&key) {
-            if !self.foreign.initiates(now, &key) {
+            // Under load the caller counts it.
+            if !self.foreign.initiates(now, &key) && !self.front.loaded(now) {
                 self.front.spend(now, meta.limited_as(), proven);
             }
             let shard = self.config.share.owner(&key);

@@ -16,7 +16,7 @@ use std::ops::Range;
 use mesh_types::carry::{self, CARRY_HEADER_BYTES};
 use mesh_types::limits::{GSO_BYTES_MAX, GSO_SEGMENTS_MAX, TRANSMIT_ARENA_BYTES};
 
-use super::config::Transmit;
+use super::config::{Account, Transmit};
 use super::engine::{EngineError, SealBatch, TAG_BYTES, TRANSPORT_HEADER_BYTES};
 use super::path::Endpoint;
 use crate::packet::Ecn;
@@ -207,7 +207,7 @@ impl TransmitQueue {
         let bytes = self.arena.get(ready.range.clone())?;
         let Endpoint { addr: dst, local, .. } = ready.to;
         let Ready { peer, ecn, segment_len, whole, .. } = ready;
-        Some(Transmit { peer, dst, local, ecn, segment_len, whole, bytes })
+        Some(Transmit { account: Account(peer), dst, local, ecn, segment_len, whole, bytes })
     }
 
     /// Moves the open batch to the front when it stands at the end and everything else has left.

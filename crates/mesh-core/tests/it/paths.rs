@@ -320,7 +320,7 @@ fn what_did_not_leave_is_not_counted() {
     tunnel.handle_tun_input(now, &mesh_core::packet::VnetHeader::PLAIN, &mut packet);
     tunnel.flush(now);
     let sent = tunnel.poll_transmit().expect("a datagram");
-    let (account, bytes) = (sent.account(), sent.bytes.len());
+    let (account, bytes) = (sent.account, sent.bytes.len());
     assert_eq!(net.snapshot(0, 1).tx_bytes, before + bytes as u64);
     net.hosts[0].tunnel.not_sent(account, bytes);
     assert_eq!(net.snapshot(0, 1).tx_bytes, before);
