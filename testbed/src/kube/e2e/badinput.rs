@@ -320,7 +320,8 @@ fn new_pod_talks(suite: &Suite<'_>, node: &str) -> Result<()> {
 
 /// Has the DaemonSet make its pod on a node anew, with an address of today.
 fn replace_pod(suite: &Suite<'_>, node: &str) -> Result<()> {
-    let old = suite.tool_on(node)?.name;
+    // Where the node was not ready its pods are not either, until its kubelet has told of both again.
+    let old = suite.wait("the node has its pod", |suite| suite.tool_on(node))?.name;
     suite.delete_pod(&old)?;
     suite.wait("the node has another pod", |suite| {
         ensure!(suite.tool_on(node)?.name != old, "it is the old one");

@@ -226,13 +226,9 @@ impl<'a> Suite<'a> {
     }
 
     pub(super) fn wait_pod(&self, name: &str) -> Result<PodFacts> {
-        let mut found = None;
         self.wait(&format!("pod {name} is ready"), |suite| {
-            found = suite.pods(&format!("pod={name}"))?.pop();
-            ensure!(found.is_some(), "it is not");
-            Ok(())
-        })?;
-        found.with_context(|| format!("no pod {name}"))
+            suite.pods(&format!("pod={name}"))?.pop().context("it is not")
+        })
     }
 
     /// Asks from inside a network namespace, again until there is an answer.
@@ -253,15 +249,15 @@ impl<'a> Suite<'a> {
     }
 
     /// Polls until `check` is fine; its last complaint is the error.
-    pub(super) fn wait(
+    pub(super) fn wait<T>(
         &self,
         what: &str,
-        mut check: impl FnMut(&Self) -> Result<()>,
-    ) -> Result<()> {
+        mut check: impl FnMut(&Self) -> Result<T>,
+    ) -> Result<T> {
         let end = Instant::now() + TIMEOUT;
         loop {
             match check(self) {
-                Ok(()) => return Ok(()),
+                Ok(found) => return Ok(found),
                 Err(error) if Instant::now() > end => {
                     return Err(error.context(format!("after {TIMEOUT:?}: {what}")));
                 }
