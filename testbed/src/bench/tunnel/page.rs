@@ -23,8 +23,8 @@ highest behind them.
 - `out_of_order`, `retransmits`: what TCP at both ends counted during `tcp_1_cubic`, in the worst round.
 - `flood_loss`: packets lost of 5,000 a second through the tunnel, while a hundred thousand true handshake initiations a second
   come in the names of others.
-- meshd runs as on a node (`meshd run --roster`): control plane, guard and counters are in its figures. nebula uses its default
-  cipher, AES-GCM. vxlan and veth do not encrypt and are measured once, for scale.
+- meshd is the program of a release, static and with musl, and runs as on a node (`meshd run --roster`): control plane, guard and
+  counters are in its figures. nebula uses its default cipher, AES-GCM. vxlan and veth do not encrypt and are measured once, for scale.
 
 To repeat it: `./testbed/bench tunnel`, on any Linux with root, namespaces and a few Debian packages that it installs; it says how
 long it will take. `--only tcp_1_cubic --seconds 3` is a look in a minute, `--json` prints the same figures for programs.
