@@ -3,8 +3,9 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use keyrelay::kube::publish::AddressOf;
+use keyrelay::server::Offloads;
 use mesh_types::defaults::KEYRELAY_PORT;
 use mesh_types::key::PublicKey;
 use mesh_types::limits::{
@@ -76,6 +77,10 @@ pub(crate) struct Run {
     #[arg(long, env = "KEYRELAY_THREADS", value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=RELAY_THREADS_MAX as i64))]
     pub(crate) threads: Option<u16>,
 
+    /// Offloads of the kernel to do without, for one or a network card that does them badly; repeat or separate by commas.
+    #[arg(long, env = "KEYRELAY_DISABLE_OFFLOAD", value_delimiter = ',', value_enum)]
+    pub(crate) disable_offload: Vec<Offload>,
+
     /// Address to serve health and metrics at.
     #[arg(long, env = "KEYRELAY_METRICS", value_name = "ADDRESS:PORT")]
     pub(crate) metrics: Option<SocketAddr>,
@@ -99,6 +104,22 @@ pub(crate) struct Run {
     /// Bytes carried for the members of one keys file together in a second.
     #[arg(long, env = "KEYRELAY_ROSTER_BYTES_PER_S", value_name = "BYTES", default_value_t = RELAY_ROSTER_BYTES_PER_SECOND, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) roster_bytes_per_s: u64,
+}
+
+/// What the kernel does for many datagrams in one call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Offload {
+    /// It cuts what is sent (`UDP_SEGMENT`).
+    UdpGso,
+    /// It merges what is received (`UDP_GRO`).
+    UdpGro,
+}
+
+impl Run {
+    pub(crate) fn offloads(&self) -> Offloads {
+        let allowed = |offload| !self.disable_offload.contains(&offload);
+        Offloads { gso: allowed(Offload::UdpGso), gro: allowed(Offload::UdpGro) }
+    }
 }
 
 /// How nodes of a cluster find the relay.

@@ -81,7 +81,7 @@ async fn run(args: Run) -> anyhow::Result<()> {
     let mut signals = Signals::watch()?;
     let metrics = listen_for_metrics(&args).await?;
     let threads = args.threads.map_or_else(server::default_threads, usize::from);
-    let (address, sockets) = server::open(args.listen, args.port, threads)?;
+    let (address, sockets) = server::open(args.listen, args.port, threads, args.offloads())?;
     let tls = args.tls_listen.map(streams::Listener::bind).transpose()?;
     let sender = sockets.first().context("no socket")?.sender();
     let looks = looks(address, args.probe_port)?;

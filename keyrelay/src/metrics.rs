@@ -77,8 +77,8 @@ pub fn render(shared: &Shared) -> anyhow::Result<String> {
         ("udp_received_bytes", "Bytes received", udp.rx_bytes),
         ("udp_sent_bytes", "Bytes sent", udp.tx_bytes),
         ("udp_receive_overflow", "Datagrams the kernel had no room for", udp.rx_overflow),
-        ("udp_send_dropped", "Sends given up for want of buffer", udp.tx_dropped),
-        ("udp_send_errors", "Sends the kernel refused", udp.tx_errors),
+        ("udp_send_dropped", "Datagrams given up for want of buffer", udp.tx_dropped),
+        ("udp_send_errors", "Datagrams the kernel refused to send", udp.tx_errors),
     ] {
         total(&mut registry, name, help, value);
     }

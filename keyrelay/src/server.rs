@@ -23,6 +23,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::Context;
+use mesh_core::packet::Ecn;
 use mesh_types::limits::{RELAY_LEAVING_PER_TURN, RELAY_RECEIVE_MESSAGES, RELAY_THREADS_MAX};
 use mesh_types::time::MonoTime;
 use netcfg::release::Release;
@@ -56,17 +57,28 @@ pub fn default_threads() -> usize {
     thread::available_parallelism().map_or(1, usize::from).clamp(1, RELAY_THREADS_MAX)
 }
 
+/// What the kernel may do for the sockets, where it can.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Offloads {
+    /// Cut what is sent (`UDP_SEGMENT`).
+    pub gso: bool,
+    /// Merge what is received (`UDP_GRO`).
+    pub gro: bool,
+}
+
 /// Opens a socket for each thread at `listen`, or at the port on every address of both families.
 pub fn open(
     listen: Option<SocketAddr>,
     port: u16,
     threads: usize,
+    offloads: Offloads,
 ) -> anyhow::Result<(SocketAddr, Vec<UdpSocket>)> {
     let any = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
     let options = UdpOptions {
         address: listen.map(|at| at.ip()).filter(|ip| *ip != any),
         port: listen.map_or(port, |at| at.port()),
-        gso: !Release::running().is_some_and(Release::mangles_udp_segments),
+        gso: offloads.gso && !Release::running().is_some_and(Release::mangles_udp_segments),
+        gro: offloads.gro,
         ..UdpOptions::default()
     };
     let sockets = UdpSocket::open_group(&options, threads.clamp(1, RELAY_THREADS_MAX), &[])?;
@@ -129,6 +141,7 @@ struct Carrier {
     batch: RecvBatch,
     glue: Glue<Arrival>,
     carrying: Carrying,
+    mixed_marks: bool,
     worker: Worker,
     shared: Arc<Shared>,
     /// When the socket's counters were last shown.
@@ -148,6 +161,7 @@ impl Carrier {
             batch,
             glue: Glue::default(),
             carrying,
+            mixed_marks: Release::running().is_none_or(Release::merges_marks),
             worker: Worker::new(counters),
             shared,
             shown: MonoTime::ZERO,
@@ -179,7 +193,7 @@ impl Carrier {
 
     fn handle_urgent(&mut self, now: MonoTime, slot: usize) {
         let Some(message) = self.batch.get(slot).filter(is_urgent) else { return };
-        let arrival = arrival(&message);
+        let arrival = arrival(&message, self.mixed_marks);
         let Some(bytes) = self.batch.bytes_mut(slot) else { return };
         let mut out = Sockets { udp: &mut self.socket, shared: &self.shared };
         self.shared.relay.handle(now, &arrival, bytes, &mut self.worker, &mut out);
@@ -187,9 +201,10 @@ impl Carrier {
 
     /// Data that came one by one goes on in bursts.
     fn handle_data(&mut self, now: MonoTime) {
-        let Self { glue, batch, worker, shared, socket, .. } = self;
+        let Self { glue, batch, worker, shared, socket, mixed_marks, .. } = self;
         let mut out = Sockets { udp: socket, shared };
-        let of_data = |message: &Received<'_>| (!is_urgent(message)).then(|| arrival(message));
+        let of_data =
+            |message: &Received<'_>| (!is_urgent(message)).then(|| arrival(message, *mixed_marks));
         glue.bursts(batch, of_data, |arrival, bytes| {
             shared.relay.handle(now, arrival, bytes, worker, &mut out);
         });
@@ -234,9 +249,16 @@ fn is_urgent(message: &Received<'_>) -> bool {
     Relay::<BoringFactory>::is_urgent(message.bytes)
 }
 
-fn arrival(message: &Received<'_>) -> Arrival {
+/// `mixed_marks`: this kernel merges whatever the marks, and tells the first one's of all.
+fn arrival(message: &Received<'_>, mixed_marks: bool) -> Arrival {
     let from = Reach { source: Source::Udp(message.source), local: message.local };
-    Arrival { from, segment_len: message.segment_len, ecn: message.ecn }
+    let merged = message.segment_len < message.bytes.len();
+    // Congestion that one of them met is not told of all: whoever opens them drops what cannot carry the mark.
+    let ecn = match Ecn::from_bits(message.ecn) {
+        Ecn::Ce if merged && mixed_marks => Ecn::Ect0.bits(),
+        _ => message.ecn,
+    };
+    Arrival { from, segment_len: message.segment_len, ecn }
 }
 
 /// Where a thread sends.

@@ -14,7 +14,7 @@ What the schema cannot say. Each refusal is one line that names the value and sa
 {{/* null takes a default away, and so does --reuse-values with an older chart. A list or a map of the user's may be gone. */}}
 {{- define "meshd.check.given" -}}
 {{- range $path := list "image.repository" "image.tag" "image.digest" "image.pullPolicy" "k8sServiceHost" "k8sServicePort"
-  "cni.install" "cni.binDir" "cni.confDir" "cni.confName" "cni.strict" "cni.removeOthers" "listenPort" "shards" "adminPort" "log" "logFormat"
+  "cni.install" "cni.binDir" "cni.confDir" "cni.confName" "cni.strict" "cni.removeOthers" "listenPort" "shards" "udpGso" "adminPort" "log" "logFormat"
   "kernel.tunName" "kernel.table" "kernel.rulePriority" "kernel.mark" "portMapping" "stateDir" "runDir" "wireguardDir" "machineIdFile" "resources" "maxUnavailable"
   "privileged" "seLinuxType" "operators.group" "keyrelay.enabled" "keyrelay.kind" "keyrelay.port" "keyrelay.tlsPort"
   "keyrelay.adminPort" "keyrelay.replicas" "keyrelay.service.loadBalancerClass" "keyrelay.service.ipFamilyPolicy" "keyrelay.stateDir" "keyrelay.resources"

@@ -19,6 +19,8 @@ const INITIATIONS_APART: Duration = Duration::from_millis(25);
 /// The kernel may hand a round over in two calls: most come in one.
 const ROUNDS: usize = 9;
 
+const ALL: Offloads = Offloads { gso: true, gro: true };
+
 /// A member of the relay.
 struct Member {
     key: PrivateKey,
@@ -79,7 +81,7 @@ fn bench() -> (Carrier, PublicKey, [Member; 2]) {
     let limits = Limits::default();
     let relay = Relay::new(BoringFactory::new(), &key, limits, &mut seeds).expect("a relay");
     let listen = Some("127.0.0.1:0".parse().expect("an address"));
-    let (address, mut sockets) = open(listen, 0, 1).expect("a socket");
+    let (address, mut sockets) = open(listen, 0, 1, ALL).expect("a socket");
     let members = [(); 2].map(|()| Member::new(address));
     relay.set_members(&[members.iter().map(Member::public).collect()], seeds);
     let socket = sockets.pop().expect("one");
@@ -137,4 +139,20 @@ fn a_carried_handshake_goes_before_data_that_came_earlier() {
     let is_it = |datagram: &[u8]| carry::parse(datagram).is_some_and(|it| it.message[0] == 1);
     let overtook = overtakes(begin, is_it);
     assert!(overtook > ROUNDS / 2, "{overtook} of {ROUNDS}");
+}
+
+#[test]
+fn congestion_of_one_of_many_merged_datagrams_is_not_told_of_all() {
+    let told = |segment_len, ecn, mixed_marks| {
+        let source = SocketAddr::from(([192, 0, 2, 1], 51820));
+        let message = Received { source, local: None, segment_len, ecn, bytes: &[7; 20] };
+        arrival(&message, mixed_marks).ecn
+    };
+    let [not_ect, ect1, ect0, ce] = [0, 1, 2, 3];
+    for mark in [not_ect, ect1, ect0, ce] {
+        assert_eq!(told(10, mark, false), mark, "this kernel merges what is marked alike");
+        assert_eq!(told(20, mark, true), mark, "alone");
+    }
+    assert_eq!([not_ect, ect1, ect0].map(|it| told(10, it, true)), [not_ect, ect1, ect0]);
+    assert_eq!(told(10, ce, true), ect0);
 }
