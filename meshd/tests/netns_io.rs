@@ -17,7 +17,7 @@ mod shards;
 mod privilege;
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket as StdUdpSocket};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket as StdUdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -123,6 +123,7 @@ impl Side {
             }
             link::set_up(index)?;
             add_routes(index, number)?;
+            wait_for_local_route(format!("fd00:90:{number}::1").parse()?)?;
             tun.spread(shards, mesh_types::limits::TUN_QUEUES_PER_SHARD)
         })
         .expect("a TUN device")
@@ -293,6 +294,23 @@ fn exchange(stream: &TcpStream, send: &[u8], len: usize) -> Vec<u8> {
 }
 
 /// One datagram there and back.
+/// The kernel lets programs bind to a new IPv6 address at once, and a worker of its own makes the route that lets packets in
+/// (`addrconf_dad_work` in net/ipv6/addrconf.c).
+fn wait_for_local_route(own: Ipv6Addr) -> anyhow::Result<()> {
+    const RTF_LOCAL: u32 = 0x8000_0000;
+    let own: String = own.octets().iter().map(|byte| format!("{byte:02x}")).collect();
+    let is_there = |line: &str| {
+        let flags = line.split_whitespace().nth(8).and_then(|it| u32::from_str_radix(it, 16).ok());
+        line.starts_with(&own) && flags.is_some_and(|flags| flags & RTF_LOCAL != 0)
+    };
+    let until = Instant::now() + PATIENCE;
+    while !std::fs::read_to_string("/proc/thread-self/net/ipv6_route")?.lines().any(is_there) {
+        anyhow::ensure!(Instant::now() < until, "no local route to {own}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
 fn udp_echo(from: &Side, to: &Side, v6: bool, len: usize) {
     let bind = |side: &Side| {
         run_in(&side.netns, || Ok(StdUdpSocket::bind((side.overlay(v6), 0))?)).expect("bind")
