@@ -4,6 +4,8 @@ use mesh_core::tunnel::config::PeerSnapshot;
 use mesh_types::status::Counter;
 use mesh_types::time::MonoTime;
 
+use crate::offload::Offload;
+
 /// What the data plane says when asked.
 #[derive(Debug, Clone, Default)]
 pub struct DataFigures {
@@ -12,6 +14,8 @@ pub struct DataFigures {
     pub drops: Vec<Counter>,
     /// What the data plane did, as counters for metrics.
     pub totals: Vec<Total>,
+    /// Which of them hold just now.
+    pub offloads: Vec<(Offload, bool)>,
 }
 
 /// A number that only grows.

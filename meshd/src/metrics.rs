@@ -30,6 +30,7 @@ pub fn render(snapshot: &Snapshot) -> anyhow::Result<String> {
     node(&mut registry, snapshot);
     peers(&mut registry, snapshot);
     troubles(&mut registry, snapshot);
+    offloads(&mut registry, snapshot);
     for total in &snapshot.data.totals {
         add(&counters(&mut registry, total.name, total.help, None), vec![], total.value);
     }
@@ -51,6 +52,15 @@ fn node(registry: &mut Registry, snapshot: &Snapshot) {
     set(&mtu, vec![], f64::from(snapshot.facts.mtu));
     let turns = counters(registry, "reconcile_turns", "Turns of the reconciler", None);
     add(&turns, vec![], snapshot.turns);
+}
+
+fn offloads(registry: &mut Registry, snapshot: &Snapshot) {
+    let help =
+        "1 where an offload holds just now, 0 where it is off, refused or the device is gone";
+    let gauge = gauges(registry, "offload", help, None);
+    for (offload, holds) in &snapshot.data.offloads {
+        set(&gauge, vec![("name", offload.name())], f64::from(u8::from(*holds)));
+    }
 }
 
 fn peers(registry: &mut Registry, snapshot: &Snapshot) {
@@ -158,6 +168,8 @@ mod tests {
         for line in [
             r#"meshd_dropped_packets_total{reason="source_not_allowed"} 7"#,
             "meshd_udp_sends_total{} 12",
+            r#"meshd_offload{name="udp-gso"} 1.0"#,
+            r#"meshd_offload{name="tso"} 0.0"#,
             "meshd_stray_pods{} 2.0",
             "meshd_unrecorded_pods{} 3.0",
             r#"meshd_repairs_total{kind="route"} 3"#,

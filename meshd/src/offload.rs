@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  out:  TUN  vnet-header, checksum, tso, uso   ──>  UDP  udp-gso
-//!  in:   UDP  udp-gro   ──>  TUN  coalesce-tcp, coalesce-udp (need vnet-header and tso, uso)
+//!  in:   UDP  udp-gro   ──>  TUN  coalesce-tcp, coalesce-udp (need vnet-header)
 //! ```
 //! Each is tried at start and falls back by itself; see `netcfg::tun`, `netcfg::udp` and `io::frame`.
 
@@ -30,6 +30,13 @@ pub enum Offload {
     CoalesceTcp,
     /// The same of UDP.
     CoalesceUdp,
+}
+
+impl Offload {
+    /// As on the command line and in metrics.
+    pub fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
 }
 
 /// Those that are switched off.

@@ -387,6 +387,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::figures::Total;
+    use crate::offload::Offload;
 
     pub(crate) fn key(byte: u8) -> PublicKey {
         PublicKey::from_bytes([byte; 32]).expect("an ordinary point")
@@ -415,6 +416,7 @@ pub(crate) mod tests {
                 }],
                 drops: vec![Counter { reason: "source_not_allowed".into(), count: 7 }],
                 totals: vec![Total { name: "udp_sends", help: "UDP send calls", value: 12 }],
+                offloads: vec![(Offload::UdpGso, true), (Offload::Tso, false)],
             })
         }
 

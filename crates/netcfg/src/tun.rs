@@ -80,6 +80,8 @@ pub struct TunFeatures {
     pub csum: bool,
     pub tso: bool,
     pub uso: bool,
+    /// UDP super-packets can be written to it (Linux 6.2).
+    pub takes_udp: bool,
 }
 
 /// One or more queues of a TUN device, read in turn.
@@ -486,42 +488,58 @@ fn refuse_owned(name: &str, own: u32) -> anyhow::Result<()> {
     }
 }
 
-/// Rungs of the offload ladder, best first: mask, TSO, USO.
-const LADDER: [(c_uint, bool, bool); 3] = [
-    (TSO | libc::TUN_F_USO4 | libc::TUN_F_USO6 | libc::TUN_F_CSUM, true, true),
-    (TSO | libc::TUN_F_CSUM, true, false),
-    (libc::TUN_F_CSUM, false, false),
-];
 const TSO: c_uint = libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
+const USO: c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 
-/// Takes the first rung that is wanted and works. The mask belongs to the device and outlives its
-/// owner, so it is always set, even to nothing.
+/// What is wanted of TSO and USO, then less of it. USO is the younger: it goes first, and neither takes the other along.
+fn ladder(options: &TunOptions) -> [(bool, bool); 3] {
+    [(options.tso, options.uso), (options.tso, false), (false, false)]
+}
+
+fn mask(tso: bool, uso: bool) -> c_uint {
+    libc::TUN_F_CSUM | if tso { TSO } else { 0 } | if uso { USO } else { 0 }
+}
+
+/// Takes the first rung that works. The mask belongs to the device and outlives its owner, so it is always set, even to
+/// nothing.
 fn negotiate(
     fd: BorrowedFd<'_>,
     options: &TunOptions,
     vnet_hdr: bool,
 ) -> anyhow::Result<TunFeatures> {
+    let mut features = TunFeatures { vnet_hdr, ..TunFeatures::default() };
     if vnet_hdr {
         sys::tun_set_vnet_header_bytes(fd, VNET_HEADER_BYTES as c_int)
             .context("set the vnet header size of the TUN device")?;
-        for (mask, tso, uso) in LADDER {
-            let wanted = options.csum && (options.tso || !tso) && (options.uso || !uso);
-            if !wanted {
-                continue;
-            }
-            match sys::tun_set_offload(fd, mask) {
-                Ok(()) => return Ok(TunFeatures { vnet_hdr, csum: true, tso, uso }),
-                Err(error) => tracing::debug!(%error, mask, "TUN offloads refused, trying fewer"),
+        // Whoever knows USO knows its super-packets when written, wanted in the other direction or not.
+        features.takes_udp = sys::tun_set_offload(fd, mask(false, true)).is_ok();
+        for (tso, uso) in ladder(options).into_iter().filter(|_| options.csum) {
+            match sys::tun_set_offload(fd, mask(tso, uso)) {
+                Ok(()) => return Ok(TunFeatures { csum: true, tso, uso, ..features }),
+                Err(error) => {
+                    tracing::debug!(%error, tso, uso, "TUN offloads refused, trying fewer")
+                }
             }
         }
     }
     sys::tun_set_offload(fd, 0).context("switch the TUN device's offloads off")?;
-    Ok(TunFeatures { vnet_hdr, ..TunFeatures::default() })
+    Ok(features)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_offload_that_is_off_takes_no_other_along() {
+        let all = TunOptions::new("t");
+        let of = |tso, uso| ladder(&TunOptions { tso, uso, ..all.clone() });
+        assert_eq!(of(true, true), [(true, true), (true, false), (false, false)]);
+        assert_eq!(of(false, true)[0], (false, true));
+        assert_eq!(of(true, false)[0], (true, false));
+        assert_eq!(mask(false, true) & TSO, 0);
+        assert_eq!(mask(true, false) & USO, 0);
+    }
 
     /// Reads `count` times from queues that hold so many packets of so many bytes each; the queues read from.
     fn read(turn: &mut Turn, held: &mut [usize], bytes: &[usize], count: usize) -> Vec<usize> {

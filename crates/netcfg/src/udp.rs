@@ -46,6 +46,7 @@ use filtered::Filtered;
 pub use glue::{GLUED_DATAGRAM_BYTES_MAX, Glue};
 pub use group::FilterInstruction;
 pub use receiving::{RECV_BUFFER_BYTES, Received, RecvBatch};
+pub use sending::Source;
 pub use spread::Carrying;
 
 /// See the module's documentation.
@@ -107,9 +108,9 @@ pub struct UdpCounters {
     pub rx_overflow: u64,
     pub tx_calls: u64,
     pub tx_bytes: u64,
-    /// Sends given up for want of buffer (`EAGAIN`, `ENOBUFS`).
+    /// Datagrams given up for want of buffer (`EAGAIN`, `ENOBUFS`).
     pub tx_dropped: u64,
-    /// Sends refused for another reason (no route, forbidden, too big).
+    /// Datagrams refused for another reason (no route, forbidden, too big).
     pub tx_errors: u64,
     /// Segmented sends refused, then repeated singly.
     pub gso_refused: u64,

@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use mesh_types::netstate::{Family, NetState, Route, RouteTarget, Rule, TunLink};
 use netcfg::route::KernelRoute;
 use netcfg::state::{self, Change, Marks};
-use netcfg::tun::{self, Tun, TunOptions, VNET_HEADER_BYTES};
+use netcfg::tun::{self, Tun, TunFeatures, TunOptions, VNET_HEADER_BYTES};
 use netcfg::watch::{Interest, Watch};
 use netcfg::{addr, link, netns, route, sysctl};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -224,6 +224,12 @@ fn a_tun_device_outlives_its_owner_and_has_one_at_a_time() {
     let again = scratch.run(|| Tun::open(&plain));
     assert!(!again.features().vnet_hdr && !again.features().csum);
     drop(again);
+    for (tso, uso) in [(false, true), (true, false)] {
+        let fewer = TunOptions { tso, uso, ..TunOptions::new("meshd0") };
+        let have = scratch.run(|| Tun::open(&fewer)).features();
+        let want = TunFeatures { tso, uso: uso && features.takes_udp, ..features };
+        assert_eq!(have, want, "the others are as they were");
+    }
     scratch.run(|| {
         assert!(tun::remove("meshd0")?);
         assert!(!tun::remove("meshd0")?);

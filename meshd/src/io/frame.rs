@@ -29,11 +29,11 @@ pub struct TunCounters {
     /// Frames the kernel took; one may stand for many packets.
     pub writes: u64,
     pub write_bytes: u64,
-    /// Frames dropped for want of room (`EAGAIN`, `ENOBUFS`).
+    /// Packets dropped for want of room (`EAGAIN`, `ENOBUFS`); of a frame all it stands for.
     pub write_no_room: u64,
-    /// Frames dropped because the interface is down (`EIO`) or deleted (`EBADFD`).
+    /// Packets dropped because the interface is down (`EIO`) or deleted (`EBADFD`).
     pub write_down: u64,
-    /// Frames dropped for another reason.
+    /// Packets dropped for another reason.
     pub write_errors: u64,
     /// Super-packets refused and written again as single packets.
     pub split: u64,
@@ -118,7 +118,8 @@ impl FrameWriter {
                 if outcome.is_ok() {
                     self.merging.note(header.gso, true);
                 }
-                self.count(outcome)
+                // Each piece is a packet, the first with the headers of all.
+                count(&mut self.counters, outcome, || pieces.count() as u64)
             }
         }
     }
@@ -148,17 +149,18 @@ impl FrameWriter {
             };
             let packet = self.single.get(..len).unwrap_or_default();
             let outcome = gather(front, std::iter::once(packet), writev);
-            device = device.and(count(&mut self.counters, outcome));
+            device = device.and(count(&mut self.counters, outcome, || 1));
         }
         device
     }
-
-    fn count(&mut self, outcome: io::Result<usize>) -> Device {
-        count(&mut self.counters, outcome)
-    }
 }
 
-fn count(counters: &mut TunCounters, outcome: io::Result<usize>) -> Device {
+/// Counts a write, and where it failed the packets that were in it.
+fn count(
+    counters: &mut TunCounters,
+    outcome: io::Result<usize>,
+    packets: impl FnOnce() -> u64,
+) -> Device {
     let error = match outcome {
         Ok(bytes) => {
             counters.writes += 1;
@@ -168,15 +170,15 @@ fn count(counters: &mut TunCounters, outcome: io::Result<usize>) -> Device {
         Err(error) => error,
     };
     match Errno::from_io_error(&error) {
-        Some(Errno::AGAIN | Errno::NOBUFS) => counters.write_no_room += 1,
-        Some(Errno::IO) => counters.write_down += 1,
+        Some(Errno::AGAIN | Errno::NOBUFS) => counters.write_no_room += packets(),
+        Some(Errno::IO) => counters.write_down += packets(),
         Some(Errno::BADFD) => {
-            counters.write_down += 1;
+            counters.write_down += packets();
             return Device::Gone;
         }
         _ => {
             tracing::trace!(%error, "the TUN device refused a packet");
-            counters.write_errors += 1;
+            counters.write_errors += packets();
         }
     }
     Device::There
@@ -309,8 +311,9 @@ mod tests {
             assert_eq!(write(&mut writer, &super_packet(), |_| Some(errno)).0, device, "{errno}");
         }
         let counters = writer.counters;
-        assert_eq!((counters.write_no_room, counters.write_down), (2, 2));
-        assert_eq!((counters.write_errors, counters.writes, counters.split), (1, 0, 0));
+        // Two packets each.
+        assert_eq!((counters.write_no_room, counters.write_down), (4, 4));
+        assert_eq!((counters.write_errors, counters.writes, counters.split), (2, 0, 0));
     }
 
     #[test]

@@ -25,7 +25,7 @@ use mesh_types::limits::{
 use mesh_types::time::MonoTime;
 use netcfg::clock;
 use netcfg::tun::{Tun, TunFeatures};
-use netcfg::udp::{RECV_BUFFER_BYTES, RecvBatch, UdpSocket};
+use netcfg::udp::{RECV_BUFFER_BYTES, Received, RecvBatch, Source, UdpSocket};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use wg_engine::BoringFactory;
@@ -402,6 +402,7 @@ impl Shard {
             udp,
             tun_features: self.tun.as_ref().map(Tun::features),
             udp_features: self.udp.features(),
+            merging: self.writer.merging.options(),
         }
     }
 
@@ -550,8 +551,8 @@ impl Shard {
 /// What was asked for as far as the device can take it.
 fn possible(wanted: CoalesceOptions, features: TunFeatures) -> CoalesceOptions {
     CoalesceOptions {
-        tcp: wanted.tcp && features.vnet_hdr && features.tso,
-        udp: wanted.udp && features.vnet_hdr && features.uso,
+        tcp: wanted.tcp && features.vnet_hdr,
+        udp: wanted.udp && features.takes_udp,
         ..wanted
     }
 }
@@ -585,31 +586,15 @@ fn send_ready(tunnel: &mut BoringTunnel, udp: &mut UdpSocket) {
     }
 }
 
-/// Which source address a datagram left from.
-enum Source {
-    AsTold,
-    /// The kernel's choice, as it does not send from the one it was told.
-    Lost,
-}
-
 fn send(udp: &mut UdpSocket, transmit: &Transmit<'_>) -> io::Result<Source> {
     let Transmit { dst, local, ecn, segment_len, whole, bytes, .. } = *transmit;
-    if whole {
-        return udp.send_whole(dst, local, bytes).map(|()| Source::AsTold);
-    }
-    match udp.send(dst, local, ecn.bits(), segment_len, bytes) {
-        Err(error) if local.is_some() && is_of_source(&error) => {
-            udp.send(dst, None, ecn.bits(), segment_len, bytes).map(|()| Source::Lost)
+    match (whole, local) {
+        (true, _) => udp.send_whole(dst, local, bytes).map(|()| Source::AsTold),
+        (false, Some(local)) => udp.send_if_from(dst, local, ecn.bits(), segment_len, bytes),
+        (false, None) => {
+            udp.send(dst, None, ecn.bits(), segment_len, bytes).map(|()| Source::AsTold)
         }
-        sent => sent.map(|()| Source::AsTold),
     }
-}
-
-/// Errors that a source address which is gone or does not lead there can cause: `ip_route_output_key_hash_rcu`
-/// in net/ipv4/route.c, `ip6_datagram_send_ctl` in net/ipv6/datagram.c. Others are no fault of the source.
-fn is_of_source(error: &io::Error) -> bool {
-    let errno = Errno::from_io_error(error);
-    matches!(errno, Some(Errno::INVAL | Errno::ADDRNOTAVAIL | Errno::NETUNREACH))
 }
 
 /// Writes what is ready for the TUN; without a device it is dropped and counted.
@@ -647,10 +632,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_errors_that_a_source_address_can_cause_cost_a_peer_its_pin() {
-        let of_source = |errno: Errno| is_of_source(&errno.into());
-        assert!([Errno::INVAL, Errno::ADDRNOTAVAIL, Errno::NETUNREACH].into_iter().all(of_source));
-        let others = [Errno::PERM, Errno::AGAIN, Errno::NOBUFS, Errno::MSGSIZE, Errno::CONNREFUSED];
-        assert!(!others.into_iter().any(of_source));
+    fn a_datagram_alone_is_no_burst() {
+        let received = |segment_len, bytes| {
+            let source = SocketAddr::from(([192, 0, 2, 1], 51820));
+            described(&Received { source, local: None, segment_len, ecn: 3, bytes })
+        };
+        assert_eq!(received(5, &[7; 5]).segment_len, 0);
+        assert_eq!(received(5, &[7; 6]).segment_len, 5);
+        assert_eq!(received(5, &[7; 6]).ecn, Ecn::Ce);
     }
 }

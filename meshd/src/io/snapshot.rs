@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use clap::ValueEnum as _;
+use mesh_core::packet::CoalesceOptions;
 use mesh_core::tunnel::config::PeerSnapshot;
 use mesh_core::tunnel::counters::Counters;
 use mesh_types::key::PublicKey;
@@ -13,6 +15,7 @@ use netcfg::udp::{UdpCounters, UdpFeatures};
 use super::exchange::HandoverCounters;
 use super::frame::TunCounters;
 use crate::figures::{DataFigures, Total};
+use crate::offload::Offload;
 
 /// What the loop itself counts; survives a restart after a panic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -96,6 +99,8 @@ pub struct DataSnapshot {
     /// `None` while the device is gone.
     pub tun_features: Option<TunFeatures>,
     pub udp_features: UdpFeatures,
+    /// What is merged for the device just now.
+    pub merging: CoalesceOptions,
 }
 
 impl DataSnapshot {
@@ -115,6 +120,27 @@ impl DataSnapshot {
         self.udp.add(&other.udp);
         // A device that one shard has lost is gone for all.
         self.tun_features = self.tun_features.and(other.tun_features);
+        // What one shard does without is told.
+        self.udp_features.gso &= other.udp_features.gso;
+        self.udp_features.gro &= other.udp_features.gro;
+        self.merging.tcp &= other.merging.tcp;
+        self.merging.udp &= other.merging.udp;
+    }
+
+    /// What holds of what the kernel can do, by the names of [`Offload`].
+    fn offloads(&self) -> Vec<(Offload, bool)> {
+        let tun = self.tun_features.unwrap_or_default();
+        let holds = |offload| match offload {
+            Offload::VnetHeader => tun.vnet_hdr,
+            Offload::Checksum => tun.csum,
+            Offload::Tso => tun.tso,
+            Offload::Uso => tun.uso,
+            Offload::UdpGso => self.udp_features.gso,
+            Offload::UdpGro => self.udp_features.gro,
+            Offload::CoalesceTcp => self.merging.tcp && self.tun_features.is_some(),
+            Offload::CoalesceUdp => self.merging.udp && self.tun_features.is_some(),
+        };
+        Offload::value_variants().iter().map(|it| (*it, holds(*it))).collect()
     }
 
     /// Everything not passed on, by reason. Reasons that never happened are there with 0, so that a
@@ -146,8 +172,8 @@ impl DataSnapshot {
         [
             ("sent_packets", "Inner packets sent", tunnel.tx_packets),
             ("received_packets", "Inner packets received", tunnel.rx_packets),
-            ("udp_sends", "UDP sends, each of one or more datagrams", tunnel.tx_batches),
-            ("udp_receives", "UDP receives, each of one or more datagrams", tunnel.rx_bursts),
+            ("udp_sends", "UDP sends, each of one or more datagrams", udp.tx_calls),
+            ("udp_receives", "UDP receives, each of one or more datagrams", udp.rx_messages),
             ("udp_sends_unsegmented", "Datagrams sent alone for want of GSO", udp.gso_bypassed),
             ("udp_segmented_refused", "Segmented sends the kernel refused", udp.gso_refused),
             ("udp_receive_errors", "Receive calls that failed", shard.udp_errors),
@@ -155,6 +181,12 @@ impl DataSnapshot {
             ("tun_read_errors", "TUN reads that failed", tun.read_errors),
             ("tun_writes", "Packets and super-packets written to the TUN", tun.writes),
             ("tun_super_packets_refused", "Super-packets written again as singles", tun.split),
+            ("tun_merged_packets", "Packets merged into one before them", tunnel.rx_merged),
+            (
+                "tun_bad_checksums",
+                "Packets not merged for a wrong checksum, which they keep",
+                tunnel.rx_bad_checksums,
+            ),
             ("tun_merging_paused", "Pauses of merging a kind that is refused", tun.merging_paused),
             ("handshake_initiations_sent", "Initiations sent", tunnel.initiations_sent),
             ("handshake_initiations_received", "Initiations read", tunnel.initiations_received),
@@ -178,12 +210,12 @@ impl DataSnapshot {
 
     /// Inner packets per UDP send: how well segmentation works.
     pub fn segments_per_send(&self) -> f64 {
-        ratio(self.tunnel.tx_packets, self.tunnel.tx_batches)
+        ratio(self.tunnel.tx_packets, self.udp.tx_calls)
     }
 
     /// Datagrams per received message: how well the kernel's coalescing works.
     pub fn packets_per_receive(&self) -> f64 {
-        ratio(self.tunnel.rx_packets, self.tunnel.rx_bursts)
+        ratio(self.tunnel.rx_packets, self.udp.rx_messages)
     }
 
     /// Inner packets per TUN write: how well our coalescing works.
@@ -195,7 +227,8 @@ impl DataSnapshot {
 impl From<DataSnapshot> for DataFigures {
     fn from(snapshot: DataSnapshot) -> Self {
         let (drops, totals) = (snapshot.drops(), snapshot.totals());
-        Self { now: snapshot.now, peers: snapshot.peers, drops, totals }
+        let offloads = snapshot.offloads();
+        Self { now: snapshot.now, peers: snapshot.peers, drops, totals, offloads }
     }
 }
 

@@ -111,6 +111,9 @@ pub struct Counters {
     /// Sends and receives, each of one or more datagrams.
     pub tx_batches: u64,
     pub rx_bursts: u64,
+    /// Received packets that joined one before them on the way to the device, and those that went alone for a wrong checksum.
+    pub rx_merged: u64,
+    pub rx_bad_checksums: u64,
     pub keepalives_received: u64,
     pub initiations_sent: u64,
     pub initiations_received: u64,
@@ -132,6 +135,8 @@ impl Default for Counters {
             rx_bytes: 0,
             tx_batches: 0,
             rx_bursts: 0,
+            rx_merged: 0,
+            rx_bad_checksums: 0,
             keepalives_received: 0,
             initiations_sent: 0,
             initiations_received: 0,
@@ -159,6 +164,8 @@ impl Counters {
             rx_bytes,
             tx_batches,
             rx_bursts,
+            rx_merged,
+            rx_bad_checksums,
             keepalives_received,
             initiations_sent,
             initiations_received,
@@ -175,6 +182,8 @@ impl Counters {
         self.rx_bytes += rx_bytes;
         self.tx_batches += tx_batches;
         self.rx_bursts += rx_bursts;
+        self.rx_merged += rx_merged;
+        self.rx_bad_checksums += rx_bad_checksums;
         self.keepalives_received += keepalives_received;
         self.initiations_sent += initiations_sent;
         self.initiations_received += initiations_received;

@@ -169,6 +169,9 @@ impl<F: EngineFactory> Tunnel<F> {
             }
         };
         if next >= receive.coalescer.len() {
+            let merging = receive.coalescer.counters();
+            self.counters.rx_merged = merging.merged;
+            self.counters.rx_bad_checksums = merging.bad_checksum;
             receive.coalescer.clear();
             receive.used = 0;
             receive.next_frame = None;

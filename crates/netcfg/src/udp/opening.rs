@@ -39,7 +39,7 @@ impl UdpSocket {
         }
         bind(&fd, dual_stack, options)?;
         let local_port = local_port(&fd)?;
-        let gro = options.gro && sys::set_option(&fd, libc::SOL_UDP, libc::UDP_GRO, 1).is_ok();
+        let gro = options.gro && merges(&fd);
         Ok(Self {
             fd,
             features: UdpFeatures { dual_stack, gso: false, gro },
@@ -50,6 +50,17 @@ impl UdpSocket {
             overflow_seen: 0,
         })
     }
+}
+
+/// Has the kernel merge what is received. Linux before 5.12 merges wrongly in places, and cannot tell of the option, which
+/// gives it away.
+fn merges(fd: &OwnedFd) -> bool {
+    let set = |value| sys::set_option(fd, libc::SOL_UDP, libc::UDP_GRO, value).is_ok();
+    let told = set(1) && sys::get_option(fd, libc::SOL_UDP, libc::UDP_GRO).is_ok_and(|it| it == 1);
+    if !told {
+        set(0);
+    }
+    told
 }
 
 fn new_socket(family: AddressFamily) -> anyhow::Result<OwnedFd> {

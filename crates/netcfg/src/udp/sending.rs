@@ -6,14 +6,23 @@ use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use mesh_types::limits::{GSO_BYTES_MAX, GSO_REFUSED_DESTINATIONS_MAX, GSO_SEGMENTS_MAX};
+use rustix::io::Errno;
 
-use super::{PMTU_V4, PMTU_V6, UdpSocket};
+use super::{PMTU_V4, PMTU_V6, UdpCounters, UdpSocket};
 use crate::cmsg::{self, ControlWriter};
 use crate::{clock, sys};
 
 /// How long a destination that refused a segmented send gets single datagrams: long enough not to fail
 /// on every send, short enough to profit when its route has changed.
 const GSO_REFUSED_FOR: Duration = Duration::from_secs(60);
+
+/// Which source address a datagram left from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    AsTold,
+    /// The kernel's choice, as it does not send from the one it was told.
+    Lost,
+}
 
 impl UdpSocket {
     /// Sends `bytes` to `destination` as datagrams of `segment_len` (the last may be shorter), from `source` if
@@ -27,12 +36,51 @@ impl UdpSocket {
         segment_len: usize,
         bytes: &[u8],
     ) -> io::Result<()> {
+        let before = self.counters;
         let sent = self.send_as_it_goes(destination, source, ecn, segment_len, bytes);
         if let Err(error) = &sent {
-            self.counters.tx_errors += 1;
-            self.filtered.note(destination, error);
+            self.note_error(destination, error, &before, segment_len, bytes.len());
         }
         sent
+    }
+
+    /// As [`Self::send`], but where `source` is no longer ours it silences nobody: the kernel chooses then, and that is told.
+    pub fn send_if_from(
+        &mut self,
+        destination: SocketAddr,
+        source: IpAddr,
+        ecn: u8,
+        segment_len: usize,
+        bytes: &[u8],
+    ) -> io::Result<Source> {
+        let before = self.counters;
+        match self.send_as_it_goes(destination, Some(source), ecn, segment_len, bytes) {
+            Ok(()) => Ok(Source::AsTold),
+            Err(error) if is_of_source(&error) => {
+                self.send(destination, None, ecn, segment_len, bytes).map(|()| Source::Lost)
+            }
+            Err(error) => {
+                self.note_error(destination, &error, &before, segment_len, bytes.len());
+                Err(error)
+            }
+        }
+    }
+
+    /// Counts the datagrams of a send that ended with an error: those of it that had left did leave.
+    fn note_error(
+        &mut self,
+        destination: SocketAddr,
+        error: &io::Error,
+        before: &UdpCounters,
+        segment_len: usize,
+        bytes: usize,
+    ) {
+        let segment_len = if segment_len == 0 { bytes } else { segment_len }.max(1);
+        let datagrams = bytes.div_ceil(segment_len).max(1) as u64;
+        let left = (self.counters.tx_bytes - before.tx_bytes).div_ceil(segment_len as u64);
+        let dropped = self.counters.tx_dropped - before.tx_dropped;
+        self.counters.tx_errors += datagrams.saturating_sub(left + dropped);
+        self.filtered.note(destination, error);
     }
 
     /// Sends one datagram that no router may fragment, whatever the kernel believes of the path; an error where it is too long for
@@ -169,7 +217,8 @@ impl UdpSocket {
                 Ok(())
             }
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOBUFS)) => {
-                self.counters.tx_dropped += 1;
+                let segment = segment_bytes.map_or(bytes.len(), usize::from).max(1);
+                self.counters.tx_dropped += bytes.len().div_ceil(segment).max(1) as u64;
                 Ok(())
             }
             Err(error) => Err(error),
@@ -177,8 +226,28 @@ impl UdpSocket {
     }
 }
 
+/// Errors that a source address which is gone or does not lead there can cause: `ip_route_output_key_hash_rcu`
+/// in net/ipv4/route.c, `ip6_datagram_send_ctl` in net/ipv6/datagram.c. Others are no fault of the source.
+fn is_of_source(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    matches!(errno, Some(Errno::INVAL | Errno::ADDRNOTAVAIL | Errno::NETUNREACH))
+}
+
 /// What the kernel says of segments it cannot make on this interface (`EIO`: no checksum offload before Linux 6.11, or
 /// IPsec), or that are longer than the path's MTU.
 fn may_be_of_segments(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_errors_that_a_source_address_can_cause_cost_a_peer_its_pin() {
+        let of_source = |errno: Errno| is_of_source(&errno.into());
+        assert!([Errno::INVAL, Errno::ADDRNOTAVAIL, Errno::NETUNREACH].into_iter().all(of_source));
+        let others = [Errno::PERM, Errno::AGAIN, Errno::NOBUFS, Errno::MSGSIZE, Errno::CONNREFUSED];
+        assert!(!others.into_iter().any(of_source));
+    }
 }

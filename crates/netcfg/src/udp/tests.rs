@@ -120,12 +120,15 @@ fn a_source_that_is_not_ours_says_nothing_about_segments() {
     // TEST-NET-1: no machine has it.
     let gone = Some("192.0.2.77".parse().unwrap());
     assert!(sender.send(to, gone, 0, 1000, &sent).is_err());
-    assert_eq!((sender.counters().gso_refused, sender.counters().tx_errors), (0, 1));
+    assert_eq!((sender.counters().gso_refused, sender.counters().tx_errors), (0, 3));
     sender.send(to, None, 0, 1000, &sent).expect("send");
     assert_eq!(receive(&mut receiver, sent.len()).1, sent);
-    let segmented = u64::from(!sender.features().gso) * 3;
-    assert_eq!(sender.counters().tx_errors, 1);
-    assert!(sender.counters().gso_bypassed <= 1 + segmented, "the destination is not blamed");
+    let segmented = u64::from(!sender.features().gso) * 6;
+    let lost = sender.send_if_from(to, gone.unwrap(), 0, 1000, &sent).expect("send");
+    assert_eq!(lost, Source::Lost);
+    assert_eq!(receive(&mut receiver, sent.len()).1, sent);
+    assert_eq!(sender.counters().tx_errors, 3, "what left after all is no error");
+    assert!(sender.counters().gso_bypassed <= 2 + segmented, "the destination is not blamed");
 }
 
 #[test]
