@@ -155,8 +155,7 @@ impl Exchange {
                     self.counters.datagrams_full += u64::from(!to.datagrams.push(*meta, bytes));
                 }
             } else {
-                let step = if meta.segment_len == 0 { bytes.len() } else { meta.segment_len };
-                for datagram in bytes.chunks(step.max(1)) {
+                for datagram in bytes.chunks(meta.datagram_len(bytes.len()).max(1)) {
                     self.knock(run.taker, (*meta, None), datagram);
                 }
             }

@@ -36,10 +36,6 @@ impl<M> Parcel<M> {
         self.items.len() >= HANDOVER_PARCEL_PACKETS || self.bytes.len() >= HANDOVER_PARCEL_BYTES
     }
 
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes.len()
-    }
-
     /// Every packet, in the order they were pushed.
     pub(super) fn packets(&mut self) -> impl Iterator<Item = (&M, &mut [u8])> {
         let mut rest = self.bytes.as_mut_slice();
@@ -240,7 +236,7 @@ mod tests {
         assert!(outbox.is_stuck() && !outbox.send());
         let mut seen = Vec::new();
         while let Some(mut parcel) = inbox.take() {
-            assert!(parcel.bytes() <= 2 * HANDOVER_PARCEL_BYTES);
+            assert!(parcel.bytes.len() <= 2 * HANDOVER_PARCEL_BYTES);
             seen.extend(content(&mut parcel).into_iter().map(|(number, _)| number));
             inbox.give_back(parcel);
             outbox.send();

@@ -24,6 +24,7 @@
 //! another's hands it over (`exchange`, `handover`). A flow stays on its queue ([`Tun::spread`]) and a ring is
 //! first in, first out, so no packet overtakes another of its flow. With one shard there is no ring, and nothing else differs.
 
+mod budget;
 mod busy_poll;
 mod exchange;
 mod frame;

@@ -30,6 +30,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use wg_engine::BoringFactory;
 
+use super::budget::cost;
 use super::busy_poll::{BusyPoll, busily, timespec};
 use super::exchange::Exchange;
 use super::frame::{Device, FrameWriter, PACKET_BYTES_MAX};
@@ -419,7 +420,7 @@ impl Shard {
         }
     }
 
-    /// One receive call; how many messages and bytes it brought, `None` after an error.
+    /// One receive call; how many messages it brought and what they cost, `None` after an error.
     fn receive(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) -> Option<(usize, usize)> {
         let filled = match self.udp.recv(&mut self.batch) {
             Ok(filled) => filled,
@@ -441,14 +442,9 @@ impl Shard {
                 device = device.and(deliver(tunnel, self.tun.as_ref(), &mut self.writer));
             }
             pending += message.bytes.len();
-            received += message.bytes.len();
-            let meta = UdpMeta {
-                source: message.source,
-                local: message.local,
-                segment_len: message.segment_len,
-                ecn: Ecn::from_bits(message.ecn),
-                carried: None,
-            };
+            let datagrams = message.bytes.len().div_ceil(message.segment_len.max(1));
+            received += cost(message.bytes.len(), datagrams);
+            let meta = described(&message);
             let Some(bytes) = self.batch.bytes_mut(slot) else { continue };
             match &mut self.exchange {
                 Some(exchange) => exchange.receive(tunnel, now, &meta, bytes),
@@ -478,17 +474,18 @@ impl Shard {
                     break;
                 }
             };
-            drained += read;
             self.writer.counters.reads += 1;
             self.writer.counters.read_bytes += read as u64;
             let bytes = self.tun_buffer.get_mut(..read).unwrap_or_default();
             let (header, packet) = match split_header(self.writer.vnet_hdr, bytes) {
                 Some(split) => split,
                 None => {
+                    drained += cost(read, 1);
                     self.counters.tun_malformed += 1;
                     continue;
                 }
             };
+            drained += cost(packet.len(), header.packets(packet.len()));
             if let Some(owner) = tunnel.handle_tun_input(now, &header, packet)
                 && let Some(exchange) = &mut self.exchange
             {
@@ -617,6 +614,18 @@ fn split_header(vnet_hdr: bool, bytes: &mut [u8]) -> Option<(VnetHeader, &mut [u
     }
     let header = VnetHeader::parse(bytes).ok()?;
     Some((header, bytes.get_mut(VNET_HEADER_BYTES..)?))
+}
+
+/// A datagram alone is told from a burst: what its header says is its own.
+fn described(message: &Received<'_>) -> UdpMeta {
+    let merged = message.segment_len < message.bytes.len();
+    UdpMeta {
+        source: message.source,
+        local: message.local,
+        segment_len: if merged { message.segment_len } else { 0 },
+        ecn: Ecn::from_bits(message.ecn),
+        carried: None,
+    }
 }
 
 fn panic_text(cause: &(dyn std::any::Any + Send)) -> &str {

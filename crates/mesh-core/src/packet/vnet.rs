@@ -73,6 +73,14 @@ impl VnetHeader {
         csum_offset: 0,
     };
 
+    /// Packets that one of `bytes` bytes stands for, by what is said here and at most one more than there are.
+    pub const fn packets(&self, bytes: usize) -> usize {
+        match (self.gso, self.gso_size) {
+            (GsoType::None, _) | (_, 0) => 1,
+            (_, size) => bytes.div_ceil(size as usize),
+        }
+    }
+
     /// Reads the header from the first bytes of `bytes`.
     pub fn parse(bytes: &[u8]) -> Result<Self, VnetError> {
         let raw: &[u8; VNET_HEADER_BYTES] = bytes.first_chunk().ok_or(VnetError::Short)?;

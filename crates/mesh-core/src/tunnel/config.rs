@@ -134,6 +134,11 @@ impl UdpMeta {
         Self { source, local: None, segment_len: 0, ecn: Ecn::NotEct, carried: None }
     }
 
+    /// Length of each datagram (of the last at most) in `bytes` bytes that arrived so.
+    pub fn datagram_len(&self, bytes: usize) -> usize {
+        if self.segment_len == 0 { bytes } else { self.segment_len }
+    }
+
     /// Whether the relay, if one carried it, names this peer as its sender.
     pub(super) fn names(&self, key: &PublicKey) -> bool {
         self.carried.is_none_or(|carried| carried == *key.as_bytes())

@@ -120,7 +120,10 @@ impl<F: EngineFactory> Tunnel<F> {
         self.counters.rx_bursts += 1;
         // Ways and relays are told apart by it.
         let meta = &UdpMeta { source: plain(meta.source), carried: None, ..*meta };
-        let step = if meta.segment_len == 0 { input.len() } else { meta.segment_len };
+        if input.is_empty() {
+            self.counters.count_drop(DropReason::UdpMalformed);
+        }
+        let step = meta.datagram_len(input.len());
         let mut run = (None, None);
         let mut at = 0;
         while at < input.len() {

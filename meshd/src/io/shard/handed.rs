@@ -7,6 +7,7 @@ use mesh_types::limits::{COALESCE_PACKETS_MAX, TUN_DRAIN_BYTES};
 use mesh_types::time::MonoTime;
 
 use super::{BoringTunnel, Device, Shard, deliver, send_ready};
+use crate::io::budget::cost;
 use crate::io::exchange::Exchange;
 
 /// Packets of other shards have at most this much of a turn's budget before our own TUN queue is read: both may be full
@@ -14,7 +15,7 @@ use crate::io::exchange::Exchange;
 const HANDED_BYTES: usize = TUN_DRAIN_BYTES / 2;
 
 impl Shard {
-    /// Handshakes first, then datagrams, then packets for as much as the budget gives; returns the bytes spent of it.
+    /// Handshakes first, then datagrams, then packets for as much as the budget gives; returns what was spent of it.
     pub(super) fn drain_handed(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) -> usize {
         // As the TUN: until the peers are told it waits.
         let Some(exchange) = self.exchange.as_mut().filter(|_| self.peers.is_some()) else {
@@ -38,8 +39,8 @@ impl Shard {
             let from = (self.handed_next + at) % exchange.others();
             let Some(inboxes) = exchange.from(from) else { continue };
             let Some(mut parcel) = inboxes.packets.take() else { continue };
-            spent += parcel.bytes();
             for (header, packet) in parcel.packets() {
+                spent += cost(packet.len(), header.packets(packet.len()));
                 tunnel.handle_handed_packet(now, header, packet);
                 send_ready(tunnel, &mut self.udp);
             }
@@ -52,7 +53,8 @@ impl Shard {
         if any || spent > 0 {
             self.transmit(tunnel, now);
         }
-        spent
+        // A parcel may be all that another shard read in a turn: our own queues are read, too.
+        spent.min(HANDED_BYTES)
     }
 
     /// Whether it is known where packets go, and other shards can take more.
@@ -114,7 +116,7 @@ fn take_datagrams<F: EngineFactory>(
     let Some(mut parcel) = inboxes.datagrams.take() else { return false };
     let mut pending = 0;
     for (meta, datagrams) in parcel.packets() {
-        let count = datagrams.len().div_ceil(meta.segment_len.max(1));
+        let count = datagrams.len().div_ceil(meta.datagram_len(datagrams.len()).max(1));
         if pending + count > COALESCE_PACKETS_MAX {
             pending = 0;
             deliver(tunnel);
