@@ -73,6 +73,11 @@ pub const HANDSHAKES_PER_SECOND_BEFORE_COOKIES: u32 = 2_000;
 /// hundredth of a core.
 pub const STRANGERS_PER_SECOND_BEFORE_COOKIES: u32 = 100;
 
+/// Responses a second that do not verify though an initiation waits under their index, before a cookie is asked for: in the name
+/// of addresses that configuration names, and of all others. Each takes two X25519 operations, about 100 us: together a
+/// twentieth of a core.
+pub const FORGED_RESPONSES_PER_SECOND: u32 = 200;
+
 /// Cookie replies a second over all sources. One costs a few microseconds, so this is some percent of a core; and sources may
 /// be forged: 1.3 MB a second is what we can be made to send to somebody who asked for nothing. Ten times the handshakes
 /// answered, so that of true initiators under a flood of that size all are asked.
@@ -255,7 +260,7 @@ pub const INDEX_QUARANTINE_SECONDS: u64 = 180;
 /// Indexes in quarantine at most: every engine of every peer replaced once within it.
 pub const INDEX_QUARANTINE_MAX: usize = NODES_MAX * ENGINES_PER_PEER_MAX;
 
-/// Initiations and responses handled per peer and second (`INITIATIONS_PER_SECOND`, drivers/net/wireguard/messages.h).
+/// Initiations handled per peer and second (`INITIATIONS_PER_SECOND`, drivers/net/wireguard/messages.h).
 pub const HANDSHAKES_PER_PEER_PER_SECOND: u32 = 50;
 
 /// Time within which known candidates are tried again while packets come from an address that is

@@ -241,7 +241,7 @@ fn a_cookie_reply_answers_the_last_message_alone_and_once() {
     assert!(hand(&mut a, at(2), &reply).is_err(), "it answers the message before");
     let reply = cookie(&mut b, at(2), ADDRESS, &second);
     assert!(hand(&mut a, at(2), &reply).is_ok());
-    assert_eq!(hand(&mut a, at(2), &reply).map(|_| ()), Err(EngineError::NoSession), "once");
+    assert_eq!(hand(&mut a, at(2), &reply).map(|_| ()), Err(EngineError::NotAwaited), "once");
     // Nor does one that somebody made up.
     let third = initiation(&mut a, at(3));
     let mut forged = cookie(&mut b, at(3), "192.0.2.1:2", &third);
@@ -251,7 +251,7 @@ fn a_cookie_reply_answers_the_last_message_alone_and_once() {
         forged[at_byte] ^= 1;
     }
     forged[4] ^= 1;
-    assert_eq!(hand(&mut a, at(3), &forged).map(|_| ()), Err(EngineError::NoSession));
+    assert_eq!(hand(&mut a, at(3), &forged).map(|_| ()), Err(EngineError::NotAwaited));
     forged[4] ^= 1;
     assert!(hand(&mut a, at(3), &forged).is_ok(), "refusing the others cost nothing");
 }

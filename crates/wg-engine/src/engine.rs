@@ -17,6 +17,7 @@ use mesh_types::time::MonoTime;
 
 use crate::index::IndexCipher;
 use crate::macs::{MacKeys, PeerMacs};
+use crate::pending::Pending;
 use crate::ring::{COUNTER_LIMIT, REKEY_AFTER_MESSAGES, Ring, Session};
 use crate::timers::{Due, REKEY_AFTER, REKEY_AFTER_ON_RECEIVE, Timers};
 
@@ -61,8 +62,7 @@ pub struct BoringEngine {
     macs: PeerMacs,
     /// Keys of the macs of messages to us.
     own_macs: MacKeys,
-    /// Local index of the initiation `Tunn` waits on; it survives an answer to the one before.
-    pending: Option<u32>,
+    pending: Pending,
     last_initiation_in: Option<MonoTime>,
     last_handshake: Option<MonoTime>,
     wipe_at: Option<MonoTime>,
@@ -89,7 +89,7 @@ impl BoringEngine {
             index_last: None,
             macs: PeerMacs::new(&config.peer),
             own_macs,
-            pending: None,
+            pending: Pending::default(),
             last_initiation_in: None,
             last_handshake: None,
             wipe_at: None,
@@ -110,9 +110,10 @@ impl BoringEngine {
         });
         if tunn.is_expired() && !expired_before {
             self.ring.clear();
-            if self.pending.take().is_some() {
+            if self.pending.in_progress() {
                 self.timers.initiation_lost(now);
             }
+            self.pending.clear();
         }
         self.ring.expire(now);
         if self.wipe_at.is_some_and(|at| now >= at) {
@@ -131,8 +132,9 @@ impl BoringEngine {
         if written != INITIATION_BYTES {
             return None;
         }
-        self.pending = read_u32(out, SENDER_AT);
-        self.ring.issue(self.pending?);
+        let local = read_u32(out, SENDER_AT)?;
+        self.pending.sent(local);
+        self.ring.issue(local);
         self.dispatch(now, out)?;
         Some(written)
     }
@@ -175,7 +177,7 @@ impl BoringEngine {
             .ok_or(EngineError::Malformed)?;
         self.dispatch(now, answer).ok_or(EngineError::Malformed)?;
         self.last_initiation_in = Some(now);
-        self.pending = None;
+        self.pending.accepted();
         self.ring.issue(local);
         self.ring.add_responder(now, local, remote);
         self.timers.received(now, false);
@@ -191,18 +193,21 @@ impl BoringEngine {
         datagram: &[u8],
         out: &mut HandshakeBuffer,
     ) -> Result<HandshakeOutcome, EngineError> {
-        if !ephemeral_is_sound(datagram) {
-            return Err(EngineError::BadHandshake);
-        }
-        if !self.own_macs.verifies(datagram) {
-            return Err(EngineError::BadMac);
-        }
         let mut message: [u8; RESPONSE_BYTES] =
             datagram.try_into().map_err(|_| EngineError::Malformed)?;
         let (remote, receiver) = read_u32(&message, SENDER_AT)
             .zip(read_u32(&message, RESPONSE_RECEIVER_AT))
             .ok_or(EngineError::Malformed)?;
         let local = self.indexes.to_local(receiver);
+        if !self.pending.awaits(local) {
+            return Err(EngineError::NotAwaited);
+        }
+        if !ephemeral_is_sound(datagram) {
+            return Err(EngineError::BadHandshake);
+        }
+        if !self.own_macs.verifies(datagram) {
+            return Err(EngineError::BadMac);
+        }
         // `Tunn` verifies mac1, too, over its own index.
         write_u32(&mut message, RESPONSE_RECEIVER_AT, local).ok_or(EngineError::Malformed)?;
         self.own_macs.sign(&mut message).ok_or(EngineError::Malformed)?;
@@ -211,9 +216,7 @@ impl BoringEngine {
         drain_queue(tunn, &mut self.scratch, self.plaintext_max);
         self.ring.add_initiator(now, local, remote);
         self.ring.count_sent();
-        if self.pending == Some(local) {
-            self.pending = None;
-        }
+        self.pending.answered(local);
         self.established(now);
         self.timers.received(now, false);
         self.timers.sent(now, false);
@@ -224,7 +227,7 @@ impl BoringEngine {
         self.last_handshake = Some(now);
         self.wipe_at = Some(now + WIPE_AFTER);
         // An initiation left open in `Tunn` would make it drop every session 90 s later: it is finished first.
-        self.timers.established(self.pending.is_none());
+        self.timers.established(!self.pending.in_progress());
     }
 
     fn seal_slot(&mut self, slot: &mut [u8], session: &Session) -> Result<(), EngineError> {
@@ -329,6 +332,10 @@ impl Engine for BoringEngine {
         self.write_initiation(now, out)
     }
 
+    fn awaits(&self, local: u32) -> bool {
+        self.pending.awaits(local)
+    }
+
     fn handle_handshake(
         &mut self,
         now: MonoTime,
@@ -336,13 +343,15 @@ impl Engine for BoringEngine {
         datagram: &[u8],
         out: &mut HandshakeBuffer,
     ) -> Result<HandshakeOutcome, EngineError> {
+        if is_message(datagram, TYPE_COOKIE, COOKIE_BYTES) {
+            // `Tunn` has no part in it, and anybody may send many.
+            return self.macs.accept_reply(now, datagram).map(|()| HandshakeOutcome::default());
+        }
         self.tick(now);
         if is_message(datagram, TYPE_INITIATION, INITIATION_BYTES) {
             self.accept_initiation(now, source, datagram, out)
         } else if is_message(datagram, TYPE_RESPONSE, RESPONSE_BYTES) {
             self.accept_response(now, source, datagram, out)
-        } else if is_message(datagram, TYPE_COOKIE, COOKIE_BYTES) {
-            self.macs.accept_reply(now, datagram).map(|()| HandshakeOutcome::default())
         } else {
             Err(EngineError::Malformed)
         }
@@ -359,7 +368,7 @@ impl Engine for BoringEngine {
             Due::Keepalive => self.write_keepalive(now, out).map(TimerOutcome::Keepalive),
             Due::GiveUp => {
                 self.ring.clear();
-                self.pending = None;
+                self.pending.clear();
                 self.wipe_at = Some(now + Duration::from_secs(1));
                 Some(TimerOutcome::GaveUp)
             }

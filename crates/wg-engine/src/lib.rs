@@ -6,6 +6,7 @@
 //!   Tunnel ---> BoringEngine --- Timers   (when)           |
 //!               |                Ring     (which session)  |
 //!               |                PeerMacs (mac1, mac2)     |
+//!               |                Pending  (which answer)   |
 //!               +--- index ----- Tunn  <-------------------+   (keys, messages)
 //!   front ----> BoringFactory -- MacKeys, Cookies; parse_handshake_anon (who)
 //! ```
@@ -21,6 +22,7 @@
 //! - passive keepalives answer data only, so that two idle sides do not keep each other awake;
 //! - persistent keepalives change without losing sessions;
 //! - received counters stop at 2^64 - 2^13, where `Tunn`'s arithmetic would overflow;
+//! - a response is looked at under the index of an initiation that waits for one, before anything is computed;
 //! - low-order static and ephemeral keys are refused before any message is made from them;
 //! - at most 50 initiations per second are accepted of one peer, and none whose answer would push a living session
 //!   out of `Tunn`'s eight slots;
@@ -48,6 +50,7 @@ mod engine;
 mod factory;
 mod index;
 mod macs;
+mod pending;
 mod ring;
 #[cfg(any(test, feature = "test-peer"))]
 pub mod test_peer;

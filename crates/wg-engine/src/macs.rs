@@ -92,9 +92,10 @@ impl PeerMacs {
         Some(())
     }
 
-    /// Takes a cookie reply to the last message.
+    /// Takes a cookie reply to the last message. One under another index costs nothing, and one that does not verify what a
+    /// mac1 costs: neither needs a limit.
     pub(crate) fn accept_reply(&mut self, now: MonoTime, reply: &[u8]) -> Result<(), EngineError> {
-        let (index, mac1) = self.last.as_ref().ok_or(EngineError::NoSession)?;
+        let (index, mac1) = self.last.as_ref().ok_or(EngineError::NotAwaited)?;
         let parts = reply.split_at_checked(8).and_then(|(head, rest)| {
             let (nonce, rest) = rest.split_at_checked(NONCE_BYTES)?;
             let (cookie, tag) = rest.split_at_checked(MAC_BYTES)?;
@@ -102,7 +103,7 @@ impl PeerMacs {
         });
         let (receiver, nonce, sealed, tag) = parts.ok_or(EngineError::Malformed)?;
         if u32::from_le_bytes(*receiver) != *index {
-            return Err(EngineError::NoSession);
+            return Err(EngineError::NotAwaited);
         }
         let mut cookie: Cookie = sealed.try_into().map_err(|_| EngineError::Malformed)?;
         let tag: &[u8; 16] = tag.try_into().map_err(|_| EngineError::Malformed)?;

@@ -74,6 +74,8 @@ drops! {
     BadHandshake => "bad_handshake",
     /// An initiation older than the last one accepted: a replay, or a copy by another path.
     StaleInitiation => "stale_initiation",
+    /// A response or cookie reply to a message of ours that waits for none: a copy, late, or made up.
+    NotAwaited => "not_awaited",
     /// A transport message whose session is gone.
     NoSession => "no_session",
     Replayed => "replayed",
@@ -218,6 +220,7 @@ impl From<EngineError> for DropReason {
         match error {
             EngineError::Malformed | EngineError::NoRoom => Self::UdpMalformed,
             EngineError::BadMac => Self::BadMac,
+            EngineError::NotAwaited => Self::NotAwaited,
             EngineError::NoSession | EngineError::Expired => Self::NoSession,
             EngineError::Replayed => Self::Replayed,
             EngineError::CounterLimit => Self::CounterLimit,

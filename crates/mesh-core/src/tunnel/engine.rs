@@ -70,6 +70,8 @@ pub enum EngineError {
     Malformed,
     #[error("mac1 does not verify")]
     BadMac,
+    #[error("answer to a message that waits for none")]
+    NotAwaited,
     #[error("no session for this index")]
     NoSession,
     #[error("counter already seen or too old")]
@@ -164,6 +166,10 @@ pub trait Engine: Send {
     /// Writes a handshake initiation, or returns `None` while one sent less than 5 s ago is unanswered and
     /// `force` is false.
     fn initiate(&mut self, now: MonoTime, force: bool, out: &mut HandshakeBuffer) -> Option<usize>;
+
+    /// Whether a response to `local` ([`EngineFactory::local_index`]) is waited for. Nothing is computed: anybody may ask, by
+    /// sending one.
+    fn awaits(&self, local: u32) -> bool;
 
     /// Messages 1, 2 and 3. The caller has checked type, length, mac1 and source limits.
     fn handle_handshake(

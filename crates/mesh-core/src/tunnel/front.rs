@@ -13,18 +13,22 @@
 //! answered at once. Under load everything is counted.
 //!
 //! Cookie replies are bounded over all sources, too: `COOKIES_PER_SECOND`, and as many for addresses that configuration names.
-//! Numbers are the kernel's (`drivers/net/wireguard/ratelimiter.c`, `noise.c`). A response is not counted per source:
-//! it must carry an index we gave out, is counted per peer, and hundreds may rightly come from one /64 when this
-//! node starts. Per peer only initiations that were accepted count: a recorded one replayed fifty times a second
-//! must not shut its true sender out.
+//! Numbers are the kernel's (`drivers/net/wireguard/ratelimiter.c`, `noise.c`). Per peer only initiations that were accepted
+//! count: a recorded one replayed fifty times a second must not shut its true sender out.
+//!
+//! A response is looked at only under the index of an initiation that waits for it, so those that verify are as many as we
+//! asked for: hundreds may rightly come from one /64 when this node starts. Those that do not are by somebody who saw the
+//! index. They are counted against their source ([`Front::spend_response`]), apart from initiations, which need no such sight,
+//! and over all sources: addresses that configuration names and all others, as with cookies. Beyond that a response is asked for
+//! a cookie, too.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, Ipv6Addr};
 
 use mesh_types::limits::{
-    COOKIES_BURST, COOKIES_PER_SECOND, HANDSHAKE_SOURCES_MAX, HANDSHAKES_PER_SECOND_BEFORE_COOKIES,
-    HANDSHAKES_PER_SOURCE_BURST, HANDSHAKES_PER_SOURCE_PER_SECOND,
-    STRANGERS_PER_SECOND_BEFORE_COOKIES,
+    COOKIES_BURST, COOKIES_PER_SECOND, FORGED_RESPONSES_PER_SECOND, HANDSHAKE_SOURCES_MAX,
+    HANDSHAKES_PER_SECOND_BEFORE_COOKIES, HANDSHAKES_PER_SOURCE_BURST,
+    HANDSHAKES_PER_SOURCE_PER_SECOND, STRANGERS_PER_SECOND_BEFORE_COOKIES,
 };
 use mesh_types::time::MonoTime;
 
@@ -129,6 +133,8 @@ pub struct Front {
     loaded_until_ns: u64,
     /// Cookie replies to addresses that configuration names, and to all others.
     cookies: [Bucket; 2],
+    /// Responses that did not verify, without proof of address: in the name of such addresses, and of all others.
+    forged: [Bucket; 2],
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -141,10 +147,22 @@ struct Source {
 struct SourceKey {
     address: IpAddr,
     proven: bool,
+    kind: Kind,
+}
+
+/// What is counted apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Kind {
+    Initiation,
+    Response,
 }
 
 const NOBODY: Source = Source {
-    key: SourceKey { address: IpAddr::V6(Ipv6Addr::UNSPECIFIED), proven: false },
+    key: SourceKey {
+        address: IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        proven: false,
+        kind: Kind::Initiation,
+    },
     bucket: Bucket { credit_ns: 0, updated_ns: 0, started: false },
 };
 
@@ -159,6 +177,7 @@ impl Front {
             strangers_in_window: 0,
             loaded_until_ns: 0,
             cookies: [Bucket::default(); 2],
+            forged: [Bucket::default(); 2],
         }
     }
 
@@ -175,36 +194,70 @@ impl Front {
         now.as_nanos() < self.loaded_until_ns
     }
 
-    /// Decides on a handshake message with a good mac1; `proven`: mac2 is good, too. What is accepted and leads nowhere, or
+    /// Decides on an initiation with a good mac1; `proven`: mac2 is good, too. What is accepted and leads nowhere, or
     /// comes under load, is to be told ([`Self::spend`]).
     pub fn admit(&mut self, now: MonoTime, source: IpAddr, proven: bool) -> Verdict {
         if self.loaded(now) && !proven {
             return self.cookie(now, source, true);
         }
-        let key = SourceKey { address: self.limited_as(source), proven };
-        let (rate, burst) = (HANDSHAKES_PER_SOURCE_PER_SECOND, HANDSHAKES_PER_SOURCE_BURST);
-        let (set, way) = self.place_of(key);
-        let held = way.and_then(|way| self.sources.get(set + way));
-        if held.is_some_and(|held| !held.bucket.has(now, rate, burst)) {
+        if !self.has_room(now, self.key(source, proven, Kind::Initiation)) {
             return if proven { Verdict::Drop } else { self.cookie(now, source, false) };
         }
         self.count(now);
         Verdict::Accept
     }
 
-    /// Counts an accepted message against its source.
+    /// Counts an accepted initiation against its source.
     pub fn spend(&mut self, now: MonoTime, source: IpAddr, proven: bool) {
-        let key = SourceKey { address: self.limited_as(source), proven };
+        self.take(now, self.key(source, proven, Kind::Initiation));
+    }
+
+    /// As [`Self::admit`], on a response that is waited for. Initiations and their load do not matter: whoever floods with
+    /// them need not have seen an index of ours.
+    pub fn admit_response(&mut self, now: MonoTime, source: IpAddr, proven: bool) -> Verdict {
+        let rate = FORGED_RESPONSES_PER_SECOND;
+        if !proven && !self.forged[self.class(source)].has(now, rate, rate) {
+            return self.cookie(now, source, true);
+        }
+        if !self.has_room(now, self.key(source, proven, Kind::Response)) {
+            return if proven { Verdict::Drop } else { self.cookie(now, source, false) };
+        }
+        Verdict::Accept
+    }
+
+    /// Counts an accepted response that did not verify.
+    pub fn spend_response(&mut self, now: MonoTime, source: IpAddr, proven: bool) {
+        self.take(now, self.key(source, proven, Kind::Response));
+        if !proven {
+            let rate = FORGED_RESPONSES_PER_SECOND;
+            self.forged[self.class(source)].take(now, rate, rate);
+        }
+    }
+
+    fn key(&self, source: IpAddr, proven: bool, kind: Kind) -> SourceKey {
+        SourceKey { address: self.limited_as(source), proven, kind }
+    }
+
+    fn has_room(&self, now: MonoTime, key: SourceKey) -> bool {
+        let (rate, burst) = (HANDSHAKES_PER_SOURCE_PER_SECOND, HANDSHAKES_PER_SOURCE_BURST);
+        let (set, way) = self.place_of(key);
+        let held = way.and_then(|way| self.sources.get(set + way));
+        held.is_none_or(|held| held.bucket.has(now, rate, burst))
+    }
+
+    fn take(&mut self, now: MonoTime, key: SourceKey) {
         let (rate, burst) = (HANDSHAKES_PER_SOURCE_PER_SECOND, HANDSHAKES_PER_SOURCE_BURST);
         self.bucket_of(key).take(now, rate, burst);
     }
 
-    /// Sources may be forged: how many get how many bytes from us is bounded, and strangers use up nothing of what peers at
-    /// known addresses get.
+    /// Which of two buckets is the source's: strangers use up nothing of what peers at addresses that configuration names get.
+    fn class(&self, source: IpAddr) -> usize {
+        usize::from(self.known.binary_search(&source.to_canonical()).is_err())
+    }
+
+    /// Sources may be forged: how many get how many bytes from us is bounded.
     fn cookie(&mut self, now: MonoTime, source: IpAddr, load: bool) -> Verdict {
-        let [known, strangers] = &mut self.cookies;
-        let is_known = self.known.binary_search(&source.to_canonical()).is_ok();
-        let bucket = if is_known { known } else { strangers };
+        let bucket = &mut self.cookies[self.class(source)];
         match bucket.take(now, COOKIES_PER_SECOND, COOKIES_BURST) {
             true => Verdict::Cookie { load },
             false => Verdict::Silence,
@@ -322,6 +375,37 @@ mod tests {
         }
         assert_eq!(total, 5);
         assert_eq!(accepted(&mut front, "2001:db8::9", std::iter::once(0)), 1);
+    }
+
+    #[test]
+    fn responses_that_do_not_verify_are_limited_by_their_source_and_apart_from_initiations() {
+        let mut front = Front::new(1);
+        let peer = IpAddr::from([192, 0, 2, 1]);
+        front.set_known(std::iter::once(peer));
+        let forged = |front: &mut Front, from: IpAddr| {
+            let verdict = front.admit_response(at(0), from, false);
+            if verdict == Verdict::Accept {
+                front.spend_response(at(0), from, false);
+            }
+            verdict
+        };
+        // As if he had sent initiations that lead nowhere.
+        assert_eq!(accepted(&mut front, "192.0.2.1", (0..100).map(|_| 0)), 5);
+        for number in 0..HANDSHAKES_PER_SOURCE_BURST {
+            assert_eq!(forged(&mut front, peer), Verdict::Accept, "{number}");
+        }
+        assert_eq!(forged(&mut front, peer), Verdict::Cookie { load: false });
+        assert_eq!(front.admit_response(at(0), peer, true), Verdict::Accept);
+        // Many sources together, though each sends one.
+        let mut from = (0x0a00_0000u32..).map(|number| IpAddr::V4(number.into()));
+        for _ in 0..FORGED_RESPONSES_PER_SECOND {
+            assert_eq!(forged(&mut front, from.next().expect("another")), Verdict::Accept);
+        }
+        let other = from.next().expect("another");
+        assert_eq!(forged(&mut front, other), Verdict::Cookie { load: true });
+        assert_eq!(front.admit_response(at(0), other, true), Verdict::Accept);
+        assert_eq!(front.admit_response(at(50), peer, false), Verdict::Accept, "he is known");
+        assert_eq!(front.admit(at(0), other, false), Verdict::Accept, "no load of initiations");
     }
 
     #[test]

@@ -103,7 +103,7 @@ impl Mark {
 
 /// What came of a peer, the weightiest last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Heard {
+pub(super) enum Heard {
     /// Probes and the like: whoever sends them tries a way.
     Frames,
     Keepalives,
@@ -304,8 +304,8 @@ impl<F: EngineFactory> Tunnel<F> {
     ) {
         let done = match message {
             Message::Initiation => self.handle_initiation(now, meta, datagram),
-            Message::Response(index) => self.handle_answer(now, meta, index, datagram, true),
-            Message::Cookie(index) => self.handle_answer(now, meta, index, datagram, false),
+            Message::Response(index) => self.handle_response(now, meta, index, datagram),
+            Message::Cookie(index) => self.handle_cookie_reply(now, meta, index, datagram),
             Message::Transport(_) => Ok(()),
         };
         if let Err(reason) = done {
@@ -321,20 +321,33 @@ impl<F: EngineFactory> Tunnel<F> {
     ) -> Result<(), DropReason> {
         let (own, check) = self.addressed_to(now, meta, datagram).ok_or(DropReason::BadMac)?;
         let (source, proven) = (meta.limited_as(), check == MacCheck::Proven);
-        match self.front.admit(now, source, proven) {
-            Verdict::Accept => {}
-            Verdict::Drop => return Err(DropReason::SourceLimited),
-            Verdict::Silence => return Err(DropReason::CookieLimited),
-            Verdict::Cookie { load } => {
-                self.send_cookie(now, meta, own, datagram);
-                return Err(if load { DropReason::UnderLoad } else { DropReason::SourceLimited });
-            }
-        }
+        let verdict = self.front.admit(now, source, proven);
+        self.obey(now, verdict, meta, own, datagram)?;
         let done = self.handle_accepted(now, own, meta, datagram, proven);
         if done.is_err() || self.front.loaded(now) {
             self.front.spend(now, source, proven);
         }
         done
+    }
+
+    /// Goes on only with what is accepted; asks for a cookie where one is due.
+    pub(super) fn obey(
+        &mut self,
+        now: MonoTime,
+        verdict: Verdict,
+        meta: &UdpMeta,
+        own: OwnKeyId,
+        datagram: &[u8],
+    ) -> Result<(), DropReason> {
+        match verdict {
+            Verdict::Accept => Ok(()),
+            Verdict::Drop => Err(DropReason::SourceLimited),
+            Verdict::Silence => Err(DropReason::CookieLimited),
+            Verdict::Cookie { load } => {
+                self.send_cookie(now, meta, own, datagram);
+                Err(if load { DropReason::UnderLoad } else { DropReason::SourceLimited })
+            }
+        }
     }
 
     fn handle_accepted(
@@ -431,59 +444,7 @@ impl<F: EngineFactory> Tunnel<F> {
         Ok(())
     }
 
-    /// A response or cookie reply: only to an index we gave out.
-    fn handle_answer(
-        &mut self,
-        now: MonoTime,
-        meta: &UdpMeta,
-        wire: u32,
-        datagram: &[u8],
-        response: bool,
-    ) -> Result<(), DropReason> {
-        let index = self.factory.local_index(wire);
-        let slot = self.peers.slot_of_index(index).ok_or(DropReason::UnknownIndex)?;
-        let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownIndex)?;
-        if !meta.names(&peer.config.key) {
-            return Err(DropReason::CarriedName);
-        }
-        let member = peer.member(index >> 8).ok_or(DropReason::UnknownIndex)?;
-        if response {
-            let check = self.factory.check_mac(now, member.own, meta.source, datagram);
-            if check == MacCheck::Invalid {
-                return Err(DropReason::BadMac);
-            }
-        }
-        let rate = HANDSHAKES_PER_PEER_PER_SECOND;
-        // Of its own: cookie replies can be forged by whoever sees our initiation, and must not use up the room of responses.
-        let bucket = if response { &mut peer.answers } else { &mut peer.cookies };
-        if !bucket.take(now, rate, rate) {
-            return Err(DropReason::PeerLimited);
-        }
-        let member = peer.member(index >> 8).ok_or(DropReason::UnknownIndex)?;
-        let buffer = &mut self.buffer;
-        let outcome = member.engine.handle_handshake(now, meta.source.ip(), datagram, buffer)?;
-        if !response {
-            self.counters.cookies_received += 1;
-            self.peers.reschedule(now, slot);
-            return Ok(());
-        }
-        member.unconfirmed = false;
-        peer.rtt = peer.initiated_at.map(|sent| now.since(sent));
-        // Not for an initiation: its source may be forged, but a response has read what we sent there.
-        if meta.carried.is_none() {
-            self.limiter.lock().answered(now, meta.source.ip());
-        }
-        if outcome.authenticated {
-            self.heard(now, slot, meta, Heard::Handshake);
-        }
-        self.finish_handshake(now, slot, meta, datagram.len(), outcome);
-        if outcome.session_ready {
-            self.session_ready(now, slot);
-        }
-        Ok(())
-    }
-
-    fn finish_handshake(
+    pub(super) fn finish_handshake(
         &mut self,
         now: MonoTime,
         slot: u32,
@@ -532,7 +493,7 @@ impl<F: EngineFactory> Tunnel<F> {
     }
 
     /// Something authenticated came from the peer. What only probes a way moves nothing.
-    fn heard(&mut self, now: MonoTime, slot: u32, meta: &UdpMeta, what: Heard) {
+    pub(super) fn heard(&mut self, now: MonoTime, slot: u32, meta: &UdpMeta, what: Heard) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.gave_up = false;
         let carried = meta.carried.is_some();
@@ -574,7 +535,7 @@ impl<F: EngineFactory> Tunnel<F> {
         what.max().unwrap_or(Heard::Keepalives)
     }
 
-    fn session_ready(&mut self, now: MonoTime, slot: u32) {
+    pub(super) fn session_ready(&mut self, now: MonoTime, slot: u32) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.last_handshake = Some(now);
         let key = peer.config.key;

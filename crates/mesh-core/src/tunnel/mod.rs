@@ -28,6 +28,7 @@
 //! last came from ([`path`]). Strangers are answered only behind [`front`].
 
 pub mod allowed_ips;
+mod answers;
 mod bridges;
 pub mod config;
 pub mod counters;

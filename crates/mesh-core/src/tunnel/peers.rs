@@ -75,10 +75,8 @@ pub struct Peer<E> {
     /// Of a relay: which way it is asked.
     pub(super) link: Link,
     pub staged: StagedQueue,
-    /// Initiations accepted, responses and cookie replies looked at.
+    /// Initiations accepted.
     pub initiations: Bucket,
-    pub answers: Bucket,
-    pub cookies: Bucket,
     /// A handshake waits until its destinations may be asked.
     pub initiate_at: Option<MonoTime>,
     /// It replaces one that is unanswered: there are new candidates, or another own key is due.
@@ -105,8 +103,6 @@ impl<E: Engine> Peer<E> {
             link: Link::default(),
             staged: StagedQueue::default(),
             initiations: Bucket::default(),
-            answers: Bucket::default(),
-            cookies: Bucket::default(),
             initiate_at: None,
             initiate_anew: false,
             initiated_at: None,

@@ -10,8 +10,9 @@ use mesh_types::time::MonoTime;
 use super::wire;
 use crate::tunnel::engine::{
     Engine, EngineConfig, EngineError, EngineStatus, HandshakeBuffer, HandshakeOutcome,
-    INITIATION_BYTES, OpenBurst, SealBatch, TAG_BYTES, TRANSPORT_BYTES_MIN, TRANSPORT_HEADER_BYTES,
-    TYPE_COOKIE, TYPE_INITIATION, TYPE_RESPONSE, TYPE_TRANSPORT, TimerOutcome,
+    INITIATION_BYTES, OpenBurst, RESPONSE_BYTES, SealBatch, TAG_BYTES, TRANSPORT_BYTES_MIN,
+    TRANSPORT_HEADER_BYTES, TYPE_COOKIE, TYPE_INITIATION, TYPE_RESPONSE, TYPE_TRANSPORT,
+    TimerOutcome,
 };
 use crate::tunnel::peers::SplitMix64;
 
@@ -47,6 +48,8 @@ pub struct ModelEngine {
     sessions: Vec<Session>,
     their_time: u64,
     own_time: u64,
+    /// Index and mac1 of the last message: what a cookie reply must answer.
+    asked: Option<(u32, [u8; 16])>,
     cookie: Option<([u8; 16], MonoTime)>,
     wants_handshake: bool,
     retired: bool,
@@ -62,7 +65,6 @@ pub struct ModelEngine {
 struct Handshake {
     local: u32,
     nonce: u64,
-    mac1: [u8; 16],
     begun: MonoTime,
     sent: MonoTime,
     retry_at: MonoTime,
@@ -97,6 +99,7 @@ impl ModelEngine {
             sessions: Vec::with_capacity(SESSIONS_MAX),
             their_time: 0,
             own_time: 0,
+            asked: None,
             cookie: None,
             wants_handshake: config.keepalive.is_some(),
             retired: false,
@@ -117,23 +120,29 @@ impl ModelEngine {
         self.sessions.iter().rposition(alive)
     }
 
+    /// The cookie that messages carry now.
+    fn shown(&self, now: MonoTime) -> Option<[u8; 16]> {
+        let (cookie, got) = self.cookie?;
+        (now.since(got) < COOKIE_LIVES).then_some(cookie)
+    }
+
     fn write_initiation(&mut self, now: MonoTime, begun: MonoTime, out: &mut HandshakeBuffer) {
         let local = self.new_local_index();
         let nonce = self.random.next();
         self.own_time = now.as_nanos().max(self.own_time.saturating_add(1));
-        let cookie = self.cookie.filter(|(_, got)| now.since(*got) < COOKIE_LIVES);
+        let cookie = self.shown(now);
         let parts = wire::InitiationParts {
             sender: local,
             own: &self.own,
             peer: &self.peer,
             time: self.own_time,
             nonce,
-            cookie: cookie.as_ref().map(|(cookie, _)| cookie),
+            cookie: cookie.as_ref(),
         };
-        let mac1 = wire::write_initiation(&parts, out);
+        self.asked = Some((local, wire::write_initiation(&parts, out)));
         let jitter = Duration::from_millis(self.random.next() % RETRY_JITTER_MS);
         let retry_at = now + RETRY_AFTER + jitter;
-        self.handshake = Some(Handshake { local, nonce, mac1, begun, sent: now, retry_at });
+        self.handshake = Some(Handshake { local, nonce, begun, sent: now, retry_at });
         self.wants_handshake = false;
         self.last_traffic = now;
     }
@@ -162,14 +171,27 @@ impl ModelEngine {
         let local = self.new_local_index();
         let nonce = self.random.next();
         let secret = self.secret ^ message.nonce;
-        let reply_len = wire::write_response(local, message.sender, nonce, secret, &self.peer, out);
+        let cookie = self.shown(now);
+        let parts = wire::ResponseParts {
+            sender: local,
+            receiver: message.sender,
+            nonce,
+            secret,
+            peer: &self.peer,
+            cookie: cookie.as_ref(),
+        };
+        self.asked = Some((local, wire::write_response(&parts, out)));
         // A session nobody confirmed makes room for the newer one.
         self.sessions.retain(|session| session.confirmed);
         let key = secret ^ nonce.rotate_left(17);
         self.add_session(Session::new(now, local, message.sender, key, false));
         self.heard(now);
         self.last_traffic = now;
-        Ok(HandshakeOutcome { reply_len, authenticated: true, session_ready: false })
+        Ok(HandshakeOutcome {
+            reply_len: RESPONSE_BYTES,
+            authenticated: true,
+            session_ready: false,
+        })
     }
 
     fn handle_response(
@@ -179,10 +201,8 @@ impl ModelEngine {
         out: &mut HandshakeBuffer,
     ) -> Result<HandshakeOutcome, EngineError> {
         let message = wire::Response::parse(datagram).ok_or(EngineError::Malformed)?;
-        let handshake = self.handshake.ok_or(EngineError::NoSession)?;
-        if handshake.local != message.receiver {
-            return Err(EngineError::NoSession);
-        }
+        let waits = self.handshake.filter(|handshake| handshake.local == message.receiver);
+        let handshake = waits.ok_or(EngineError::NotAwaited)?;
         let secret = self.secret ^ handshake.nonce;
         if !message.verifies(secret) {
             return Err(EngineError::BadHandshake);
@@ -201,9 +221,11 @@ impl ModelEngine {
         now: MonoTime,
         datagram: &[u8],
     ) -> Result<HandshakeOutcome, EngineError> {
-        let handshake = self.handshake.ok_or(EngineError::NoSession)?;
-        let cookie = wire::read_cookie_reply(&self.peer, &handshake.mac1, datagram);
+        let asked = self.asked.filter(|(local, _)| wire::read_u32(datagram, 4) == Some(*local));
+        let (_, mac1) = asked.ok_or(EngineError::NotAwaited)?;
+        let cookie = wire::read_cookie_reply(&self.peer, &mac1, datagram);
         self.cookie = Some((cookie.ok_or(EngineError::BadTag)?, now));
+        self.asked = None;
         Ok(HandshakeOutcome::default())
     }
 
@@ -292,6 +314,10 @@ impl Engine for ModelEngine {
         let begun = self.handshake.map_or(now, |handshake| handshake.begun);
         self.write_initiation(now, begun, out);
         Some(INITIATION_BYTES)
+    }
+
+    fn awaits(&self, local: u32) -> bool {
+        self.handshake.is_some_and(|handshake| handshake.local == local)
     }
 
     fn handle_handshake(

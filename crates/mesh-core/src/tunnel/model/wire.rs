@@ -177,25 +177,27 @@ impl<'a> Response<'a> {
     }
 }
 
-/// Writes a response and returns its length. `secret`: shared, preshared and the initiator's nonce.
-pub(super) fn write_response(
-    sender: u32,
-    receiver: u32,
-    nonce: u64,
-    secret: u64,
-    peer: &PublicKey,
-    out: &mut HandshakeBuffer,
-) -> usize {
+/// What a response is made of. `secret`: shared, preshared and the initiator's nonce.
+pub(super) struct ResponseParts<'a> {
+    pub(super) sender: u32,
+    pub(super) receiver: u32,
+    pub(super) nonce: u64,
+    pub(super) secret: u64,
+    pub(super) peer: &'a PublicKey,
+    pub(super) cookie: Option<&'a [u8; 16]>,
+}
+
+/// Returns mac1, as [`write_initiation`] does.
+pub(super) fn write_response(parts: &ResponseParts<'_>, out: &mut HandshakeBuffer) -> [u8; 16] {
     let out = &mut out[..RESPONSE_BYTES];
     out.fill(0);
     write(out, 0, &[TYPE_RESPONSE]);
-    write(out, 4, &sender.to_le_bytes());
-    write(out, 8, &receiver.to_le_bytes());
-    write(out, 12, &nonce.to_le_bytes());
-    let sealed = tag(secret, out.get(..RESPONSE_TAG_AT).unwrap_or(&[]));
+    write(out, 4, &parts.sender.to_le_bytes());
+    write(out, 8, &parts.receiver.to_le_bytes());
+    write(out, 12, &parts.nonce.to_le_bytes());
+    let sealed = tag(parts.secret, out.get(..RESPONSE_TAG_AT).unwrap_or(&[]));
     write(out, RESPONSE_TAG_AT, &sealed);
-    seal_macs(out, peer, None);
-    RESPONSE_BYTES
+    seal_macs(out, parts.peer, parts.cookie)
 }
 
 /// Answers a handshake message of any kind with a cookie.

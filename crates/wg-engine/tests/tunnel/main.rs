@@ -1,6 +1,8 @@
 //! Two tunnels of the core over this engine, with a network that is a function call.
 #![allow(clippy::expect_used, clippy::panic)] // helpers of a test say what failed by panicking
 
+mod forged;
+
 use std::net::SocketAddr;
 use std::time::Duration;
 
