@@ -441,6 +441,8 @@ impl<F: EngineFactory> Tunnel<F> {
             self.heard(now, slot, meta, Heard::Handshake);
         }
         self.finish_handshake(now, slot, meta, datagram.len(), outcome);
+        // Also for one that never completes a handshake.
+        self.renew_spent(now, slot);
         Ok(())
     }
 

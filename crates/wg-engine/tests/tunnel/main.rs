@@ -561,3 +561,19 @@ fn no_index_is_seen_twice_in_a_day_of_traffic_and_no_packet_is_lost() {
     // 32 bits and a thousand draws: by chance one in 4,000 days.
     assert!(seen.values().all(|count| *count == 1), "an index came back");
 }
+
+#[test]
+fn no_index_comes_back_in_300_handshakes_that_nobody_finishes() {
+    let (a, mut b) = pair(at(0));
+    let mut seen = std::collections::BTreeSet::new();
+    // As from a peer with another preshared key, who begins anew every few seconds.
+    for number in 1..=300 {
+        let now = at(5 * number);
+        b.tunnel.handle_timeout(now);
+        let mut message = initiation_of(&a.key, &b, now);
+        b.tunnel.handle_udp_input(now, &UdpMeta::alone(a.address), &mut message);
+        let answer = b.tunnel.poll_transmit().expect("a response").bytes.to_vec();
+        assert_eq!(answer.len(), 92, "{number}");
+        assert!(seen.insert(answer[4..8].to_vec()), "the index of answer {number} came before");
+    }
+}
