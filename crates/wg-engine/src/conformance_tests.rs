@@ -308,24 +308,6 @@ fn cookies_and_macs_are_those_of_another_implementation() {
 }
 
 #[test]
-fn sessions_end_at_180_seconds_and_what_is_left_of_handshakes_is_wiped_at_540() {
-    let (mut a, mut b) = pair();
-    connect(&mut a, &mut b, at(0));
-    let sealed = seal(&mut b, at(1), &padded(ipv4(20))).expect("sealed");
-    let mut wakes = Vec::new();
-    let mut now = at(0);
-    while let Some(next) = a.engine.next_timeout(now) {
-        now = now.max(next);
-        wakes.push(now.since(at(0)).as_secs());
-        while a.engine.handle_timeout(now, &mut buffer()) != TimerOutcome::Idle {}
-        assert!(wakes.len() < 10, "{wakes:?}");
-    }
-    assert_eq!(wakes, [181, 541], "it wakes for that and for nothing else");
-    assert_eq!(open(&mut a, at(182), &sealed), Err(EngineError::NoSession));
-    assert_eq!(seal(&mut a, at(182), &padded(ipv4(20))), Err(EngineError::NoSession));
-}
-
-#[test]
 fn a_responder_rekeys_neither_on_send_nor_on_receive() {
     let (mut a, mut b) = pair();
     connect(&mut a, &mut b, at(0));

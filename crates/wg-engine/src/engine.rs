@@ -18,8 +18,8 @@ use mesh_types::time::MonoTime;
 use crate::index::IndexCipher;
 use crate::macs::{MacKeys, PeerMacs};
 use crate::pending::Pending;
-use crate::ring::{COUNTER_LIMIT, REKEY_AFTER_MESSAGES, Ring, Session};
-use crate::timers::{Due, REKEY_AFTER, REKEY_AFTER_ON_RECEIVE, Timers};
+use crate::ring::{CLOCK_SLACK, COUNTER_LIMIT, REKEY_AFTER_MESSAGES, Ring, Session};
+use crate::timers::{Due, REKEY_AFTER, REKEY_AFTER_ON_RECEIVE, REKEY_ATTEMPT, Timers};
 
 /// Shortest distance of two initiations accepted of one peer (`INITIATIONS_PER_SECOND` in
 /// `drivers/net/wireguard/messages.h` is 50).
@@ -44,7 +44,7 @@ const TRANSPORT_RECEIVER_AT: usize = 4;
 const QUEUE_DRAIN_MAX: usize = 256 + 1;
 
 /// What `Tunn` keeps of old handshakes goes after 3 x Reject-After-Time (whitepaper section 6.3).
-const WIPE_AFTER: Duration = Duration::from_secs(3 * 180 + 1);
+const WIPE_AFTER: Duration = Duration::from_secs(3 * 180);
 
 /// Smallest IP headers.
 const IPV4_HEADER_BYTES: usize = 20;
@@ -65,6 +65,7 @@ pub struct BoringEngine {
     pending: Pending,
     last_initiation_in: Option<MonoTime>,
     last_handshake: Option<MonoTime>,
+    /// `Tunn` has secrets of handshakes until it is told that this time has come.
     wipe_at: Option<MonoTime>,
     /// Plaintext on its way into its own slot; grows to the largest slot seen.
     scratch: Vec<u8>,
@@ -108,17 +109,27 @@ impl BoringEngine {
         tracing::dispatcher::with_default(&tracing::Dispatch::none(), || {
             let _ = tunn.update_timers(&mut unused);
         });
-        if tunn.is_expired() && !expired_before {
+        let expired = tunn.is_expired();
+        self.ring.expire(now);
+        if expired && !expired_before {
             self.ring.clear();
             if self.pending.in_progress() {
                 self.timers.initiation_lost(now);
             }
             self.pending.clear();
         }
-        self.ring.expire(now);
-        if self.wipe_at.is_some_and(|at| now >= at) {
+        if expired {
             self.wipe_at = None;
+        } else if self.wipe_at.is_some_and(|at| now >= at) {
+            // It has not, though it should have: it would keep them for ever.
+            self.wipe_at = Some(now + REKEY_ATTEMPT);
         }
+        self.pending.told(now);
+    }
+
+    /// `Tunn` has keys of a new session: what it forgets last.
+    fn wipe_later(&mut self, now: MonoTime) {
+        self.wipe_at = Some(now + WIPE_AFTER + CLOCK_SLACK);
     }
 
     fn write_initiation(&mut self, now: MonoTime, out: &mut HandshakeBuffer) -> Option<usize> {
@@ -133,7 +144,7 @@ impl BoringEngine {
             return None;
         }
         let local = read_u32(out, SENDER_AT)?;
-        self.pending.sent(local);
+        self.pending.sent(now, local);
         self.ring.issue(local);
         self.dispatch(now, out)?;
         Some(written)
@@ -182,7 +193,7 @@ impl BoringEngine {
         self.ring.add_responder(now, local, remote);
         self.timers.received(now, false);
         self.timers.sent(now, false);
-        self.wipe_at = Some(now + WIPE_AFTER);
+        self.wipe_later(now);
         Ok(HandshakeOutcome { reply_len, authenticated: true, session_ready: false })
     }
 
@@ -217,6 +228,7 @@ impl BoringEngine {
         self.ring.add_initiator(now, local, remote);
         self.ring.count_sent();
         self.pending.answered(local);
+        self.wipe_later(now);
         self.established(now);
         self.timers.received(now, false);
         self.timers.sent(now, false);
@@ -225,7 +237,6 @@ impl BoringEngine {
 
     fn established(&mut self, now: MonoTime) {
         self.last_handshake = Some(now);
-        self.wipe_at = Some(now + WIPE_AFTER);
         // An initiation left open in `Tunn` would make it drop every session 90 s later: it is finished first.
         self.timers.established(!self.pending.in_progress());
     }
@@ -366,10 +377,9 @@ impl Engine for BoringEngine {
             Due::Nothing => None,
             Due::Initiation => self.write_initiation(now, out).map(TimerOutcome::Initiation),
             Due::Keepalive => self.write_keepalive(now, out).map(TimerOutcome::Keepalive),
+            // Keys stay noted until `Tunn` forgets them: at once, or with an attempt that it began later.
             Due::GiveUp => {
-                self.ring.clear();
-                self.pending.clear();
-                self.wipe_at = Some(now + Duration::from_secs(1));
+                self.ring.end();
                 Some(TimerOutcome::GaveUp)
             }
         };
@@ -378,7 +388,8 @@ impl Engine for BoringEngine {
 
     fn next_timeout(&self, now: MonoTime) -> Option<MonoTime> {
         self.tunn.as_ref()?;
-        [self.timers.next(now), self.ring.next_expiry(), self.wipe_at].into_iter().flatten().min()
+        let forgets = [self.ring.next_expiry(), self.pending.given_up_at(), self.wipe_at];
+        forgets.into_iter().chain([self.timers.next(now)]).flatten().min()
     }
 
     fn can_send(&self, now: MonoTime) -> bool {
@@ -526,3 +537,7 @@ mod tests;
 #[cfg(test)]
 #[path = "conformance_tests.rs"]
 mod conformance;
+
+#[cfg(test)]
+#[path = "forgetting_tests.rs"]
+mod forgetting;

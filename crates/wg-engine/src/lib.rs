@@ -52,6 +52,8 @@ mod index;
 mod macs;
 mod pending;
 mod ring;
+#[cfg(test)]
+mod test_clock;
 #[cfg(any(test, feature = "test-peer"))]
 pub mod test_peer;
 mod timers;

@@ -7,17 +7,42 @@
 //!   answered  either goes
 //! ```
 //! A response under any other index is known to be of no use before anything is computed.
+//!
+//! Each initiation has an ephemeral key, which goes when `Tunn` gives up: 90 s after the first since none was under way,
+//! which may be later than `timers` do, since a message of the peer's ends an attempt of `Tunn`'s.
+
+use mesh_types::time::MonoTime;
+
+use crate::ring::CLOCK_SLACK;
+use crate::timers::REKEY_ATTEMPT;
 
 #[derive(Debug, Default)]
 pub(crate) struct Pending {
     newest: Option<u32>,
     before: Option<u32>,
+    /// The newest is one of an attempt that `Tunn` began then.
+    begun: Option<MonoTime>,
 }
 
 impl Pending {
     /// `Tunn` wrote an initiation with this local index.
-    pub(crate) fn sent(&mut self, local: u32) {
+    pub(crate) fn sent(&mut self, now: MonoTime, local: u32) {
+        if self.newest.is_none() {
+            self.begun = Some(now);
+        }
         self.before = self.newest.replace(local);
+    }
+
+    /// When `Tunn` has given the attempt up, if it is told the time.
+    pub(crate) fn given_up_at(&self) -> Option<MonoTime> {
+        self.newest.and(self.begun).map(|begun| begun + REKEY_ATTEMPT + CLOCK_SLACK)
+    }
+
+    /// It was told, and would have cleared this: one that has not given up by then is asked again as much later.
+    pub(crate) fn told(&mut self, now: MonoTime) {
+        if self.given_up_at().is_some_and(|at| now >= at) {
+            self.begun = Some(now);
+        }
     }
 
     /// `Tunn` answered an initiation of the peer's.

@@ -32,7 +32,7 @@ const SILENCE: Duration = Duration::from_secs(15);
 
 /// `Tunn` may have forgotten a session this much before we call it expired, or after: its clock is read
 /// later than `now` was.
-const CLOCK_SLACK: Duration = Duration::from_secs(1);
+pub(crate) const CLOCK_SLACK: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Session {
@@ -46,8 +46,17 @@ pub(crate) struct Session {
     pub(crate) sent: u64,
     /// Something was authenticated under it then.
     heard: MonoTime,
+    /// Not to be used any more: kept until `Tunn` was told the time by which it forgets the keys.
+    over: bool,
     /// Order of establishment.
     order: u64,
+}
+
+impl Session {
+    /// In use, under this index.
+    fn is(&self, local: u32) -> bool {
+        self.local == local && !self.over
+    }
 }
 
 #[derive(Debug, Default)]
@@ -130,10 +139,13 @@ impl Ring {
         Ok(*session)
     }
 
-    /// Forgets what `Tunn` has forgotten or is about to.
+    /// `Tunn` was told the time: forgets what it has forgotten, and uses no more what it is about to.
     pub(crate) fn expire(&mut self, now: MonoTime) {
         for slot in &mut self.slots {
-            if slot.is_some_and(|s| now.since(s.established) + CLOCK_SLACK >= REJECT_AFTER) {
+            let Some(session) = slot else { continue };
+            let age = now.since(session.established);
+            session.over |= age + CLOCK_SLACK >= REJECT_AFTER;
+            if age >= REJECT_AFTER + CLOCK_SLACK {
                 *slot = None;
             }
         }
@@ -145,6 +157,12 @@ impl Ring {
         Some(oldest + REJECT_AFTER + CLOCK_SLACK)
     }
 
+    /// No session is used any more; `Tunn` may still hold their keys.
+    pub(crate) fn end(&mut self) {
+        self.slots.iter_mut().flatten().for_each(|session| session.over = true);
+    }
+
+    /// `Tunn` holds no session.
     pub(crate) fn clear(&mut self) {
         self.slots = [None; SLOTS];
     }
@@ -166,6 +184,7 @@ impl Ring {
             confirmed: initiator,
             sent: 0,
             heard: now,
+            over: false,
             order: self.established,
         });
     }
@@ -180,11 +199,11 @@ impl Ring {
     }
 
     fn slot(&self, local: u32) -> Option<&Session> {
-        self.slots[position(local)].as_ref().filter(|session| session.local == local)
+        self.slots[position(local)].as_ref().filter(|session| session.is(local))
     }
 
     fn slot_mut(&mut self, local: u32) -> Option<&mut Session> {
-        self.slots[position(local)].as_mut().filter(|session| session.local == local)
+        self.slots[position(local)].as_mut().filter(|session| session.is(local))
     }
 }
 
