@@ -149,6 +149,34 @@ fn an_initiation_must_be_newer_than_the_last_one_to_the_nanosecond() {
 }
 
 #[test]
+fn an_initiation_must_be_newer_than_the_last_one_that_another_engine_took() {
+    let (a, b) = (generate_private_key(), generate_private_key());
+    let mut engine = side(&b, &a, None, 2);
+    let (_, taken) = Begun::new(&a, &public_key(&b), 100, None);
+    engine.engine.take_only_after(&taken.try_into().expect("an initiation"));
+    for (second, stamp, accepted) in
+        [(1, 99, false), (2, 100, false), (3, 101, true), (4, 101, false), (5, 102, true)]
+    {
+        let (_, first) = Begun::new(&a, &public_key(&b), stamp, None);
+        let answer = hand(&mut engine, at(second), &first).map(|_| ());
+        let expected = if accepted { Ok(()) } else { Err(EngineError::StaleInitiation) };
+        assert_eq!(answer, expected, "{stamp}");
+    }
+    // `Tunn`'s own messages, too.
+    let (mut a, mut b) = pair();
+    let [first, second, third] = [(); 3].map(|()| initiation(&mut a, at(1)));
+    b.engine.take_only_after(&second.clone().try_into().expect("an initiation"));
+    for stale in [&first, &second] {
+        assert_eq!(hand(&mut b, at(1), stale).map(|_| ()), Err(EngineError::StaleInitiation));
+    }
+    // One whose time somebody changed does not count.
+    let mut changed = third.clone();
+    changed[90] ^= 1;
+    assert_eq!(hand(&mut b, at(1), &changed).map(|_| ()), Err(EngineError::BadHandshake));
+    assert!(hand(&mut b, at(1), &third).is_ok());
+}
+
+#[test]
 fn the_hundred_and_first_handshake_is_answered_as_the_first() {
     let (a, b) = (generate_private_key(), generate_private_key());
     let mut engine = side(&b, &a, None, 1);

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use boringtun::noise::errors::WireGuardError;
@@ -15,8 +16,10 @@ use mesh_core::tunnel::engine::{
 use mesh_types::key::PublicKey;
 use mesh_types::time::MonoTime;
 
+use crate::factory::OwnKey;
 use crate::index::IndexCipher;
-use crate::macs::{MacKeys, PeerMacs};
+use crate::macs::PeerMacs;
+use crate::noise::Predecessor;
 use crate::pending::Pending;
 use crate::ring::{CLOCK_SLACK, COUNTER_LIMIT, REKEY_AFTER_MESSAGES, Ring, Session};
 use crate::timers::{Due, REKEY_AFTER, REKEY_AFTER_ON_RECEIVE, REKEY_ATTEMPT, Timers};
@@ -54,16 +57,20 @@ const IPV6_HEADER_BYTES: usize = 40;
 pub struct BoringEngine {
     /// `None`: no own key to speak with.
     tunn: Option<Box<Tunn>>,
+    /// The own key that it speaks for.
+    own: Option<Arc<OwnKey>>,
+    peer: PublicKey,
     ring: Ring,
     timers: Timers,
     indexes: IndexCipher,
     /// The index received last, and what stands behind it: nearly always that of the next datagram, too.
     index_last: Option<(u32, u32)>,
     macs: PeerMacs,
-    /// Keys of the macs of messages to us.
-    own_macs: MacKeys,
     pending: Pending,
     last_initiation_in: Option<MonoTime>,
+    /// The newest initiation accepted is still another engine's: as it came, and what is known of it once that matters.
+    recorded: Option<Box<HandshakeBuffer>>,
+    predecessor: Option<Predecessor>,
     last_handshake: Option<MonoTime>,
     /// `Tunn` has secrets of handshakes until it is told that this time has come.
     wipe_at: Option<MonoTime>,
@@ -74,24 +81,26 @@ pub struct BoringEngine {
 }
 
 impl BoringEngine {
-    /// `own_macs`: of the own key `tunn` speaks for.
     pub(crate) fn new(
         now: MonoTime,
-        tunn: Option<Box<Tunn>>,
+        speaks: Option<(Box<Tunn>, Arc<OwnKey>)>,
         indexes: IndexCipher,
-        own_macs: MacKeys,
         config: &EngineConfig<'_>,
     ) -> Self {
+        let (tunn, own) = speaks.unzip();
         Self {
             tunn,
+            own,
+            peer: config.peer,
             ring: Ring::default(),
             timers: Timers::new(now, config.keepalive, config.seed),
             indexes,
             index_last: None,
             macs: PeerMacs::new(&config.peer),
-            own_macs,
             pending: Pending::default(),
             last_initiation_in: None,
+            recorded: None,
+            predecessor: None,
             last_handshake: None,
             wipe_at: None,
             scratch: Vec::new(),
@@ -180,6 +189,7 @@ impl BoringEngine {
         if self.ring.next_displaces_living(now) {
             return Err(EngineError::PeerLimited);
         }
+        self.ask_predecessor(datagram)?;
         let tunn = self.tunn.as_mut().ok_or(EngineError::NoSession)?;
         let reply_len = reply(tunn.decapsulate(Some(source), datagram, out), RESPONSE_BYTES)?;
         let answer = out.get_mut(..reply_len).ok_or(EngineError::NoRoom)?;
@@ -188,6 +198,7 @@ impl BoringEngine {
             .ok_or(EngineError::Malformed)?;
         self.dispatch(now, answer).ok_or(EngineError::Malformed)?;
         self.last_initiation_in = Some(now);
+        self.predecessor = None;
         self.pending.accepted();
         self.ring.issue(local);
         self.ring.add_responder(now, local, remote);
@@ -195,6 +206,14 @@ impl BoringEngine {
         self.timers.sent(now, false);
         self.wipe_later(now);
         Ok(HandshakeOutcome { reply_len, authenticated: true, session_ready: false })
+    }
+
+    /// Whether an initiation is newer than what another engine accepted.
+    fn ask_predecessor(&mut self, initiation: &[u8]) -> Result<(), EngineError> {
+        if let (Some(recorded), Some(own)) = (self.recorded.take(), &self.own) {
+            self.predecessor = Predecessor::new(own, &self.peer, &recorded);
+        }
+        self.predecessor.as_ref().map_or(Ok(()), |before| before.lets_in(initiation))
     }
 
     fn accept_response(
@@ -216,12 +235,13 @@ impl BoringEngine {
         if !ephemeral_is_sound(datagram) {
             return Err(EngineError::BadHandshake);
         }
-        if !self.own_macs.verifies(datagram) {
+        let own = self.own.as_ref().ok_or(EngineError::NoSession)?;
+        if !own.macs.verifies(datagram) {
             return Err(EngineError::BadMac);
         }
         // `Tunn` verifies mac1, too, over its own index.
         write_u32(&mut message, RESPONSE_RECEIVER_AT, local).ok_or(EngineError::Malformed)?;
-        self.own_macs.sign(&mut message).ok_or(EngineError::Malformed)?;
+        own.macs.sign(&mut message).ok_or(EngineError::Malformed)?;
         let tunn = self.tunn.as_mut().ok_or(EngineError::NoSession)?;
         let reply_len = reply(tunn.decapsulate(Some(source), &message, out), TRANSPORT_BYTES_MIN)?;
         drain_queue(tunn, &mut self.scratch, self.plaintext_max);
@@ -366,6 +386,10 @@ impl Engine for BoringEngine {
         } else {
             Err(EngineError::Malformed)
         }
+    }
+
+    fn take_only_after(&mut self, initiation: &HandshakeBuffer) {
+        self.recorded = Some(Box::new(*initiation));
     }
 
     fn handle_timeout(&mut self, now: MonoTime, out: &mut HandshakeBuffer) -> TimerOutcome {

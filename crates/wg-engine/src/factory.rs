@@ -44,19 +44,19 @@ pub fn generate_private_key() -> PrivateKey {
     PrivateKey::from_bytes(*bytes)
 }
 
-struct OwnKey {
-    secret: x25519::StaticSecret,
+/// In a place of its own, which engines share: what is moved leaves its bytes behind.
+pub(crate) struct OwnKey {
+    pub(crate) secret: x25519::StaticSecret,
     point: x25519::PublicKey,
-    public: PublicKey,
-    macs: MacKeys,
+    pub(crate) public: PublicKey,
+    pub(crate) macs: MacKeys,
     /// Never under load: `Tunn` verifies mac1 with it and limits nothing, since the front has.
     open: Arc<RateLimiter>,
 }
 
 /// Makes [`BoringEngine`]s.
 pub struct BoringFactory {
-    /// Each in a place of its own: what a map moves leaves its bytes behind.
-    own: BTreeMap<OwnKeyId, Box<OwnKey>>,
+    own: BTreeMap<OwnKeyId, Arc<OwnKey>>,
     cookies: Cookies,
     indexes: IndexCipher,
 }
@@ -94,7 +94,7 @@ impl EngineFactory for BoringFactory {
             macs: MacKeys::of(&public_key(key)),
             open: Arc::new(RateLimiter::new(&point, u64::MAX)),
         };
-        self.own.insert(id, Box::new(own));
+        self.own.insert(id, Arc::new(own));
     }
 
     fn forget_own_key(&mut self, id: OwnKeyId) {
@@ -108,15 +108,14 @@ impl EngineFactory for BoringFactory {
     /// Without the own key, or with a wall clock before 1970 (initiations carry its time), the engine is
     /// made but stays silent, and says so.
     fn create(&mut self, now: MonoTime, config: EngineConfig<'_>) -> BoringEngine {
+        let indexes = self.indexes.clone();
         let Some(own) = self.own.get(&config.own) else {
             tracing::warn!(peer = %config.peer, own = config.own.0, "no own key held under this id: the peer gets no handshakes");
-            let macs = MacKeys::of(&config.peer);
-            return BoringEngine::new(now, None, self.indexes.clone(), macs, &config);
+            return BoringEngine::new(now, None, indexes, &config);
         };
-        let (indexes, macs) = (self.indexes.clone(), own.macs.clone());
         if SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).is_err() {
             tracing::warn!(peer = %config.peer, "the wall clock stands before 1970: set it, then restart; the peer gets no handshakes");
-            return BoringEngine::new(now, None, indexes, macs, &config);
+            return BoringEngine::new(now, None, indexes, &config);
         }
         let tunn = Tunn::new(
             own.secret.clone(),
@@ -126,7 +125,8 @@ impl EngineFactory for BoringFactory {
             config.index & INDEX_MASK,
             Some(Arc::clone(&own.open)),
         );
-        BoringEngine::new(now, Some(Box::new(tunn)), indexes, macs, &config)
+        let speaks = (Box::new(tunn), Arc::clone(own));
+        BoringEngine::new(now, Some(speaks), indexes, &config)
     }
 
     fn local_index(&self, wire: u32) -> u32 {

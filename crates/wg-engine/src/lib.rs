@@ -7,6 +7,7 @@
 //!               |                Ring     (which session)  |
 //!               |                PeerMacs (mac1, mac2)     |
 //!               |                Pending  (which answer)   |
+//!               |                Predecessor (how new)     |
 //!               +--- index ----- Tunn  <-------------------+   (keys, messages)
 //!   front ----> BoringFactory -- MacKeys, Cookies; parse_handshake_anon (who)
 //! ```
@@ -28,6 +29,7 @@
 //!   out of `Tunn`'s eight slots;
 //! - a receiver index is 32 bits that say nothing, also not which engine or session they follow, and comes but once: an
 //!   engine that has used 192 asks for another in its place ([`mesh_core::tunnel::engine::Engine::spent`]);
+//! - an initiation is refused that is not newer than the newest which any engine of the peer and the own key accepted;
 //! - a cookie is bound to address and port, its secret is drawn anew every 120 s, a received one is shown for 115 s, and
 //!   a cookie reply answers the last message alone, once, and never moves an endpoint;
 //! - a changed preshared key needs no new peer: a new engine stands beside the old one;
@@ -36,7 +38,7 @@
 //!
 //! # What cannot be met from outside
 //!
-//! Window of 1,024 packets, memory that is not overwritten, timestamps (neither rounded nor kept nor the kernel's base),
+//! Window of 1,024 packets, memory that is not overwritten, timestamps (neither rounded nor of the kernel's base),
 //! and sessions dropped with a failed attempt: a closed list, with the reason of each in `boringtun`'s source and its
 //! consequence, in `docs/guide/conformance.md`. A program that uses this switches core dumps off.
 //!
@@ -50,6 +52,7 @@ mod engine;
 mod factory;
 mod index;
 mod macs;
+mod noise;
 mod pending;
 mod ring;
 #[cfg(test)]

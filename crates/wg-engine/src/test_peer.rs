@@ -5,35 +5,12 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use blake2::{Blake2s256, Digest};
 use boringtun::x25519::{PublicKey as Point, StaticSecret};
 use chacha20poly1305::{AeadInPlace, ChaCha20Poly1305, KeyInit, Nonce};
 use mesh_types::key::{PrivateKey, PublicKey};
 
 use crate::MacKeys;
-
-type Bytes = [u8; 32];
-
-fn hash(parts: &[&[u8]]) -> Bytes {
-    parts.iter().fold(Blake2s256::new(), |hash, part| hash.chain_update(part)).finalize().into()
-}
-
-/// RFC 2104 over BLAKE2s, whose block has 64 bytes.
-fn hmac(key: &Bytes, parts: &[&[u8]]) -> Bytes {
-    let (mut inner, mut outer) = ([0x36; 64], [0x5c; 64]);
-    for (at, byte) in key.iter().enumerate() {
-        inner[at] ^= byte;
-        outer[at] ^= byte;
-    }
-    hash(&[&outer, &hash(&[&[&inner[..]], parts].concat())])
-}
-
-fn kdf(chain: &Bytes, input: &[u8]) -> [Bytes; 3] {
-    let secret = hmac(chain, &[input]);
-    let first = hmac(&secret, &[&[1]]);
-    let second = hmac(&secret, &[&first, &[2]]);
-    [first, second, hmac(&secret, &[&second, &[3]])]
-}
+use crate::noise::{Bytes, CONSTRUCTION, IDENTIFIER, hash, kdf};
 
 fn aead(key: &Bytes, counter: u64, plain: &[u8], aad: &[u8]) -> Vec<u8> {
     let mut sealed = plain.to_vec();
@@ -81,8 +58,8 @@ impl Begun {
             Some(_) => [0; 32],
             None => ephemeral.diffie_hellman(&theirs).to_bytes(),
         };
-        let chain = hash(&[b"Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s"]);
-        let transcript = hash(&[&chain, b"WireGuard v1 zx2c4 Jason@zx2c4.com"]);
+        let chain = hash(&[CONSTRUCTION]);
+        let transcript = hash(&[&chain, IDENTIFIER]);
         let transcript = hash(&[&hash(&[&transcript, them.as_bytes()]), &shown]);
         let [chain, ..] = kdf(&chain, &shown);
         let [chain, key, _] = kdf(&chain, &agreed);

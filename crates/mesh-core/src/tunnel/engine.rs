@@ -180,6 +180,9 @@ pub trait Engine: Send {
         out: &mut HandshakeBuffer,
     ) -> Result<HandshakeOutcome, EngineError>;
 
+    /// Accepts no initiation that is not newer than this one, which another engine of the same keys did accept.
+    fn take_only_after(&mut self, initiation: &HandshakeBuffer);
+
     /// Runs due timers; called until it answers [`TimerOutcome::Idle`].
     fn handle_timeout(&mut self, now: MonoTime, out: &mut HandshakeBuffer) -> TimerOutcome;
 

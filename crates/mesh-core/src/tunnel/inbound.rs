@@ -434,9 +434,12 @@ impl<F: EngineFactory> Tunnel<F> {
         let buffer = &mut self.buffer;
         let outcome = member.engine.handle_handshake(now, meta.source.ip(), datagram, buffer)?;
         member.unconfirmed |= outcome.authenticated;
-        // An engine knows no initiation from before it was made: the first may be a recorded one.
+        // After a restart no initiation from before is known: the first may be a recorded one.
         let fresh = member.met || peer.path.endpoint().is_none();
         peer.initiations.take(now, rate, rate);
+        if let Some(own) = self.factory.public_key(own) {
+            peer.recorded.note(own, datagram);
+        }
         if fresh && outcome.authenticated {
             self.heard(now, slot, meta, Heard::Handshake);
         }

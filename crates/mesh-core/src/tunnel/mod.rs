@@ -42,6 +42,7 @@ mod own;
 pub mod path;
 pub mod peers;
 pub mod places;
+pub mod recorded;
 mod relays;
 mod setup;
 pub mod sight;

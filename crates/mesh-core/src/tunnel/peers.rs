@@ -26,6 +26,7 @@ use super::config::{PeerConfig, PeerSnapshot, Role};
 use super::engine::{Engine, OwnKeyId};
 use super::front::Bucket;
 use super::path::Path;
+use super::recorded::Recorded;
 use super::sight::Look;
 use super::staging::StagedQueue;
 use super::steer::Share;
@@ -75,8 +76,9 @@ pub struct Peer<E> {
     /// Of a relay: which way it is asked.
     pub(super) link: Link,
     pub staged: StagedQueue,
-    /// Initiations accepted.
+    /// Initiations accepted: how many, and the newest.
     pub initiations: Bucket,
+    pub recorded: Recorded,
     /// A handshake waits until its destinations may be asked.
     pub initiate_at: Option<MonoTime>,
     /// It replaces one that is unanswered: there are new candidates, or another own key is due.
@@ -103,6 +105,7 @@ impl<E: Engine> Peer<E> {
             link: Link::default(),
             staged: StagedQueue::default(),
             initiations: Bucket::default(),
+            recorded: Recorded::default(),
             initiate_at: None,
             initiate_anew: false,
             initiated_at: None,

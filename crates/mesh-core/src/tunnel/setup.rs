@@ -249,7 +249,11 @@ impl<F: EngineFactory> Tunnel<F> {
             index,
             seed,
         };
-        let engine = self.factory.create(now, config);
+        let mut engine = self.factory.create(now, config);
+        let before = self.factory.public_key(own).and_then(|own| peer.recorded.newest(&own));
+        if let Some(initiation) = before {
+            engine.take_only_after(initiation);
+        }
         self.peers.add_member(now, slot, Member::new(engine, index, own));
         self.peers.reschedule(now, slot);
     }

@@ -2,6 +2,7 @@
 #![allow(clippy::expect_used, clippy::panic)] // helpers of a test say what failed by panicking
 
 mod forged;
+mod replayed;
 
 use std::net::SocketAddr;
 use std::time::Duration;

@@ -335,6 +335,11 @@ impl Engine for ModelEngine {
         }
     }
 
+    fn take_only_after(&mut self, initiation: &HandshakeBuffer) {
+        let time = wire::Initiation::parse(initiation).map_or(0, |message| message.time);
+        self.their_time = self.their_time.max(time);
+    }
+
     fn handle_timeout(&mut self, now: MonoTime, out: &mut HandshakeBuffer) -> TimerOutcome {
         self.sessions.retain(|session| now.since(session.made) < REJECT_AFTER);
         match self.handshake {
