@@ -9,9 +9,11 @@
 //! **It protects nothing.** Tags are keyed checksums, keys follow from public keys, "encryption" is a fixed
 //! XOR so that plaintext left unsealed is noticed. What is real is everything the tunnel can observe: sizes,
 //! indexes, mac1 and mac2, replay windows, timestamps, preshared keys that must agree, when a session can send and when timers fire
-//! (whitepaper sections 5 and 6). Time comes from `now` alone, so a simulation may jump it.
+//! (whitepaper sections 5 and 6), and where the engine in use falls short of these. Time comes from `now` alone, so a simulation may jump it.
 
 mod engine;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 use std::collections::BTreeMap;

@@ -27,8 +27,12 @@ const SILENT_AFTER: Duration = Duration::from_secs(15);
 const COOKIE_LIVES: Duration = Duration::from_secs(115);
 /// Previous, current and next.
 const SESSIONS_MAX: usize = 3;
-const WINDOW_WORDS: usize = 128;
-const WINDOW: u64 = WINDOW_WORDS as u64 * 64 - 64;
+/// As many counters as the engine in use remembers (`docs/guide/conformance.md`), which is fewer than the kernel does.
+const WINDOW: u64 = 1_024;
+/// One word more, where the newest begin.
+const WINDOW_WORDS: usize = WINDOW as usize / 64 + 1;
+/// Reject-After-Messages.
+const COUNTER_LIMIT: u64 = u64::MAX - (1 << 13);
 /// What every byte of a transport message is changed by.
 pub const PLAINTEXT_XOR: u8 = 0x5a;
 
@@ -346,6 +350,8 @@ impl Engine for ModelEngine {
             Some(handshake) if handshake.retry_at <= now => {
                 if now.since(handshake.begun) >= GIVE_UP_AFTER {
                     self.handshake = None;
+                    // As the engine in use does.
+                    self.sessions.clear();
                     self.unanswered_since = None;
                     self.last_traffic = now;
                     return TimerOutcome::GaveUp;
@@ -465,9 +471,9 @@ impl Session {
         Some(())
     }
 
-    /// RFC 6479: a ring of words, the newest 8,128 counters remembered.
+    /// RFC 6479: a ring of words, the newest 1,024 counters remembered.
     fn check(&self, counter: u64) -> Result<(), EngineError> {
-        if counter >= u64::MAX - WINDOW {
+        if counter >= COUNTER_LIMIT {
             return Err(EngineError::CounterLimit);
         }
         if counter >= self.next_expected {
