@@ -9,7 +9,7 @@ use mesh_types::key::PrivateKey;
 
 use super::tests::*;
 use super::*;
-use crate::factory::{generate_private_key, public_key};
+use crate::factory::{BoringFactory, generate_private_key, public_key};
 use crate::test_peer::{Begun, Keys};
 
 const ADDRESS: &str = "192.0.2.1:1000";
@@ -219,6 +219,35 @@ fn indexes_on_the_wire_say_nothing_of_their_engine_and_never_repeat_within_200_h
     // 400 coins: ten standard deviations are 100. Neighbours that share 24 bits by chance: one in 40,000 runs.
     assert!(ones.iter().all(|ones| (100..=300).contains(ones)), "{ones:?}");
     assert!(near <= 1, "{near} indexes stand beside the one before");
+}
+
+#[test]
+fn of_several_shards_indexes_differ_in_all_but_the_remainder_that_names_the_shard() {
+    const SHARDS: u32 = 4;
+    let (a, b) = (generate_private_key(), generate_private_key());
+    for shard in 0..SHARDS {
+        let (mut factory, mut peer) = (BoringFactory::of_shards(4), side(&b, &a, None, 1));
+        factory.set_own_key(OWN, &a);
+        let index = 0x00ab_cdef & !0x00ff_0000 | (0xa0 + shard) << 16;
+        let (preshared, keepalive) = (None, None);
+        let peers_key = public_key(&b);
+        let config =
+            EngineConfig { own: OWN, peer: peers_key, preshared, keepalive, index, seed: 1 };
+        let engine = factory.create(at(0), config);
+        let mut us = Side { factory, key: a.clone(), engine };
+        let (mut seen, mut tops) = (BTreeSet::new(), BTreeSet::new());
+        for second in 1..=190 {
+            let first = initiation(&mut us, at(second));
+            let (_, answer) = hand(&mut peer, at(second), &first).expect("accepted");
+            hand(&mut us, at(second), &answer).expect("accepted");
+            let index = read_u32(&first, SENDER_AT).expect("an index");
+            assert!(seen.insert(index), "{index:#x} twice");
+            assert_eq!((index >> 24) % SHARDS, shard, "the kernel leads it to another");
+            tops.insert(index >> 24);
+        }
+        // 190 draws of 64: all but three are seen, on average.
+        assert!(tops.len() > 48, "{} top bytes", tops.len());
+    }
 }
 
 #[test]

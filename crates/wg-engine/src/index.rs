@@ -9,7 +9,8 @@
 //!
 //! Where several shards share a port, the top byte modulo their number says whose an index is (`mesh_core::tunnel::steer`),
 //! also on the wire: the permutation is walked on until it comes to one of the same shard (cycle walking: Black and
-//! Rogaway 2002, "Ciphers with Arbitrary Finite Domains"), which takes as many steps as there are shards on average.
+//! Rogaway 2002, "Ciphers with Arbitrary Finite Domains"), which takes as many steps as there are shards on average. That remainder
+//! is all that the indexes of one peer have in common.
 //!
 //! The permutation is Speck32/64 (Beaulieu et al. 2013, "The SIMON and SPECK Families of Lightweight Block Ciphers").
 

@@ -27,7 +27,7 @@
 //! - low-order static and ephemeral keys are refused before any message is made from them;
 //! - at most 50 initiations per second are accepted of one peer, and none whose answer would push a living session
 //!   out of `Tunn`'s eight slots;
-//! - a receiver index is 32 bits that say nothing, also not which engine or session they follow, and comes but once: an
+//! - a receiver index is 32 bits that say nothing but the shard, also not which engine or session they follow, and comes but once: an
 //!   engine that has used 192 asks for another in its place ([`mesh_core::tunnel::engine::Engine::spent`]);
 //! - an initiation is refused that is not newer than the newest which any engine of the peer and the own key accepted;
 //! - a cookie is bound to address and port, its secret is drawn anew every 120 s, a received one is shown for 115 s, and
