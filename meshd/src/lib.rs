@@ -19,6 +19,7 @@
 //! | [`cni_install`], [`host_copy`], [`nft_bundle`] | the CNI plugin's program and configuration on this node; our own for uninstalling; nft for both |
 //! | [`endpoints`], [`attachments`], [`node_file`] | own endpoints; records of pods; the file for the CNI plugin |
 //! | [`io`], [`plane`] | the data plane: TUN and UDP; the same in the reconciler's hands |
+//! | `pins` | sources that peers expect, when routes change |
 //! | [`relay_link`] | relays over TLS, where UDP is blocked |
 //! | [`figures`], [`view`], [`admin`], [`metrics`], [`status`] | what the daemon knows of itself, and who may ask |
 //! | [`ask`], [`probe`] | asks a running daemon; the same for a kubelet |
@@ -57,6 +58,7 @@ pub mod nft_bundle;
 pub mod node_file;
 pub mod offload;
 pub mod ping;
+mod pins;
 pub mod plane;
 pub mod pod_check;
 pub mod port_mapping;

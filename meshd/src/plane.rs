@@ -23,6 +23,7 @@ use crate::figures::{DataFigures, DataSource};
 use crate::io::{self, DataEvent, DataPlane, DataPlaneOptions, Greeter, Snapshots};
 use crate::last_heard::{Endpoints, Recorder};
 use crate::offload::Disabled;
+use crate::pins::Pins;
 use crate::reconcile::Plane;
 use crate::relay_link::{self, Notes, RelayLinks};
 use crate::view::View;
@@ -59,6 +60,7 @@ struct Running {
     /// The latest, see [`Plane::greet`].
     greeting: Option<JoinHandle<()>>,
     links: RelayLinks,
+    pins: Pins,
 }
 
 impl NodePlane {
@@ -120,7 +122,14 @@ impl NodePlane {
         self.view.set_data_source(Asked(data.snapshots()));
         let board = Arc::clone(&self.view.relay_links);
         let links = RelayLinks::start(prepared, &self.relays, data.bridger(), board)?;
-        Ok(Running { data, tun_index, greeted: false, greeting: None, links })
+        Ok(Running {
+            data,
+            tun_index,
+            greeted: false,
+            greeting: None,
+            links,
+            pins: Pins::default(),
+        })
     }
 
     /// The device's index and a queue for each shard.
@@ -178,6 +187,12 @@ impl Plane for NodePlane {
             earlier.abort();
         }
         Ok(())
+    }
+
+    fn follow_routes(&mut self) {
+        if let Some(running) = &mut self.running {
+            running.pins.follow_routes(&running.data, self.kernel.mark);
+        }
     }
 }
 

@@ -403,6 +403,7 @@ pub(crate) mod tests {
                 peers: vec![PeerSnapshot {
                     key: key(2),
                     endpoint: Some("203.0.113.2:15190".parse().expect("endpoint")),
+                    pin: None,
                     path: PathKind::Direct,
                     last_handshake: Some(MonoTime::ZERO + Duration::from_secs(63)),
                     rtt: Some(Duration::from_micros(1500)),

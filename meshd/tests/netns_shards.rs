@@ -22,6 +22,7 @@ use mesh_core::packet::{CoalesceOptions, Ecn, VnetHeader};
 use mesh_core::tunnel::engine::{
     Engine as _, EngineConfig, EngineFactory as _, INITIATION_BYTES, OwnKeyId,
 };
+use mesh_core::tunnel::path::Local;
 use mesh_core::tunnel::steer::Share;
 use mesh_core::tunnel::{DropReason, PeerConfig, Tunnel, TunnelConfig, UdpMeta};
 use mesh_types::key::{PrivateKey, PublicKey};
@@ -154,7 +155,8 @@ fn take(
 ) {
     let ecn = Ecn::from_bits(message.ecn);
     let (source, segment_len) = (message.source, message.segment_len);
-    let meta = UdpMeta { source, local: message.local, segment_len, ecn, carried: None };
+    let local = message.local.map(Local::from);
+    let meta = UdpMeta { source, local, segment_len, ecn, carried: None };
     tunnel.handle_udp_input(clock::now(), &meta, &mut message.bytes.to_vec());
     while let Some(frame) = tunnel.poll_tun() {
         let packet: Vec<u8> = frame.pieces().flatten().copied().collect();

@@ -22,6 +22,7 @@ use std::time::Duration;
 use common::wireguard_go;
 use mesh_core::packet::{Ecn, VNET_HEADER_BYTES, VnetHeader};
 use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
+use mesh_core::tunnel::path::Local;
 use mesh_core::tunnel::{PeerConfig, Tunnel, TunnelConfig, UdpMeta};
 use mesh_types::key::{PresharedKey, PrivateKey};
 use mesh_types::time::MonoTime;
@@ -91,7 +92,7 @@ fn serve(tunnel: &mut Tunnel<BoringFactory>, mut tun: Tun, mut udp: UdpSocket, s
             for message in batch.iter() {
                 let meta = UdpMeta {
                     source: message.source,
-                    local: message.local,
+                    local: message.local.map(Local::from),
                     segment_len: message.segment_len,
                     ecn: Ecn::from_bits(message.ecn),
                     carried: None,

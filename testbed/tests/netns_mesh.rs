@@ -123,6 +123,45 @@ fn an_underlay_without_ipv4_carries_both_families() {
 }
 
 #[test]
+fn a_node_whose_routes_lead_by_another_wire_is_heard_from_the_address_on_it() {
+    if !common::root() {
+        return;
+    }
+    let mesh = Mesh::start("wire", &["a1", "b1"], 1);
+    assert_pair(&mesh, "a1-pod1", "b1-pod1");
+    let [a1, b1] = ["a1", "b1"].map(|name| mesh.cluster.node(name).expect("node"));
+    mesh.cluster.lab().add_link((a1, "w1"), (b1, "w1"), true).expect("wire");
+    let prefixes = |end: u8| {
+        [
+            format!("addr add 10.8.0.{end}/24 dev w1"),
+            format!("addr add fd00:8::{end}/64 dev w1 nodad"),
+        ]
+    };
+    a1.ip(&prefixes(1)).expect("addresses");
+    b1.ip(&prefixes(2)).expect("addresses");
+    a1.wait_for_addresses().expect("addresses");
+    b1.wait_for_addresses().expect("addresses");
+    let heard = || mesh.cluster.status("b1").map(|status| status.peers[0].endpoint);
+    let on_the_wire = |at: SocketAddr| {
+        let all: [IpAddr; 2] = ["10.8.0.1", "fd00:8::1"].map(|text| text.parse().expect("address"));
+        all.contains(&at.ip())
+    };
+    assert!(heard().expect("status").is_some_and(|at| !on_the_wire(at)));
+    a1.ip(&["route add 203.0.113.11 via 10.8.0.2", "route add 2001:db8:b::11 via fd00:8::2"])
+        .expect("routes");
+    let [from, to] = ["a1-pod1", "b1-pod1"].map(|pod| mesh.cluster.party(pod).expect("pod"));
+    let moved = || {
+        let _ = traffic::check(&from, &to, Family::V4, Protocol::Icmp, &mesh.cluster.canary);
+        let heard = heard()?;
+        Ok(if heard.is_some_and(on_the_wire) { Ok(()) } else { Err(format!("{heard:?}")) })
+    };
+    mesh.cluster.wait(TIMEOUT, moved).expect("from the other wire");
+    assert_pair(&mesh, "a1-pod1", "b1-pod1");
+    assert_pair(&mesh, "b1-pod1", "a1-pod1");
+    mesh.finish();
+}
+
+#[test]
 fn nothing_leaves_in_clear_whatever_is_taken_from_a_dead_node() {
     if !common::root() {
         return;

@@ -253,36 +253,6 @@ fn answers_come_from_the_address_that_was_asked_while_it_is_there() {
 }
 
 #[test]
-fn a_better_route_elsewhere_is_taken_and_its_end_too() {
-    if !common::root() {
-        return;
-    }
-    let bench = Bench::tunnel("case-route", OURS, "10.9.0.2");
-    let [a, b] = &bench.nodes;
-    bench.lab.add_link((&a.space, "w1"), (&b.space, "w1"), true).expect("wire");
-    a.space.ip(&["addr add 10.8.0.1/24 dev w1"]).expect("address");
-    b.space.ip(&["addr add 10.8.0.2/24 dev w1"]).expect("address");
-    for node in [a, b] {
-        // Answers come back by the other wire.
-        node.space
-            .shell("for f in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 >$f; done")
-            .expect("set");
-    }
-    reached_both_ways(&bench, "at first");
-    let sent = || -> u64 {
-        let text = a.done("cat /sys/class/net/w1/statistics/tx_bytes");
-        text.trim().parse().expect("a number")
-    };
-    let before = sent();
-    a.space.ip(&["route add 10.9.0.2/32 via 10.8.0.2 dev w1"]).expect("a better route");
-    a.done(&format!("ping -n -q -c 20 -i 0.01 -W 2 -s 1000 {}", b.address()));
-    assert!(sent() - before > 20_000, "by the new route: {}", sent() - before);
-    a.space.ip(&["link set w1 down"]).expect("down");
-    a.done(&format!("ping -n -q -c 5 -i 0.01 -W 4 {}", b.address()));
-    b.ping(a).expect("back");
-}
-
-#[test]
 fn a_device_works_where_it_was_moved_and_its_socket_where_it_was_made() {
     if !common::root() {
         return;

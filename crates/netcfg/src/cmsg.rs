@@ -82,6 +82,8 @@ impl ControlWriter {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct ControlInfo {
     pub(crate) local: Option<IpAddr>,
+    /// Index of the interface it came in by; 0 where the kernel did not say.
+    pub(crate) interface: u32,
     pub(crate) ecn: u8,
     /// Set when several datagrams were glued together.
     pub(crate) segment_bytes: Option<usize>,
@@ -126,10 +128,12 @@ fn read_one(info: &mut ControlInfo, level: i32, kind: i32, data: &[u8]) {
         (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
             let octets: Option<[u8; 4]> = data.get(8..12).and_then(|bytes| bytes.try_into().ok());
             info.local = octets.map(|octets| IpAddr::V4(Ipv4Addr::from(octets)));
+            info.interface = int(data).map_or(0, i32::cast_unsigned);
         }
         (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
             let octets: Option<[u8; 16]> = data.get(..16).and_then(|bytes| bytes.try_into().ok());
             info.local = octets.map(|octets| IpAddr::V6(Ipv6Addr::from(octets)).to_canonical());
+            info.interface = data.get(16..).and_then(int).map_or(0, i32::cast_unsigned);
         }
         _ => {}
     }

@@ -41,6 +41,7 @@ pub mod tcp;
 pub mod tun;
 pub mod udp;
 pub mod watch;
+pub mod way_out;
 
 /// A descriptor of our own for what whoever started us left open as `number`.
 pub fn inherited_descriptor(number: i32) -> std::io::Result<std::os::fd::OwnedFd> {

@@ -262,7 +262,7 @@ pub(crate) fn delete_on(netlink: &mut Netlink, route: &KernelRoute) -> io::Resul
     tolerate(netlink.ack(request, 0), &[libc::ESRCH, libc::ENODEV, libc::ENOENT])
 }
 
-fn host_length(address: IpAddr) -> u8 {
+pub(crate) fn host_length(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }
 }
 

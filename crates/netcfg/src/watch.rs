@@ -28,9 +28,8 @@ use crate::route::TABLE_LOCAL;
 use crate::{link, sys};
 
 /// Multicast groups (`RTNLGRP_*` in include/uapi/linux/rtnetlink.h, `NFNLGRP_NFTABLES`).
-const LINKS: (u32, &str) = (1, "links");
 const ROUTE_GROUPS: [(u32, &str); 7] = [
-    LINKS,
+    (1, "links"),
     (5, "IPv4 addresses"),
     (7, "IPv4 routes"),
     (8, "IPv4 rules"),
@@ -38,6 +37,7 @@ const ROUTE_GROUPS: [(u32, &str); 7] = [
     (11, "IPv6 routes"),
     (19, "IPv6 rules"),
 ];
+const ADDRESS_GROUPS: [u32; 2] = [5, 9];
 /// Of these only what is ours is of interest.
 const OTHER_GROUPS: [(u32, &str); 3] =
     [(3, "neighbours"), (24, "IPv4 settings"), (25, "IPv6 settings")];
@@ -246,21 +246,49 @@ impl AsFd for Watch {
     }
 }
 
-/// Hears of changes to links alone, without saying which.
+/// Hears that links, or ways out, are not as they were, without saying which.
 #[derive(Debug)]
 pub struct LinkWatch(Socket);
+
+/// What changed since the last [`LinkWatch::drain`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LinkNews {
+    pub links: bool,
+    /// Routes or rules; links too, as the kernel takes routes of those that go down without a word.
+    pub ways: bool,
+}
 
 impl LinkWatch {
     pub fn open() -> anyhow::Result<Self> {
         let socket = subscribe(NETLINK_ROUTE)?;
-        let (group, what) = LINKS;
-        socket.add_membership(group).with_context(|| format!("subscribe to changes of {what}"))?;
+        for (group, what) in
+            ROUTE_GROUPS.into_iter().filter(|(group, _)| !ADDRESS_GROUPS.contains(group))
+        {
+            socket
+                .add_membership(group)
+                .with_context(|| format!("subscribe to changes of {what}"))?;
+        }
         Ok(Self(socket))
     }
 
-    /// Reads everything that waits, never blocks. Look at the links again after it.
-    pub fn drain(&self) -> io::Result<()> {
-        drain_socket(&self.0, &mut Vec::with_capacity(BUFFER_BYTES), &mut |_, _| {}).map(|_| ())
+    /// Reads everything that waits, never blocks. Look again after it.
+    pub fn drain(&self) -> io::Result<LinkNews> {
+        let mut news = LinkNews::default();
+        let mut buffer = Vec::with_capacity(BUFFER_BYTES);
+        let whole = drain_socket(&self.0, &mut buffer, &mut |kind, payload| {
+            news.note(kind, payload);
+        })?;
+        Ok(if whole { news } else { LinkNews { links: true, ways: true } })
+    }
+}
+
+impl LinkNews {
+    fn note(&mut self, kind: u16, payload: &[u8]) {
+        let link = kind == NEW_LINK || kind == DEL_LINK;
+        // Routes to own addresses are no way out.
+        let route = ROUTE.contains(&kind) && table(payload) != Some(TABLE_LOCAL);
+        self.links |= link;
+        self.ways |= link || route || RULE.contains(&kind);
     }
 }
 
@@ -491,6 +519,21 @@ mod tests {
         assert_eq!(setting(-1), (true, false));
         assert_eq!(setting(9), (true, false));
         assert_eq!(setting(8), (false, false));
+    }
+
+    #[test]
+    fn ways_out_change_with_links_routes_and_rules_but_own_addresses() {
+        let told = |kind: u16, table: u32| {
+            let mut news = LinkNews::default();
+            news.note(kind, &with_attribute(vec![0; ROUTE_HEADER], TABLE, &table.to_ne_bytes()));
+            (news.links, news.ways)
+        };
+        assert_eq!(told(NEW_LINK, 0), (true, true));
+        assert_eq!(told(ROUTE[0], 254), (false, true));
+        assert_eq!(told(ROUTE[1], 51_820), (false, true));
+        assert_eq!(told(ROUTE[0], TABLE_LOCAL), (false, false));
+        assert_eq!(told(RULE[1], TABLE_LOCAL), (false, true));
+        assert_eq!(told(NEW_NEIGHBOUR, 254), (false, false));
     }
 
     proptest! {

@@ -14,6 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, bail};
 use mesh_core::tunnel::config::Doubt;
 use mesh_core::tunnel::engine::OwnKeyId;
+use mesh_core::tunnel::path::Pin;
 use mesh_core::tunnel::sight::Sight;
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::{NODES_MAX, RELAYS_MAX, SNAPSHOT_REQUESTS_MAX};
@@ -31,6 +32,8 @@ pub(super) struct Letters<P, T, S> {
     pub(super) udp: Option<UdpSocket>,
     /// Datagrams are routed by another mark from now on.
     pub(super) rerouted: bool,
+    /// Sources that peers are not sent to from any more; of one peer the last word counts.
+    pub(super) astray: BTreeMap<PublicKey, Pin>,
     /// Who this side is from now on.
     pub(super) own_key: Option<(OwnKeyId, PrivateKey)>,
     /// Where peers are, as an operator says; of one peer the last word counts, so there are at most as many as peers.
@@ -64,6 +67,7 @@ impl<P, T, S> Default for Letters<P, T, S> {
             tun: None,
             udp: None,
             rerouted: false,
+            astray: BTreeMap::new(),
             own_key: None,
             endpoints: BTreeMap::new(),
             own_addresses: None,
@@ -127,6 +131,10 @@ impl<P, T, S> Mailbox<P, T, S> {
 
     pub(super) fn reroute(&self) {
         self.post(|letters| letters.rerouted = true);
+    }
+
+    pub(super) fn forget_pins(&self, pins: &BTreeMap<PublicKey, Pin>) {
+        self.post(|letters| letters.astray.extend(pins));
     }
 
     /// Changes who this side is, who the peers are and where: one letter, so that no turn sees a part.

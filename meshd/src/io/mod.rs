@@ -47,6 +47,7 @@ use anyhow::{Context, anyhow, ensure};
 use mesh_core::tunnel::config::{Event, PeerConfig, PeerRefusal, TunnelConfig};
 use mesh_core::tunnel::engine::OwnKeyId;
 use mesh_core::tunnel::filter;
+use mesh_core::tunnel::path::Pin;
 use mesh_core::tunnel::peers::SplitMix64;
 use mesh_core::tunnel::steer::Share;
 use mesh_types::key::{PrivateKey, PublicKey};
@@ -207,6 +208,11 @@ impl DataPlane {
     /// The sockets' mark is another: sources are chosen anew.
     pub fn reroute(&self) {
         self.shards.each(Mailbox::reroute);
+    }
+
+    /// What is sent from there leaves by another interface than it should: sources of these peers are chosen anew.
+    pub fn forget_pins(&self, pins: &BTreeMap<PublicKey, Pin>) {
+        self.shards.each(|shard| shard.forget_pins(pins));
     }
 
     /// Begins a handshake with every peer, spread over time: after a start, so that peers with old sessions

@@ -16,6 +16,7 @@ use mesh_core::packet::{CoalesceOptions, Ecn, VNET_HEADER_BYTES, VnetHeader};
 use mesh_core::tunnel::Tunnel;
 use mesh_core::tunnel::config::{Account, PeerConfig, Transmit, TunnelConfig, UdpMeta};
 use mesh_core::tunnel::engine::{EngineFactory as _, OwnKeyId};
+use mesh_core::tunnel::path::Local;
 use mesh_core::tunnel::places::Places;
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::{
@@ -304,6 +305,9 @@ impl Shard {
         }
         if letters.rerouted {
             tunnel.forget_locals();
+        }
+        for (key, pin) in letters.astray {
+            tunnel.forget_pin(now, &key, pin);
         }
         if let Some((id, key)) = letters.own_key {
             self.change_own_key(tunnel, id, key, now);
@@ -621,7 +625,7 @@ fn described(message: &Received<'_>) -> UdpMeta {
     let merged = message.segment_len < message.bytes.len();
     UdpMeta {
         source: message.source,
-        local: message.local,
+        local: message.local.map(|address| Local { address, interface: message.interface }),
         segment_len: if merged { message.segment_len } else { 0 },
         ecn: Ecn::from_bits(message.ecn),
         carried: None,
@@ -644,7 +648,7 @@ mod tests {
     fn a_datagram_alone_is_no_burst() {
         let received = |segment_len, bytes| {
             let source = SocketAddr::from(([192, 0, 2, 1], 51820));
-            described(&Received { source, local: None, segment_len, ecn: 3, bytes })
+            described(&Received { source, local: None, interface: 0, segment_len, ecn: 3, bytes })
         };
         assert_eq!(received(5, &[7; 5]).segment_len, 0);
         assert_eq!(received(5, &[7; 6]).segment_len, 5);

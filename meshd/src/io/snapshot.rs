@@ -248,6 +248,7 @@ mod tests {
         PeerSnapshot {
             key,
             endpoint,
+            pin: None,
             path,
             last_handshake,
             rtt,

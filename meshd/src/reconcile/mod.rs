@@ -58,6 +58,9 @@ pub trait Plane: Send {
     /// Begins handshakes with peers that can know us from now on. `forgotten`: they knew us before and let go of us, so that
     /// our sessions with them may have no other end.
     fn greet(&mut self, forgotten: bool) -> anyhow::Result<()>;
+
+    /// Looks whether what is sent to peers still leaves where theirs comes in, as others may have changed routes.
+    fn follow_routes(&mut self);
 }
 
 /// Where the results go besides the kernel.
@@ -286,6 +289,9 @@ impl<K: Kernel, P: Plane> Reconciler<K, P> {
         let device = self.keep_device();
         let network = device && self.keep_network(&wanted.net);
         self.keep_peers(&wanted);
+        if scope != Scope::Records {
+            self.plane.follow_routes();
+        }
         self.greet(&wanted);
         if scope != Scope::Surroundings {
             self.keep_pods(&wanted);

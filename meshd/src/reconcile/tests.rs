@@ -127,6 +127,10 @@ impl Plane for Shared {
             Ok(())
         })
     }
+
+    fn follow_routes(&mut self) {
+        self.with(|model| model.order.push("routes"));
+    }
 }
 
 struct Bench {
@@ -253,7 +257,7 @@ fn the_guard_stands_before_anything_else_is_made() {
     let mut bench = bench();
     bench.reconciler.turn(Scope::All);
     let order = bench.model.with(|model| model.order.clone());
-    assert_eq!(order, ["guard", "sysctls", "device", "network", "pods"]);
+    assert_eq!(order, ["guard", "sysctls", "device", "network", "routes", "pods"]);
 }
 
 #[test]
@@ -430,7 +434,7 @@ fn a_turn_for_the_surroundings_looks_at_paths_and_leaves_guard_and_pods_alone() 
     });
     bench.reconciler.turn(Scope::Surroundings);
     bench.model.with(|model| {
-        assert_eq!(model.order, ["device", "network"]);
+        assert_eq!(model.order, ["device", "network", "routes"]);
         assert_eq!(model.paths_asked, 1);
     });
 }

@@ -22,6 +22,7 @@ use zeroize::Zeroizing;
 
 use crate::io::{self, DataEvent, DataPlane, DataPlaneOptions, DataSnapshot, Reconfigure};
 use crate::offload::Disabled;
+use crate::pins::Pins;
 use crate::plane;
 use crate::uapi::Refusal;
 use crate::uapi::device::{Change, Device, Figures, Live};
@@ -42,6 +43,7 @@ pub(super) struct Controller {
     disabled: Disabled,
     mtu: u32,
     plane: Option<Plane>,
+    pins: Pins,
     /// Counters and handshakes of data planes before this one.
     carried: BTreeMap<PeerKey, Figures>,
     clocks: WallClock,
@@ -74,6 +76,7 @@ impl Controller {
             disabled,
             mtu: super::MTU,
             plane: None,
+            pins: Pins::default(),
             carried: BTreeMap::new(),
             clocks: WallClock::default(),
             news,
@@ -111,6 +114,13 @@ impl Controller {
         if plane.addresses != addresses {
             plane.data.set_local_addresses(&addresses);
             plane.addresses = addresses;
+        }
+    }
+
+    /// Looks whether what is sent to peers still leaves where theirs comes in.
+    pub(super) fn follow_routes(&mut self) {
+        if let Some(plane) = &self.plane {
+            self.pins.follow_routes(&plane.data, self.device.fwmark);
         }
     }
 

@@ -20,12 +20,12 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use mesh_types::limits::TUN_QUEUES_PER_SHARD;
 use netcfg::tun::{Tun, TunOptions};
-use netcfg::watch::LinkWatch;
+use netcfg::watch::{LinkNews, LinkWatch};
 use rustix::event::{PollFd, PollFlags, poll};
 use tokio::sync::mpsc;
 
@@ -46,6 +46,14 @@ const DETACHED: &str = "MESHD_WG_DETACHED";
 /// How often the interface is looked at, whatever netlink says: a device moved into another network namespace
 /// tells of itself there.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// After news: a busy router's come by thousands, and one look is for all of them. The kernel keeps them meanwhile.
+const NEWS_PAUSE: Duration = Duration::from_millis(2);
+
+/// After a look at the ways to all peers, of which each costs some microseconds: so many times as long as it took, and not
+/// longer than that. Routes that change without end cost a twentieth of a core, or what one look in that time does.
+const ROUTES_PAUSE: u32 = 20;
+const ROUTES_PAUSE_MAX: Duration = Duration::from_millis(100);
 
 /// `meshd wg`.
 pub fn run(args: &WgArgs) -> anyhow::Result<()> {
@@ -189,7 +197,8 @@ async fn serve(
     let (version, shards) = (env!("CARGO_PKG_VERSION"), tuns.len());
     tracing::info!(version, device = tuns.first().map(Tun::name), shards, "device starts");
     let (news_in, news) = mpsc::channel(1);
-    watch_links(news_in.clone())?;
+    let (routes_in, routes) = mpsc::channel(1);
+    watch_links(news_in.clone(), routes_in)?;
     let controller = Arc::new(Mutex::new(Controller::new(
         tuns,
         config::busy_poll(args.shards),
@@ -197,6 +206,7 @@ async fn serve(
         news_in,
     )));
     tokio::spawn(server::serve(listener, Arc::new(Configured(Arc::clone(&controller)))));
+    tokio::spawn(follow_routes(routes, Arc::clone(&controller)));
     tokio::select! {
         () = signals.wait() => {}
         () = deleted(news, &controller) => tracing::info!("the interface was deleted"),
@@ -206,23 +216,29 @@ async fn serve(
     Ok(())
 }
 
-/// Tells of changes to links from a thread that lives as long as the process; a full channel means that a look is due
-/// anyway.
-fn watch_links(news: mpsc::Sender<()>) -> anyhow::Result<()> {
+/// Tells of changes to links, and to ways out, from a thread that lives as long as the process; a full channel means that
+/// a look is due anyway.
+fn watch_links(links: mpsc::Sender<()>, ways: mpsc::Sender<()>) -> anyhow::Result<()> {
     let watch = LinkWatch::open().context("watch the links")?;
-    let next = move || -> std::io::Result<()> {
+    let next = move || -> std::io::Result<LinkNews> {
         match poll(&mut [PollFd::new(&watch, PollFlags::IN)], None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => watch.drain(),
             Err(errno) => Err(errno.into()),
         }
     };
     let watching = move || {
-        while !news.is_closed() {
-            if let Err(error) = next() {
+        while !links.is_closed() {
+            let news = next().unwrap_or_else(|error| {
                 tracing::warn!(%error, "watching links");
                 std::thread::sleep(LOOK_INTERVAL);
+                LinkNews { links: true, ways: true }
+            });
+            for (changed, tell) in [(news.links, &links), (news.ways, &ways)] {
+                if changed {
+                    let _ = tell.try_send(());
+                }
             }
-            let _ = news.try_send(());
+            std::thread::sleep(NEWS_PAUSE);
         }
     };
     std::thread::Builder::new()
@@ -243,6 +259,15 @@ async fn deleted(mut news: mpsc::Receiver<()>, controller: &Mutex<Controller>) {
             _ = news.recv() => {}
             () = tokio::time::sleep(LOOK_INTERVAL) => {}
         }
+    }
+}
+
+/// Has sources chosen anew where routes lead elsewhere.
+async fn follow_routes(mut news: mpsc::Receiver<()>, controller: Arc<Mutex<Controller>>) {
+    while news.recv().await.is_some() {
+        let began = Instant::now();
+        controller.lock().unwrap_or_else(PoisonError::into_inner).follow_routes();
+        tokio::time::sleep(ROUTES_PAUSE_MAX.min(began.elapsed() * ROUTES_PAUSE)).await;
     }
 }
 

@@ -13,7 +13,7 @@ use mesh_types::time::MonoTime;
 
 pub use super::bridges::UNANSWERED_AFTER;
 use super::engine::OwnKeyId;
-use super::path::{Endpoint, Knocks, MemberKey};
+use super::path::{Endpoint, Knocks, Local, MemberKey, Pin};
 use super::sight::Sight;
 use super::steer::Share;
 use crate::packet::{CoalesceOptions, Ecn, VnetHeader};
@@ -98,6 +98,8 @@ pub struct PeerConfig {
 pub struct PeerSnapshot {
     pub key: PublicKey,
     pub endpoint: Option<SocketAddr>,
+    /// `None` where routing chooses the source.
+    pub pin: Option<Pin>,
     pub path: PathKind,
     pub last_handshake: Option<MonoTime>,
     /// Round trip of the last handshake this side began.
@@ -119,8 +121,8 @@ pub struct PeerSnapshot {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UdpMeta {
     pub source: SocketAddr,
-    /// The address of ours it was sent to (PKTINFO).
-    pub local: Option<IpAddr>,
+    /// Where it was sent to (PKTINFO).
+    pub local: Option<Local>,
     /// Length of each datagram but the last; 0 for one datagram alone.
     pub segment_len: usize,
     pub ecn: Ecn,

@@ -73,7 +73,7 @@ use engine::{EngineFactory, HandshakeBuffer, INITIATION_BYTES};
 use front::{Bucket, Front};
 use inbound::Receive;
 use own::OwnDatagrams;
-use path::{Endpoint, Knocks};
+use path::{Endpoint, Knocks, Pin};
 use peers::{Peers, SplitMix64};
 use relays::Relays;
 use staging::StagedBytes;
@@ -213,6 +213,14 @@ impl<F: EngineFactory> Tunnel<F> {
             if let Some(peer) = self.peers.get_mut(slot) {
                 peer.path.forget_local(local, to);
             }
+        }
+    }
+
+    /// A peer is not sent to from there any more, as routing leads elsewhere.
+    pub fn forget_pin(&mut self, now: MonoTime, key: &PublicKey, pin: Pin) {
+        let slot = self.peers.slot_of(key);
+        if let Some(peer) = slot.and_then(|slot| self.peers.get_mut(slot)) {
+            peer.path.forget_pin(now, pin);
         }
     }
 

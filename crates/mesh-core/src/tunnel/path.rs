@@ -36,6 +36,8 @@ use mesh_types::time::MonoTime;
 
 /// Keepalive timeout and rekey timeout together (whitepaper section 6.5): an answer was due.
 const SILENCE: Duration = Duration::from_secs(15);
+/// By then a peer that hears us from another address sends to it. It is an outage for one that cannot, behind a NAT.
+const FOLLOWED: Duration = Duration::from_secs(5);
 /// How long a session lives (whitepaper section 6.1); a path is believed no longer.
 const SESSION: Duration = Duration::from_secs(180);
 const PROBE_INTERVAL: Duration = Duration::from_secs(PROBE_INTERVAL_SECONDS);
@@ -44,11 +46,32 @@ const PER_DESTINATION: Duration = Duration::from_secs(1);
 /// of the nodes behind it, twice.
 const ANSWERED_LATELY: Duration = Duration::from_secs(10);
 
+/// Where datagrams come to: an address of ours, and the interface they come in by (0: not known), which need not be the
+/// one that has the address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Local {
+    pub address: IpAddr,
+    pub interface: u32,
+}
+
+impl From<IpAddr> for Local {
+    fn from(address: IpAddr) -> Self {
+        Self { address, interface: 0 }
+    }
+}
+
+/// A peer at `to` is sent to from where it sent to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pin {
+    pub to: SocketAddr,
+    pub from: Local,
+}
+
 /// Where to send, and from which address of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Endpoint {
     pub addr: SocketAddr,
-    pub local: Option<IpAddr>,
+    pub local: Option<Local>,
     /// `addr` is a relay's, which carries to this member.
     pub carry: Option<MemberKey>,
 }
@@ -73,6 +96,8 @@ pub struct Path {
     attempts: u32,
     turn: usize,
     probe_at: Option<MonoTime>,
+    /// A pin that routing leads elsewhere, and until when it is not taken again.
+    astray: Option<(Pin, MonoTime)>,
 }
 
 /// The limiter of one node: its shards share it, as an address they knock at counts one second for all of them. It is asked
@@ -234,8 +259,9 @@ impl Path {
     }
 
     /// An authenticated packet came from `source` to our address `local`. True if the endpoint moved.
-    pub fn heard(&mut self, now: MonoTime, source: SocketAddr, local: Option<IpAddr>) -> bool {
+    pub fn heard(&mut self, now: MonoTime, source: SocketAddr, local: Option<Local>) -> bool {
         let source = plain(source);
+        let local = local.filter(|from| !self.is_astray(now, Pin { to: source, from: *from }));
         let moved = self.endpoint.is_none_or(|endpoint| endpoint.addr != source);
         self.endpoint = Some(Endpoint { addr: source, local, carry: None });
         self.heard = Some(now);
@@ -278,10 +304,30 @@ impl Path {
     pub fn forget_local(&mut self, local: IpAddr, to: SocketAddr) {
         if let Some(endpoint) = &mut self.endpoint
             && endpoint.addr == to
-            && endpoint.local == Some(local)
+            && endpoint.local.is_some_and(|pinned| pinned.address == local)
         {
             endpoint.local = None;
         }
+    }
+
+    /// From where the peer is sent to, if not as routing chooses.
+    pub fn pin(&self) -> Option<Pin> {
+        let endpoint = self.endpoint?;
+        Some(Pin { to: endpoint.addr, from: endpoint.local? })
+    }
+
+    /// What is sent from there leaves by another interface now than the peer's datagrams come in by: routing chooses. Those
+    /// under way, and those sent until the peer has heard of the new address, do not bring the pin back; of a peer that goes
+    /// on as before they do.
+    pub fn forget_pin(&mut self, now: MonoTime, pin: Pin) {
+        if self.pin() == Some(pin) {
+            self.forget_any_local();
+        }
+        self.astray = Some((pin, now + FOLLOWED));
+    }
+
+    fn is_astray(&self, now: MonoTime, pin: Pin) -> bool {
+        self.astray.is_some_and(|(astray, until)| astray == pin && now < until)
     }
 
     /// Datagrams are routed by other rules now.
@@ -474,7 +520,7 @@ mod tests {
     #[test]
     fn silence_ends_the_pin_to_an_address_of_ours_after_one_try_from_it() {
         let (mut path, mut limiter) = (path(&["10.0.0.1:1"]), ProbeLimiter::default());
-        let ours: IpAddr = "192.0.2.7".parse().expect("address");
+        let ours = Local { address: "192.0.2.7".parse().expect("address"), interface: 2 };
         path.heard(at(0), addr("10.0.0.1:1"), Some(ours));
         let mut local = |path: &mut Path, ms| {
             let mut out = Vec::new();
@@ -488,6 +534,40 @@ mod tests {
         assert_eq!(path.endpoint().and_then(|to| to.local), None, "nor do packets use it");
         path.heard(at(25_010), addr("10.0.0.1:1"), Some(ours));
         assert_eq!(path.endpoint().and_then(|to| to.local), Some(ours));
+    }
+
+    #[test]
+    fn a_pin_that_routing_leads_elsewhere_is_not_taken_again_by_what_is_under_way() {
+        let mut path = path(&["10.0.0.1:1"]);
+        let local = |last: u8, interface| Local { address: [192, 0, 2, last].into(), interface };
+        let from = local(7, 2);
+        let peer = addr("10.0.0.1:1");
+        path.heard(at(0), peer, Some(from));
+        assert_eq!(path.pin(), Some(Pin { to: peer, from }));
+        path.forget_pin(at(1_000), Pin { to: peer, from });
+        assert_eq!(path.pin(), None);
+        path.heard(at(1_001), peer, Some(from));
+        assert_eq!(path.pin(), None, "sent before it knew better");
+        // Anything else is news: another address of ours, another interface, another address of its own.
+        let elsewhere = addr("10.0.0.2:1");
+        for (to, from) in [(peer, local(8, 3)), (peer, local(7, 3)), (elsewhere, from)] {
+            path.heard(at(1_002), to, Some(from));
+            assert_eq!(path.pin(), Some(Pin { to, from }));
+        }
+        // One that does not follow cannot hear us from elsewhere.
+        path.heard(at(5_999), peer, Some(from));
+        assert_eq!(path.pin(), None);
+        path.heard(at(6_000), peer, Some(from));
+        assert_eq!(path.pin(), Some(Pin { to: peer, from }));
+    }
+
+    #[test]
+    fn a_pin_that_is_another_by_now_stays() {
+        let mut path = path(&["10.0.0.1:1"]);
+        let from = |last: u8| Local::from(IpAddr::from([192, 0, 2, last]));
+        path.heard(at(0), addr("10.0.0.1:1"), Some(from(8)));
+        path.forget_pin(at(1), Pin { to: addr("10.0.0.1:1"), from: from(7) });
+        assert_eq!(path.pin().map(|pin| pin.from), Some(from(8)));
     }
 
     #[test]

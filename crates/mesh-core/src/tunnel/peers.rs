@@ -183,6 +183,7 @@ impl<E: Engine> Peer<E> {
         PeerSnapshot {
             key: self.config.key,
             endpoint: self.path.endpoint().map(|endpoint| endpoint.addr),
+            pin: self.path.pin(),
             path: self.path.kind(now),
             last_handshake: self.last_handshake,
             rtt: self.rtt,

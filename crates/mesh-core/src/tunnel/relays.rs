@@ -338,7 +338,7 @@ impl<F: EngineFactory> Tunnel<F> {
             let (to, frame) = match question {
                 Question::Address => (to, Frame::WhatIsMyAddress { token }),
                 Question::AddressAt { to: other } => {
-                    let local = to.local.filter(|ip| ip.is_ipv4() == other.is_ipv4());
+                    let local = to.local.filter(|it| it.address.is_ipv4() == other.is_ipv4());
                     (Endpoint { addr: other, local, carry: None }, Frame::WhatIsMyAddress { token })
                 }
                 Question::Elsewhere => (to, Frame::AnswerElsewhere { token }),
@@ -430,8 +430,8 @@ impl<F: EngineFactory> Tunnel<F> {
                 let Some(at) = relay.path.endpoint() else { return false };
                 let said = (address, other_port);
                 let before = relay.look.sight();
-                if relay.look.answered(now, token, meta.source, at.addr, said, meta.local).is_none()
-                {
+                let local = meta.local.map(|local| local.address);
+                if relay.look.answered(now, token, meta.source, at.addr, said, local).is_none() {
                     return false;
                 }
                 relay.link.answered();

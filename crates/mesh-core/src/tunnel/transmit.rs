@@ -206,6 +206,7 @@ impl TransmitQueue {
         };
         let bytes = self.arena.get(ready.range.clone())?;
         let Endpoint { addr: dst, local, .. } = ready.to;
+        let local = local.map(|local| local.address);
         let Ready { peer, ecn, segment_len, whole, .. } = ready;
         Some(Transmit { account: Account(peer), dst, local, ecn, segment_len, whole, bytes })
     }

@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use mesh_core::packet::{Ecn, VnetHeader};
 use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
 use mesh_core::tunnel::model::{ModelFactory, public_key};
+use mesh_core::tunnel::path::Local;
 use mesh_core::tunnel::peers::SplitMix64;
 use mesh_core::tunnel::{
     DropReason, Event, PeerConfig, PeerSnapshot, Tunnel, TunnelConfig, UdpMeta,
@@ -405,7 +406,7 @@ impl Network {
         }
         // Behind a NAT it comes to the host's own address.
         let local = self.hosts[host].nat.as_ref().map_or(to.ip(), |_| self.hosts[host].addr.ip());
-        let local: Option<IpAddr> = Some(local);
+        let local = Some(Local::from(local));
         let meta = UdpMeta {
             source: from,
             local,

@@ -8,6 +8,7 @@ use mesh_core::packet::{Ecn, VnetHeader};
 use mesh_core::tunnel::config::{Admitted, Event, PeerRefusal, Role, Setting};
 use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
 use mesh_core::tunnel::model::{ModelFactory, public_key};
+use mesh_core::tunnel::path::Local;
 use mesh_core::tunnel::steer::{FRONT, Share};
 use mesh_core::tunnel::{DropReason, PeerConfig, Tunnel, TunnelConfig, UdpMeta};
 use mesh_types::key::{PrivateKey, PublicKey};
@@ -92,7 +93,7 @@ impl Machine {
     }
 
     pub(crate) fn receive(&mut self, from: SocketAddr, segment_len: usize, bytes: &[u8]) {
-        let local = Some(addr(self.number).ip());
+        let local = Some(Local::from(addr(self.number).ip()));
         let meta = UdpMeta { source: from, local, segment_len, ecn: Ecn::NotEct, carried: None };
         for run in self.share.runs(bytes, segment_len) {
             let shard = run.taker;

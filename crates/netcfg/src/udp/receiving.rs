@@ -20,6 +20,8 @@ pub struct Received<'a> {
     pub source: SocketAddr,
     /// The address of ours it was sent to.
     pub local: Option<IpAddr>,
+    /// Index of the interface it came in by; 0 where the kernel did not say.
+    pub interface: u32,
     /// Length of each datagram in `bytes`; the last may be shorter. `bytes.len()` for a single one.
     pub segment_len: usize,
     /// ECN bits of the outer header.
@@ -80,6 +82,7 @@ impl RecvBatch {
         Some(Received {
             source,
             local: info.local,
+            interface: info.interface,
             segment_len: segment_len.min(message.bytes.len()),
             ecn: info.ecn,
             bytes: message.bytes,
