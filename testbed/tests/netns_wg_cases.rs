@@ -70,13 +70,24 @@ fn floods_of_pings_and_streams_cross_over_ipv6() {
 #[test]
 fn floods_of_pings_and_streams_cross_with_packets_of_32_kib() {
     if common::root() {
-        let bench = Bench::tunnel("case-jumbo", OURS, "10.9.0.2");
-        for node in &bench.nodes {
-            node.space.ip(&["link set w0 mtu 65535", "link set wg0 mtu 34816"]).expect("set");
-        }
-        reached_both_ways(&bench, "after a change of the MTU");
-        everything_at_full_rate(&bench, "34000");
+        packets_of_32_kib_cross("case-jumbo", "10.9.0.2");
     }
+}
+
+#[test]
+fn floods_of_pings_and_streams_cross_over_ipv6_with_packets_of_32_kib() {
+    if common::root() {
+        packets_of_32_kib_cross("case-jumbo6", "[fd00:9::2]");
+    }
+}
+
+fn packets_of_32_kib_cross(what: &str, underlay: &str) {
+    let bench = Bench::tunnel(what, OURS, underlay);
+    for node in &bench.nodes {
+        node.space.ip(&["link set w0 mtu 65535", "link set wg0 mtu 34816"]).expect("set");
+    }
+    reached_both_ways(&bench, "after a change of the MTU");
+    everything_at_full_rate(&bench, "34000");
 }
 
 #[test]
@@ -330,6 +341,49 @@ fn without_its_key_a_device_is_silent_and_forgets_nothing() {
     assert!(
         a.transfer().0 > before[0].split('\t').next().and_then(|n| n.parse().ok()).expect("bytes")
     );
+}
+
+/// Every point of low order (RFC 7748, section 6.1), as `wg` writes them.
+const LOW_ORDER: [&str; 7] = [
+    "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",
+    "AQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",
+    "4Ot6fDtBuK4WVuP68Z/EatoJjeucMrH9hmIFFl9JuAA=",
+    "X5yVvKNQjCSx0LFVnIPvWwREXMRYHI6G2CJO3dCfEVc=",
+    "7P///////////////////////////////////////38=",
+    "7f///////////////////////////////////////38=",
+    "7v///////////////////////////////////////38=",
+];
+
+#[test]
+fn seven_peers_of_low_order_are_kept_and_never_spoken_to() {
+    if !common::root() {
+        return;
+    }
+    let mut bench = Bench::new("case-low");
+    let meshd = bench.meshd();
+    bench.nodes[0].start(Program::Meshd, &meshd);
+    let a = &bench.nodes[0];
+    a.set(&format!("private-key {}", a.key_file()));
+    for (number, key) in LOW_ORDER.iter().enumerate() {
+        a.set(&format!(
+            "peer {key} endpoint 10.9.0.2:1111 persistent-keepalive 1 allowed-ips 10.77.{number}.0/24"
+        ));
+    }
+    assert_eq!(a.done("wg show wg0 peers").lines().collect::<Vec<_>>(), LOW_ORDER);
+    a.space
+        .shell("nft add table inet t; nft add chain inet t out '{ type filter hook output priority 0; }'; nft add rule inet t out udp dport 1111 counter")
+        .expect("a counter");
+    a.bring_up();
+    a.space.ip(&["route add 10.77.0.0/16 dev wg0"]).expect("a route");
+    for number in 0..LOW_ORDER.len() {
+        let _ = a.run(&format!("ping -n -q -c 2 -i 0.01 -W 0.1 10.77.{number}.1"));
+    }
+    std::thread::sleep(Duration::from_secs(2));
+    let counted = a.done("nft list table inet t");
+    assert!(counted.contains("counter packets 0 bytes 0"), "{counted}");
+    assert_eq!(a.done("wg show wg0 peers").lines().count(), LOW_ORDER.len());
+    assert!(a.daemon().is_alive());
+    assert!(!a.daemon().log().contains("panicked"), "{}", a.daemon().log());
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! By which way and from which address `meshd wg` sends where there are several: cases of the kernel's own test (the list, not
-//! its text), and what follows from them.
+//! By which way and from which address `meshd wg` sends where there are several, and under rules and marks: cases of the
+//! kernel's own test (the list, not its text), and what follows from them.
 //!
 //! ```text
 //!   a                                           b
@@ -10,9 +10,10 @@
 
 mod common;
 
+use std::io::Write as _;
 use std::time::Duration;
 
-use common::wg::{Bench, Program, ensure, wait_for};
+use common::wg::{Bench, Node, Program, ensure, wait_for};
 
 const OURS: [Program; 2] = [Program::Meshd; 2];
 
@@ -234,4 +235,140 @@ fn whoever_hears_one_address_alone_is_answered_from_it_after_others_routes_chang
         others_routes_change();
         b.ping(a).expect("an answer");
     }
+}
+
+/// Everything but the datagrams themselves goes into the tunnel, as wg-quick(8) has it.
+fn everything_into_the_tunnel(a: &Node, b: &Node) {
+    let everything = "allowed-ips 0.0.0.0/0,::/0";
+    a.set(&format!("fwmark 51820 peer {} {everything}", b.name()));
+    for family in ["-4", "-6"] {
+        a.done(&format!("ip {family} route add default dev wg0 table 51820"));
+        a.done(&format!("ip {family} rule add not fwmark 51820 table 51820"));
+        a.done(&format!("ip {family} rule add table main suppress_prefixlength 0"));
+    }
+}
+
+/// Far away, behind the second.
+const FAR: [&str; 2] = ["192.168.99.7", "abab::1111"];
+
+fn floods_far_away_without_loss(bench: &Bench, endpoint: &str) {
+    let [a, b] = &bench.nodes;
+    b.space
+        .ip(&[
+            format!("addr add {}/32 dev wg0", FAR[0]),
+            format!("addr add {}/128 dev wg0", FAR[1]),
+        ])
+        .expect("addresses");
+    b.space.wait_for_addresses().expect("addresses");
+    wait_for("a session", || a.ping(b));
+    for address in FAR {
+        let text = a.done(&format!("ping -n -q -f -c 1000 -W 2 {address}"));
+        assert!(text.contains(" 0% packet loss"), "{text}");
+    }
+    b.ping(a).expect("and back");
+    assert_eq!(a.shown("endpoints"), endpoint);
+}
+
+#[test]
+fn a_default_route_into_the_tunnel_carries_floods_without_loss() {
+    if !common::root() {
+        return;
+    }
+    for (what, underlay) in [("route-all4", "10.9.0.2"), ("route-all6", "[fd00:9::2]")] {
+        let bench = Bench::tunnel(what, OURS, underlay);
+        let [a, b] = &bench.nodes;
+        // The machine has ways out of its own.
+        a.space
+            .ip(&["route add default via 10.9.0.254", "route add default via fd00:9::fe"])
+            .expect("routes");
+        everything_into_the_tunnel(a, b);
+        floods_far_away_without_loss(&bench, &format!("{underlay}:7002"));
+    }
+}
+
+#[test]
+fn wg_quick_leads_everything_into_the_tunnel_and_lets_it_out_again() {
+    if !common::root() {
+        return;
+    }
+    if std::path::Path::new("/sys/module/wireguard").exists() {
+        let _ =
+            std::io::stderr().write_all(b"skipped: wg-quick takes this kernel's own WireGuard\n");
+        return;
+    }
+    for (what, underlay) in [("route-quick4", "10.9.0.2"), ("route-quick6", "[fd00:9::2]")] {
+        let mut bench = Bench::new(what);
+        let meshd = bench.meshd();
+        bench.nodes[1].start(Program::Meshd, &meshd);
+        let [a, b] = &bench.nodes;
+        b.set(&format!(
+            "listen-port 7002 private-key {} peer {} allowed-ips {}",
+            b.key_file(),
+            a.name(),
+            a.inside()
+        ));
+        b.bring_up();
+        let config = format!(
+            "[Interface]\nPrivateKey = {}\nListenPort = 7001\nAddress = 10.244.1.1/24, fd00:10:244:1::1/64\n\n\
+             [Peer]\nPublicKey = {}\nAllowedIPs = 0.0.0.0/0, ::/0\nEndpoint = {underlay}:7002\n",
+            *a.key.to_base64(),
+            b.name()
+        );
+        a.space.write("/etc/wireguard/wg0.conf", config).expect("a configuration");
+        a.space
+            .ip(&["route add default via 10.9.0.254", "route add default via fd00:9::fe"])
+            .expect("routes");
+        let rules = || a.done("ip rule") + &a.done("ip -6 rule");
+        let before = rules();
+        a.done(&format!("ln -s {meshd} /opt/meshd-wg"));
+        a.done("env WG_QUICK_USERSPACE_IMPLEMENTATION=/opt/meshd-wg wg-quick up wg0");
+        let mark = a.shown("fwmark");
+        assert!(
+            mark != "off" && rules().contains(&format!("not from all fwmark {mark}")),
+            "{mark}"
+        );
+        floods_far_away_without_loss(&bench, &format!("{underlay}:7002"));
+        a.done("wg-quick down wg0");
+        assert_eq!(rules(), before);
+        assert!(!a.done("ip -br link").contains("wg0"));
+        wait_for("the end", || ensure(a.run("pgrep -x meshd").is_err(), "it runs"));
+    }
+}
+
+#[test]
+fn marks_that_change_on_the_way_and_sockets_bound_to_the_device_lose_nothing() {
+    if !common::root() {
+        return;
+    }
+    let bench = Bench::tunnel("route-mark", OURS, "10.9.0.2");
+    let [a, b] = &bench.nodes;
+    for node in [a, b] {
+        node.space.wait_for_addresses().expect("addresses");
+    }
+    wait_for("a session", || a.ping(b));
+    let pings = |why: &str| {
+        for address in [b.address(), b.address6()] {
+            for bound in ["", "-I wg0"] {
+                a.run(&format!("ping -n -c 1 -W 1 {bound} {address}")).expect(why);
+            }
+        }
+    };
+    pings("as it is");
+    // Everything is looked up once more, under another mark: what is inside, and the datagrams around it.
+    a.space
+        .shell(
+            "nft add table inet t
+             nft add chain inet t out '{ type route hook output priority mangle; }'
+             nft add rule inet t out meta mark set 1",
+        )
+        .expect("a rule");
+    pings("marked");
+    // The mark is one that routing goes by.
+    a.space
+        .ip(&["route add 10.9.0.2/32 dev w0 table 7", "rule add fwmark 1 to 10.9.0.2 table 7"])
+        .expect("a rule");
+    pings("marked and routed by it");
+    a.space.shell("nft delete table inet t").expect("gone");
+    pings("after it");
+    b.ping(a).expect("and back");
 }
