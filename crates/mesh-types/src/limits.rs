@@ -235,9 +235,15 @@ pub const SOURCES_UNPRUNED_MAX: usize = 2_048;
 pub const UNREACHABLES_PER_SECOND: u32 = 100;
 pub const UNREACHABLES_BURST: u32 = 50;
 
-/// Datagrams of ours remembered while their fragments come back from the device: those in its queues at one time. What is
-/// forgotten goes round once more, in fragments.
+/// Datagrams of tunnels remembered while their fragments come from the device: those in its queues at one time. Of what is
+/// forgotten, fragments go round once more.
 pub const OWN_FRAGMENTS_MAX: usize = 64;
+
+/// What a tunnel's datagram that a device carries inside another loses of its hop limit, and from which it begins at most. So
+/// seven tunnels inside one another work, and a loop of them ends after as many turns. Two, which is what people build, leave
+/// 56: no way through the Internet is so long.
+pub const LAYER_HOPS: u8 = 8;
+pub const LAYERS_BEGIN_AT: u8 = 64;
 
 /// Addresses shared by peers of several shards of which one socket takes everything: `keyrelay`s and endpoints of networks behind
 /// one address. Each costs up to nine instructions for every datagram; what comes from more may be overtaken.

@@ -59,6 +59,15 @@ impl ControlWriter {
         }
     }
 
+    /// Hop limit, of at least 1.
+    pub(crate) fn hops(&mut self, destination: IpAddr, hops: u8) {
+        let value = i32::from(hops.max(1)).to_ne_bytes();
+        match destination.to_canonical() {
+            IpAddr::V4(_) => self.push(libc::IPPROTO_IP, libc::IP_TTL, &value),
+            IpAddr::V6(_) => self.push(libc::IPPROTO_IPV6, libc::IPV6_HOPLIMIT, &value),
+        }
+    }
+
     /// Source address; the interface is left to routing.
     pub(crate) fn source(&mut self, source: IpAddr) {
         match source.to_canonical() {

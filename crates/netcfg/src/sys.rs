@@ -187,7 +187,8 @@ pub(crate) fn inherited(number: c_int) -> io::Result<OwnedFd> {
 
 /// Room for a `sockaddr_in6`, the larger of the two we use.
 pub(crate) const NAME_BYTES: usize = 28;
-/// Room for control messages: pktinfo (36), traffic class, segment size and overflow counter (24 each), twice.
+/// Room for control messages: pktinfo (36), traffic class, hop limit, segment size and overflow counter (24 each), and
+/// as much again.
 pub(crate) const CONTROL_BYTES: usize = 256;
 
 /// Control message buffer; the kernel's headers in it hold a `size_t`.

@@ -1,7 +1,7 @@
 //! The UDP socket of a shard: one dual-stack socket, segmentation and coalescing by the kernel.
 //!
 //! ```text
-//! send(dst, src, ecn, segment_len, bytes)                 recv(&mut RecvBatch), recv_or_wait(..)
+//! send(dst, src, marks, segment_len, bytes)               recv(&mut RecvBatch), recv_or_wait(..)
 //!   one sendmsg, UDP_SEGMENT = segment_len                  one recvmmsg, each buffer 64 KiB
 //!     EIO, EINVAL, EMSGSIZE: the same datagrams again,      UDP_GRO cmsg = size of the glued datagrams
 //!       one by one, and so to dst for 60 s                  PKTINFO    = the address we were reached at
@@ -46,7 +46,7 @@ use filtered::Filtered;
 pub use glue::{GLUED_DATAGRAM_BYTES_MAX, Glue};
 pub use group::FilterInstruction;
 pub use receiving::{RECV_BUFFER_BYTES, Received, RecvBatch};
-pub use sending::Source;
+pub use sending::{Marks, Source};
 pub use spread::Carrying;
 
 /// See the module's documentation.

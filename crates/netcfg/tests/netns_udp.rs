@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 
 use common::{Scratch, privileged};
 use netcfg::link;
-use netcfg::udp::{RecvBatch, UdpOptions, UdpSocket};
+use netcfg::udp::{Marks, RecvBatch, UdpOptions, UdpSocket};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Two namespaces on a link of `mtu`.
@@ -150,6 +150,27 @@ fn datagrams_too_long_for_a_link_behind_a_router_arrive_in_both_families() {
         while receiver.recv(&mut batch).expect("receive") > 0 {}
         sender.send(to, None, 0, 1420, &sent).expect("send");
         assert_eq!(receive(&mut receiver, sent.len()), sent, "{address}");
+    }
+}
+
+#[test]
+fn a_hop_limit_bounds_how_far_datagrams_and_segments_go_in_both_families() {
+    if !privileged() {
+        return;
+    }
+    let [one, _router, two] = routed(1500, 1500);
+    let mut sender = one.run(|| UdpSocket::open(&UdpOptions { mark: 4, ..UdpOptions::default() }));
+    let mut receiver = two.run(|| UdpSocket::open(&UdpOptions::default()));
+    let sent: Vec<u8> = (0..3 * 1000 + 9).map(|i| (i % 251) as u8).collect();
+    for address in ["192.0.2.2", "fd99:2::2"] {
+        let to = SocketAddr::new(address.parse().unwrap(), receiver.local_port());
+        for len in [1000, sent.len()] {
+            let sent = &sent[..len];
+            sender.send(to, None, Marks { ecn: 2, hops: Some(1) }, 1000, b"lost").expect("send");
+            sender.send(to, None, Marks { ecn: 2, hops: Some(1) }, 1000, sent).expect("send");
+            sender.send(to, None, Marks { ecn: 2, hops: Some(2) }, 1000, sent).expect("send");
+            assert_eq!(receive(&mut receiver, len), sent, "{address}");
+        }
     }
 }
 

@@ -145,7 +145,8 @@ fn a_carried_handshake_goes_before_data_that_came_earlier() {
 fn congestion_of_one_of_many_merged_datagrams_is_not_told_of_all() {
     let told = |segment_len, ecn, mixed_marks| {
         let source = SocketAddr::from(([192, 0, 2, 1], 51820));
-        let message = Received { source, local: None, interface: 0, segment_len, ecn, bytes: &[7; 20] };
+        let message =
+            Received { source, local: None, interface: 0, segment_len, ecn, bytes: &[7; 20] };
         arrival(&message, mixed_marks).ecn
     };
     let [not_ect, ect1, ect0, ce] = [0, 1, 2, 3];

@@ -26,7 +26,7 @@ use mesh_types::limits::{
 use mesh_types::time::MonoTime;
 use netcfg::clock;
 use netcfg::tun::{Tun, TunFeatures};
-use netcfg::udp::{RECV_BUFFER_BYTES, Received, RecvBatch, Source, UdpSocket};
+use netcfg::udp::{Marks, RECV_BUFFER_BYTES, Received, RecvBatch, Source, UdpSocket};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use wg_engine::BoringFactory;
@@ -588,13 +588,12 @@ fn send_ready(tunnel: &mut BoringTunnel, udp: &mut UdpSocket) {
 }
 
 fn send(udp: &mut UdpSocket, transmit: &Transmit<'_>) -> io::Result<Source> {
-    let Transmit { dst, local, ecn, segment_len, whole, bytes, .. } = *transmit;
+    let Transmit { dst, local, ecn, hops, segment_len, whole, bytes, .. } = *transmit;
+    let marks = Marks { ecn: ecn.bits(), hops };
     match (whole, local) {
         (true, _) => udp.send_whole(dst, local, bytes).map(|()| Source::AsTold),
-        (false, Some(local)) => udp.send_if_from(dst, local, ecn.bits(), segment_len, bytes),
-        (false, None) => {
-            udp.send(dst, None, ecn.bits(), segment_len, bytes).map(|()| Source::AsTold)
-        }
+        (false, Some(local)) => udp.send_if_from(dst, local, marks, segment_len, bytes),
+        (false, None) => udp.send(dst, None, marks, segment_len, bytes).map(|()| Source::AsTold),
     }
 }
 

@@ -183,6 +183,8 @@ pub struct Transmit<'a> {
     /// Source address to send from, where the peer is known to expect one.
     pub local: Option<IpAddr>,
     pub ecn: Ecn,
+    /// Hop limit of the outer header; none: the system's.
+    pub hops: Option<u8>,
     pub segment_len: usize,
     /// Not to be fragmented: its length is the question.
     pub whole: bool,

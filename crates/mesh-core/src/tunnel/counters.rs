@@ -35,8 +35,10 @@ drops! {
     NoPeer => "no_peer",
     /// Its source belongs to another node.
     LocalSourceForeign => "local_source_foreign",
-    /// A datagram of ours that a route led back into the device.
+    /// A datagram of ours that a route led back into the device, for the peer that would carry it.
     OwnDatagram => "own_datagram",
+    /// A tunnel's datagram inside more tunnels than there is a hop limit for: a loop.
+    TooManyLayers => "too_many_layers",
     /// Larger than the path to the peer carries.
     PacketTooBig => "packet_too_big",
     /// No session, and the peer has neither endpoint nor candidate.

@@ -36,9 +36,9 @@ pub mod engine;
 pub mod filter;
 pub mod front;
 mod inbound;
+mod layers;
 pub mod model;
 mod outbound;
-mod own;
 pub mod path;
 pub mod peers;
 pub mod places;
@@ -72,7 +72,7 @@ use allowed_ips::AllowedIps;
 use engine::{EngineFactory, HandshakeBuffer, INITIATION_BYTES};
 use front::{Bucket, Front};
 use inbound::Receive;
-use own::OwnDatagrams;
+use layers::Layers;
 use path::{Endpoint, Knocks, Pin};
 use peers::{Peers, SplitMix64};
 use relays::Relays;
@@ -105,7 +105,7 @@ pub struct Tunnel<F: EngineFactory> {
     remembered: BTreeMap<PublicKey, SocketAddr>,
     /// Relays among the peers of all shards, and where this node can be reached, for peers that are to call.
     relays: Relays,
-    own_datagrams: OwnDatagrams,
+    layers: Layers,
     /// Answers to packets that go nowhere.
     unreachables: Bucket,
     initiate_next: MonoTime,
@@ -142,7 +142,7 @@ impl<F: EngineFactory> Tunnel<F> {
             to_initiate: VecDeque::new(),
             remembered: BTreeMap::new(),
             relays: Relays::default(),
-            own_datagrams: OwnDatagrams::default(),
+            layers: Layers::default(),
             unreachables: Bucket::default(),
             initiate_next: MonoTime::ZERO,
             initiate_forced: false,
@@ -190,10 +190,10 @@ impl<F: EngineFactory> Tunnel<F> {
         self.staged.bytes()
     }
 
-    /// What is sent leaves from this port. A [`Setting::Device`] refuses to carry its own datagrams, which a route may
-    /// lead back to it; in a mesh, marks and rules keep them out.
+    /// What is sent leaves from this port. A [`Setting::Device`] carries no datagram of its own, which a route may lead
+    /// back to it, if that would send it there again; in a mesh, marks and rules keep them out.
     pub fn set_port(&mut self, port: u16) {
-        self.own_datagrams.port = port;
+        self.layers.port = port;
     }
 
     /// The socket cannot send several datagrams at once (any more): 1, or can: up to 64.
@@ -226,7 +226,7 @@ impl<F: EngineFactory> Tunnel<F> {
 
     /// Addresses of this host: another behind it may speak WireGuard to a peer of ours, from a port like ours.
     pub fn set_local_addresses(&mut self, addresses: Vec<IpAddr>) {
-        self.own_datagrams.local = addresses;
+        self.layers.local = addresses;
     }
 
     /// Datagrams leave by another socket or mark: sends choose their source anew, as routing may.

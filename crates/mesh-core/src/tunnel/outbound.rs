@@ -61,17 +61,20 @@ impl<F: EngineFactory> Tunnel<F> {
             self.counters.count_drop(DropReason::LocalSourceForeign);
             return None;
         }
-        if self.is_own_datagram(ip, packet) {
-            self.counters.count_drop(DropReason::OwnDatagram);
-            return None;
-        }
+        let hops = match self.hops_outside(slot, &segmenter, packet) {
+            Ok(hops) => hops,
+            Err(reason) => {
+                self.counters.count_drop(reason);
+                return None;
+            }
+        };
         let Some(peer) = self.peers.get(slot) else {
             return self.foreign.of(slot).map(|(_, shard)| shard);
         };
         if peer.staged.is_empty()
             && let Some(flow) = self.flow(now, slot)
         {
-            self.push_segments(now, flow, &segmenter);
+            self.push_segments(now, Flow { hops, ..flow }, &segmenter);
             return None;
         }
         self.stage(now, slot, header, packet);
@@ -142,16 +145,22 @@ impl<F: EngineFactory> Tunnel<F> {
         }
     }
 
-    /// Whether a packet from the device is one of our own datagrams. In a mesh, marks and rules keep them out.
-    fn is_own_datagram(&mut self, ip: &IpHeader, packet: &[u8]) -> bool {
+    /// The hop limit outside of what was read from the device for the peer `owner` ([`super::layers`]). In a mesh, marks and
+    /// rules keep our datagrams out, and tunnels of pods are packets like others.
+    fn hops_outside(
+        &mut self,
+        owner: u32,
+        segmenter: &Segmenter<'_>,
+        packet: &[u8],
+    ) -> Result<Option<u8>, DropReason> {
         if self.config.setting == Setting::Mesh {
-            return false;
+            return Ok(None);
         }
-        let Self { own_datagrams, peers, foreign, .. } = self;
-        own_datagrams.is_own(ip, packet, |to| {
-            let mut own = peers.slots().filter_map(|slot| peers.get(slot));
-            own.any(|peer| peer.path.endpoint().is_some_and(|endpoint| endpoint.addr == to))
-                || foreign.is_at(to)
+        let Self { layers, peers, foreign, .. } = self;
+        let first = packet.get(..segmenter.longest()).unwrap_or(packet);
+        layers.hops_outside(segmenter.ip(), first, || match peers.get(owner) {
+            Some(peer) => peer.path.endpoint().map(|endpoint| endpoint.addr),
+            None => foreign.place_of(&foreign.of(owner)?.0),
         })
     }
 
@@ -187,7 +196,7 @@ impl<F: EngineFactory> Tunnel<F> {
     fn flow(&self, now: MonoTime, slot: u32) -> Option<Flow> {
         let index = self.peers.get(slot)?.sender(now)?.index;
         let to = self.way(now, slot)?;
-        Some(Flow { slot, index, to, ecn: crate::packet::Ecn::NotEct, whole: false })
+        Some(Flow { slot, index, to, ecn: crate::packet::Ecn::NotEct, hops: None, whole: false })
     }
 
     fn push_segments(&mut self, now: MonoTime, flow: Flow, segmenter: &Segmenter<'_>) {
@@ -286,7 +295,10 @@ impl<F: EngineFactory> Tunnel<F> {
                 peer.staged.unpop(&mut self.staged, staged);
                 return false;
             }
-            self.push_segments(now, flow, &segmenter);
+            match self.hops_outside(slot, &segmenter, &staged.packet) {
+                Ok(hops) => self.push_segments(now, Flow { hops, ..flow }, &segmenter),
+                Err(reason) => self.counters.count_drop(reason),
+            }
         }
     }
 }

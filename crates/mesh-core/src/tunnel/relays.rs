@@ -564,7 +564,7 @@ impl<F: EngineFactory> Tunnel<F> {
         let peer = self.peers.get(slot);
         let Some(index) = peer.and_then(|peer| Some(peer.sender(now)?.index)) else { return };
         let whole = matches!(frame, Frame::DoesThisArrive { .. });
-        let flow = Flow { slot, index, to, ecn: Ecn::NotEct, whole };
+        let flow = Flow { slot, index, to, ecn: Ecn::NotEct, hops: None, whole };
         let len = frame.packet_len();
         self.flush(now);
         let written = match self.transmit.push(flow, slot_len(len)) {

@@ -228,11 +228,6 @@ impl Foreign {
         self.places.get(key).copied()
     }
 
-    /// Whether one of them is there.
-    pub(super) fn is_at(&self, at: SocketAddr) -> bool {
-        self.places.values().any(|place| *place == at)
-    }
-
     /// Adds a peer and returns how the table of allowed IPs names it.
     pub(super) fn insert(&mut self, key: PublicKey, shard: usize) -> Option<u32> {
         let place = u32::try_from(self.peers.len()).ok().filter(|place| place & MARK == 0)?;

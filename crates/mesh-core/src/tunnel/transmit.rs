@@ -6,7 +6,7 @@
 //!  slot = header 16 | inner packet, zero padded to 16 | tag 16
 //!  to a relay, in front of each slot: header 40 with the receiver's key
 //! ```
-//! A batch is one send to one endpoint with one ECN mark: equal slots, the last may be shorter (udp(7),
+//! A batch is one send to one endpoint with one ECN mark and hop limit: equal slots, the last may be shorter (udp(7),
 //! UDP_SEGMENT). It closes when a packet does not fit these rules, and is sealed in place then. Nothing waits
 //! here longer than the turn: the shard flushes and collects before it sleeps.
 
@@ -32,6 +32,8 @@ pub struct Flow {
     pub index: u32,
     pub to: Endpoint,
     pub ecn: Ecn,
+    /// Hop limit outside; none: the system's.
+    pub hops: Option<u8>,
     /// Not to be fragmented.
     pub whole: bool,
 }
@@ -61,6 +63,7 @@ struct Ready {
     peer: Option<u32>,
     to: Endpoint,
     ecn: Ecn,
+    hops: Option<u8>,
     segment_len: usize,
     whole: bool,
     range: Range<usize>,
@@ -173,8 +176,9 @@ impl TransmitQueue {
             Closed { flow: open.flow, packets: self.slots.len(), bytes: range.len(), sealed };
         self.slots.clear();
         if sealed.is_ok() {
-            let (Flow { slot, to, ecn, whole, .. }, segment_len) = (open.flow, open.segment_len);
-            self.ready.push_back(Ready { peer: Some(slot), to, ecn, segment_len, whole, range });
+            let Flow { slot, to, ecn, hops, whole, .. } = open.flow;
+            let (peer, segment_len) = (Some(slot), open.segment_len);
+            self.ready.push_back(Ready { peer, to, ecn, hops, segment_len, whole, range });
         } else {
             self.used = range.start;
         }
@@ -193,8 +197,8 @@ impl TransmitQueue {
         }
         message.copy_from_slice(datagram);
         self.used = range.end;
-        let ecn = Ecn::NotEct;
-        self.ready.push_back(Ready { peer, to, ecn, segment_len, whole: false, range });
+        let (ecn, hops, whole) = (Ecn::NotEct, None, false);
+        self.ready.push_back(Ready { peer, to, ecn, hops, segment_len, whole, range });
         true
     }
 
@@ -207,8 +211,9 @@ impl TransmitQueue {
         let bytes = self.arena.get(ready.range.clone())?;
         let Endpoint { addr: dst, local, .. } = ready.to;
         let local = local.map(|local| local.address);
-        let Ready { peer, ecn, segment_len, whole, .. } = ready;
-        Some(Transmit { account: Account(peer), dst, local, ecn, segment_len, whole, bytes })
+        let Ready { peer, ecn, hops, segment_len, whole, .. } = ready;
+        let account = Account(peer);
+        Some(Transmit { account, dst, local, ecn, hops, segment_len, whole, bytes })
     }
 
     /// Moves the open batch to the front when it stands at the end and everything else has left.
@@ -248,7 +253,7 @@ mod tests {
 
     fn flow(port: u16, ecn: Ecn) -> Flow {
         let addr = std::net::SocketAddr::from(([192, 0, 2, 1], port));
-        Flow { slot: 0, index: 0, to: Endpoint::direct(addr), ecn, whole: false }
+        Flow { slot: 0, index: 0, to: Endpoint::direct(addr), ecn, hops: None, whole: false }
     }
 
     /// Pushes slots by the rules of the tunnel and returns (segment length, bytes) of the sends.

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use mesh_core::packet::VnetHeader;
+use mesh_core::packet::{GsoType, VnetHeader};
 use mesh_core::tunnel::config::Setting;
 use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
 use mesh_core::tunnel::model::{ModelFactory, public_key};
-use mesh_core::tunnel::{DropReason, PeerConfig, Tunnel, TunnelConfig};
+use mesh_core::tunnel::{DropReason, PeerConfig, Tunnel, TunnelConfig, UdpMeta};
 use mesh_types::key::PrivateKey;
-use mesh_types::limits::{UNREACHABLES_BURST, UNREACHABLES_PER_SECOND};
+use mesh_types::limits::{OWN_FRAGMENTS_MAX, UNREACHABLES_BURST, UNREACHABLES_PER_SECOND};
 
 use crate::network::{Network, ipv4, net, preshared};
 
@@ -188,7 +188,7 @@ fn a_packet_longer_than_the_mtu_last_heard_of_is_carried_without_padding() {
 }
 
 #[test]
-fn a_device_does_not_carry_its_own_datagrams() {
+fn a_device_carries_no_datagram_of_its_own_that_would_come_back() {
     let mut network = devices(11, 2);
     point(&mut network, 0, 1);
     network.send(0, 1, "a");
@@ -235,6 +235,142 @@ fn a_device_does_not_carry_its_own_datagrams() {
     for hops in [63, 127, 62] {
         assert_eq!(to_peer([192, 168, 1, 9], hops), 4, "{why}");
     }
+}
+
+/// A datagram from port 5555 to 10.1.0.9:7777 that holds `message`; or a fragment of one, by flags and offset.
+fn datagram(hops: u8, id: u8, fragment: [u8; 2], message: &[u8]) -> Vec<u8> {
+    let header = [5_555_u16.to_be_bytes(), 7_777_u16.to_be_bytes(), [0, 0], [0, 0]].concat();
+    let udp = if fragment[1] == 0 { [&header[..], message].concat() } else { message.to_vec() };
+    let mut packet = ipv4([10, 0, 0, 1], [10, 1, 0, 9], 0, &udp);
+    packet[5] = id;
+    packet[6..8].copy_from_slice(&fragment);
+    (packet[8], packet[9]) = (hops, 17);
+    packet
+}
+
+const WHOLE: [u8; 2] = [0x40, 0];
+
+/// The hop limit each datagram has outside that `packet` leaves in.
+fn hops_outside(network: &mut Network, header: VnetHeader, packet: &[u8]) -> Vec<Option<u8>> {
+    let (now, tunnel) = (network.now, &mut network.hosts[0].tunnel);
+    tunnel.handle_tun_input(now, &header, &mut packet.to_vec());
+    tunnel.flush(now);
+    let mut hops = Vec::new();
+    while let Some(transmit) = tunnel.poll_transmit() {
+        hops.push(transmit.hops);
+    }
+    hops
+}
+
+/// Two devices with a session.
+fn talking(seed: u64) -> Network {
+    let mut network = devices(seed, 2);
+    point(&mut network, 0, 1);
+    network.send(0, 1, "a");
+    network.run_ms(100);
+    network.hosts[0].tunnel.set_port(5_555);
+    network
+}
+
+#[test]
+fn a_tunnels_datagram_has_less_hops_outside_the_deeper_it_is_and_ends() {
+    let mut network = talking(13);
+    let message = [&[4, 0, 0, 0][..], &[9; 28]].concat();
+    let mut outside = |header, packet: &[u8]| hops_outside(&mut network, header, packet);
+    let mut hops = 64;
+    for layer in 1..=7 {
+        let after = outside(VnetHeader::PLAIN, &datagram(hops, 0, WHOLE, &message));
+        assert_eq!(after, [Some(hops - 8)], "{layer}");
+        hops -= 8;
+    }
+    for hops in [8, 7, 1, 0] {
+        assert_eq!(outside(VnetHeader::PLAIN, &datagram(hops, 0, WHOLE, &message)), []);
+    }
+    // Whoever begins with more ends no later.
+    assert_eq!(outside(VnetHeader::PLAIN, &datagram(255, 0, WHOLE, &message)), [Some(56)]);
+    // All messages are alike, in IPv6, too; what is none keeps its hops to itself.
+    let initiation = [&[1, 0, 0, 0][..], &[9; 144]].concat();
+    assert_eq!(outside(VnetHeader::PLAIN, &datagram(48, 0, WHOLE, &initiation)), [Some(40)]);
+    let udp = [&[0x15, 0xb3, 0x1e, 0x61, 0, 40, 0, 0][..], &message].concat();
+    let mut six = crate::network::ipv6("fd00:0::1", "fd00:1::9", &udp);
+    (six[6], six[7]) = (17, 24);
+    assert_eq!(outside(VnetHeader::PLAIN, &six), [Some(16)]);
+    for other in [&b"hello, this is no message at all."[..], &message[..31], &[]] {
+        assert_eq!(outside(VnetHeader::PLAIN, &datagram(3, 0, WHOLE, other)), [None]);
+    }
+    let mut tcp = datagram(3, 0, WHOLE, &message);
+    tcp[9] = 6;
+    assert_eq!(outside(VnetHeader::PLAIN, &tcp), [None]);
+    assert_eq!(network.dropped(0, DropReason::TooManyLayers), 4);
+    assert_eq!(network.dropped(0, DropReason::OwnDatagram), 0, "it leads elsewhere");
+}
+
+#[test]
+fn fragments_and_segments_of_a_tunnels_datagram_have_the_hops_of_the_first() {
+    let mut network = talking(14);
+    let message = [&[4, 0, 0, 0][..], &[9; 36]].concat();
+    let (first, later) = ([0x20, 0], [0, 5]);
+    let mut outside = |packet: &[u8]| hops_outside(&mut network, VnetHeader::PLAIN, packet);
+    assert_eq!(outside(&datagram(64, 1, later, &message)), [None], "nobody knows of what");
+    assert_eq!(outside(&datagram(64, 1, first, &message)), [Some(56)]);
+    assert_eq!(outside(&datagram(64, 2, first, &[7; 40])), [None]);
+    assert_eq!(outside(&datagram(64, 1, later, &[7; 40])), [Some(56)]);
+    assert_eq!(outside(&datagram(64, 2, later, &message)), [None]);
+    // An id comes again.
+    assert_eq!(outside(&datagram(8, 1, first, &message)), []);
+    assert_eq!(outside(&datagram(64, 1, later, &[7; 40])), []);
+    // So many others later it is forgotten.
+    for id in 10..10 + OWN_FRAGMENTS_MAX {
+        let id = u8::try_from(id).expect("few");
+        assert_eq!(outside(&datagram(40, id, first, &message)), [Some(32)]);
+    }
+    assert_eq!(outside(&datagram(64, 1, later, &[7; 40])), [None]);
+    assert_eq!(outside(&datagram(40, 73, later, &[7; 40])), [Some(32)]);
+    // Segments of a send that the device left to us.
+    let header = VnetHeader {
+        gso: GsoType::UdpL4,
+        needs_csum: true,
+        hdr_len: 28,
+        gso_size: 32,
+        csum_start: 20,
+        csum_offset: 6,
+        ..VnetHeader::PLAIN
+    };
+    let messages = [&[4, 0, 0, 0][..], &[9; 28]].concat().repeat(3);
+    let packet = datagram(32, 0, WHOLE, &messages);
+    assert_eq!(hops_outside(&mut network, header, &packet), [Some(24)]);
+}
+
+#[test]
+fn what_waited_for_a_session_has_less_hops_outside_too() {
+    let mut network = devices(15, 2);
+    point(&mut network, 0, 1);
+    let message = [&[4, 0, 0, 0][..], &[9; 28]].concat();
+    let mut packet = datagram(64, 0, WHOLE, &message);
+    let now = network.now;
+    network.hosts[0].tunnel.handle_tun_input(now, &VnetHeader::PLAIN, &mut packet);
+    // By hand: the network would take what is asked for here.
+    let mut hops = Vec::new();
+    for from in [0, 1, 0] {
+        let (to, source) = (1 - from, network.hosts[from].addr);
+        let sent: Vec<Vec<u8>> = {
+            let tunnel = &mut network.hosts[from].tunnel;
+            tunnel.flush(now);
+            let mut sent = Vec::new();
+            while let Some(transmit) = tunnel.poll_transmit() {
+                hops.push(transmit.hops);
+                sent.push(transmit.bytes.to_vec());
+            }
+            sent
+        };
+        for mut bytes in sent {
+            let meta = UdpMeta::alone(source);
+            network.hosts[to].tunnel.handle_udp_input(now, &meta, &mut bytes);
+        }
+    }
+    let packet = hops.pop().expect("it left");
+    assert_eq!(packet, Some(56));
+    assert!(hops.len() >= 2 && hops.iter().all(Option::is_none), "a handshake is no layer");
 }
 
 #[test]

@@ -380,7 +380,7 @@ fn outer(to: SocketAddr, id: u8, fragment: [u8; 2]) -> Vec<u8> {
 const PORT: u16 = 5_555;
 
 #[test]
-fn a_datagram_to_one_shards_peer_led_into_anothers_prefix_is_not_carried_whole_or_in_parts() {
+fn an_own_datagram_led_into_its_peers_prefix_is_carried_by_no_shard_whole_or_in_parts() {
     let config_of = |index| TunnelConfig {
         share: Share::new(index, 2),
         setting: Setting::Device,
@@ -393,8 +393,8 @@ fn a_datagram_to_one_shards_peer_led_into_anothers_prefix_is_not_carried_whole_o
     let a = (1..20).find(|n| owner(n) == 0).expect("one of the first");
     let b = (1..20).find(|n| owner(n) == 1).expect("one of the second");
     machine.set_peers(&[config(a), config(b)]);
-    let by_hand: SocketAddr = format!("10.{b}.0.9:7777").parse().expect("an endpoint");
-    let heard: SocketAddr = format!("10.{a}.0.9:7777").parse().expect("an endpoint");
+    let by_hand: SocketAddr = format!("10.{a}.0.9:7777").parse().expect("an endpoint");
+    let heard: SocketAddr = format!("10.{b}.0.9:7777").parse().expect("an endpoint");
     for (at, shard) in machine.shards.iter_mut().enumerate() {
         shard.set_port(PORT);
         // An operator tells all shards.
@@ -422,6 +422,17 @@ fn a_datagram_to_one_shards_peer_led_into_anothers_prefix_is_not_carried_whole_o
     machine.send_from(0, &outer(by_hand, 200, [0, 18]));
     machine.send_from(0, &outer(SocketAddr::new(by_hand.ip(), 7_778), 0, [0x40, 0]));
     assert_eq!(machine.dropped(DropReason::OwnDatagram), dropped);
+    // A peer that is reached through another of another shard's is another layer, which may lead out.
+    for shard in &mut machine.shards {
+        shard.set_endpoint(now(), &key(a), heard);
+        shard.set_endpoint(now(), &key(b), by_hand);
+    }
+    for (queue, to) in [(0, by_hand), (1, by_hand), (0, heard), (1, heard)] {
+        machine.send_from(queue, &outer(to, 0, [0x40, 0]));
+    }
+    assert_eq!(machine.dropped(DropReason::OwnDatagram), dropped);
+    let waiting = machine.shards.iter().map(Tunnel::staged_bytes).sum::<usize>();
+    assert_eq!(waiting, 6 * outer(heard, 0, [0x40, 0]).len(), "all of them wait for a session");
     // A peer that is gone is nowhere.
     machine.set_peers(&[config(b)]);
     machine.send_from(1, &outer(by_hand, 0, [0x40, 0]));

@@ -24,20 +24,35 @@ pub enum Source {
     Lost,
 }
 
+/// What the IP header of a datagram says besides addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Marks {
+    pub ecn: u8,
+    /// Hop limit; none: what the system gives.
+    pub hops: Option<u8>,
+}
+
+/// ECN bits alone.
+impl From<u8> for Marks {
+    fn from(ecn: u8) -> Self {
+        Self { ecn, hops: None }
+    }
+}
+
 impl UdpSocket {
     /// Sends `bytes` to `destination` as datagrams of `segment_len` (the last may be shorter), from `source` if
-    /// given, with the ECN bits given. Never blocks: what does not fit is dropped and counted, as any
+    /// given, marked as told. Never blocks: what does not fit is dropped and counted, as any
     /// router would do. An error tells that nothing (more) was sent.
     pub fn send(
         &mut self,
         destination: SocketAddr,
         source: Option<IpAddr>,
-        ecn: u8,
+        marks: impl Into<Marks>,
         segment_len: usize,
         bytes: &[u8],
     ) -> io::Result<()> {
-        let before = self.counters;
-        let sent = self.send_as_it_goes(destination, source, ecn, segment_len, bytes);
+        let (before, marks) = (self.counters, marks.into());
+        let sent = self.send_as_it_goes(destination, source, marks, segment_len, bytes);
         if let Err(error) = &sent {
             self.note_error(destination, error, &before, segment_len, bytes.len());
         }
@@ -49,15 +64,15 @@ impl UdpSocket {
         &mut self,
         destination: SocketAddr,
         source: IpAddr,
-        ecn: u8,
+        marks: impl Into<Marks>,
         segment_len: usize,
         bytes: &[u8],
     ) -> io::Result<Source> {
-        let before = self.counters;
-        match self.send_as_it_goes(destination, Some(source), ecn, segment_len, bytes) {
+        let (before, marks) = (self.counters, marks.into());
+        match self.send_as_it_goes(destination, Some(source), marks, segment_len, bytes) {
             Ok(()) => Ok(Source::AsTold),
             Err(error) if is_of_source(&error) => {
-                self.send(destination, None, ecn, segment_len, bytes).map(|()| Source::Lost)
+                self.send(destination, None, marks, segment_len, bytes).map(|()| Source::Lost)
             }
             Err(error) => {
                 self.note_error(destination, &error, &before, segment_len, bytes.len());
@@ -99,7 +114,7 @@ impl UdpSocket {
             }
         };
         sys::set_option(&self.fd, level, option, probe)?;
-        let sent = self.send_one(destination, source, 0, None, bytes);
+        let sent = self.send_one(destination, source, Marks::default(), None, bytes);
         sys::set_option(&self.fd, level, option, usual)?;
         sent
     }
@@ -108,16 +123,16 @@ impl UdpSocket {
         &mut self,
         destination: SocketAddr,
         source: Option<IpAddr>,
-        ecn: u8,
+        marks: Marks,
         segment_len: usize,
         bytes: &[u8],
     ) -> io::Result<()> {
         let segment_len = if segment_len == 0 { bytes.len() } else { segment_len };
         if bytes.len() <= segment_len {
-            return self.send_one(destination, source, ecn, None, bytes);
+            return self.send_one(destination, source, marks, None, bytes);
         }
         if !self.gso_allowed(destination) {
-            return self.send_singly(destination, source, ecn, segment_len, bytes);
+            return self.send_singly(destination, source, marks, segment_len, bytes);
         }
         let Ok(segment_bytes) = u16::try_from(segment_len) else {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -125,12 +140,12 @@ impl UdpSocket {
         let segments = (GSO_BYTES_MAX / segment_len).clamp(1, GSO_SEGMENTS_MAX);
         for burst in bytes.chunks(segment_len.saturating_mul(segments)) {
             let segment = (burst.len() > segment_len).then_some(segment_bytes);
-            match self.send_one(destination, source, ecn, segment, burst) {
+            match self.send_one(destination, source, marks, segment, burst) {
                 Ok(()) => {}
                 Err(error) if segment.is_some() && may_be_of_segments(&error) => {
                     // These errors may have another cause (a source address that is gone): only what then
                     // goes singly was refused for its segments.
-                    self.send_singly(destination, source, ecn, segment_len, burst)?;
+                    self.send_singly(destination, source, marks, segment_len, burst)?;
                     self.remember_refusal(destination, &error);
                 }
                 Err(error) => return Err(error),
@@ -174,13 +189,13 @@ impl UdpSocket {
         &mut self,
         destination: SocketAddr,
         source: Option<IpAddr>,
-        ecn: u8,
+        marks: Marks,
         segment_len: usize,
         bytes: &[u8],
     ) -> io::Result<()> {
         for datagram in bytes.chunks(segment_len) {
             self.counters.gso_bypassed += 1;
-            self.send_one(destination, source, ecn, None, datagram)?;
+            self.send_one(destination, source, marks, None, datagram)?;
         }
         Ok(())
     }
@@ -189,7 +204,7 @@ impl UdpSocket {
         &mut self,
         destination: SocketAddr,
         source: Option<IpAddr>,
-        ecn: u8,
+        marks: Marks,
         segment_bytes: Option<u16>,
         bytes: &[u8],
     ) -> io::Result<()> {
@@ -198,8 +213,11 @@ impl UdpSocket {
         if let Some(segment_bytes) = segment_bytes {
             control.segment_size(segment_bytes);
         }
-        if ecn & 3 != 0 {
-            control.ecn(destination.ip(), ecn);
+        if marks.ecn & 3 != 0 {
+            control.ecn(destination.ip(), marks.ecn);
+        }
+        if let Some(hops) = marks.hops {
+            control.hops(destination.ip(), hops);
         }
         if let Some(source) = source {
             control.source(source);
