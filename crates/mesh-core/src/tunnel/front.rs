@@ -12,16 +12,18 @@
 //! What a source is counted for ([`Front::spend`]) is what led nowhere: a hundred nodes behind one NAT that all begin at once are
 //! answered at once. Under load everything is counted.
 //!
-//! Cookie replies are bounded over all sources, too: `COOKIES_PER_SECOND`, and as many for addresses that configuration names.
+//! Cookie replies are bounded over all sources, too: `COOKIES_PER_SECOND`, and as many for known addresses: those that
+//! configuration names and, of a device, those where its peers are.
 //! Numbers are the kernel's (`drivers/net/wireguard/ratelimiter.c`, `noise.c`). Per peer only initiations that were accepted
 //! count: a recorded one replayed fifty times a second must not shut its true sender out.
 //!
 //! A response is looked at only under the index of an initiation that waits for it, so those that verify are as many as we
 //! asked for: hundreds may rightly come from one /64 when this node starts. Those that do not are by somebody who saw the
 //! index. They are counted against their source ([`Front::spend_response`]), apart from initiations, which need no such sight,
-//! and over all sources: addresses that configuration names and all others, as with cookies. Beyond that a response is asked for
+//! and over all sources: known addresses and all others, as with cookies. Beyond that a response is asked for
 //! a cookie, too.
 
+use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -124,16 +126,16 @@ pub enum Verdict {
 pub struct Front {
     sources: Box<[Source]>,
     seed: u64,
-    /// Addresses configuration names: each is limited alone, not with its /64.
-    known: Vec<IpAddr>,
+    /// Addresses of peers, and of how many: each is limited alone, not with its /64.
+    known: BTreeMap<IpAddr, u32>,
     window_start_ns: u64,
     in_window: u32,
     strangers_in_window: u32,
     /// Loaded until then: a full window, then one second.
     loaded_until_ns: u64,
-    /// Cookie replies to addresses that configuration names, and to all others.
+    /// Cookie replies to known addresses, and to all others.
     cookies: [Bucket; 2],
-    /// Responses that did not verify, without proof of address: in the name of such addresses, and of all others.
+    /// Responses that did not verify, without proof of address: in the name of known addresses, and of all others.
     forged: [Bucket; 2],
 }
 
@@ -171,7 +173,7 @@ impl Front {
         Self {
             sources: vec![NOBODY; SETS * WAYS].into_boxed_slice(),
             seed,
-            known: Vec::new(),
+            known: BTreeMap::new(),
             window_start_ns: 0,
             in_window: 0,
             strangers_in_window: 0,
@@ -181,12 +183,26 @@ impl Front {
         }
     }
 
-    /// Names the addresses of configured peers.
+    /// Names the addresses of peers, one for each peer that is there.
     pub fn set_known(&mut self, addresses: impl Iterator<Item = IpAddr>) {
         self.known.clear();
-        self.known.extend(addresses);
-        self.known.sort_unstable();
-        self.known.dedup();
+        for address in addresses {
+            *self.known.entry(address.to_canonical()).or_default() += 1;
+        }
+    }
+
+    /// A peer that was at one address is at the other.
+    pub fn moved(&mut self, from: Option<IpAddr>, to: Option<IpAddr>) {
+        if let Some(to) = to {
+            *self.known.entry(to.to_canonical()).or_default() += 1;
+        }
+        let Some(from) = from.map(|from| from.to_canonical()) else { return };
+        if let Some(peers) = self.known.get_mut(&from) {
+            *peers -= 1;
+            if *peers == 0 {
+                self.known.remove(&from);
+            }
+        }
     }
 
     /// Whether more handshakes arrive than should be answered without proof of address.
@@ -250,9 +266,9 @@ impl Front {
         self.bucket_of(key).take(now, rate, burst);
     }
 
-    /// Which of two buckets is the source's: strangers use up nothing of what peers at addresses that configuration names get.
+    /// Which of two buckets is the source's: strangers use up nothing of what peers at known addresses get.
     fn class(&self, source: IpAddr) -> usize {
-        usize::from(self.known.binary_search(&source.to_canonical()).is_err())
+        usize::from(!self.known.contains_key(&source.to_canonical()))
     }
 
     /// Sources may be forged: how many get how many bytes from us is bounded.
@@ -290,8 +306,9 @@ impl Front {
     }
 
     fn limited_as(&self, source: IpAddr) -> IpAddr {
-        match source.to_canonical() {
-            IpAddr::V6(v6) if self.known.binary_search(&source).is_err() => {
+        let source = source.to_canonical();
+        match source {
+            IpAddr::V6(v6) if !self.known.contains_key(&source) => {
                 IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)))
             }
             other => other,
@@ -406,6 +423,24 @@ mod tests {
         assert_eq!(front.admit_response(at(0), other, true), Verdict::Accept);
         assert_eq!(front.admit_response(at(50), peer, false), Verdict::Accept, "he is known");
         assert_eq!(front.admit(at(0), other, false), Verdict::Accept, "no load of initiations");
+    }
+
+    #[test]
+    fn an_address_is_known_while_a_peer_is_there() {
+        let mut front = Front::new(1);
+        let [one, two, mapped] = ["2001:db8::1", "192.0.2.2", "::ffff:192.0.2.2"]
+            .map(|text| text.parse::<IpAddr>().expect("address"));
+        let known = |front: &Front| front.known.keys().copied().collect::<Vec<_>>();
+        front.moved(None, Some(one));
+        front.moved(None, Some(one));
+        front.moved(Some(one), Some(mapped));
+        assert_eq!(known(&front), [two, one]);
+        front.moved(Some(one), Some(one));
+        front.moved(Some(one), None);
+        front.moved(Some(one), None);
+        assert_eq!(known(&front), [two]);
+        front.set_known(std::iter::once(one));
+        assert_eq!(known(&front), [one]);
     }
 
     #[test]

@@ -519,8 +519,10 @@ impl<F: EngineFactory> Tunnel<F> {
         let stray = peer.config.role == Role::Relay
             && !peer.path.candidates().contains(&meta.source)
             && !self.relays.is_bridge(&meta.source);
+        let before = peer.path.endpoint().map(|endpoint| endpoint.addr);
         if !carried && !stray && peer.path.heard(now, meta.source, meta.local) {
             let key = peer.config.key;
+            self.moved(before, Some(meta.source));
             self.counters.endpoint_changes += 1;
             self.event(Event::EndpointChanged { key, endpoint: meta.source });
         }

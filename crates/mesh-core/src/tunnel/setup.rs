@@ -52,7 +52,7 @@ impl<F: EngineFactory> Tunnel<F> {
             }
         }
         self.foreign.forget_places();
-        self.front.set_known(configs.iter().flat_map(|c| &c.candidates).map(|a| a.ip()));
+        self.set_known(configs);
         refused
     }
 
@@ -123,20 +123,46 @@ impl<F: EngineFactory> Tunnel<F> {
             return self.note_endpoint(now, *key, addr);
         };
         let Some(peer) = self.peers.get_mut(slot) else { return };
+        let before = peer.path.endpoint().map(|endpoint| endpoint.addr);
         let wants = !peer.staged.is_empty() || peer.config.keepalive.is_some();
-        if peer.path.set_endpoint(addr) && wants && peer.sender(now).is_none() {
+        let new = peer.path.set_endpoint(addr);
+        let after = peer.path.endpoint().map(|endpoint| endpoint.addr);
+        if new && wants && peer.sender(now).is_none() {
             peer.initiate_at = Some(now);
             peer.initiate_anew = true;
             self.peers.reschedule(now, slot);
         }
+        self.moved(before, after);
     }
 
     /// The shard that owns this peer says where it is.
     pub fn note_endpoint(&mut self, now: MonoTime, key: PublicKey, addr: SocketAddr) {
         self.now = now;
         if self.config.share.owner(&key) != self.config.share.index() {
+            let before = self.foreign.place_of(&key);
             self.foreign.place(key, addr);
+            self.moved(before, self.foreign.place_of(&key));
             self.relay_is_there(now, &key);
+        }
+    }
+
+    /// Whose handshakes are limited apart from strangers': the addresses that configuration names; of a device, whose operator
+    /// names endpoints, those where its peers are.
+    fn set_known(&mut self, configs: &[PeerConfig]) {
+        if self.config.setting == Setting::Mesh {
+            let named = configs.iter().flat_map(|config| &config.candidates);
+            return self.front.set_known(named.map(SocketAddr::ip));
+        }
+        let Self { peers, foreign, front, .. } = self;
+        let own = peers.slots().filter_map(|slot| peers.get(slot)?.path.endpoint());
+        let places = own.map(|endpoint| endpoint.addr).chain(foreign.places());
+        front.set_known(places.map(|at| at.ip()));
+    }
+
+    /// A peer is elsewhere than before, as an operator or an authenticated packet says.
+    pub(super) fn moved(&mut self, from: Option<SocketAddr>, to: Option<SocketAddr>) {
+        if self.config.setting == Setting::Device {
+            self.front.moved(from.map(|at| at.ip()), to.map(|at| at.ip()));
         }
     }
 

@@ -228,6 +228,11 @@ impl Foreign {
         self.places.get(key).copied()
     }
 
+    /// Where they are.
+    pub(super) fn places(&self) -> impl Iterator<Item = SocketAddr> + '_ {
+        self.places.values().copied()
+    }
+
     /// Adds a peer and returns how the table of allowed IPs names it.
     pub(super) fn insert(&mut self, key: PublicKey, shard: usize) -> Option<u32> {
         let place = u32::try_from(self.peers.len()).ok().filter(|place| place & MARK == 0)?;

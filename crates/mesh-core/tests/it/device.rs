@@ -1,5 +1,6 @@
 //! Tunnels of plain WireGuard devices: an operator names endpoints, keys change at once, nobody speaks unasked.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_core::packet::{GsoType, VnetHeader};
@@ -8,7 +9,11 @@ use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
 use mesh_core::tunnel::model::{ModelFactory, public_key};
 use mesh_core::tunnel::{DropReason, PeerConfig, Tunnel, TunnelConfig, UdpMeta};
 use mesh_types::key::PrivateKey;
-use mesh_types::limits::{OWN_FRAGMENTS_MAX, UNREACHABLES_BURST, UNREACHABLES_PER_SECOND};
+use mesh_types::limits::{
+    COOKIES_BURST, HANDSHAKES_PER_SECOND_BEFORE_COOKIES, HANDSHAKES_PER_SOURCE_BURST,
+    OWN_FRAGMENTS_MAX, UNREACHABLES_BURST, UNREACHABLES_PER_SECOND,
+};
+use mesh_types::time::MonoTime;
 
 use crate::network::{Network, ipv4, net, preshared};
 
@@ -371,6 +376,87 @@ fn what_waited_for_a_session_has_less_hops_outside_too() {
     let packet = hops.pop().expect("it left");
     assert_eq!(packet, Some(56));
     assert!(hops.len() >= 2 && hops.iter().all(Option::is_none), "a handshake is no layer");
+}
+
+/// An initiation of `from` to device 0, that says where it comes from by the way it comes.
+fn initiation_of(network: &mut Network, from: usize) -> Vec<u8> {
+    point(network, from, 0);
+    let (now, tunnel) = (network.now, &mut network.hosts[from].tunnel);
+    tunnel.handle_tun_input(
+        now,
+        &VnetHeader::PLAIN,
+        &mut ipv4([10, from as u8, 0, 1], [10, 0, 0, 1], 0, b"x"),
+    );
+    tunnel.poll_transmit().expect("an initiation").bytes.to_vec()
+}
+
+/// Cookie replies of device 0 to an initiation from each of `sources`.
+fn cookies(network: &mut Network, now: MonoTime, initiation: &[u8], sources: &[String]) -> usize {
+    let tunnel = &mut network.hosts[0].tunnel;
+    let mut replies = 0;
+    for source in sources {
+        let meta = UdpMeta::alone(source.parse().expect("an endpoint"));
+        tunnel.handle_udp_input(now, &meta, &mut initiation.to_vec());
+        tunnel.flush(now);
+        while let Some(transmit) = tunnel.poll_transmit() {
+            replies += usize::from(transmit.bytes.len() == 64);
+        }
+    }
+    replies
+}
+
+#[test]
+fn strangers_use_up_no_cookie_of_a_devices_peers_wherever_they_are_known_to_be() {
+    let mut network = devices(16, 4);
+    let now = network.now;
+    // One is where an operator says, one where it was heard; of the third nobody knows.
+    let named: SocketAddr = "[2001:db8::1]:1".parse().expect("an endpoint");
+    let (first, second) = (network.hosts[1].key, network.hosts[2].addr);
+    network.hosts[0].tunnel.set_endpoint(now, &first, named);
+    point(&mut network, 2, 0);
+    network.send(2, 0, "a");
+    network.run_ms(100);
+    assert_eq!(network.texts(0, 2), ["a"]);
+    let message = initiation_of(&mut network, 3);
+    let now = network.now;
+    // As many strangers as get cookies at once, and more.
+    let strangers: Vec<String> = (0..2 * COOKIES_BURST + HANDSHAKES_PER_SECOND_BEFORE_COOKIES)
+        .map(|n| format!("{}:9", std::net::Ipv4Addr::from(0x0b00_0000 + n)))
+        .collect();
+    assert_eq!(cookies(&mut network, now, &message, &strangers), COOKIES_BURST as usize);
+    let one =
+        |network: &mut Network, from: &str| cookies(network, now, &message, &[from.to_owned()]);
+    assert_eq!(one(&mut network, "203.0.113.9:9"), 0);
+    assert_eq!(one(&mut network, &named.to_string()), 1);
+    assert_eq!(one(&mut network, &second.to_string()), 1);
+    // A peer that left is known there no more, and neither is one that is no peer.
+    network.hosts[0].tunnel.set_endpoint(now, &first, "192.0.2.99:1".parse().expect("another"));
+    assert_eq!(one(&mut network, &named.to_string()), 0);
+    assert_eq!(one(&mut network, "192.0.2.99:7"), 1, "whatever the port");
+    let peers =
+        peers_of(&network, 0).into_iter().filter(|peer| peer.key == first).collect::<Vec<_>>();
+    network.set_peers(0, &peers);
+    assert_eq!(one(&mut network, &second.to_string()), 0);
+    assert_eq!(one(&mut network, "192.0.2.99:1"), 1, "what others lose is no matter");
+}
+
+#[test]
+fn peers_in_one_network_of_a_device_are_limited_each_for_itself() {
+    let mut network = devices(17, 2);
+    let now = network.now;
+    let peer = network.hosts[1].key;
+    network.hosts[0].tunnel.set_endpoint(now, &peer, "[2001:db8::1]:1".parse().expect("there"));
+    // What leads nowhere, from the same /64: of a key that is none of ours.
+    let private = PrivateKey::from_bytes([0xee; 32]);
+    let mut stranger = crate::network::new_tunnel(&private, 1);
+    stranger.set_peers(now, &[network.config_of(0)]);
+    stranger.initiate_all(now);
+    stranger.handle_timeout(now);
+    let forged = stranger.poll_transmit().expect("an initiation").bytes.to_vec();
+    let neighbours: Vec<String> = (2..30).map(|n| format!("[2001:db8::{n:x}]:1")).collect();
+    let asked = cookies(&mut network, now, &forged, &neighbours);
+    assert_eq!(asked, neighbours.len() - HANDSHAKES_PER_SOURCE_BURST as usize);
+    assert_eq!(cookies(&mut network, now, &forged, &["[2001:db8::1]:1".to_owned()]), 0);
 }
 
 #[test]

@@ -366,6 +366,30 @@ fn a_front_that_nobody_collects_from_forgets_what_is_too_much() {
     assert_eq!(std::iter::from_fn(|| front.poll_admitted()).count(), ADMITTED_MAX);
 }
 
+#[test]
+fn the_front_of_a_device_knows_where_peers_of_other_shards_are() {
+    let foreign = (1..20).find(|n| Share::new(0, 2).owner(&key(*n)) != FRONT).expect("one");
+    let (share, setting) = (Share::new(FRONT, 2), Setting::Device);
+    let config_of = TunnelConfig { share, setting, ..TunnelConfig::default() };
+    let mut front = Tunnel::new(config_of, ModelFactory::new(&private(0)), 1);
+    front.set_peers(now(), &[config(foreign)]);
+    front.note_endpoint(now(), key(foreign), "[2001:db8::1]:1".parse().expect("there"));
+    // Somebody who is no peer, from everywhere in the same network.
+    let mut stranger = Machine::new(99, 1);
+    stranger.set_peers(&[config(0)]);
+    stranger.send_from(0, &inner(99, 0, "hello"));
+    let mut sent = Vec::new();
+    stranger.collect(&mut sent);
+    let mut asked = |host: u16| {
+        let source = SocketAddr::from(([0x2001, 0xdb8, 0, 0, 0, 0, 0, host], 1));
+        front.handle_udp_input(now(), &UdpMeta::alone(source), &mut sent[0].3.clone());
+        front.poll_transmit().is_some()
+    };
+    let cookies = (2..12).filter(|host| asked(*host)).count();
+    assert_eq!(cookies, 10 - 5, "a burst of the network's, and cookies for the others");
+    assert!(!asked(1), "it counts alone");
+}
+
 /// An outer datagram of machine 0, or a fragment of one, by flags and offset.
 fn outer(to: SocketAddr, id: u8, fragment: [u8; 2]) -> Vec<u8> {
     let IpAddr::V4(ip) = to.ip() else { panic!("IPv4") };
