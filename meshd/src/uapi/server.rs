@@ -64,17 +64,38 @@ pub fn listen(dir: &Path, interface: &str) -> anyhow::Result<std::os::unix::net:
                 "another program answers at {}: stop it first",
                 socket.display()
             );
-            std::fs::remove_file(&socket)
-                .with_context(|| format!("remove {}", socket.display()))?;
+            remove(&socket)?;
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error).with_context(|| format!("look at {}", socket.display())),
     }
-    let listener = std::os::unix::net::UnixListener::bind(&socket)
-        .with_context(|| format!("listen on {}", socket.display()))?;
-    std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
-        .with_context(|| format!("set {} to mode 0600", socket.display()))?;
+    appear(&socket)
+}
+
+/// Listens at `socket`, which is not there. `wg` removes a socket that refuses it, and a bound one does until somebody listens: it
+/// gets its name when it is ready.
+fn appear(socket: &Path) -> anyhow::Result<std::os::unix::net::UnixListener> {
+    let aside = socket.with_extension("new");
+    remove(&aside)?;
+    let listener = std::os::unix::net::UnixListener::bind(&aside)
+        .with_context(|| format!("listen on {}", aside.display()))?;
+    std::fs::set_permissions(&aside, std::fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("set {} to mode 0600", aside.display()))?;
+    // Not renamed: that would take the place of another program's that begins at the same time.
+    let linked = std::fs::hard_link(&aside, socket);
+    remove(&aside)?;
+    linked.with_context(|| format!("listen on {}", socket.display()))?;
     Ok(listener)
+}
+
+/// Removes a file, if it is there still.
+fn remove(path: &Path) -> anyhow::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Waits until whoever serves `socket` answers; an error when it goes away, or says nothing for [`ANSWER_TIMEOUT`].

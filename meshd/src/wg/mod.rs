@@ -334,6 +334,44 @@ mod tests {
     use super::*;
 
     #[test]
+    fn whoever_asks_while_it_starts_takes_no_socket_away() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let socket = server::path(dir.path(), "wg0");
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // As `wg show wg0` does, again and again.
+            scope.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    let asked = std::os::unix::net::UnixStream::connect(&socket);
+                    if asked
+                        .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+                    {
+                        let _ = std::fs::remove_file(&socket);
+                    }
+                }
+            });
+            // Those before answer on, so that whoever asked one of them removes nothing of the next.
+            let mut listeners = std::collections::VecDeque::new();
+            let mut lost = None;
+            for round in 0..2_000 {
+                listeners.push_back(server::listen(dir.path(), "wg0"));
+                if listeners.back().is_some_and(Result::is_err) || !socket.exists() {
+                    lost = Some((round, listeners.pop_back()));
+                    break;
+                }
+                std::fs::remove_file(&socket).expect("it is there");
+                if listeners.len() > 100 {
+                    listeners.pop_front();
+                }
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            drop(listeners);
+            assert!(lost.is_none(), "{lost:?}");
+        });
+        assert_eq!(std::fs::read_dir(dir.path()).expect("a folder").count(), 0);
+    }
+
+    #[test]
     fn a_socket_that_somebody_replaced_is_left_alone() {
         let dir = tempfile::tempdir().expect("scratch");
         let first = server::listen(dir.path(), "wg0").expect("a socket");
