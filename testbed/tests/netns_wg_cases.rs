@@ -209,6 +209,36 @@ fn a_persistent_keepalive_keeps_a_mapping_of_two_seconds_open() {
 }
 
 #[test]
+fn whoever_is_behind_a_nat_before_the_tunnel_hears_that_nobody_is_there() {
+    if !common::root() {
+        return;
+    }
+    let bench = Bench::tunnel("case-icmp", OURS, "10.9.0.2");
+    let [a, b] = &bench.nodes;
+    reached_both_ways(&bench, "at first");
+    let behind = bench.lab.add_namespace("c", Kind::Node).expect("a namespace");
+    bench.lab.add_link((&b.space, "w1"), (&behind, "w1"), true).expect("wire");
+    b.space.ip(&["addr add 10.7.0.1/24 dev w1"]).expect("address");
+    behind.ip(&["addr add 10.7.0.2/24 dev w1", "route add default via 10.7.0.1"]).expect("set");
+    b.space
+        .shell(
+            "echo 1 >/proc/sys/net/ipv4/ip_forward
+             nft add table ip t
+             nft add chain ip t out '{ type nat hook postrouting priority 100; }'
+             nft add rule ip t out ip saddr 10.7.0.0/24 oifname wg0 snat to 10.244.2.1",
+        )
+        .expect("a NAT");
+    let ping = || {
+        let command = ["ping", "-n", "-c", "1", "-W", "4", "10.244.1.1"];
+        behind.run(&command).map_err(|error| format!("{error:#}"))
+    };
+    wait_for("through NAT and tunnel", ping);
+    b.set(&format!("peer {} remove", a.name()));
+    let said = ping().expect_err("nobody is there");
+    assert!(said.contains("Destination Host Unreachable"), "{said}");
+}
+
+#[test]
 fn loops_end_by_themselves() {
     if !common::root() {
         return;
