@@ -517,7 +517,7 @@ fn negotiate(
             match sys::tun_set_offload(fd, mask(tso, uso)) {
                 Ok(()) => return Ok(TunFeatures { csum: true, tso, uso, ..features }),
                 Err(error) => {
-                    tracing::debug!(%error, tso, uso, "TUN offloads refused, trying fewer")
+                    tracing::debug!(%error, tso, uso, "TUN offloads refused, trying fewer");
                 }
             }
         }

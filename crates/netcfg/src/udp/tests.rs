@@ -118,13 +118,13 @@ fn a_source_that_is_not_ours_says_nothing_about_segments() {
     let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), receiver.local_port());
     let sent = payload(3000);
     // TEST-NET-1: no machine has it.
-    let gone = Some("192.0.2.77".parse().unwrap());
-    assert!(sender.send(to, gone, 0, 1000, &sent).is_err());
+    let gone = "192.0.2.77".parse().unwrap();
+    assert!(sender.send(to, Some(gone), 0, 1000, &sent).is_err());
     assert_eq!((sender.counters().gso_refused, sender.counters().tx_errors), (0, 3));
     sender.send(to, None, 0, 1000, &sent).expect("send");
     assert_eq!(receive(&mut receiver, sent.len()).1, sent);
     let segmented = u64::from(!sender.features().gso) * 6;
-    let lost = sender.send_if_from(to, gone.unwrap(), 0, 1000, &sent).expect("send");
+    let lost = sender.send_if_from(to, gone, 0, 1000, &sent).expect("send");
     assert_eq!(lost, Source::Lost);
     assert_eq!(receive(&mut receiver, sent.len()).1, sent);
     assert_eq!(sender.counters().tx_errors, 3, "what left after all is no error");
