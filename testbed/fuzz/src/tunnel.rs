@@ -100,8 +100,9 @@ pub(crate) fn udp(data: &[u8]) {
         let before = b.counters().clone();
         b.handle_udp_input(NOW, &meta, &mut bytes);
         let datagrams = match segment_len {
-            0 => usize::from(!bytes.is_empty()),
-            len => bytes.len().div_ceil(len),
+            0 => 1,
+            // An empty one, too.
+            len => bytes.len().div_ceil(len).max(1),
         };
         let spent = |counters: &mesh_core::tunnel::Counters| {
             let drops: u64 = counters.drops().map(|(_, count)| count).sum();
