@@ -8,7 +8,7 @@ use std::time::Duration;
 use mesh_types::limits::{GSO_BYTES_MAX, GSO_REFUSED_DESTINATIONS_MAX, GSO_SEGMENTS_MAX};
 use rustix::io::Errno;
 
-use super::{PMTU_V4, PMTU_V6, UdpCounters, UdpSocket};
+use super::{PMTU_V4, PMTU_V6, UdpSocket};
 use crate::cmsg::{self, ControlWriter};
 use crate::{clock, sys};
 
@@ -51,10 +51,10 @@ impl UdpSocket {
         segment_len: usize,
         bytes: &[u8],
     ) -> io::Result<()> {
-        let (before, marks) = (self.counters, marks.into());
+        let (before, marks) = (self.gone(), marks.into());
         let sent = self.send_as_it_goes(destination, source, marks, segment_len, bytes);
         if let Err(error) = &sent {
-            self.note_error(destination, error, &before, segment_len, bytes.len());
+            self.note_error(destination, error, before, segment_len, bytes.len());
         }
         sent
     }
@@ -68,17 +68,22 @@ impl UdpSocket {
         segment_len: usize,
         bytes: &[u8],
     ) -> io::Result<Source> {
-        let (before, marks) = (self.counters, marks.into());
+        let (before, marks) = (self.gone(), marks.into());
         match self.send_as_it_goes(destination, Some(source), marks, segment_len, bytes) {
             Ok(()) => Ok(Source::AsTold),
             Err(error) if is_of_source(&error) => {
                 self.send(destination, None, marks, segment_len, bytes).map(|()| Source::Lost)
             }
             Err(error) => {
-                self.note_error(destination, &error, &before, segment_len, bytes.len());
+                self.note_error(destination, &error, before, segment_len, bytes.len());
                 Err(error)
             }
         }
+    }
+
+    /// Bytes that left, and datagrams that were dropped.
+    fn gone(&self) -> [u64; 2] {
+        [self.counters.tx_bytes, self.counters.tx_dropped]
     }
 
     /// Counts the datagrams of a send that ended with an error: those of it that had left did leave.
@@ -86,15 +91,15 @@ impl UdpSocket {
         &mut self,
         destination: SocketAddr,
         error: &io::Error,
-        before: &UdpCounters,
+        before: [u64; 2],
         segment_len: usize,
         bytes: usize,
     ) {
         let segment_len = if segment_len == 0 { bytes } else { segment_len }.max(1);
         let datagrams = bytes.div_ceil(segment_len).max(1) as u64;
-        let left = (self.counters.tx_bytes - before.tx_bytes).div_ceil(segment_len as u64);
-        let dropped = self.counters.tx_dropped - before.tx_dropped;
-        self.counters.tx_errors += datagrams.saturating_sub(left + dropped);
+        let [bytes_left, dropped] = self.gone();
+        let left = (bytes_left - before[0]).div_ceil(segment_len as u64);
+        self.counters.tx_errors += datagrams.saturating_sub(left + dropped - before[1]);
         self.filtered.note(destination, error);
     }
 
