@@ -14,7 +14,7 @@ use super::config::UdpMeta;
 use super::counters::DropReason;
 use super::engine::{Engine, EngineFactory, HandshakeOutcome, MacCheck, OwnKeyId};
 use super::inbound::Heard;
-use super::peers::Member;
+use super::peers::{Member, Peers};
 
 impl<F: EngineFactory> Tunnel<F> {
     pub(super) fn handle_response(
@@ -25,7 +25,7 @@ impl<F: EngineFactory> Tunnel<F> {
         datagram: &[u8],
     ) -> Result<(), DropReason> {
         let index = self.factory.local_index(wire);
-        let (_, member) = self.named(meta, index)?;
+        let (_, member) = named(&mut self.peers, meta, index)?;
         if !member.engine.awaits(index) {
             return Err(DropReason::NotAwaited);
         }
@@ -58,26 +58,10 @@ impl<F: EngineFactory> Tunnel<F> {
         datagram: &[u8],
     ) -> Result<(), DropReason> {
         let index = self.factory.local_index(wire);
-        let (slot, _) = self.named(meta, index)?;
-        self.hand_over(now, meta, index, datagram)?;
+        let (slot, _) = self.hand_over(now, meta, index, datagram)?;
         self.counters.cookies_received += 1;
         self.peers.reschedule(now, slot);
         Ok(())
-    }
-
-    /// Whose index it is.
-    fn named(
-        &mut self,
-        meta: &UdpMeta,
-        index: u32,
-    ) -> Result<(u32, &mut Member<F::Engine>), DropReason> {
-        let slot = self.peers.slot_of_index(index).ok_or(DropReason::UnknownIndex)?;
-        let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownIndex)?;
-        if !meta.names(&peer.config.key) {
-            return Err(DropReason::CarriedName);
-        }
-        let member = peer.member(index >> 8).ok_or(DropReason::UnknownIndex)?;
-        Ok((slot, member))
     }
 
     /// Whether its sender has proved his address.
@@ -105,11 +89,12 @@ impl<F: EngineFactory> Tunnel<F> {
         index: u32,
         datagram: &[u8],
     ) -> Result<(u32, HandshakeOutcome), DropReason> {
-        let outcome = self.hand_over(now, meta, index, datagram)?;
-        let (slot, member) = self.named(meta, index)?;
-        member.unconfirmed = false;
+        let (slot, outcome) = self.hand_over(now, meta, index, datagram)?;
         if let Some(peer) = self.peers.get_mut(slot) {
             peer.rtt = peer.initiated_at.map(|sent| now.since(sent));
+            if let Some(member) = peer.member(index >> 8) {
+                member.unconfirmed = false;
+            }
         }
         Ok((slot, outcome))
     }
@@ -120,11 +105,23 @@ impl<F: EngineFactory> Tunnel<F> {
         meta: &UdpMeta,
         index: u32,
         datagram: &[u8],
-    ) -> Result<HandshakeOutcome, DropReason> {
-        let slot = self.peers.slot_of_index(index).ok_or(DropReason::UnknownIndex)?;
-        let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownIndex)?;
-        let member = peer.member(index >> 8).ok_or(DropReason::UnknownIndex)?;
+    ) -> Result<(u32, HandshakeOutcome), DropReason> {
+        let (slot, member) = named(&mut self.peers, meta, index)?;
         let (source, buffer) = (meta.source.ip(), &mut self.buffer);
-        Ok(member.engine.handle_handshake(now, source, datagram, buffer)?)
+        Ok((slot, member.engine.handle_handshake(now, source, datagram, buffer)?))
     }
+}
+
+/// Whose index it is.
+fn named<'p, E: Engine>(
+    peers: &'p mut Peers<E>,
+    meta: &UdpMeta,
+    index: u32,
+) -> Result<(u32, &'p mut Member<E>), DropReason> {
+    let slot = peers.slot_of_index(index).ok_or(DropReason::UnknownIndex)?;
+    let peer = peers.get_mut(slot).ok_or(DropReason::UnknownIndex)?;
+    if !meta.names(&peer.config.key) {
+        return Err(DropReason::CarriedName);
+    }
+    Ok((slot, peer.member(index >> 8).ok_or(DropReason::UnknownIndex)?))
 }

@@ -112,9 +112,6 @@ pub struct Counters {
     pub tx_bytes: u64,
     pub rx_packets: u64,
     pub rx_bytes: u64,
-    /// Sends and receives, each of one or more datagrams.
-    pub tx_batches: u64,
-    pub rx_bursts: u64,
     /// Received packets that joined one before them on the way to the device, and those that went alone for a wrong checksum.
     pub rx_merged: u64,
     pub rx_bad_checksums: u64,
@@ -137,8 +134,6 @@ impl Default for Counters {
             tx_bytes: 0,
             rx_packets: 0,
             rx_bytes: 0,
-            tx_batches: 0,
-            rx_bursts: 0,
             rx_merged: 0,
             rx_bad_checksums: 0,
             keepalives_received: 0,
@@ -166,8 +161,6 @@ impl Counters {
             tx_bytes,
             rx_packets,
             rx_bytes,
-            tx_batches,
-            rx_bursts,
             rx_merged,
             rx_bad_checksums,
             keepalives_received,
@@ -184,8 +177,6 @@ impl Counters {
         self.tx_bytes += tx_bytes;
         self.rx_packets += rx_packets;
         self.rx_bytes += rx_bytes;
-        self.tx_batches += tx_batches;
-        self.rx_bursts += rx_bursts;
         self.rx_merged += rx_merged;
         self.rx_bad_checksums += rx_bad_checksums;
         self.keepalives_received += keepalives_received;

@@ -117,7 +117,6 @@ impl<F: EngineFactory> Tunnel<F> {
     /// used afterwards.
     pub fn handle_udp_input(&mut self, now: MonoTime, meta: &UdpMeta, input: &mut [u8]) {
         self.now = now;
-        self.counters.rx_bursts += 1;
         // Ways and relays are told apart by it.
         let meta = &UdpMeta { source: plain(meta.source), carried: None, ..*meta };
         if input.is_empty() {

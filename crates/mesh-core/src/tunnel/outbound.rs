@@ -105,7 +105,6 @@ impl<F: EngineFactory> Tunnel<F> {
             self.counters.count_drops(DropReason::SealFailed, packets);
             return;
         }
-        self.counters.tx_batches += 1;
         self.counters.tx_packets += packets;
         self.count_tx(closed.flow.slot, closed.bytes);
         self.peers.reschedule(now, closed.flow.slot);
@@ -129,7 +128,6 @@ impl<F: EngineFactory> Tunnel<F> {
             self.counters.count_drop(DropReason::TransmitFull);
             return;
         }
-        self.counters.tx_batches += 1;
         match slot {
             Some(slot) => self.count_tx(slot, len),
             None => self.counters.tx_bytes += len as u64,
