@@ -14,7 +14,7 @@ use std::io::{Read as _, Write};
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
-use common::wg::{Bench, Node, PATIENCE, Program, ensure, wait_for};
+use common::wg::{Bench, Node, PATIENCE, Program, ensure, wait_for, wg_quick_takes_ours};
 use common::wireguard_go::hex;
 use wg_engine::{generate_private_key, public_key};
 
@@ -498,12 +498,7 @@ fn in_the_background_it_is_ready_when_the_command_ends() {
 
 #[test]
 fn wg_quick_brings_it_up_and_takes_it_down() {
-    if !common::root() {
-        return;
-    }
-    if std::path::Path::new("/sys/module/wireguard").exists() {
-        let _ =
-            std::io::stderr().write_all(b"skipped: wg-quick takes this kernel's own WireGuard\n");
+    if !common::root() || !wg_quick_takes_ours() {
         return;
     }
     let bench = Bench::new("wg-quick");

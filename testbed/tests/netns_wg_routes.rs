@@ -10,10 +10,9 @@
 
 mod common;
 
-use std::io::Write as _;
 use std::time::Duration;
 
-use common::wg::{Bench, Node, Program, ensure, wait_for};
+use common::wg::{Bench, Node, Program, ensure, wait_for, wg_quick_takes_ours};
 
 const OURS: [Program; 2] = [Program::Meshd; 2];
 
@@ -288,12 +287,7 @@ fn a_default_route_into_the_tunnel_carries_floods_without_loss() {
 
 #[test]
 fn wg_quick_leads_everything_into_the_tunnel_and_lets_it_out_again() {
-    if !common::root() {
-        return;
-    }
-    if std::path::Path::new("/sys/module/wireguard").exists() {
-        let _ =
-            std::io::stderr().write_all(b"skipped: wg-quick takes this kernel's own WireGuard\n");
+    if !common::root() || !wg_quick_takes_ours() {
         return;
     }
     for (what, underlay) in [("route-quick4", "10.9.0.2"), ("route-quick6", "[fd00:9::2]")] {

@@ -9,6 +9,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,16 @@ pub(crate) const SOCKET: &str = "/run/wireguard/wg0.sock";
 
 /// How long anything awaited here may take; all of it takes milliseconds, and one retry of a handshake 5 s.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// wg-quick prefers the kernel's own WireGuard, where that is loaded.
+pub(crate) fn wg_quick_takes_ours() -> bool {
+    let ours = !Path::new("/sys/module/wireguard").exists();
+    if !ours {
+        let _ =
+            std::io::stderr().write_all(b"skipped: wg-quick takes this kernel's own WireGuard\n");
+    }
+    ours
+}
 
 /// Waits until `done`, and fails with what it said last.
 pub(crate) fn wait_for<T>(what: &str, done: impl FnMut() -> Result<T, String>) -> T {
