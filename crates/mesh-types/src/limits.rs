@@ -69,9 +69,9 @@ pub const HANDSHAKE_SOURCES_MAX: usize = 8_192;
 /// about 100 us (two to four X25519 operations), so this is a fifth of a core.
 pub const HANDSHAKES_PER_SECOND_BEFORE_COOKIES: u32 = 2_000;
 
-/// Of these, those in the name of nobody known: more than so many in a second are a flood, whatever their number, and take a
-/// hundredth of a core.
-pub const STRANGERS_PER_SECOND_BEFORE_COOKIES: u32 = 100;
+/// Of these, those that lead nowhere, as they are of nobody known, garbled or recorded: more than so many in a second are a
+/// flood, whatever their number, and take a hundredth of a core.
+pub const FUTILE_HANDSHAKES_PER_SECOND_BEFORE_COOKIES: u32 = 100;
 
 /// Responses a second that do not verify though an initiation waits under their index, before a cookie is asked for: in the name
 /// of addresses that configuration names, and of all others. Each takes two X25519 operations, about 100 us: together a

@@ -396,9 +396,9 @@ impl<F: EngineFactory> Relay<F> {
         match verdict {
             Verdict::Accept => {
                 let outcome = self.handshake(now, arrival.from.source, datagram, worker);
-                if outcome == Err(Reason::Stranger) {
+                if outcome.is_err() {
                     let mut front = self.front.lock().unwrap_or_else(PoisonError::into_inner);
-                    front.was_stranger(now);
+                    front.led_nowhere(now);
                 }
                 outcome
             }

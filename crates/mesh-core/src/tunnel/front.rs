@@ -28,9 +28,10 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, Ipv6Addr};
 
 use mesh_types::limits::{
-    COOKIES_BURST, COOKIES_PER_SECOND, FORGED_RESPONSES_PER_SECOND, HANDSHAKE_SOURCES_MAX,
+    COOKIES_BURST, COOKIES_PER_SECOND, FORGED_RESPONSES_PER_SECOND,
+    FUTILE_HANDSHAKES_PER_SECOND_BEFORE_COOKIES, HANDSHAKE_SOURCES_MAX,
     HANDSHAKES_PER_SECOND_BEFORE_COOKIES, HANDSHAKES_PER_SOURCE_BURST,
-    HANDSHAKES_PER_SOURCE_PER_SECOND, STRANGERS_PER_SECOND_BEFORE_COOKIES,
+    HANDSHAKES_PER_SOURCE_PER_SECOND,
 };
 use mesh_types::time::MonoTime;
 
@@ -130,7 +131,7 @@ pub struct Front {
     known: BTreeMap<IpAddr, u32>,
     window_start_ns: u64,
     in_window: u32,
-    strangers_in_window: u32,
+    futile_in_window: u32,
     /// Loaded until then: a full window, then one second.
     loaded_until_ns: u64,
     /// Cookie replies to known addresses, and to all others.
@@ -176,7 +177,7 @@ impl Front {
             known: BTreeMap::new(),
             window_start_ns: 0,
             in_window: 0,
-            strangers_in_window: 0,
+            futile_in_window: 0,
             loaded_until_ns: 0,
             cookies: [Bucket::default(); 2],
             forged: [Bucket::default(); 2],
@@ -214,6 +215,7 @@ impl Front {
     /// comes under load, is to be told ([`Self::spend`]).
     pub fn admit(&mut self, now: MonoTime, source: IpAddr, proven: bool) -> Verdict {
         if self.loaded(now) && !proven {
+            self.led_nowhere(now);
             return self.cookie(now, source, true);
         }
         if !self.has_room(now, self.key(source, proven, Kind::Initiation)) {
@@ -280,12 +282,13 @@ impl Front {
         }
     }
 
-    /// What was accepted was of nobody known: an answer to a cookie is asked of everybody sooner than for the same number
-    /// of handshakes that somebody needs.
-    pub fn was_stranger(&mut self, now: MonoTime) {
+    /// What was accepted led nowhere: an answer to a cookie is asked of everybody sooner than for the same number of
+    /// handshakes that somebody needs. What arrives under load without proof counts as such, or a flood that goes on would be
+    /// over every second, and all at once that is accepted at the beginning of one be looked at again.
+    pub fn led_nowhere(&mut self, now: MonoTime) {
         self.look_at_window(now);
-        self.strangers_in_window = self.strangers_in_window.saturating_add(1);
-        if self.strangers_in_window > STRANGERS_PER_SECOND_BEFORE_COOKIES {
+        self.futile_in_window = self.futile_in_window.saturating_add(1);
+        if self.futile_in_window > FUTILE_HANDSHAKES_PER_SECOND_BEFORE_COOKIES {
             self.loaded_until_ns = now.as_nanos().saturating_add(SECOND_NS);
         }
     }
@@ -301,7 +304,7 @@ impl Front {
     fn look_at_window(&mut self, now: MonoTime) {
         if now.as_nanos().saturating_sub(self.window_start_ns) >= SECOND_NS {
             self.window_start_ns = now.as_nanos();
-            (self.in_window, self.strangers_in_window) = (0, 0);
+            (self.in_window, self.futile_in_window) = (0, 0);
         }
     }
 
@@ -465,21 +468,38 @@ mod tests {
     }
 
     #[test]
-    fn few_strangers_ask_for_cookies_where_many_known_ones_do_not() {
+    fn few_that_lead_nowhere_ask_for_cookies_where_many_others_do_not() {
         let mut front = Front::new(1);
         let from = |i: u32| IpAddr::V4((0x0a00_0000 + i).into());
-        for i in 0..=STRANGERS_PER_SECOND_BEFORE_COOKIES {
+        for i in 0..=FUTILE_HANDSHAKES_PER_SECOND_BEFORE_COOKIES {
             assert_eq!(front.admit(at(0), from(i), false), Verdict::Accept, "{i}");
         }
-        assert!(!front.loaded(at(0)), "they may be known");
-        for _ in 0..STRANGERS_PER_SECOND_BEFORE_COOKIES {
-            front.was_stranger(at(1));
+        assert!(!front.loaded(at(0)), "they may lead somewhere");
+        for _ in 0..FUTILE_HANDSHAKES_PER_SECOND_BEFORE_COOKIES {
+            front.led_nowhere(at(1));
         }
         assert!(!front.loaded(at(1)));
-        front.was_stranger(at(1));
+        front.led_nowhere(at(1));
         assert_eq!(front.admit(at(2), from(9_999), false), Verdict::Cookie { load: true });
         assert_eq!(front.admit(at(2), from(9_999), true), Verdict::Accept);
         assert_eq!(front.admit(at(1_002), from(9_998), false), Verdict::Accept, "it is over");
+    }
+
+    #[test]
+    fn a_flood_that_goes_on_is_looked_at_once() {
+        let mut front = Front::new(1);
+        let mut looked_at = 0;
+        // Ten a millisecond for ten seconds.
+        for i in 0..100_000 {
+            let (now, from) = (at(u64::from(i) / 10), IpAddr::V4((0x0a00_0000 + i).into()));
+            if front.admit(now, from, false) == Verdict::Accept {
+                looked_at += 1;
+                front.spend(now, from, false);
+                front.led_nowhere(now);
+            }
+        }
+        assert_eq!(looked_at, FUTILE_HANDSHAKES_PER_SECOND_BEFORE_COOKIES + 1);
+        assert_eq!(front.admit(at(11_000), [192, 0, 2, 1].into(), false), Verdict::Accept);
     }
 
     #[test]

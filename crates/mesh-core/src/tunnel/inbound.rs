@@ -323,6 +323,9 @@ impl<F: EngineFactory> Tunnel<F> {
         let verdict = self.front.admit(now, source, proven);
         self.obey(now, verdict, meta, own, datagram)?;
         let done = self.handle_accepted(now, own, meta, datagram, proven);
+        if done.is_err() {
+            self.front.led_nowhere(now);
+        }
         if done.is_err() || self.front.loaded(now) {
             self.front.spend(now, source, proven);
         }
@@ -363,9 +366,12 @@ impl<F: EngineFactory> Tunnel<F> {
             return Err(DropReason::CarriedName);
         }
         if self.foreign.holds(&key) {
-            // Under load the caller counts it.
-            if !self.foreign.initiates(now, &key) && !self.front.loaded(now) {
-                self.front.spend(now, meta.limited_as(), proven);
+            if !self.foreign.initiates(now, &key) {
+                self.front.led_nowhere(now);
+                // Under load the caller counts it.
+                if !self.front.loaded(now) {
+                    self.front.spend(now, meta.limited_as(), proven);
+                }
             }
             let shard = self.config.share.owner(&key);
             return self.admit(Admitted { shard, key, own }, meta, datagram);

@@ -12,7 +12,7 @@ use mesh_core::tunnel::path::Local;
 use mesh_core::tunnel::steer::{FRONT, Share};
 use mesh_core::tunnel::{DropReason, PeerConfig, Tunnel, TunnelConfig, UdpMeta};
 use mesh_types::key::{PrivateKey, PublicKey};
-use mesh_types::limits::{ADMITTED_MAX, NODES_MAX};
+use mesh_types::limits::{ADMITTED_MAX, HANDSHAKES_PER_PEER_PER_SECOND, NODES_MAX};
 use mesh_types::relay_frame::Frame;
 use mesh_types::time::MonoTime;
 
@@ -346,21 +346,26 @@ fn what_was_admitted_under_a_key_that_is_no_longer_ours_is_not_answered() {
 
 #[test]
 fn a_front_that_nobody_collects_from_forgets_what_is_too_much() {
-    // A peer that the front does not own itself.
-    let foreign = (1..20).find(|n| Share::new(0, 2).owner(&key(*n)) != FRONT).expect("one");
+    // Peers that the front does not own itself, as many as get so much past their own limits.
+    let each = HANDSHAKES_PER_PEER_PER_SECOND as usize;
+    let foreign = (1..).filter(|n| Share::new(0, 2).owner(&key(*n)) != FRONT);
+    let foreign: Vec<_> = foreign.take(ADMITTED_MAX / each + 1).collect();
     let mut front = tunnels(0, 2).remove(FRONT);
-    assert_eq!(front.set_peers(now(), &[config(foreign)]), []);
-    let mut sender = Machine::new(foreign, 1);
-    sender.set_peers(&[config(0)]);
-    sender.send_from(0, &inner(foreign, 0, "hello"));
+    let configs: Vec<_> = foreign.iter().map(|n| config(*n)).collect();
+    assert_eq!(front.set_peers(now(), &configs), []);
     let mut sent = Vec::new();
-    sender.collect(&mut sent);
+    for n in foreign {
+        let mut sender = Machine::new(n, 1);
+        sender.set_peers(&[config(0)]);
+        sender.send_from(0, &inner(n, 0, "hello"));
+        sender.collect(&mut sent);
+    }
     for from in 0..ADMITTED_MAX + 3 {
         // From an address of its own each, or the source limit comes first.
         let high = u8::try_from(from / 250).expect("few");
         let source = SocketAddr::from(([198, 51, high, u8::try_from(from % 250).expect("few")], 9));
         let meta = UdpMeta { source, local: None, segment_len: 0, ecn: Ecn::NotEct, carried: None };
-        front.handle_udp_input(now(), &meta, &mut sent[0].3.clone());
+        front.handle_udp_input(now(), &meta, &mut sent[from / each].3.clone());
     }
     assert_eq!(front.counters().dropped(DropReason::AdmittedFull), 3);
     assert_eq!(std::iter::from_fn(|| front.poll_admitted()).count(), ADMITTED_MAX);

@@ -1,6 +1,6 @@
 //! What must not work, by name.
 
-use mesh_types::limits::STRANGERS_PER_SECOND_BEFORE_COOKIES;
+use mesh_types::limits::FUTILE_HANDSHAKES_PER_SECOND_BEFORE_COOKIES;
 use wg_engine::MacKeys;
 
 use super::*;
@@ -40,7 +40,7 @@ fn strangers_that_know_our_key_cost_few_key_agreements() {
         let from = SocketAddr::from(([10, 0, (n >> 8) as u8, n as u8], 1));
         bench.burst(at_ms(1000 + u64::from(n) / 10), from, known.len(), &known);
     }
-    let looked_at = u64::from(STRANGERS_PER_SECOND_BEFORE_COOKIES) + 1;
+    let looked_at = u64::from(FUTILE_HANDSHAKES_PER_SECOND_BEFORE_COOKIES) + 1;
     assert_eq!(bench.drops(Reason::Stranger), looked_at);
     assert_eq!(bench.events(Event::Cookies), 2_000 - looked_at);
 }
