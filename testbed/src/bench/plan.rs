@@ -89,7 +89,10 @@ impl LeftOut {
     pub(super) fn failed<S: Subject>(&mut self, subject: S, error: &anyhow::Error) {
         let line = format!("{}: {error:#}", subject.name());
         progress(&line);
-        self.lines.push(line);
+        // What fails in every round is said once.
+        if !self.lines.contains(&line) {
+            self.lines.push(line);
+        }
         self.ours |= subject.is_ours();
     }
 }

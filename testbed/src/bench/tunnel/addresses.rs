@@ -3,6 +3,9 @@
 /// On the wire.
 pub(super) const WIRE: [&str; 2] = ["198.51.100.1", "198.51.100.2"];
 
+/// In whose names node a is flooded, from behind node b.
+pub(super) const FLOODERS: &str = "203.0.113.0/24";
+
 /// Of their pods, one prefix of each family.
 pub(super) fn pod_cidrs(place: usize) -> Vec<String> {
     let number = place + 1;

@@ -18,7 +18,7 @@ use wg_engine::{BoringFactory, generate_private_key};
 
 use crate::lab::run_in_netns;
 
-const PER_SECOND: u32 = 100_000;
+pub(super) const PER_SECOND: u32 = 100_000;
 
 /// Sent at one go.
 const BURST: u32 = 100;
@@ -72,10 +72,10 @@ fn packet(key: PublicKey, to: SocketAddrV4) -> Result<Vec<u8>> {
     Ok(packet)
 }
 
-/// Another sender of the wire's prefix for each.
+/// Another sender of [`super::addresses::FLOODERS`] for each.
 fn pretend(packet: &mut [u8], number: u32) {
     let host = u8::try_from(3 + number % 250).unwrap_or(3);
-    let source = Ipv4Addr::new(198, 51, 100, host).octets();
+    let source = Ipv4Addr::new(203, 0, 113, host).octets();
     packet[12..16].copy_from_slice(&source);
     let port = 1_024 + (number / 250 % 60_000) as u16;
     packet[20..22].copy_from_slice(&port.to_be_bytes());

@@ -22,7 +22,7 @@ highest behind them.
 - `…_1000`: node a has 1,000 peers and a session with each. `idle_cpu_…` is its daemon's share of one core while nobody speaks.
 - `out_of_order`, `retransmits`: what TCP at both ends counted during `tcp_1_cubic`, in the worst round.
 - `flood_loss`: packets lost of 5,000 a second through the tunnel, while a hundred thousand true handshake initiations a second
-  come in the names of others.
+  come in the names of others, untracked by the firewall.
 - meshd is the program of a release, static and with musl, and runs as on a node (`meshd run --roster`): control plane, guard and
   counters are in its figures. nebula uses its default cipher, AES-GCM. vxlan and veth do not encrypt and are measured once, for scale.
 

@@ -22,7 +22,7 @@ use serde_json::json;
 use wg_engine::{generate_private_key, public_key};
 
 use super::super::subject::Subject as _;
-use super::addresses::{WIRE, pod_cidrs};
+use super::addresses::{FLOODERS, WIRE, pod_cidrs};
 use super::crowd::{self, Member};
 use super::load::{self, Place};
 use super::nebula;
@@ -116,6 +116,7 @@ fn build(subject: Subject, found: &Found, shape: Shape) -> Result<Site> {
         ])?;
         node.shell("mkdir -p /run/wireguard; sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")?;
     }
+    expect_flood(&namespaces)?;
     let crowd = crowd::members(shape.peers.saturating_sub(1));
     let mut builder =
         Builder { lab, namespaces, meshd, testbed, shape, crowd, daemons: Vec::new() };
@@ -146,9 +147,39 @@ fn build(subject: Subject, found: &Found, shape: Shape) -> Result<Site> {
     builder.finish(subject, own)
 }
 
+/// Answers to a flood go to node b and no further. And nobody tracks its connections: a table of them that is full
+/// says nothing of the programs, and sending takes three times as long.
+fn expect_flood([a, b]: &[Namespace; 2]) -> Result<()> {
+    a.ip(&[format!("route add {FLOODERS} via {}", WIRE[1])])?;
+    b.ip(&[format!("route add blackhole {FLOODERS}")])?;
+    for node in [a, b] {
+        for hook in ["prerouting", "output"] {
+            node.shell(&format!(
+                "nft 'add table ip flood; add chain ip flood {hook} {{ type filter hook {hook} priority raw; }}; \
+                 add rule ip flood {hook} ip saddr {FLOODERS} notrack; add rule ip flood {hook} ip daddr {FLOODERS} notrack'"
+            ))?;
+        }
+    }
+    Ok(())
+}
+
 fn program(found: &Found, subject: Subject) -> Result<&Path> {
     let program = found.programs.get(&subject).map(PathBuf::as_path);
     program.with_context(|| format!("there is no program of {}", subject.name()))
+}
+
+/// What daemons said last, in brackets and one line; nothing where they were silent.
+pub(super) fn said(daemons: &[Daemon]) -> String {
+    let logs = daemons.iter().map(|daemon| crate::lab::last_lines(&daemon.log()));
+    in_brackets(&logs.collect::<Vec<_>>())
+}
+
+/// Frames that a program draws around what it says, and what is in them, are the same in each of its logs.
+fn in_brackets(logs: &[String]) -> String {
+    let framed = |line: &&str| line.starts_with(|first| ('\u{2500}'..='\u{257f}').contains(&first));
+    let lines = logs.iter().flat_map(|log| log.lines()).map(str::trim);
+    let lines: Vec<_> = lines.filter(|line| !line.is_empty() && !framed(line)).collect();
+    if lines.is_empty() { String::new() } else { format!(" (daemons say: {})", lines.join("; ")) }
 }
 
 struct Builder {
@@ -310,11 +341,8 @@ impl Builder {
     }
 
     fn wait_for(&self, from: &Place, address: IpAddr) -> Result<()> {
-        load::wait_for_answer(from, address, READY).with_context(|| {
-            let logs: Vec<String> =
-                self.daemons.iter().map(|daemon| crate::lab::last_lines(&daemon.log())).collect();
-            format!("daemons say: {}", logs.join(" | "))
-        })
+        load::wait_for_answer(from, address, READY)
+            .with_context(|| format!("waiting for {address}{}", said(&self.daemons)))
     }
 
     fn start_crowd(&mut self, own: Option<PublicKey>) -> Result<Option<Daemon>> {
@@ -391,5 +419,17 @@ fn wait_for_status(node: &Namespace, meshd: &Path, daemon: &Daemon) -> Result<St
             }
             Err(_) => std::thread::sleep(Duration::from_millis(50)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_daemons_say_is_one_line_without_frames_and_nothing_is_nothing() {
+        let logs = ["┌──┐\n│ a notice │\n└──┘\n", "it began\n\n  it failed\n"].map(str::to_owned);
+        assert_eq!(in_brackets(&logs), " (daemons say: it began; it failed)");
+        assert_eq!(in_brackets(&logs[..1]), "");
     }
 }
