@@ -132,7 +132,7 @@ pub struct Front {
     window_start_ns: u64,
     in_window: u32,
     futile_in_window: u32,
-    /// Loaded until then: a full window, then one second.
+    /// Loaded until then: a second after the last that was too much for its window.
     loaded_until_ns: u64,
     /// Cookie replies to known addresses, and to all others.
     cookies: [Bucket; 2],

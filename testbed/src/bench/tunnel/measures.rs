@@ -293,16 +293,19 @@ impl Measure {
         let [a, b] = &site.nodes;
         let key = site.key.context("this subject has no key")?;
         let to = SocketAddrV4::new(WIRE[0].parse()?, PORT);
-        std::thread::scope(|scope| {
-            let flood = scope.spawn(|| flood::initiations(&b.netns, key, to, time + 2 * LEAD));
-            std::thread::sleep(LEAD);
-            let stream = Stream::Udp { bytes: 200, bitrate: "8M" };
-            let received = load::iperf3([b, a], a.v4, stream, time)?;
-            let rate = flood.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
-            let enough = rate > 0.9 * f64::from(flood::PER_SECOND);
-            ensure!(enough, "only {rate:.0} initiations a second could be sent");
-            Ok(received.lost_percent)
-        })
+        let (received, rate) = site.flooded(|| {
+            std::thread::scope(|scope| {
+                let flood = scope.spawn(|| flood::initiations(&b.netns, key, to, time + 2 * LEAD));
+                std::thread::sleep(LEAD);
+                let stream = Stream::Udp { bytes: 200, bitrate: "8M" };
+                let received = load::iperf3([b, a], a.v4, stream, time)?;
+                let rate = flood.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+                Ok((received, rate))
+            })
+        })?;
+        let enough = rate > 0.9 * f64::from(flood::PER_SECOND);
+        ensure!(enough, "only {rate:.0} initiations a second could be sent");
+        Ok(received.lost_percent)
     }
 
     /// What node a's daemon does and holds while nobody speaks.

@@ -80,6 +80,28 @@ impl Site {
             .with_context(|| format!("{} with MTU {}", subject.name(), shape.mtu))
     }
 
+    /// Does `what` while answers to a flood go to node b and no further, and nobody tracks its connections: a table of them
+    /// that is full says nothing of the programs, and sending takes three times as long.
+    pub(super) fn flooded<T>(&self, what: impl FnOnce() -> Result<T>) -> Result<T> {
+        let [a, b] = &self.namespaces;
+        a.ip(&[format!("route replace {FLOODERS} via {}", WIRE[1])])?;
+        b.ip(&[format!("route replace blackhole {FLOODERS}")])?;
+        let untracked = ["prerouting", "output"].map(|hook| {
+            format!(
+                "chain {hook} {{ type filter hook {hook} priority raw; \
+                 ip saddr {FLOODERS} notrack; ip daddr {FLOODERS} notrack; }};"
+            )
+        });
+        for node in [a, b] {
+            node.shell(&format!("nft 'table ip flood {{ {} }}'", untracked.join(" ")))?;
+        }
+        let done = what();
+        for node in [a, b] {
+            node.shell(&format!("nft delete table ip flood; ip route del {FLOODERS}"))?;
+        }
+        done
+    }
+
     /// Datagrams that did not decrypt, on both nodes; what only ours tells.
     pub(super) fn decrypt_errors(&self) -> Result<u64> {
         let mut errors = 0;
@@ -116,7 +138,6 @@ fn build(subject: Subject, found: &Found, shape: Shape) -> Result<Site> {
         ])?;
         node.shell("mkdir -p /run/wireguard; sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")?;
     }
-    expect_flood(&namespaces)?;
     let crowd = crowd::members(shape.peers.saturating_sub(1));
     let mut builder =
         Builder { lab, namespaces, meshd, testbed, shape, crowd, daemons: Vec::new() };
@@ -145,22 +166,6 @@ fn build(subject: Subject, found: &Found, shape: Shape) -> Result<Site> {
         }
     };
     builder.finish(subject, own)
-}
-
-/// Answers to a flood go to node b and no further. And nobody tracks its connections: a table of them that is full
-/// says nothing of the programs, and sending takes three times as long.
-fn expect_flood([a, b]: &[Namespace; 2]) -> Result<()> {
-    a.ip(&[format!("route add {FLOODERS} via {}", WIRE[1])])?;
-    b.ip(&[format!("route add blackhole {FLOODERS}")])?;
-    for node in [a, b] {
-        for hook in ["prerouting", "output"] {
-            node.shell(&format!(
-                "nft 'add table ip flood; add chain ip flood {hook} {{ type filter hook {hook} priority raw; }}; \
-                 add rule ip flood {hook} ip saddr {FLOODERS} notrack; add rule ip flood {hook} ip daddr {FLOODERS} notrack'"
-            ))?;
-        }
-    }
-    Ok(())
 }
 
 fn program(found: &Found, subject: Subject) -> Result<&Path> {
