@@ -27,15 +27,26 @@ fn collect(folder: &Path, names: &mut BTreeSet<String>) {
     }
 }
 
-/// The names on a page of tests that exist; panics at one that does not.
-fn named(page: &str) -> usize {
+/// All there are.
+fn tests() -> BTreeSet<String> {
     let mut tests = BTreeSet::new();
     for folder in FOLDERS {
         collect(&root().join(folder), &mut tests);
     }
     assert!(tests.len() > 500, "only {} tests found", tests.len());
-    // Code in a line stands between single backticks; a sentence as a name has many words.
-    let named = page.split('`').skip(1).step_by(2).filter(|word| word.matches('_').count() > 3);
+    tests
+}
+
+/// What stands between single backticks.
+fn code(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+/// The names on a page of tests that exist; panics at one that does not.
+fn named(page: &str) -> usize {
+    let tests = tests();
+    // A sentence as a name has many words.
+    let named = code(page).filter(|word| word.matches('_').count() > 3);
     let (there, missing): (Vec<_>, Vec<_>) = named.partition(|name| tests.contains(*name));
     assert_eq!(missing, Vec::<&str>::new());
     there.len()
@@ -46,9 +57,24 @@ fn every_test_that_the_conformance_page_names_exists() {
     let page = std::fs::read_to_string(root().join("docs/guide/conformance.md")).expect("a page");
     let count = named(&page);
     assert!(count > 80, "only {count} names found");
-    for row in page.lines().filter(|line| line.starts_with("| ") && line.contains("| ours:")) {
-        assert!(row.matches('`').count() >= 4, "no test: {row}");
+    let (tests, mut of_tests, mut rows) = (tests(), false, 0);
+    for line in page.lines() {
+        let Some(cells) = line.strip_prefix("| ") else {
+            of_tests &= line.starts_with("|--");
+            continue;
+        };
+        let last = cells.trim_end_matches(" |").rsplit(" | ").next().unwrap_or_default();
+        if !of_tests {
+            of_tests = last.starts_with("test");
+            continue;
+        }
+        // Short names too; files and options have other signs.
+        let mut named = code(last).filter(|word| !word.contains(['/', ' ', '.', '-'])).peekable();
+        assert!(named.peek().is_some(), "no test: {line}");
+        assert_eq!(named.find(|name| !tests.contains(*name)), None, "{line}");
+        rows += 1;
     }
+    assert!(rows > 60, "only {rows} rows of tests found");
 }
 
 #[test]

@@ -59,6 +59,27 @@ fn segmented_sends_arrive_whole_in_both_families() {
 }
 
 #[test]
+fn the_largest_datagram_there_is_arrives_whole_and_the_next_after_it() {
+    // What lengths of 16 bits leave: IPv4's counts its header (RFC 791 section 3.1), IPv6's does not (RFC 8200 section 3).
+    for (address, largest) in [("127.0.0.1", 65_535 - 20 - 8), ("::1", 65_535 - 8)] {
+        let mut receiver = open(&UdpOptions::default());
+        if !receiver.features().dual_stack && address == "::1" {
+            continue;
+        }
+        let to = SocketAddr::new(address.parse().unwrap(), receiver.local_port());
+        let sender = std::net::UdpSocket::bind((to.ip(), 0)).expect("a socket");
+        let sent = payload(largest);
+        assert_eq!(sender.send_to(&sent, to).expect("sent"), largest);
+        sender.send_to(&[7; 9], to).expect("sent");
+        let (seen, got) = receive(&mut receiver, largest + 9);
+        let source = sender.local_addr().expect("an address");
+        assert_eq!(seen, [(source, 0, largest), (source, 0, 9)]);
+        assert!(got[..largest] == sent && got[largest..] == [7; 9]);
+        assert_eq!(receiver.counters().rx_malformed, 0);
+    }
+}
+
+#[test]
 fn the_local_address_is_the_one_the_sender_used() {
     let mut receiver = open(&UdpOptions::default());
     let mut sender = open(&UdpOptions { v4_only: true, ..UdpOptions::default() });
