@@ -118,11 +118,19 @@ impl CniOptions {
     }
 }
 
-pub(super) fn run(options: &CniOptions) -> Result<bool> {
+/// Whether these flags can be followed.
+pub(super) fn check(options: &CniOptions) -> Result<()> {
     ensure!(
         (ROUNDS_MIN..=ROUNDS_MAX).contains(&options.rounds),
         "--rounds is between {ROUNDS_MIN} and {ROUNDS_MAX}"
     );
+    let wants = |families: &Families| options.wants(*families);
+    ensure!(Families::ALL.iter().any(wants), "--only and --families leave nothing to measure");
+    Ok(())
+}
+
+pub(super) fn run(options: &CniOptions) -> Result<bool> {
+    check(options)?;
     let node = Node::new(&options.dir, &beside("meshd")?)?;
     let mut matches = matches(options, &node)?;
     ensure!(!matches.is_empty(), "--only and --families leave nothing to measure");

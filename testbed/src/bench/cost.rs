@@ -8,14 +8,19 @@ use anyhow::{Context as _, Result};
 /// Processor time of all threads of a process so far (schedstat: nanoseconds, where ticks would be too coarse for a
 /// daemon that rests).
 pub(super) fn processor_time(pid: u32) -> Result<Duration> {
-    let mut total = 0;
+    let mut total = None;
     let tasks = fs::read_dir(format!("/proc/{pid}/task"))
         .with_context(|| format!("process {pid} is gone"))?;
     for task in tasks {
         // A thread may end meanwhile.
         let Ok(text) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
-        total += text.split(' ').next().and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
+        let spent = text.split(' ').next().and_then(|word| word.parse::<u64>().ok());
+        let spent = spent.context("schedstat has no time")?;
+        *total.get_or_insert(0) += spent;
     }
+    let total = total.with_context(|| {
+        format!("no schedstat of process {pid}: the kernel needs CONFIG_SCHED_INFO")
+    })?;
     Ok(Duration::from_nanos(total))
 }
 

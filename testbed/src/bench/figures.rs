@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::Serialize;
 
+use super::plan::LeftOut;
 use crate::setting::Setting;
 
 /// Which way is better.
@@ -43,9 +44,14 @@ impl Target {
         Self { of: Of::Value, must: Some(must), aim: Some(aim) }
     }
 
-    /// What is left of it where nobody is measured beside us.
-    pub(super) fn without_ratio(self) -> Self {
-        if self.of == Of::Ratio { Self::NONE } else { self }
+    /// Whether it is about the value itself, which needs nobody beside us.
+    pub(super) fn is_of_value(self) -> bool {
+        self.of == Of::Value && self.must.is_some()
+    }
+
+    /// Whether it cannot be judged without somebody beside us.
+    pub(super) fn is_of_ratio(self) -> bool {
+        self.of == Of::Ratio && self.must.is_some()
     }
 
     /// What must never happen.
@@ -80,11 +86,34 @@ pub struct Figure {
     pub must_of: Of,
 }
 
-/// Lowest and highest of what a figure was made from.
+/// Lowest and highest of what a figure was made from, and how many rounds gave something.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 pub struct Spread {
     pub ours: [f64; 2],
     pub peer: Option<[f64; 2]>,
+    /// None where a figure is not made from rounds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rounds: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peer_rounds: Option<usize>,
+}
+
+/// The spreads of one figure beside everybody.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub struct Spreads {
+    /// Ours, and the first peer's.
+    #[serde(flatten)]
+    pub first: Spread,
+    /// Lowest, highest and rounds by peer, where there is more than one.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub peers: BTreeMap<&'static str, PeerSpread>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct PeerSpread {
+    pub range: [f64; 2],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rounds: Option<usize>,
 }
 
 impl Figure {
@@ -109,7 +138,7 @@ impl Figure {
             must,
             aim,
             ok: must.is_none_or(|must| ratio <= must),
-            spread: Spread { ours, peer: Some(theirs) },
+            spread: Spread { ours, peer: Some(theirs), ..Spread::default() },
             better: Better::Lower,
             must_of: Of::Ratio,
         }
@@ -132,7 +161,7 @@ impl Figure {
             must: None,
             aim: None,
             ok: true,
-            spread: Spread { ours: spread, peer: None },
+            spread: Spread { ours: spread, ..Spread::default() },
             better: Better::Lower,
             must_of: Of::Value,
         }
@@ -159,21 +188,22 @@ impl Figure {
         theirs: Option<(&'static str, &[f64])>,
         target: Target,
     ) -> Self {
-        let middle = |rounds: &[f64]| {
+        let summed_up = |rounds: &[f64]| {
             let mut sorted = rounds.to_vec();
             sorted.sort_by(f64::total_cmp);
             let ends = [sorted.first(), sorted.last()].map(|end| end.copied().unwrap_or(0.0));
-            (if target.is_never() { ends[1] } else { median(&sorted) }, ends)
+            (if target.is_never() { ends[1] } else { middle_of(&sorted) }, ends)
         };
-        let (value, spread) = middle(ours);
-        let their = theirs.map(|(_, rounds)| middle(rounds));
+        let (value, spread) = summed_up(ours);
+        let their = theirs.map(|(_, rounds)| summed_up(rounds));
         // Nothing is a multiple of nothing.
         let ratio = their.filter(|(peer, _)| *peer > 0.0).map(|(peer, _)| value / peer);
-        let compared = if target.of == Of::Ratio { ratio } else { Some(value) };
+        let scale = if target.of == Of::Ratio { their.map(|(peer, _)| peer) } else { Some(1.0) };
         let holds = |must: f64| {
-            compared.is_some_and(|compared| match better {
-                Better::Lower => compared <= must,
-                Better::Higher => compared >= must,
+            // Not by the ratio: none of both is as good as the other.
+            scale.is_some_and(|scale| match better {
+                Better::Lower => value <= must * scale,
+                Better::Higher => value >= must * scale,
             })
         };
         Self {
@@ -188,7 +218,12 @@ impl Figure {
             must: target.must,
             aim: target.aim,
             ok: target.must.is_none_or(holds),
-            spread: Spread { ours: spread, peer: their.map(|(_, spread)| spread) },
+            spread: Spread {
+                ours: spread,
+                peer: their.map(|(_, spread)| spread),
+                rounds: Some(ours.len()),
+                peer_rounds: theirs.map(|(_, rounds)| rounds.len()),
+            },
         }
     }
 
@@ -214,12 +249,17 @@ pub struct Report {
     /// Load average when it began: anything much above zero is somebody else's work on the same processors.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub load_before: Option<f64>,
+    /// The programs of others and their versions.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub programs: Vec<String>,
     /// What could not be measured here, and why.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<String>,
     pub figures: Vec<Figure>,
     /// By figure: lowest and highest of the rounds.
-    pub spreads: BTreeMap<String, Spread>,
+    pub spreads: BTreeMap<String, Spreads>,
+    /// Whether every limit holds, and everything of ours was measured.
+    pub ok: bool,
 }
 
 impl Report {
@@ -229,15 +269,17 @@ impl Report {
             rounds,
             seconds: None,
             load_before: None,
+            programs: Vec::new(),
             left_out: Vec::new(),
-            spreads: figures.iter().map(|one| (one.name.clone(), one.spread)).collect(),
+            spreads: spreads(&figures),
+            ok: figures.iter().all(|figure| figure.ok),
             figures,
         }
     }
 
     /// Whether no limit is missed.
     pub(crate) fn holds(&self) -> bool {
-        self.figures.iter().all(|figure| figure.ok)
+        self.ok
     }
 
     /// On stdout: the table, or one JSON document.
@@ -252,8 +294,14 @@ impl Report {
         Ok(())
     }
 
-    pub(super) fn of_traffic(self, seconds: u64, load: Option<f64>, left_out: Vec<String>) -> Self {
-        Self { seconds: Some(seconds), load_before: load, left_out, ..self }
+    pub(super) fn of_traffic(self, seconds: u64, load: Option<f64>, left_out: LeftOut) -> Self {
+        let LeftOut { lines, ours } = left_out;
+        let ok = self.ok && !ours;
+        Self { seconds: Some(seconds), load_before: load, left_out: lines, ok, ..self }
+    }
+
+    pub(super) fn of_programs(self, programs: Vec<String>) -> Self {
+        Self { programs, ..self }
     }
 
     /// What it was measured on, in a line.
@@ -263,6 +311,11 @@ impl Report {
         let load =
             self.load_before.map_or_else(String::new, |load| format!(", load before {load}"));
         format!("{machine}, {rounds} rounds{seconds}{load}")
+    }
+
+    /// What is said of a value that not every round gave.
+    pub(super) fn too_few(&self, rounds: Option<usize>) -> Option<String> {
+        rounds.filter(|rounds| *rounds < self.rounds).map(|few| format!("{few} of {}", self.rounds))
     }
 
     /// For people. Columns of a peer only where there is one.
@@ -280,25 +333,50 @@ impl Report {
         line(["", ours, "of rounds", "theirs", "of rounds", "ratio", "must be"]);
         for figure in &self.figures {
             let number = |value: f64| format!("{} {}", digits(value), figure.unit);
-            let range = |[low, high]: [f64; 2]| format!("{} - {}", digits(low), digits(high));
+            let range = |[low, high]: [f64; 2], rounds: Option<usize>| {
+                let few = self.too_few(rounds).map_or_else(String::new, |few| format!(" ({few})"));
+                format!("{} - {}{few}", digits(low), digits(high))
+            };
             let peer = figure.peer.unwrap_or_default();
             line([
                 &figure.name,
                 &number(figure.value),
-                &range(figure.spread.ours),
+                &range(figure.spread.ours, figure.spread.rounds),
                 &figure
                     .peer_value
                     .map_or_else(String::new, |value| format!("{peer} {}", number(value))),
-                &figure.spread.peer.map_or_else(String::new, range),
+                &figure
+                    .spread
+                    .peer
+                    .map_or_else(String::new, |peer| range(peer, figure.spread.peer_rounds)),
                 &figure.ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}")),
                 &figure.verdict(),
             ]);
+        }
+        if !self.programs.is_empty() {
+            let _ = writeln!(text, "beside {}", self.programs.join(", "));
         }
         for line in &self.left_out {
             let _ = writeln!(text, "left out: {line}");
         }
         text
     }
+}
+
+fn spreads(figures: &[Figure]) -> BTreeMap<String, Spreads> {
+    let mut all: BTreeMap<String, Spreads> = BTreeMap::new();
+    for figure in figures {
+        let Spread { peer, peer_rounds, .. } = figure.spread;
+        let first = Spreads { first: figure.spread, ..Spreads::default() };
+        let spreads = all.entry(figure.name.clone()).or_insert(first);
+        if let Some((name, range)) = figure.peer.zip(peer) {
+            spreads.peers.insert(name, PeerSpread { range, rounds: peer_rounds });
+        }
+    }
+    for spreads in all.values_mut().filter(|spreads| spreads.peers.len() == 1) {
+        spreads.peers.clear();
+    }
+    all
 }
 
 /// Three digits that matter.
@@ -325,6 +403,18 @@ fn sorted(round: &[Duration]) -> Vec<f64> {
     let mut values: Vec<f64> = round.iter().map(|took| took.as_secs_f64() * 1e3).collect();
     values.sort_by(f64::total_cmp);
     values
+}
+
+/// The median of sorted values, which are few: of an even count the mean of the two in the middle, neither the better nor
+/// the worse one. Zero for nothing.
+fn middle_of(sorted: &[f64]) -> f64 {
+    let half = sorted.len() / 2;
+    match (half.checked_sub(1).and_then(|below| sorted.get(below)), sorted.get(half)) {
+        (Some(below), Some(above)) if sorted.len().is_multiple_of(2) => {
+            f64::midpoint(*below, *above)
+        }
+        (_, middle) => middle.copied().unwrap_or(0.0),
+    }
 }
 
 /// The middle one of sorted values.
@@ -388,6 +478,45 @@ mod tests {
         let wanted = ["aim", "must", "name", "ok", "peer", "peer_value", "ratio", "unit", "value"];
         assert_eq!(fields, wanted);
         assert!(json["spreads"]["x"]["peer"].is_array());
+        assert!(json["spreads"]["x"]["peers"].is_null(), "one peer is not listed twice");
+    }
+
+    #[test]
+    fn everybodys_spread_is_in_the_json_and_how_many_rounds_it_is_of() {
+        let beside = |peer, rounds: &[f64]| {
+            let what = ("x", "s", Better::Higher);
+            Figure::beside(what, &[4.0, 5.0, 6.0], Some((peer, rounds)), Target::NONE)
+        };
+        let figures = vec![beside("a", &[1.0, 2.0, 3.0]), beside("b", &[7.0])];
+        let report = Report::new(3, figures);
+        let json = serde_json::to_value(&report).unwrap();
+        let spreads = &json["spreads"]["x"];
+        assert_eq!(spreads["ours"], serde_json::json!([4.0, 6.0]));
+        assert_eq!(spreads["peer"], serde_json::json!([1.0, 3.0]));
+        assert_eq!(spreads["peers"]["a"], serde_json::json!({"range": [1.0, 3.0], "rounds": 3}));
+        assert_eq!(spreads["peers"]["b"], serde_json::json!({"range": [7.0, 7.0], "rounds": 1}));
+        assert!(report.table().contains("7.00 - 7.00 (1 of 3)"), "{}", report.table());
+    }
+
+    #[test]
+    fn of_two_rounds_neither_the_better_nor_the_worse_is_taken() {
+        let what = ("x", "s", Better::Lower);
+        let value = |ours: &[f64]| Figure::beside(what, ours, None, Target::NONE).value;
+        assert_eq!(
+            (value(&[4.0, 2.0]), value(&[9.0, 1.0, 2.0]), value(&[1.0, 2.0, 3.0, 9.0])),
+            (3.0, 2.0, 2.5)
+        );
+        assert_eq!((value(&[5.0]), value(&[])), (5.0, 0.0));
+    }
+
+    #[test]
+    fn a_report_holds_only_if_everything_of_ours_was_measured() {
+        let failed = LeftOut { lines: vec!["meshd: no answer".to_owned()], ours: true };
+        let report = Report::new(1, Vec::new());
+        assert!(report.clone().of_traffic(1, None, LeftOut::default()).holds());
+        let report = report.of_traffic(1, None, failed);
+        assert_eq!(serde_json::to_value(&report).unwrap()["ok"], serde_json::json!(false));
+        assert!(!report.holds());
     }
 
     #[test]
@@ -400,6 +529,11 @@ mod tests {
         assert!(ok(Better::Lower, &[1.0, 0.5, 9.0], Target::ratio(0.5, 0.1)));
         assert!(ok(Better::Lower, &[16.0], Target::value(16.0, 8.0)));
         assert!(!ok(Better::Lower, &[0.0, 0.0, 1.0], Target::value(0.0, 0.0)));
+        let beside_none = |ours: &[f64]| {
+            let (what, target) = (("x", "s", Better::Lower), Target::ratio(1.0, 1.0));
+            Figure::beside(what, ours, Some(("peer", &[0.0])), target)
+        };
+        assert!(beside_none(&[0.0]).ok && !beside_none(&[0.1]).ok);
         let never = Target::value(0.0, 0.0);
         let alone = Figure::beside(("x", "s", Better::Lower), &[0.0, 3.0, 0.0], None, never);
         assert_eq!((alone.value, alone.ratio, alone.ok), (3.0, None, false));

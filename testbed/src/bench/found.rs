@@ -60,6 +60,18 @@ impl<S: Subject> Found<S> {
         Ok(asked)
     }
 
+    /// The programs of others, which have their version in the name of their file or its folder.
+    pub(super) fn versions(&self) -> Vec<String> {
+        let version = |(subject, path): (&S, &PathBuf)| {
+            let parts = path.iter().rev().take(2).filter_map(|part| part.to_str());
+            let of_number =
+                |part: &&str| part.contains('-') && part.contains(|c: char| c.is_ascii_digit());
+            let named = parts.into_iter().find(of_number);
+            named.map_or_else(|| subject.name().to_owned(), str::to_owned)
+        };
+        self.programs.iter().map(version).collect()
+    }
+
     /// What is said of each that is missing and wanted.
     pub(super) fn left_out(&self, wanted: impl Fn(S) -> bool) -> Vec<String> {
         let missing = self.missing.iter().filter(|(subject, _)| wanted(**subject));
@@ -69,23 +81,50 @@ impl<S: Subject> Found<S> {
     }
 }
 
-/// Values of every figure and subject, one per round.
+/// Values of every figure and subject, one per round that gave one.
 #[derive(Debug)]
-pub(super) struct Samples<S>(pub(super) BTreeMap<(&'static str, S), Vec<f64>>);
+pub(super) struct Samples<S> {
+    round: usize,
+    rounds: BTreeMap<(&'static str, S), Vec<(usize, f64)>>,
+}
 
 impl<S> Default for Samples<S> {
     fn default() -> Self {
-        Self(BTreeMap::new())
+        Self { round: 0, rounds: BTreeMap::new() }
     }
 }
 
 impl<S: Ord + Copy> Samples<S> {
-    pub(super) fn push(&mut self, figure: &'static str, subject: S, value: f64) {
-        self.0.entry((figure, subject)).or_default().push(value);
+    /// What comes from now on is of this round.
+    pub(super) fn begin(&mut self, round: usize) {
+        self.round = round;
     }
 
-    pub(super) fn of(&self, figure: &'static str, subject: S) -> Option<&[f64]> {
-        self.0.get(&(figure, subject)).map(Vec::as_slice)
+    pub(super) fn is_empty(&self) -> bool {
+        self.rounds.is_empty()
+    }
+
+    pub(super) fn push(&mut self, figure: &'static str, subject: S, value: f64) {
+        self.rounds.entry((figure, subject)).or_default().push((self.round, value));
+    }
+
+    pub(super) fn of(&self, figure: &'static str, subject: S) -> Option<Vec<f64>> {
+        let rounds = self.rounds.get(&(figure, subject))?;
+        Some(rounds.iter().map(|(_, value)| *value).collect())
+    }
+
+    /// What `figure` of one is beyond that of another, of the rounds that both have.
+    pub(super) fn differences(
+        &self,
+        figure: &'static str,
+        subject: S,
+        other: S,
+    ) -> Vec<(usize, f64)> {
+        let of = |subject| self.rounds.get(&(figure, subject)).map(Vec::as_slice);
+        let others: BTreeMap<usize, f64> = of(other).unwrap_or_default().iter().copied().collect();
+        let of_round =
+            |(round, value): &(usize, f64)| others.get(round).map(|other| (*round, value - other));
+        of(subject).unwrap_or_default().iter().filter_map(of_round).collect()
     }
 
     /// Median, 99 and 99.9 of 100, in microseconds, as far as there are figures for them.
@@ -108,7 +147,20 @@ mod tests {
         let times: Vec<Duration> = (1..=1000).map(Duration::from_micros).collect();
         let names = ["rr_idle_p50", "rr_idle_p99", "rr_idle_p99_9"];
         samples.push_ranks(&names, 'a', &times);
-        let of = |name| samples.of(name, 'a').map(<[f64]>::to_vec);
-        assert_eq!(names.map(of), [500.0, 990.0, 999.0].map(|value| Some(vec![value])));
+        assert_eq!(
+            names.map(|name| samples.of(name, 'a')),
+            [500.0, 990.0, 999.0].map(|value| Some(vec![value]))
+        );
+    }
+
+    #[test]
+    fn differences_are_of_the_rounds_that_both_have() {
+        let mut samples = Samples::default();
+        for (round, subject, value) in [(0, 'a', 9.0), (1, 'a', 5.0), (1, 'b', 1.0), (2, 'b', 2.0)]
+        {
+            samples.begin(round);
+            samples.push("x", subject, value);
+        }
+        assert_eq!(samples.differences("x", 'a', 'b'), [(1, 4.0)]);
     }
 }

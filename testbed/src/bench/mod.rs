@@ -37,6 +37,9 @@ pub use tunnel::{CrowdOptions, TunnelOptions};
 pub struct BenchOptions {
     #[command(subcommand)]
     command: BenchCommand,
+    /// Only look at the flags
+    #[arg(long, hide = true, global = true)]
+    check: bool,
 }
 
 #[derive(Debug, Clone, clap::Subcommand)]
@@ -57,11 +60,23 @@ enum BenchCommand {
 
 /// Runs a benchmark and prints its figures; whether every limit holds.
 pub fn run(options: &BenchOptions) -> Result<bool> {
+    if options.check {
+        return check(&options.command).map(|()| true);
+    }
     match &options.command {
         BenchCommand::Cni(options) => cni::run(options),
         BenchCommand::Tunnel(options) => tunnel::run(options),
         BenchCommand::Relay(options) => relay::run(options),
         BenchCommand::Forward(options) => relay::forward(options).map(|()| true),
         BenchCommand::Crowd(options) => tunnel::answer(options).map(|()| true),
+    }
+}
+
+fn check(command: &BenchCommand) -> Result<()> {
+    match command {
+        BenchCommand::Cni(options) => cni::check(options),
+        BenchCommand::Tunnel(options) => tunnel::check(options),
+        BenchCommand::Relay(options) => relay::check(options),
+        BenchCommand::Forward(_) | BenchCommand::Crowd(_) => Ok(()),
     }
 }

@@ -35,6 +35,8 @@ pub(super) enum Families {
 }
 
 impl Families {
+    pub(super) const ALL: [Self; 2] = [Self::Dual, Self::Ipv4];
+
     /// What names of its figures end with.
     pub(super) fn suffix(self) -> &'static str {
         match self {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
+use super::cost::load_average;
 use super::figures::{Better, Figure, Target};
 use super::found::Samples;
 use super::subject::Subject;
@@ -37,6 +38,28 @@ impl Amount {
     }
 }
 
+// No documentation, as above.
+#[derive(Debug, Clone, Copy, Default, clap::Args)]
+pub(super) struct LoadBefore {
+    /// Load average before anything of ours was built
+    #[arg(long, hide = true)]
+    load_before: Option<f64>,
+}
+
+impl LoadBefore {
+    pub(super) fn or_now(self) -> Option<f64> {
+        self.load_before.or_else(load_average)
+    }
+}
+
+/// Whether peers of these names can be asked for.
+pub(super) fn check_peers<S: Subject>(names: &[String]) -> Result<()> {
+    for name in names {
+        ensure!(S::named(name).is_some(), "no peer {name}");
+    }
+    Ok(())
+}
+
 /// A figure there is, and what it must reach.
 pub(super) trait Goal<S> {
     /// Name, unit, which way is better.
@@ -44,8 +67,8 @@ pub(super) trait Goal<S> {
 
     fn beside(&self, peer: S) -> Target;
 
-    /// Where nobody is measured beside us.
-    fn alone(&self) -> Target;
+    /// Of the value itself, whoever is measured beside us.
+    fn own(&self) -> Target;
 }
 
 /// What will be done.
@@ -97,15 +120,22 @@ impl LeftOut {
     }
 }
 
-/// The measurements that give a figure whose name begins with `only`.
+/// Whether a figure is asked for: the one that is called `only`, else those whose name begins so.
+pub(super) fn asked<S, G: Goal<S>>(only: &str, goals: &[G]) -> impl Fn(&str) -> bool {
+    let exact = goals.iter().any(|goal| goal.what().0 == only);
+    move |name| if exact { name == only } else { name.starts_with(only) }
+}
+
+/// The measurements that give a figure that is asked for.
 pub(super) fn that_give<M: Copy, S, G: Goal<S>>(
     only: &str,
     all: &[M],
     figures: impl Fn(&M) -> &'static [&'static str],
     goals: &[G],
 ) -> Result<Vec<M>> {
+    let asked = asked(only, goals);
     let mut measures = all.to_vec();
-    measures.retain(|measure| figures(measure).iter().any(|name| name.starts_with(only)));
+    measures.retain(|measure| figures(measure).iter().any(|name| asked(name)));
     if measures.is_empty() {
         let names: Vec<_> = goals.iter().map(|goal| goal.what().0).collect();
         anyhow::bail!("no figure is called {only}: {}", names.join(" "));
@@ -113,30 +143,47 @@ pub(super) fn that_give<M: Copy, S, G: Goal<S>>(
     Ok(measures)
 }
 
-/// Each goal whose name begins with `only`, beside every subject that has values of it, in their order.
+/// Each goal that is asked for, beside every subject that has values of it, in their order. What the value itself must be
+/// stands once, beside whoever comes first.
 pub(super) fn figures<S: Subject, G: Goal<S>>(
     only: &str,
     goals: &[G],
     samples: &Samples<S>,
 ) -> Vec<Figure> {
+    let asked = asked(only, goals);
     let mut figures = Vec::new();
     let Some((ours, peers)) = S::ALL.split_first() else { return figures };
     for goal in goals {
         let what = goal.what();
-        let Some(ours) = samples.of(what.0, *ours).filter(|_| what.0.starts_with(only)) else {
-            continue;
-        };
+        let Some(ours) = samples.of(what.0, *ours).filter(|_| asked(what.0)) else { continue };
         let before = figures.len();
         for peer in peers {
             let Some(theirs) = samples.of(what.0, *peer) else { continue };
-            let beside = Some((peer.name(), theirs));
-            figures.push(Figure::beside(what, ours, beside, goal.beside(*peer)));
+            let own = goal.own();
+            let first = figures.len() == before && own.is_of_value();
+            let target = if first { own } else { goal.beside(*peer) };
+            figures.push(Figure::beside(what, &ours, Some((peer.name(), &theirs)), target));
         }
         if figures.len() == before {
-            figures.push(Figure::beside(what, ours, None, goal.alone()));
+            figures.push(Figure::beside(what, &ours, None, goal.own()));
         }
     }
     figures
+}
+
+/// Figures of ours that cannot be judged, because this peer, beside whom they must hold, has none of them.
+pub(super) fn unjudged<S: Subject, G: Goal<S>>(
+    only: &str,
+    goals: &[G],
+    samples: &Samples<S>,
+    peer: S,
+) -> Vec<&'static str> {
+    let asked = asked(only, goals);
+    let names =
+        goals.iter().filter(|goal| goal.beside(peer).is_of_ratio()).map(|goal| goal.what().0);
+    let ours =
+        |name: &&'static str| S::ALL.first().is_some_and(|ours| samples.of(name, *ours).is_some());
+    names.filter(|name| asked(name) && ours(name) && samples.of(name, peer).is_none()).collect()
 }
 
 /// Every figure is measured by one measurement and has a goal, and the other way round.

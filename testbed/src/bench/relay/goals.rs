@@ -14,7 +14,7 @@ pub(super) struct Goal {
     others: Target,
     /// Beside the plain forwarder.
     forwarder: Target,
-    /// Of the value itself; then nobody is measured beside us.
+    /// Of the value itself.
     own: Target,
 }
 
@@ -31,7 +31,7 @@ impl plan::Goal<Subject> for Goal {
         }
     }
 
-    fn alone(&self) -> Target {
+    fn own(&self) -> Target {
         self.own
     }
 }

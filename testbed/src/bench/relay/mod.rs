@@ -41,10 +41,9 @@ use measures::{MEASURES, Measure, Samples, State};
 use site::Site;
 use subject::{Found, Subject};
 
-use super::cost::load_average;
 use super::figures::Report;
 use super::page::{self as pages, Section};
-use super::plan::{self, Amount, LeftOut};
+use super::plan::{self, Amount, LeftOut, LoadBefore};
 use super::subject::Subject as _;
 use crate::progress;
 
@@ -64,38 +63,58 @@ pub struct RelayOptions {
     peers: Vec<String>,
     #[command(flatten)]
     amount: Amount,
-    /// Write the relay's section of a page for the documentation here
-    #[arg(long, value_name = "FILE")]
+    /// Write the relay's section of a page for the documentation here; of everything
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["only", "peers"])]
     page: Option<PathBuf>,
     /// What testbed/scripts/relay-peers.sh printed
     #[arg(long, hide = true)]
     peer_list: PathBuf,
+    #[command(flatten)]
+    load: LoadBefore,
 }
 
 type Plan = plan::Plan<Measure, Subject>;
 
-pub(super) fn run(options: &RelayOptions) -> Result<bool> {
+/// Whether these flags can be followed, as far as that is known before anything was built.
+pub(super) fn check(options: &RelayOptions) -> Result<()> {
     options.amount.check()?;
+    plan::that_give::<_, Subject, _>(options.only(), &MEASURES, |measure| measure.figures, &GOALS)?;
+    plan::check_peers::<Subject>(&options.peers)
+}
+
+pub(super) fn run(options: &RelayOptions) -> Result<bool> {
+    check(options)?;
     let found = Found::read(&options.peer_list)?;
     let mut plan = Plan::new(options, &found)?;
+    if let Some(path) = &options.page {
+        pages::check(path)?;
+    }
     plan.announce(plan.longest());
-    let load = load_average();
+    let load = options.load.or_now();
     let mut site = Site::build()?;
     plan.start(&mut site, &found)?;
     let mut state = State::default();
     plan.measure(&site, &mut state)?;
     drop(site);
     add_differences(&mut state.samples);
-    let only = options.only.as_deref().unwrap_or_default();
-    let figures = plan::figures(only, &GOALS, &state.samples);
-    let seconds = options.amount.seconds;
-    let LeftOut { lines, ours: failed } = plan.left_out;
-    let report = Report::new(plan.rounds, figures).of_traffic(seconds, load, lines);
+    let figures = plan::figures(options.only(), &GOALS, &state.samples);
+    let report = Report::new(plan.rounds, figures).of_programs(found.versions()).of_traffic(
+        options.amount.seconds,
+        load,
+        plan.left_out,
+    );
+    // First: whatever becomes of the page, half an hour is not lost.
+    report.print(options.json)?;
     if let Some(path) = &options.page {
         pages::put(path, Section::Second, &page::write(&report))?;
     }
-    report.print(options.json)?;
-    Ok(report.holds() && !failed)
+    Ok(report.holds())
+}
+
+impl RelayOptions {
+    fn only(&self) -> &str {
+        self.only.as_deref().unwrap_or_default()
+    }
 }
 
 impl Plan {
@@ -104,7 +123,7 @@ impl Plan {
         let wanted =
             |subject: Subject| asked.is_empty() || subject.is_ours() || asked.contains(&subject);
         let left_out = LeftOut { lines: found.left_out(wanted), ours: false };
-        let only = options.only.as_deref().unwrap_or_default();
+        let only = options.only();
         let measures = plan::that_give(only, &MEASURES, |measure| measure.figures, &GOALS)?;
         // What a relay adds is beyond what the wire takes.
         let adds = measures.iter().any(|measure| measure.figures.contains(&"added_p50"));
@@ -149,6 +168,7 @@ impl Plan {
     fn measure(&mut self, site: &Site, state: &mut State) -> Result<()> {
         let mut left_out = std::mem::take(&mut self.left_out);
         for round in 0..self.rounds {
+            state.samples.begin(round);
             for (measure, subjects) in self.of_round(round) {
                 let names = measure.figures.join(" ");
                 progress(&format!("round {} of {}: {names}", round + 1, self.rounds));
@@ -167,12 +187,11 @@ impl Plan {
 /// What each relay adds to the way without one, round by round.
 fn add_differences(samples: &mut Samples) {
     for (raw, added) in [("rtt_p50", "added_p50"), ("rtt_p99", "added_p99")] {
-        let Some(direct) = samples.of(raw, Subject::Direct).map(<[f64]>::to_vec) else { continue };
         let relays = Subject::ALL.iter().copied();
         for subject in relays.filter(|subject| *subject != Subject::Direct) {
-            let Some(rounds) = samples.of(raw, subject).map(<[f64]>::to_vec) else { continue };
-            for (with, without) in rounds.iter().zip(&direct) {
-                samples.push(added, subject, with - without);
+            for (round, beyond) in samples.differences(raw, subject, Subject::Direct) {
+                samples.begin(round);
+                samples.push(added, subject, beyond);
             }
         }
     }
@@ -190,6 +209,7 @@ mod tests {
             amount: Amount { rounds: 3, seconds: 10 },
             page: None,
             peer_list: PathBuf::new(),
+            load: LoadBefore::default(),
         }
     }
 
@@ -213,7 +233,7 @@ mod tests {
             samples.push("rtt_p50", subject, value);
         }
         add_differences(&mut samples);
-        assert_eq!(samples.of("added_p50", Subject::Keyrelay), Some(&[30.0][..]));
+        assert_eq!(samples.of("added_p50", Subject::Keyrelay), Some(vec![30.0]));
         assert_eq!(samples.of("added_p50", Subject::Direct), None);
     }
 

@@ -1,4 +1,4 @@
-//! The figures that have a must, as bars: everybody's value, a group for each figure.
+//! The figures that somebody else has too, as bars: everybody's value, a group for each figure.
 
 use std::fmt::Write as _;
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use super::parsed;
 use crate::lab::run_in_netns;
@@ -21,10 +21,14 @@ impl Repairs {
             // /proc/net is the reading thread's own only below /proc/thread-self.
             let snmp = fs::read_to_string("/proc/thread-self/net/snmp")?;
             let netstat = fs::read_to_string("/proc/thread-self/net/netstat")?;
-            Ok(Self {
-                retransmits: parsed::counter(&snmp, "Tcp", "RetransSegs").unwrap_or(0),
-                out_of_order: parsed::counter(&netstat, "TcpExt", "TCPOFOQueue").unwrap_or(0),
-            })
+            let [retransmits, out_of_order] =
+                [(&snmp, "Tcp", "RetransSegs"), (&netstat, "TcpExt", "TCPOFOQueue")].map(
+                    |(text, group, name)| {
+                        parsed::counter(text, group, name)
+                            .with_context(|| format!("this kernel does not count {name}"))
+                    },
+                );
+            Ok(Self { retransmits: retransmits?, out_of_order: out_of_order? })
         })
     }
 

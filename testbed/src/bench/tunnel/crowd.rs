@@ -10,6 +10,8 @@ use mesh_core::packet::Ecn;
 use mesh_core::tunnel::engine::{EngineFactory as _, OwnKeyId};
 use mesh_core::tunnel::{PeerConfig, Tunnel, TunnelConfig, UdpMeta};
 use mesh_types::key::{PrivateKey, PublicKey};
+use mesh_types::time::MonoTime;
+use rustix::event::{PollFd, PollFlags, poll};
 use wg_engine::BoringFactory;
 
 use crate::lab::{Daemon, run_in_netns};
@@ -22,10 +24,17 @@ const FIRST_PORT: u16 = 20_000;
 /// Nobody listens there (RFC 863).
 const DISCARD_PORT: u16 = 9;
 
+/// From one greeting to the next: 500 handshakes a second.
+const BETWEEN: Duration = Duration::from_millis(2);
+
 /// How long all of them may take to have a session.
 const GREETED: Duration = Duration::from_secs(60);
 
-const POLL: Duration = Duration::from_millis(5);
+/// Between looks at timers: less often than anything is due, so that the crowd costs nothing while others are measured.
+const TICK: Duration = Duration::from_millis(500);
+
+/// Whoever was heard within this time has a session now (they end after 180 s: whitepaper section 6.1).
+const LATELY: Duration = Duration::from_secs(30);
 
 /// One of the crowd, by its number.
 #[derive(Debug, Clone)]
@@ -78,61 +87,92 @@ pub(super) fn members(count: usize) -> Vec<Member> {
     (0..count.min(COUNT_MAX)).map(member).collect()
 }
 
-/// One packet from the node at `netns` to each, until all have been heard.
-pub(super) fn greet(netns: &Path, crowd: &Daemon) -> Result<()> {
+/// How long greeting so many takes, where each answers.
+pub(super) fn greeting(count: usize) -> Duration {
+    let sent = u32::try_from(count).unwrap_or(0);
+    if sent == 0 { Duration::ZERO } else { BETWEEN * sent + 2 * TICK }
+}
+
+/// One packet from the node at `netns` to each, until all have been heard lately: the sessions of an earlier measurement
+/// may have ended.
+pub(super) fn greet(netns: &Path, crowd: &Daemon, count: usize) -> Result<()> {
     let end = Instant::now() + GREETED;
+    let all = members(count);
     loop {
-        let log = crowd.log();
-        let heard = log.lines().filter_map(|line| line.strip_prefix("heard ")).next_back();
-        let (heard, count) = heard.and_then(|line| line.split_once(" of ")).unwrap_or(("0", "?"));
-        if heard == count {
-            return Ok(());
-        }
-        ensure!(
-            Instant::now() < end && crowd.is_alive(),
-            "only {heard} of {count} peers answered: {log}"
-        );
-        let all = members(count.parse().unwrap_or(COUNT_MAX));
         run_in_netns(netns, || {
             let socket = StdSocket::bind("0.0.0.0:0")?;
             for member in &all {
                 // A tunnel without a session yet is no error here.
                 let _ = socket.send_to(b"?", member.address());
-                std::thread::sleep(Duration::from_millis(2));
+                std::thread::sleep(BETWEEN);
             }
             Ok(())
         })?;
-        std::thread::sleep(Duration::from_millis(500));
+        // The crowd says how many at each of its ticks.
+        std::thread::sleep(2 * TICK);
+        let log = crowd.log();
+        let heard = log.lines().filter_map(|line| line.strip_prefix("heard ")).next_back();
+        if heard.is_some_and(|heard| heard == count.to_string()) {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < end && crowd.is_alive(),
+            "only {} of {count} peers answered: {}",
+            heard.unwrap_or("0"),
+            crate::lab::last_lines(&log)
+        );
     }
 }
 
 struct Answering {
     socket: StdSocket,
     tunnel: Tunnel<BoringFactory>,
+    /// Packets received.
+    heard: u64,
+    heard_last: Option<MonoTime>,
 }
 
-/// Answers as all of them until it is killed; says how many have been heard.
+/// Answers as all of them until it is killed; says how many have been heard lately.
 pub(in super::super) fn answer(options: &CrowdOptions) -> Result<()> {
     use std::io::Write as _;
     ensure!(options.count <= COUNT_MAX, "--count is at most {COUNT_MAX}");
     let everybody: Result<Vec<Answering>> =
         members(options.count).iter().map(|member| start(member, options.of)).collect();
     let mut everybody = everybody?;
-    let mut said = None;
+    let (mut said, mut ticked) = (None, netcfg::clock::now());
     loop {
+        let due = TICK.saturating_sub(netcfg::clock::now().since(ticked));
+        let asked = wait(&everybody, due)?;
         let now = netcfg::clock::now();
-        for one in &mut everybody {
-            serve(one, now)?;
+        for place in asked {
+            serve(&mut everybody[place], now);
         }
-        let heard = everybody.iter().filter(|one| one.tunnel.counters().rx_packets > 0).count();
+        if now.since(ticked) < TICK {
+            continue;
+        }
+        ticked = now;
+        for one in &mut everybody {
+            serve(one, now);
+        }
+        let lately = |at: MonoTime| now.since(at) < LATELY;
+        let heard = everybody.iter().filter(|one| one.heard_last.is_some_and(lately)).count();
         if said != Some(heard) {
             said = Some(heard);
-            writeln!(std::io::stdout(), "heard {heard} of {}", options.count)?;
+            writeln!(std::io::stdout(), "heard {heard}")?;
         }
-        // Asleep once all are there, so that it costs nothing while others are measured.
-        let rest = if heard == options.count { Duration::from_millis(500) } else { POLL };
-        std::thread::sleep(rest);
     }
+}
+
+/// Who has something to read, by their places; for so long at most.
+fn wait(everybody: &[Answering], longest: Duration) -> Result<Vec<usize>> {
+    let mut sockets: Vec<_> =
+        everybody.iter().map(|one| PollFd::new(&one.socket, PollFlags::IN)).collect();
+    match poll(&mut sockets, Some(&longest.try_into()?)) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let asked = sockets.iter().enumerate().filter(|(_, socket)| !socket.revents().is_empty());
+    Ok(asked.map(|(place, _)| place).collect())
 }
 
 fn start(member: &Member, of: PublicKey) -> Result<Answering> {
@@ -155,10 +195,10 @@ fn start(member: &Member, of: PublicKey) -> Result<Answering> {
     };
     let refused = tunnel.set_peers(netcfg::clock::now(), &[peer]);
     ensure!(refused.is_empty(), "{refused:?}");
-    Ok(Answering { socket, tunnel })
+    Ok(Answering { socket, tunnel, heard: 0, heard_last: None })
 }
 
-fn serve(one: &mut Answering, now: mesh_types::time::MonoTime) -> Result<()> {
+fn serve(one: &mut Answering, now: MonoTime) {
     let mut buffer = [0; 2048];
     while let Ok((length, source)) = one.socket.recv_from(&mut buffer) {
         let meta =
@@ -173,7 +213,10 @@ fn serve(one: &mut Answering, now: mesh_types::time::MonoTime) -> Result<()> {
         // The node may be gone already.
         let _ = one.socket.send_to(bytes, to);
     }
-    Ok(())
+    let heard = one.tunnel.counters().rx_packets;
+    if heard != one.heard {
+        (one.heard, one.heard_last) = (heard, Some(now));
+    }
 }
 
 #[cfg(test)]

@@ -37,15 +37,15 @@ pub(super) fn initiations(
         let socket = socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::RAW))
             .context("open a raw socket")?;
         let begun = Instant::now();
-        let mut sent = 0_u32;
+        let (mut tried, mut sent) = (0_u32, 0_u32);
         while begun.elapsed() < time {
-            for _ in 0..BURST {
-                pretend(&mut packet, sent);
-                // What finds no room is lost, as in any flood.
-                let _ = sendto(&socket, &packet, SendFlags::empty(), &to);
-                sent = sent.wrapping_add(1);
+            for number in 0..BURST {
+                pretend(&mut packet, tried.wrapping_add(number));
+                // What finds no room is lost, as in any flood, and was not sent.
+                sent += u32::from(sendto(&socket, &packet, SendFlags::empty(), &to).is_ok());
             }
-            let due = Duration::from_secs(1) * sent / PER_SECOND;
+            tried = tried.wrapping_add(BURST);
+            let due = Duration::from_secs(1) * tried / PER_SECOND;
             std::thread::sleep(due.saturating_sub(begun.elapsed()));
         }
         Ok(f64::from(sent) / begun.elapsed().as_secs_f64())

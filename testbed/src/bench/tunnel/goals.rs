@@ -10,9 +10,9 @@ pub(super) struct Goal {
     name: &'static str,
     unit: &'static str,
     better: Better,
-    /// Beside wireguard-go; beside every other peer that encrypts it is to be ahead.
+    /// Beside wireguard-go, or of the value itself.
     target: Target,
-    /// Whether being ahead of every other peer is asked for.
+    /// Whether being ahead of every peer that encrypts is asked for.
     ahead: bool,
 }
 
@@ -23,15 +23,15 @@ impl plan::Goal<Subject> for Goal {
 
     fn beside(&self, peer: Subject) -> Target {
         match peer {
-            Subject::WireguardGo => self.target,
             _ if peer.is_for_scale() => Target::NONE,
+            Subject::WireguardGo if !self.target.is_of_value() => self.target,
             _ if self.ahead => Target::ratio(1.0, 1.0),
             _ => Target::NONE,
         }
     }
 
-    fn alone(&self) -> Target {
-        self.target.without_ratio()
+    fn own(&self) -> Target {
+        if self.target.is_of_value() { self.target } else { Target::NONE }
     }
 }
 
@@ -48,14 +48,24 @@ const fn ahead(name: &'static str, unit: &'static str, better: Better) -> Goal {
     Goal { name, unit, better, target: Target::ratio(1.0, 1.0), ahead: true }
 }
 
-/// The value itself may be at most this.
+/// The value itself may be at most this: none at all, or memory, of which others may take less.
 const fn at_most(name: &'static str, unit: &'static str, must: f64, aim: f64) -> Goal {
     Goal { name, unit, better: Better::Lower, target: Target::value(must, aim), ahead: false }
 }
 
+/// As [`at_most`], and others are to be left behind besides.
+const fn least(name: &'static str, unit: &'static str, must: f64, aim: f64) -> Goal {
+    Goal { ahead: true, ..at_most(name, unit, must, aim) }
+}
+
+/// Shown, and nothing asked.
+const fn shown(name: &'static str, unit: &'static str) -> Goal {
+    Goal { name, unit, better: Better::Lower, target: Target::NONE, ahead: false }
+}
+
 const GBIT: &str = "Gbit/s";
 
-pub(super) const GOALS: [Goal; 37] = [
+pub(super) const GOALS: [Goal; 38] = [
     more("tcp_1_bbr", GBIT, 1.7, 2.0),
     more("tcp_4_bbr", GBIT, 1.7, 2.0),
     more("tcp_reverse_bbr", GBIT, 1.7, 2.0),
@@ -74,6 +84,7 @@ pub(super) const GOALS: [Goal; 37] = [
     ahead("udp_1372", GBIT, Better::Higher),
     less("ping_idle", "ms", 0.5, 0.4),
     less("ping_load", "ms", 0.45, 0.3),
+    shown("ping_load_lost", "%"),
     ahead("rr_idle_p50", "us", Better::Lower),
     ahead("rr_idle_p99", "us", Better::Lower),
     ahead("rr_idle_p99_9", "us", Better::Lower),
@@ -91,6 +102,6 @@ pub(super) const GOALS: [Goal; 37] = [
     ahead("tcp_1_peers_100", GBIT, Better::Higher),
     ahead("tcp_1_peers_1000", GBIT, Better::Higher),
     at_most("resident_1000", "MiB", 64.0, 32.0),
-    at_most("idle_cpu_1000", "%", 0.5, 0.1),
-    at_most("idle_cpu_few", "%", 0.5, 0.1),
+    least("idle_cpu_1000", "%", 0.5, 0.1),
+    least("idle_cpu_few", "%", 0.5, 0.1),
 ];

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
-use super::parsed::{self, Received};
+use super::parsed::{self, Pinged, Received};
 use crate::lab::run_in_netns;
 
 /// How long a client tries to reach a server that has just been started.
@@ -125,8 +125,8 @@ pub(super) fn iperf3(
     }
 }
 
-/// The average round trip.
-pub(super) fn ping(from: &Place, address: IpAddr, time: Duration) -> Result<Duration> {
+/// The average round trip, and how many did not come back.
+pub(super) fn ping(from: &Place, address: IpAddr, time: Duration) -> Result<Pinged> {
     let mut command = inside(&from.netns, "ping");
     command.args(["-q", "-i", PING_INTERVAL, "-w", &time.as_secs().to_string()]);
     command.arg(address.to_string());
@@ -162,7 +162,9 @@ fn output(command: &mut Command, longest: Duration) -> Result<String> {
     let end = Instant::now() + longest;
     while child.0.try_wait()?.is_none() {
         if Instant::now() > end {
-            bail!("{command:?} took longer than {longest:?}");
+            let words = command.get_args().skip_while(|word| *word != "--").skip(1);
+            let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
+            bail!("`{}` took longer than {} s", words.join(" "), longest.as_secs());
         }
         std::thread::sleep(Duration::from_millis(5));
     }

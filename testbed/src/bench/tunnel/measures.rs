@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use super::super::cost;
 use super::addresses::WIRE;
 use super::cost::Repairs;
+use super::crowd;
 use super::flood;
 use super::load::{self, Place, Stream, Way};
 use super::site::{PORT, Shape, Site, said};
@@ -129,7 +130,11 @@ pub(super) const MEASURES: [Measure; 26] = [
     at(&["udp_1372"], Kind::Udp { bytes: UDP_BYTES[1] }, FEW),
     at(&["ping_idle"], Kind::PingIdle, FEW),
     at(&["rr_idle_p50", "rr_idle_p99", "rr_idle_p99_9"], Kind::RequestsIdle, FEW),
-    at(&["ping_load", "rr_load_p50", "rr_load_p99", "rr_load_p99_9"], Kind::UnderLoad, FEW),
+    at(
+        &["ping_load", "ping_load_lost", "rr_load_p50", "rr_load_p99", "rr_load_p99_9"],
+        Kind::UnderLoad,
+        FEW,
+    ),
     at(&["flood_loss"], Kind::Flood, FEW),
     at(&["idle_cpu_few"], Kind::Rest, FEW),
     shaped(&["tcp_1_mtu_8920"], 1, JUMBO),
@@ -163,11 +168,12 @@ impl Measure {
 
     /// What comes before the measurement itself.
     pub(super) fn settle(self) -> Duration {
-        match self.kind {
+        let itself = match self.kind {
             Kind::Rest => SETTLE,
             Kind::UnderLoad => LEAD,
             _ => Duration::ZERO,
-        }
+        };
+        itself + crowd::greeting(self.shape.peers.saturating_sub(1))
     }
 
     /// One round of `time` with this subject.
@@ -191,6 +197,7 @@ impl Measure {
     ) -> Result<()> {
         let nodes = [&site.nodes[0], &site.nodes[1]];
         let far = nodes[1].v4;
+        site.greet_crowd()?;
         match self.kind {
             Kind::Tcp { streams, way, congestion, v6, pods } => {
                 let places = match &site.pods {
@@ -214,8 +221,8 @@ impl Measure {
                 samples.push(self.figures[0], subject, value);
             }
             Kind::PingIdle => {
-                let average = load::ping(nodes[0], far, time)?;
-                samples.push(self.figures[0], subject, average.as_secs_f64() * 1e3);
+                let pinged = load::ping(nodes[0], far, time)?;
+                samples.push(self.figures[0], subject, pinged.average.as_secs_f64() * 1e3);
             }
             Kind::RequestsIdle => {
                 let times = load::request_response(nodes, far, time)?;
@@ -246,7 +253,8 @@ impl Measure {
         let before = (processor_time(site)?, repairs(nodes)?);
         let stream = Stream::Tcp { streams: 1, way: Way::Forward, congestion };
         let received = load::iperf3(nodes, nodes[1].v4, stream, time)?;
-        let (cost, repaired) = (processor_time(site)? - before.0, repairs(nodes)?.since(before.1));
+        let cost = processor_time(site)?.saturating_sub(before.0);
+        let repaired = repairs(nodes)?.since(before.1);
         let gbits = received.bits_per_second / 1e9;
         let mut push = |place: usize, value: f64| samples.push(self.figures[place], subject, value);
         push(0, gbits);
@@ -283,8 +291,9 @@ impl Measure {
             load.join().map_err(panicked)??;
             anyhow::Ok((ping, times))
         })?;
-        samples.push(self.figures[0], subject, ping.as_secs_f64() * 1e3);
-        samples.push_ranks(&self.figures[1..], subject, &times);
+        samples.push(self.figures[0], subject, ping.average.as_secs_f64() * 1e3);
+        samples.push(self.figures[1], subject, ping.lost_percent);
+        samples.push_ranks(&self.figures[2..], subject, &times);
         Ok(())
     }
 
@@ -316,13 +325,13 @@ impl Measure {
         time: Duration,
         samples: &mut Samples,
     ) -> Result<()> {
-        site.greet_crowd()?;
         std::thread::sleep(SETTLE);
         let Some(daemon) = site.daemons.first() else { return Ok(()) };
         let pid = daemon.process().pid;
         let before = cost::processor_time(pid)?;
         std::thread::sleep(time);
-        let spent = cost::processor_time(pid)? - before;
+        // The time of a thread that ended is gone.
+        let spent = cost::processor_time(pid)?.saturating_sub(before);
         samples.push(self.figures[0], subject, spent.as_secs_f64() / time.as_secs_f64() * 100.0);
         if let Some(name) = self.figures.get(1) {
             samples.push(name, subject, cost::resident(pid)?);

@@ -14,6 +14,14 @@ pub(super) struct Received {
     pub(super) lost_percent: f64,
 }
 
+/// What `ping` says of its answers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Pinged {
+    pub(super) average: Duration,
+    /// Of those sent, 0 to 100.
+    pub(super) lost_percent: f64,
+}
+
 /// The document of `iperf3 --json`; both directions together where there were two.
 pub(super) fn iperf3(text: &str) -> Result<Received> {
     let document: Value = serde_json::from_str(text).context("iperf3 printed no JSON")?;
@@ -21,11 +29,12 @@ pub(super) fn iperf3(text: &str) -> Result<Received> {
         bail!("iperf3: {error}");
     }
     let end = &document["end"];
-    let mut received = Received::default();
+    let (mut received, mut sent) = (Received::default(), 0.0);
     for name in ["sum_received", "sum_received_bidir_reverse"] {
         let sum = &end[name];
         let Some(bits) = sum["bits_per_second"].as_f64() else { continue };
         received.bits_per_second += bits;
+        sent += sum["packets"].as_f64().unwrap_or(0.0);
         if let (Some(packets), Some(lost), Some(seconds)) =
             (sum["packets"].as_f64(), sum["lost_packets"].as_f64(), sum["seconds"].as_f64())
             && seconds > 0.0
@@ -34,21 +43,33 @@ pub(super) fn iperf3(text: &str) -> Result<Received> {
             received.lost_percent = 100.0 * lost / packets.max(1.0);
         }
     }
-    if received.bits_per_second == 0.0 {
+    // Datagrams that are all lost are an outcome; a stream of which nothing arrives did not come about.
+    if received.bits_per_second == 0.0 && sent == 0.0 {
         bail!("iperf3 says that nothing arrived");
     }
     Ok(received)
 }
 
-/// The average of `ping -q`, "rtt min/avg/max/mdev = 0.1/0.2/0.3/0.0 ms".
-pub(super) fn ping(text: &str) -> Result<Duration> {
+/// What `ping -q` says: "10 packets transmitted, 9 received, 10% packet loss, time 9ms" and
+/// "rtt min/avg/max/mdev = 0.1/0.2/0.3/0.0 ms".
+pub(super) fn ping(text: &str) -> Result<Pinged> {
     let line = text.lines().find(|line| line.starts_with("rtt "));
     let average = line
         .and_then(|line| line.split_once(" = "))
         .and_then(|(_, times)| times.split('/').nth(1))
         .and_then(|average| average.parse::<f64>().ok());
     let average = average.with_context(|| format!("ping had no answer: {}", text.trim()))?;
-    Duration::try_from_secs_f64(average / 1e3).context("ping's average is no time")
+    let average =
+        Duration::try_from_secs_f64(average / 1e3).context("ping's average is no time")?;
+    let number = |after: &str| {
+        let part = text.split(", ").find_map(|part| part.trim().strip_suffix(after))?;
+        part.rsplit(['\n', ' ']).next()?.parse::<f64>().ok()
+    };
+    let sent = number(" packets transmitted").context("ping does not say how many it sent")?;
+    let received = number(" received").context("ping does not say how many came back")?;
+    // The last one may be under way when ping ends.
+    let lost = (sent - received - 1.0).max(0.0);
+    Ok(Pinged { average, lost_percent: 100.0 * lost / sent.max(1.0) })
 }
 
 /// A counter of /proc/net/snmp or /proc/net/netstat: a line of names, then a line of values, both with the group in front.
@@ -75,6 +96,10 @@ mod tests {
         let text = r#"{"end": {"sum_received": {"bits_per_second": 5e6, "seconds": 2,
             "packets": 1000, "lost_packets": 400}}}"#;
         assert_eq!(iperf3(text).expect("figures").packets_per_second, 300.0);
+        let all = r#"{"end": {"sum_received": {"bits_per_second": 0, "seconds": 2,
+            "packets": 1000, "lost_packets": 1000}}}"#;
+        let received = iperf3(all).expect("losing everything is an outcome");
+        assert_eq!((received.packets_per_second, received.lost_percent), (0.0, 100.0));
     }
 
     #[test]
@@ -87,9 +112,18 @@ mod tests {
 
     #[test]
     fn the_average_of_ping() {
-        let text =
-            "--- 10.0.0.1 ping statistics ---\nrtt min/avg/max/mdev = 0.024/0.25/0.4/0.1 ms\n";
-        assert_eq!(ping(text).expect("a time"), Duration::from_micros(250));
+        let text = |counts: &str| {
+            format!(
+                "--- 10.0.0.1 ping statistics ---\n{counts} packet loss, time 9ms\n\
+                 rtt min/avg/max/mdev = 0.024/0.25/0.4/0.1 ms\n"
+            )
+        };
+        let pinged = |counts| ping(&text(counts)).expect("a time");
+        let average = Duration::from_micros(250);
+        let all = pinged("200 packets transmitted, 199 received, 0.5%");
+        assert_eq!(all, Pinged { average, lost_percent: 0.0 }, "one may be under way");
+        let some = pinged("200 packets transmitted, 149 received, +3 duplicates, 25.5%");
+        assert_eq!(some, Pinged { average, lost_percent: 25.0 });
     }
 
     #[test]

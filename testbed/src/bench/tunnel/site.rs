@@ -65,7 +65,7 @@ pub(super) struct Site {
     pub(super) nodes: [Place; 2],
     /// One pod on each node.
     pub(super) pods: Option<[Place; 2]>,
-    crowd: Option<Daemon>,
+    crowd: Option<(Daemon, usize)>,
     /// Of node a, where a subject has one.
     pub(super) key: Option<PublicKey>,
     namespaces: [Namespace; 2],
@@ -84,40 +84,57 @@ impl Site {
     /// that is full says nothing of the programs, and sending takes three times as long.
     pub(super) fn flooded<T>(&self, what: impl FnOnce() -> Result<T>) -> Result<T> {
         let [a, b] = &self.namespaces;
-        a.ip(&[format!("route replace {FLOODERS} via {}", WIRE[1])])?;
-        b.ip(&[format!("route replace blackhole {FLOODERS}")])?;
         let untracked = ["prerouting", "output"].map(|hook| {
             format!(
                 "chain {hook} {{ type filter hook {hook} priority raw; \
                  ip saddr {FLOODERS} notrack; ip daddr {FLOODERS} notrack; }};"
             )
         });
+        let prepared = [a, b].iter().try_for_each(|node| {
+            node.shell(&format!("nft 'table ip flood {{ {} }}'", untracked.join(" "))).map(drop)
+        });
+        let prepared = prepared
+            .and_then(|()| a.ip(&[format!("route replace {FLOODERS} via {}", WIRE[1])]))
+            .and_then(|()| b.ip(&[format!("route replace blackhole {FLOODERS}")]));
+        let done = prepared.and_then(|()| what());
         for node in [a, b] {
-            node.shell(&format!("nft 'table ip flood {{ {} }}'", untracked.join(" ")))?;
-        }
-        let done = what();
-        for node in [a, b] {
-            node.shell(&format!("nft delete table ip flood; ip route del {FLOODERS}"))?;
+            // Whatever was made of it; the next measurement is to find none.
+            let cleared = format!(
+                "nft delete table ip flood 2>/dev/null; ip route flush exact {FLOODERS} 2>/dev/null; \
+                 ! nft list tables | grep -qw flood"
+            );
+            if let Err(error) = node.shell(&cleared) {
+                return done.and(Err(error));
+            }
         }
         done
     }
 
-    /// Datagrams that did not decrypt, on both nodes; what only ours tells.
+    /// Datagrams that did not decrypt, for whatever reason, on both nodes; what only ours tells.
     pub(super) fn decrypt_errors(&self) -> Result<u64> {
         let mut errors = 0;
         for node in &self.namespaces {
             let status = status(node, &self.meshd)?;
-            let bad = ["bad_tag", "replayed", "no_session", "counter_limit", "not_ip"];
+            let bad = [
+                "udp_malformed",
+                "unknown_index",
+                "bad_handshake",
+                "no_session",
+                "replayed",
+                "counter_limit",
+                "bad_tag",
+                "not_ip",
+            ];
             let drops = status.drops.iter().filter(|drop| bad.contains(&drop.reason.as_str()));
             errors += drops.map(|drop| drop.count).sum::<u64>();
         }
         Ok(errors)
     }
 
-    /// One packet to each of the crowd, and waits until all have been heard.
+    /// Makes a session with each of the crowd, where there is one.
     pub(super) fn greet_crowd(&self) -> Result<()> {
-        let Some(crowd) = &self.crowd else { return Ok(()) };
-        crowd::greet(&self.nodes[0].netns, crowd)
+        let Some((crowd, count)) = &self.crowd else { return Ok(()) };
+        crowd::greet(&self.nodes[0].netns, crowd, *count)
     }
 }
 
@@ -350,7 +367,7 @@ impl Builder {
             .with_context(|| format!("waiting for {address}{}", said(&self.daemons)))
     }
 
-    fn start_crowd(&mut self, own: Option<PublicKey>) -> Result<Option<Daemon>> {
+    fn start_crowd(&mut self, own: Option<PublicKey>) -> Result<Option<(Daemon, usize)>> {
         if self.crowd.is_empty() {
             return Ok(None);
         }
@@ -359,7 +376,7 @@ impl Builder {
         let mut command = node.command(&self.testbed);
         command.args(["bench", "crowd", "--of", &own.to_string()]);
         command.args(["--count", &self.crowd.len().to_string()]);
-        Ok(Some(node.spawn(command, "crowd")?))
+        Ok(Some((node.spawn(command, "crowd")?, self.crowd.len())))
     }
 
     /// A pod on each node, by our plugin, whoever the subject is.
