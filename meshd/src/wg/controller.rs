@@ -6,6 +6,9 @@
 //! | up | serves; begins where it stopped |
 //! | deleted | the program ends |
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -49,8 +52,26 @@ pub(super) struct Controller {
     clocks: WallClock,
     /// Told when the device should be looked at.
     news: mpsc::Sender<()>,
-    /// A start that failed is told once.
-    complained: bool,
+    /// Why it could not be served, as told.
+    unserved: Complaint,
+}
+
+/// Something that is tried again and again: why it fails is told once, and once more when it is for another reason.
+#[derive(Debug, Default)]
+struct Complaint(Option<String>);
+
+impl Complaint {
+    fn is_new(&mut self, error: &anyhow::Error) -> bool {
+        let told = format!("{error:#}");
+        self.0.as_ref() != Some(&told) && {
+            self.0 = Some(told);
+            true
+        }
+    }
+
+    fn forget(&mut self) {
+        self.0 = None;
+    }
 }
 
 struct Plane {
@@ -80,7 +101,7 @@ impl Controller {
             carried: BTreeMap::new(),
             clocks: WallClock::default(),
             news,
-            complained: false,
+            unserved: Complaint::default(),
         }
     }
 
@@ -129,10 +150,9 @@ impl Controller {
             Ok(plane) => {
                 self.device.listen_port = plane.port;
                 self.plane = Some(plane);
-                self.complained = false;
+                self.unserved.forget();
             }
-            Err(error) if !self.complained => {
-                self.complained = true;
+            Err(error) if self.unserved.is_new(&error) => {
                 tracing::error!(
                     error = format!("{error:#}"),
                     "the interface is up and not served; trying again"
