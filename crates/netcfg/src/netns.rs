@@ -103,15 +103,16 @@ where
     W: FnOnce() -> anyhow::Result<T> + Send,
 {
     let fd = netns.as_fd();
-    let joined = std::thread::scope(|scope| {
-        scope
-            .spawn(move || {
-                sys::enter_network(fd).context("enter the network namespace (root is needed)")?;
-                work()
-            })
-            .join()
-    });
-    joined.unwrap_or_else(|_| Err(anyhow!("work inside the network namespace panicked")))
+    std::thread::scope(|scope| {
+        let inside = move || {
+            sys::enter_network(fd).context("enter the network namespace (root is needed)")?;
+            work()
+        };
+        let thread = std::thread::Builder::new().spawn_scoped(scope, inside);
+        let thread = thread.context("start a thread for work inside a network namespace")?;
+        let panicked = |_| Err(anyhow!("work inside the network namespace panicked"));
+        thread.join().unwrap_or_else(panicked)
+    })
 }
 
 /// Runs `work` inside `netns` on the calling thread and comes back, also when `work` fails or panics. Spares the start of a

@@ -173,6 +173,14 @@ pub(crate) fn tun_attached(fd: BorrowedFd<'_>) -> io::Result<(String, c_int)> {
     Ok((name, c_int::from(flags)))
 }
 
+/// `TUNGETDEVNETNS` (Linux 5.2): the network namespace the interface is in, wherever `fd` was opened.
+pub(crate) fn tun_netns(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    // SAFETY: TUNGETDEVNETNS takes no argument.
+    let netns = check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETDEVNETNS as _) })?;
+    // SAFETY: the kernel gave us this descriptor just now, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(netns) })
+}
+
 // --- descriptors ------------------------------------------------------------------------------------
 
 /// A descriptor of our own for what whoever started us left open as `number`; theirs stays.

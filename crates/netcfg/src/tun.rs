@@ -22,7 +22,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::link::Link;
-use crate::{addr, link, sys};
+use crate::{addr, link, netns, sys};
 
 /// Bytes of the virtio network header in front of each packet.
 pub const VNET_HEADER_BYTES: usize = 10;
@@ -177,6 +177,37 @@ impl Tun {
     /// Whether the device still exists, in whatever network namespace.
     pub fn is_there(&self) -> bool {
         sys::tun_attached(self.fd.as_fd()).is_ok()
+    }
+
+    /// Its interface as it is now, under whatever name and in whatever network namespace. `None`: in one that nobody lets us look
+    /// into.
+    ///
+    /// Neither name nor index say that an interface is this one: after it was moved another may have come to have them.
+    pub fn link(&self) -> anyhow::Result<Option<Link>> {
+        let found = match sys::tun_netns(self.fd.as_fd()) {
+            Ok(netns) if is_own(&netns) => self.link_here()?,
+            Ok(netns) => match netns::run_in(&netns, || Ok(self.link_here())) {
+                Ok(found) => found?,
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    tracing::debug!(device = self.name, error, "not to be seen where it is");
+                    return Ok(None);
+                }
+            },
+            // The kernel does not know the question, or does not answer us.
+            Err(_) => return Ok(self.link_here()?.filter(|link| link.index == self.index)),
+        };
+        found.map(Some).with_context(|| {
+            format!("TUN device {} was moved or renamed while it was looked at", self.name)
+        })
+    }
+
+    /// The TUN interface that is called like this one, in the namespace of the calling thread.
+    fn link_here(&self) -> io::Result<Option<Link>> {
+        let called = || sys::tun_attached(self.fd.as_fd()).map(|(name, _)| name);
+        let name = called()?;
+        let link = link::get(&name)?.filter(|link| link.kind == "tun");
+        Ok(link.filter(|_| called().is_ok_and(|now| now == name)))
     }
 
     /// The same queue once more: it stays open until both are dropped.
@@ -348,6 +379,12 @@ impl AsFd for Tun {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// Whether it is the namespace of the calling thread; where that cannot be told, it is another.
+fn is_own(netns: &OwnedFd) -> bool {
+    let inode = rustix::fs::fstat(netns).map(|it| it.st_ino).ok();
+    inode.is_some() && inode == netns::current_inode().ok()
 }
 
 fn read_one(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {

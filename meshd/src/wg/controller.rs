@@ -17,6 +17,7 @@ use std::time::{Duration, SystemTime};
 use mesh_core::tunnel::config::{Setting, TunnelConfig};
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::time::MonoTime;
+use netcfg::link::Link;
 use netcfg::release::Release;
 use netcfg::tun::Tun;
 use netcfg::udp::{self, UdpOptions, UdpSocket};
@@ -54,6 +55,8 @@ pub(super) struct Controller {
     news: mpsc::Sender<()>,
     /// Why it could not be served, as told.
     unserved: Complaint,
+    /// Why it could not be looked at, as told.
+    unseen: Complaint,
 }
 
 /// Something that is tried again and again: why it fails is told once, and once more when it is for another reason.
@@ -102,6 +105,7 @@ impl Controller {
             clocks: WallClock::default(),
             news,
             unserved: Complaint::default(),
+            unseen: Complaint::default(),
         }
     }
 
@@ -110,9 +114,28 @@ impl Controller {
         let Some(tun) = self.tuns.first().filter(|tun| tun.is_there()) else {
             return Look::Gone;
         };
-        // One that is not here is in another network namespace, where nobody says whether it is up.
-        let link = netcfg::link::get_by_index(tun.index()).unwrap_or_default();
-        let (up, mtu) = link.map_or((true, self.mtu), |link| (link.up, link.mtu));
+        let seen = tun.link();
+        self.follow(seen);
+        self.tell_addresses();
+        Look::There
+    }
+
+    /// Does what follows from what the interface looks like.
+    fn follow(&mut self, seen: anyhow::Result<Option<Link>>) {
+        let (up, mtu) = match seen {
+            Ok(Some(link)) => (link.up, link.mtu),
+            // Where nobody says whether it is up.
+            Ok(None) => (true, self.mtu),
+            // That says nothing of the interface: what is, stays.
+            Err(error) => {
+                if self.unseen.is_new(&error) {
+                    let error = format!("{error:#}");
+                    tracing::warn!(error, "the interface cannot be looked at; trying again");
+                }
+                return;
+            }
+        };
+        self.unseen.forget();
         let resized = std::mem::replace(&mut self.mtu, mtu) != mtu;
         match (&self.plane, up) {
             (None, true) => self.start(),
@@ -122,8 +145,6 @@ impl Controller {
             }
             _ => {}
         }
-        self.tell_addresses();
-        Look::There
     }
 
     /// Without them what leaves another host behind this one may be taken for ours.

@@ -1,4 +1,132 @@
+//! A controller with a TUN device of its own, in a network namespace made for it.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use netcfg::link;
+use netcfg::netns::{self, Netns, run_in};
+use netcfg::tun::TunOptions;
+
 use super::*;
+
+#[path = "../../../tests/support/privilege.rs"]
+mod privilege;
+use privilege::root;
+
+/// A network namespace; deleted with the value.
+struct Space {
+    netns: Netns,
+    path: PathBuf,
+}
+
+impl Space {
+    fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        std::fs::create_dir_all("/run/netns").expect("a folder");
+        let path = PathBuf::from(format!("/run/netns/controller-{}-{count}", std::process::id()));
+        Self { netns: Netns::create(&path).expect("a namespace"), path }
+    }
+
+    fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        run_in(&self.netns, || Ok(work())).expect("inside")
+    }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        let _ = netns::delete(&self.path);
+    }
+}
+
+fn controller() -> Controller {
+    let options = TunOptions { mtu: Some(super::super::MTU), ..TunOptions::transient("wg0") };
+    let tun = Tun::open(&options).expect("a TUN device");
+    let (news, _) = mpsc::channel(1);
+    Controller::new(vec![tun], Duration::ZERO, Disabled::from(&[][..]), news)
+}
+
+fn index(controller: &Controller) -> u32 {
+    controller.tuns[0].index()
+}
+
+#[test]
+fn another_link_of_its_index_is_not_the_device() {
+    if !root() {
+        return;
+    }
+    let (home, away) = (Space::new(), Space::new());
+    home.run(|| {
+        let mut controller = controller();
+        let index = index(&controller);
+        link::set_up(index).expect("up");
+        assert_eq!(controller.look(), Look::There);
+        assert!(controller.plane.is_some());
+        link::set_netns(index, &away.netns).expect("moved");
+        away.run(|| {
+            link::set_mtu(index, 1300).expect("an MTU");
+            link::set_up(index).expect("up");
+        });
+        let number = index.to_string();
+        let add = ["link", "add", "d0", "mtu", "9000", "index", &number, "type", "bridge"];
+        assert!(Command::new("ip").args(add).status().expect("ip").success());
+        assert_eq!(controller.look(), Look::There);
+        assert!(controller.plane.is_some(), "it is up where it is");
+        assert_eq!(controller.mtu, 1300);
+    });
+}
+
+#[test]
+fn a_device_elsewhere_is_down_where_it_is_down() {
+    if !root() {
+        return;
+    }
+    let (home, away) = (Space::new(), Space::new());
+    home.run(|| {
+        let mut controller = controller();
+        let index = index(&controller);
+        link::set_up(index).expect("up");
+        controller.look();
+        assert!(controller.plane.is_some());
+        // Which sets it down.
+        link::set_netns(index, &away.netns).expect("moved");
+        assert_eq!(controller.look(), Look::There);
+        assert!(controller.plane.is_none());
+        away.run(|| {
+            link::rename(index, "eth7").expect("renamed");
+            link::set_up(index).expect("up");
+        });
+        controller.look();
+        assert!(controller.plane.is_some());
+        // Nothing of ours keeps the namespace: the device goes with it.
+        drop(away);
+        let gone = std::iter::repeat_with(|| controller.look()).take(2_000).any(|look| {
+            std::thread::sleep(Duration::from_millis(10));
+            look == Look::Gone
+        });
+        assert!(gone);
+    });
+}
+
+#[test]
+fn an_interface_that_cannot_be_looked_at_stays_what_it_was() {
+    if !root() {
+        return;
+    }
+    Space::new().run(|| {
+        let mut controller = controller();
+        let unseen = || Err(anyhow::anyhow!("no buffer space"));
+        controller.follow(unseen());
+        assert!(controller.plane.is_none(), "nobody has seen it up");
+        link::set_up(index(&controller)).expect("up");
+        link::set_mtu(index(&controller), 1300).expect("an MTU");
+        assert_eq!(controller.look(), Look::There);
+        controller.follow(unseen());
+        assert!(controller.plane.is_some());
+        assert_eq!(controller.mtu, 1300);
+    });
+}
 
 #[test]
 fn why_something_fails_is_told_again_when_it_is_another_reason() {
