@@ -34,6 +34,8 @@ pub(super) struct Letters<P, T, S> {
     pub(super) rerouted: bool,
     /// Sources that peers are not sent to from any more; of one peer the last word counts.
     pub(super) astray: BTreeMap<PublicKey, Pin>,
+    /// Peers that were removed and are there again: what was before is not theirs.
+    pub(super) made_anew: BTreeSet<PublicKey>,
     /// Who this side is from now on.
     pub(super) own_key: Option<(OwnKeyId, PrivateKey)>,
     /// Where peers are, as an operator says; of one peer the last word counts, so there are at most as many as peers.
@@ -68,6 +70,7 @@ impl<P, T, S> Default for Letters<P, T, S> {
             udp: None,
             rerouted: false,
             astray: BTreeMap::new(),
+            made_anew: BTreeSet::new(),
             own_key: None,
             endpoints: BTreeMap::new(),
             own_addresses: None,
@@ -90,6 +93,8 @@ impl<P, T, S> Default for Letters<P, T, S> {
 /// A device configured anew by its operator.
 #[derive(Debug)]
 pub struct Reconfigure<P, K = PrivateKey> {
+    /// Of the peers those that begin anew: removed first, with their sessions and counters.
+    pub made_anew: Vec<PublicKey>,
     /// Only when it is another one.
     pub own_key: Option<K>,
     pub peers: P,
@@ -139,8 +144,11 @@ impl<P, T, S> Mailbox<P, T, S> {
 
     /// Changes who this side is, who the peers are and where: one letter, so that no turn sees a part.
     pub(super) fn configure(&self, change: Reconfigure<P, (OwnKeyId, PrivateKey)>) {
-        let Reconfigure { own_key, peers, endpoints } = change;
+        let Reconfigure { made_anew, own_key, peers, endpoints } = change;
         self.post(|letters| {
+            // Whoever finds no room here keeps a session that the other side may have, too.
+            let room = NODES_MAX.saturating_sub(letters.made_anew.len());
+            letters.made_anew.extend(made_anew.into_iter().take(room));
             letters.own_key = own_key.or(letters.own_key.take());
             letters.peers = Some(peers);
             letters.endpoints.extend(endpoints);
@@ -279,6 +287,24 @@ mod tests {
         assert_eq!(mailbox.take().peers, Some(vec![2, 3]));
         assert!(!rings(&mailbox));
         assert_eq!(mailbox.take().peers, None);
+    }
+
+    #[test]
+    fn of_changes_that_wait_nothing_is_lost() {
+        let mailbox = Numbers::new().expect("mailbox");
+        let key = |number| wg_engine::public_key(&PrivateKey::from_bytes([number; 32]));
+        let change = |made_anew, own: Option<u8>, peers| Reconfigure {
+            made_anew,
+            own_key: own.map(|own| (OwnKeyId(own), PrivateKey::from_bytes([own; 32]))),
+            peers,
+            endpoints: BTreeMap::new(),
+        };
+        mailbox.configure(change(vec![key(1)], Some(7), vec![1]));
+        mailbox.configure(change(vec![key(2)], None, vec![1, 2]));
+        let letters = mailbox.take();
+        assert_eq!(letters.made_anew, BTreeSet::from([key(1), key(2)]));
+        assert_eq!(letters.own_key.map(|(id, _)| id), Some(OwnKeyId(7)));
+        assert_eq!(letters.peers, Some(vec![1, 2]));
     }
 
     #[test]

@@ -179,9 +179,9 @@ impl DataPlane {
         self.shards.each(|shard| shard.set_local_addresses(addresses.to_vec()));
     }
 
-    /// Another own key, other peers, endpoints by hand: in this order, and together.
+    /// Peers to be made anew, another own key, other peers, endpoints by hand: in this order, and together.
     pub fn configure(&self, change: Reconfigure<Vec<PeerConfig>>) {
-        let Reconfigure { own_key, peers, endpoints } = change;
+        let Reconfigure { made_anew, own_key, peers, endpoints } = change;
         let peers = Arc::new(peers);
         // Here and not in the shards, of which one may find two letters in one: they tell each other for which of our keys
         // an initiation was. Two ids take turns: what a third key's predecessor had is over by its own time.
@@ -191,6 +191,7 @@ impl DataPlane {
         });
         self.shards.each(|shard| {
             shard.configure(Reconfigure {
+                made_anew: made_anew.clone(),
                 own_key: own_key.clone(),
                 peers: Arc::clone(&peers),
                 endpoints: endpoints.clone(),
@@ -264,6 +265,22 @@ impl DataPlane {
         let ended: Vec<_> = self.threads.drain(..).map(JoinHandle::join).collect();
         ensure!(ended.iter().all(Result::is_ok), "a thread of the data plane ended by a panic");
         Ok(())
+    }
+}
+
+/// For tests of those who speak to a data plane that hangs.
+#[cfg(test)]
+impl DataPlane {
+    /// From now on nobody takes what is posted.
+    pub(crate) fn hang(&mut self) {
+        self.join().expect("it ran");
+    }
+
+    /// The own key and the peers that wait for the first shard.
+    pub(crate) fn posted(&self) -> (Option<PrivateKey>, Vec<PublicKey>) {
+        let letters = self.shards.0[0].take();
+        let peers = letters.peers.into_iter().flat_map(|peers| peers.to_vec());
+        (letters.own_key.map(|(_, key)| key), peers.map(|peer| peer.key).collect())
     }
 }
 

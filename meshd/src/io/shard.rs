@@ -5,7 +5,7 @@ mod bridges;
 mod handed;
 mod steering;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -309,6 +309,7 @@ impl Shard {
         for (key, pin) in letters.astray {
             tunnel.forget_pin(now, &key, pin);
         }
+        self.remove_peers(tunnel, &letters.made_anew, now);
         if let Some((id, key)) = letters.own_key {
             self.change_own_key(tunnel, id, key, now);
         }
@@ -374,6 +375,21 @@ impl Shard {
         tunnel.replace_own(now, id);
         self.config.own = id;
         self.own_key = key;
+    }
+
+    /// Removes these of the peers, with all that is known of them.
+    fn remove_peers(
+        &mut self,
+        tunnel: &mut BoringTunnel,
+        removed: &BTreeSet<PublicKey>,
+        now: MonoTime,
+    ) {
+        let Some(peers) = self.peers.as_deref().filter(|_| !removed.is_empty()) else { return };
+        let kept = peers.iter().filter(|peer| !removed.contains(&peer.key));
+        let kept: Vec<_> = kept.cloned().collect();
+        self.forget_removed(&kept);
+        self.peers = Some(Arc::new(kept));
+        self.apply_peers(tunnel, now);
     }
 
     fn apply_peers(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {

@@ -202,6 +202,7 @@ impl Controller {
         let tuns: std::io::Result<Vec<_>> = self.tuns.iter().map(Tun::try_clone).collect();
         let data = DataPlane::start(options, tuns?, sockets)?;
         data.configure(Reconfigure {
+            made_anew: Vec::new(),
             own_key: None,
             peers: self.device.peer_configs(self.mtu),
             endpoints: self.device.endpoints(),
@@ -311,15 +312,11 @@ impl Controller {
             return in_force(plane);
         }
         let peers = device.peer_configs(self.mtu);
-        if !change.made_anew.is_empty() {
-            let kept = peers.iter().filter(|peer| !change.made_anew.contains(&peer.key));
-            plane.data.set_peers(kept.cloned().collect());
-            in_force(plane)?;
-        }
         // Without a key the data plane had no peers, and knows no endpoint of before.
         let endpoints = if change.first_key { device.endpoints() } else { change.endpoints };
         let own_key = change.own_key.then(|| own_key(device));
-        plane.data.configure(Reconfigure { own_key, peers, endpoints });
+        let made_anew = change.made_anew;
+        plane.data.configure(Reconfigure { made_anew, own_key, peers, endpoints });
         in_force(plane)
     }
 

@@ -9,6 +9,7 @@ use netcfg::netns::{self, Netns, run_in};
 use netcfg::tun::TunOptions;
 
 use super::*;
+use crate::uapi::line::parse;
 
 #[path = "../../../tests/support/privilege.rs"]
 mod privilege;
@@ -49,6 +50,20 @@ fn controller() -> Controller {
 
 fn index(controller: &Controller) -> u32 {
     controller.tuns[0].index()
+}
+
+fn lines(text: &str) -> Vec<Line> {
+    let mut in_peer = false;
+    let lines = text.split_whitespace().map(|text| {
+        let line = parse(text.as_bytes(), in_peer, &|_| None).expect("a line");
+        in_peer |= matches!(line, Line::PublicKey(_));
+        line
+    });
+    lines.collect()
+}
+
+fn key(number: u8) -> String {
+    format!("{number:02x}").repeat(32)
 }
 
 #[test]
@@ -135,4 +150,31 @@ fn why_something_fails_is_told_again_when_it_is_another_reason() {
     assert_eq!(["a", "a", "b", "b", "a"].map(&mut is_new), [true, false, true, false, true]);
     complaint.forget();
     assert!(complaint.is_new(&anyhow::anyhow!("a")));
+}
+
+#[test]
+fn what_was_set_while_the_data_plane_hung_is_in_force_when_it_goes_on() {
+    if !root() {
+        return;
+    }
+    Space::new().run(|| {
+        let mut controller = controller();
+        let text = format!("private_key={} public_key={}", key(1), key(9));
+        controller.set(&lines(&text)).expect("set");
+        link::set_up(index(&controller)).expect("up");
+        controller.look();
+        controller.plane.as_mut().expect("it is up").data.hang();
+        // A peer that is made anew, another beside it, and another key of ours.
+        let peers = format!("public_key={} public_key={}", key(9), key(8));
+        let text = format!("private_key={} replace_peers=true {peers}", key(2));
+        assert_eq!(controller.set(&lines(&text)), Err(Refusal::Unknown));
+        // What the operator has done besides does not change that.
+        assert_eq!(controller.set(&lines("fwmark=0")), Err(Refusal::Unknown));
+        let plane = controller.plane.as_ref().expect("it hangs");
+        let (own, peers) = plane.data.posted();
+        let told = PrivateKey::from_bytes([2; 32]);
+        assert_eq!(own.expect("another key").expose(), told.expose());
+        let peers: Vec<_> = peers.iter().map(|key| *key.as_bytes()).collect();
+        assert_eq!(peers, [[8; 32], [9; 32]]);
+    });
 }
