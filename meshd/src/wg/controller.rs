@@ -45,6 +45,8 @@ pub(super) struct Controller {
     tuns: Vec<Tun>,
     busy_poll: Duration,
     disabled: Disabled,
+    /// As the interface was seen last.
+    up: bool,
     mtu: u32,
     plane: Option<Plane>,
     pins: Pins,
@@ -98,6 +100,7 @@ impl Controller {
             tuns,
             busy_poll,
             disabled,
+            up: false,
             mtu: super::MTU,
             plane: None,
             pins: Pins::default(),
@@ -136,6 +139,7 @@ impl Controller {
             }
         };
         self.unseen.forget();
+        self.up = up;
         let resized = std::mem::replace(&mut self.mtu, mtu) != mtu;
         match (&self.plane, up) {
             (None, true) => self.start(),
@@ -167,7 +171,7 @@ impl Controller {
     }
 
     fn start(&mut self) {
-        match self.open() {
+        match self.open(&self.device) {
             Ok(plane) => {
                 self.device.listen_port = plane.port;
                 self.plane = Some(plane);
@@ -183,8 +187,9 @@ impl Controller {
         }
     }
 
-    fn open(&self) -> anyhow::Result<Plane> {
-        let (port, sockets, marks) = self.open_udp(&self.device)?;
+    /// A data plane that is what `device` is.
+    fn open(&self, device: &Device) -> anyhow::Result<Plane> {
+        let (port, sockets, marks) = self.open_udp(device)?;
         let news = self.news.clone();
         let options = DataPlaneOptions {
             tunnel: TunnelConfig {
@@ -193,7 +198,7 @@ impl Controller {
                 setting: Setting::Device,
                 ..TunnelConfig::default()
             },
-            own_key: own_key(&self.device),
+            own_key: own_key(device),
             seed: rand::random(),
             busy_poll: self.busy_poll,
             remembered: BTreeMap::new(),
@@ -204,8 +209,8 @@ impl Controller {
         data.configure(Reconfigure {
             made_anew: Vec::new(),
             own_key: None,
-            peers: self.device.peer_configs(self.mtu),
-            endpoints: self.device.endpoints(),
+            peers: device.peer_configs(self.mtu),
+            endpoints: device.endpoints(),
         });
         Ok(Plane { data, port, sockets: marks, addresses: Vec::new() })
     }
@@ -290,6 +295,10 @@ impl Controller {
     }
 
     pub(super) fn set(&mut self, lines: &[Line]) -> Result<(), Refusal> {
+        if self.plane.is_none() {
+            // It may be up since a moment, and then its port has to be one that can be had.
+            self.look();
+        }
         let mut new = self.device.apply(lines)?;
         let change = self.device.change_to(&new, lines);
         self.change_socket(&mut new, &change)?;
@@ -322,12 +331,11 @@ impl Controller {
 
     /// Port and mark, which may be refused: before anything else is changed.
     fn change_socket(&mut self, new: &mut Device, change: &Change) -> Result<(), Refusal> {
-        let Some(plane) = &self.plane else { return Ok(()) };
+        let Some(plane) = &self.plane else {
+            return if self.up && change.port { self.begin_at(new) } else { Ok(()) };
+        };
         if change.port && (new.listen_port == 0 || new.listen_port != plane.port) {
-            let (port, sockets, marks) = self.open_udp(new).map_err(|error| {
-                tracing::warn!(error = format!("{error:#}"), "no socket for the port asked for");
-                Refusal::InUse
-            })?;
+            let (port, sockets, marks) = self.open_udp(new).map_err(|error| in_use(&error))?;
             let Some(plane) = &mut self.plane else { return Ok(()) };
             new.listen_port = port;
             (plane.port, plane.sockets) = (port, marks);
@@ -343,6 +351,23 @@ impl Controller {
         }
         Ok(())
     }
+
+    /// Serves an interface that is up and is not served, at the port and with the mark of `new`; what else that has comes after.
+    fn begin_at(&mut self, new: &mut Device) -> Result<(), Refusal> {
+        let mut served = self.device.clone();
+        (served.listen_port, served.fwmark) = (new.listen_port, new.fwmark);
+        let plane = self.open(&served).map_err(|error| in_use(&error))?;
+        new.listen_port = plane.port;
+        self.plane = Some(plane);
+        self.unserved.forget();
+        self.tell_addresses();
+        Ok(())
+    }
+}
+
+fn in_use(error: &anyhow::Error) -> Refusal {
+    tracing::warn!(error = format!("{error:#}"), "no socket for the port asked for");
+    Refusal::InUse
 }
 
 /// Nobody's where there is none: no peer is served then, and no handshake addressed to us verifies.

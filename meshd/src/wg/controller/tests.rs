@@ -1,5 +1,6 @@
 //! A controller with a TUN device of its own, in a network namespace made for it.
 
+use std::net::UdpSocket;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -150,6 +151,32 @@ fn why_something_fails_is_told_again_when_it_is_another_reason() {
     assert_eq!(["a", "a", "b", "b", "a"].map(&mut is_new), [true, false, true, false, true]);
     complaint.forget();
     assert!(complaint.is_new(&anyhow::anyhow!("a")));
+}
+
+#[test]
+fn a_port_that_is_taken_is_refused_whoever_serves_the_device() {
+    if !root() {
+        return;
+    }
+    Space::new().run(|| {
+        let mut controller = controller();
+        let taken = UdpSocket::bind("0.0.0.0:0").expect("a port");
+        let port = taken.local_addr().expect("bound").port();
+        let ask = format!("listen_port={port}");
+        controller.set(&lines(&ask)).expect("nobody asks for it while it is down");
+        link::set_up(index(&controller)).expect("up");
+        assert_eq!(controller.look(), Look::There);
+        assert!(controller.plane.is_none());
+        // Nobody serves it: what cannot be is refused all the same, with all that was asked besides.
+        let both = lines(&format!("private_key={} {ask}", key(1)));
+        assert_eq!(controller.set(&both), Err(Refusal::InUse));
+        assert!(controller.device.private_key().is_none());
+        // And what can be is served at once.
+        controller.set(&lines(&format!("private_key={} listen_port=0", key(1)))).expect("free");
+        assert!(controller.plane.is_some());
+        assert_ne!(controller.device.listen_port, 0);
+        assert_eq!(controller.set(&lines(&ask)), Err(Refusal::InUse));
+    });
 }
 
 #[test]
