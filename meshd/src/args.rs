@@ -190,11 +190,12 @@ pub struct WgArgs {
     pub uapi_fd: Option<i32>,
     /// How much to log, in the words of wireguard-go: verbose, debug, info, error or silent. In place of --log; a daemon
     /// writes its log only where this is set.
-    #[arg(long, env = "LOG_LEVEL")]
-    pub log_level: Option<String>,
-    /// The same in the words of boringtun-cli.
-    #[arg(short, long, env = "WG_LOG_LEVEL", hide = true)]
-    pub verbosity: Option<String>,
+    #[arg(short = 'v', long, alias = "verbosity", env = "LOG_LEVEL", overrides_with = "log_level")]
+    log_level: Option<String>,
+    /// What boringtun-cli goes by where its -v is left out; a flag of its own, so that neither name hides what the command line
+    /// says.
+    #[arg(long, env = "WG_LOG_LEVEL", hide = true)]
+    wg_log_level: Option<String>,
     /// Where a daemon writes its log.
     #[arg(short = 'l', long, env = "WG_LOG_FILE")]
     pub log_file: Option<PathBuf>,
@@ -216,7 +217,7 @@ pub struct WgArgs {
 impl WgArgs {
     /// The words of wireguard-go as a filter; those it does not know mean errors to it.
     pub fn filter(&self) -> Option<&'static str> {
-        let told = self.log_level.as_deref().or(self.verbosity.as_deref());
+        let told = self.log_level.as_deref().or(self.wg_log_level.as_deref());
         told.filter(|level| !level.is_empty()).map(|level| match level {
             "verbose" | "debug" | "trace" => "debug",
             "info" => "info",
@@ -609,6 +610,25 @@ mod tests {
         }
         assert!(matches!(parsed(&["./meshd", "wg", "wg7"]), Ok(Command::Wg(_))));
         assert!(matches!(parsed(&["/opt/meshd-wg/meshd", "status"]), Ok(Command::Status(_))));
+    }
+
+    #[test]
+    fn a_level_on_the_command_line_beats_one_of_the_environment() {
+        // PATH is there wherever tests run; as a level it means errors.
+        let command = Args::command()
+            .mut_subcommand("wg", |wg| wg.mut_arg("log_level", |level| level.env("PATH")));
+        let filter = |words: &[&str]| {
+            let argv = ["meshd", "wg", "wg0"].iter().chain(words).map(std::ffi::OsString::from);
+            match parse_by(command.clone(), argv.collect()).map(|args| args.command) {
+                Ok(Command::Wg(wg)) => wg.filter(),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(filter(&[]), Some("error"));
+        for level in ["-v", "--verbosity", "--log-level"] {
+            assert_eq!(filter(&[level, "debug"]), Some("debug"), "{level}");
+        }
+        assert_eq!(filter(&["--log-level", "debug", "-v", "info"]), Some("info"), "the last one");
     }
 
     #[test]
