@@ -183,11 +183,11 @@ pub struct WgArgs {
     #[command(flatten)]
     pub offloads: OffloadArgs,
     /// An open TUN device to serve, as a descriptor; INTERFACE is then its name.
-    #[arg(long, env = "WG_TUN_FD", hide_env = true, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(0..))]
-    pub tun_fd: Option<i32>,
+    #[arg(long, env = "WG_TUN_FD", hide_env = true, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(NO_DESCRIPTOR..))]
+    tun_fd: Option<i32>,
     /// A listening socket to be configured at, as a descriptor.
-    #[arg(long, env = "WG_UAPI_FD", hide_env = true, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(0..))]
-    pub uapi_fd: Option<i32>,
+    #[arg(long, env = "WG_UAPI_FD", hide_env = true, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(NO_DESCRIPTOR..))]
+    uapi_fd: Option<i32>,
     /// How much to log, in the words of wireguard-go: verbose, debug, info, error or silent. In place of --log; a daemon
     /// writes its log only where this is set.
     #[arg(short = 'v', long, alias = "verbosity", env = "LOG_LEVEL", overrides_with = "log_level")]
@@ -214,7 +214,18 @@ pub struct WgArgs {
     pub interface: String,
 }
 
+/// How boringtun-cli is told that there is no descriptor.
+const NO_DESCRIPTOR: i64 = -1;
+
 impl WgArgs {
+    pub fn tun_fd(&self) -> Option<i32> {
+        self.tun_fd.filter(|fd| i64::from(*fd) != NO_DESCRIPTOR)
+    }
+
+    pub fn uapi_fd(&self) -> Option<i32> {
+        self.uapi_fd.filter(|fd| i64::from(*fd) != NO_DESCRIPTOR)
+    }
+
     /// The words of wireguard-go as a filter; those it does not know mean errors to it.
     pub fn filter(&self) -> Option<&'static str> {
         let told = self.log_level.as_deref().or(self.wg_log_level.as_deref());
@@ -569,7 +580,7 @@ mod tests {
             (&["status", "--xml"], "--xml"),
             (&["ping", "b", "--count", "21"], "--count"),
             (&["wg"], "INTERFACE"),
-            (&["wg", "wg0", "--tun-fd", "-1"], "--tun-fd"),
+            (&["wg", "wg0", "--tun-fd", "-2"], "--tun-fd"),
         ];
         for (argv, culprit) in table {
             let line = run(argv).expect_err("refused");
@@ -629,6 +640,18 @@ mod tests {
             assert_eq!(filter(&[level, "debug"]), Some("debug"), "{level}");
         }
         assert_eq!(filter(&["--log-level", "debug", "-v", "info"]), Some("info"), "the last one");
+    }
+
+    #[test]
+    fn minus_one_is_no_descriptor_as_for_boringtun() {
+        match run(&["wg", "wg0", "--tun-fd", "-1", "--uapi-fd", "-1"]).map(|args| args.command) {
+            Ok(Command::Wg(wg)) => assert_eq!((wg.tun_fd(), wg.uapi_fd()), (None, None)),
+            other => panic!("{other:?}"),
+        }
+        match run(&["wg", "wg0", "--tun-fd", "0", "--uapi-fd", "7"]).map(|args| args.command) {
+            Ok(Command::Wg(wg)) => assert_eq!((wg.tun_fd(), wg.uapi_fd()), (Some(0), Some(7))),
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]

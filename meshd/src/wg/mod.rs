@@ -58,7 +58,7 @@ const ROUTES_PAUSE_MAX: Duration = Duration::from_millis(100);
 /// `meshd wg`.
 pub fn run(args: &WgArgs) -> anyhow::Result<()> {
     let dir = config::uapi_dir(&args.uapi)?.context("--uapi-dir may not be empty here")?;
-    let tun = match args.tun_fd {
+    let tun = match args.tun_fd() {
         Some(number) => {
             // The one of our own start has what its operator may have given it meanwhile.
             let mtu = std::env::var_os(DETACHED).is_none().then_some(MTU);
@@ -106,7 +106,7 @@ fn foreground(args: &WgArgs, dir: &Path, tun: Tun) -> anyhow::Result<()> {
 
 /// The socket for configuration: the one that was passed on, or a new one.
 fn listen(args: &WgArgs, dir: &Path, device: &str) -> anyhow::Result<(UnixListener, Socket)> {
-    let listener = match args.uapi_fd {
+    let listener = match args.uapi_fd() {
         Some(number) => UnixListener::from(
             netcfg::inherited_descriptor(number)
                 .with_context(|| format!("descriptor {number} is not open: --uapi-fd"))?,
