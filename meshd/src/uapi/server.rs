@@ -75,7 +75,8 @@ pub fn listen(dir: &Path, interface: &str) -> anyhow::Result<std::os::unix::net:
 /// Listens at `socket`, which is not there. `wg` removes a socket that refuses it, and a bound one does until somebody listens: it
 /// gets its name when it is ready.
 fn appear(socket: &Path) -> anyhow::Result<std::os::unix::net::UnixListener> {
-    let aside = socket.with_extension("new");
+    // Ours alone: another program may begin at the same time. One is there only where we had this number before.
+    let aside = socket.with_extension(format!("{}.new", std::process::id()));
     remove(&aside)?;
     let listener = std::os::unix::net::UnixListener::bind(&aside)
         .with_context(|| format!("listen on {}", aside.display()))?;

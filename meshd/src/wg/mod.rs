@@ -398,4 +398,14 @@ mod tests {
         let refused = server::listen(dir.path(), "wg1").expect_err("no socket");
         assert!(format!("{refused:#}").contains("no socket"), "{refused:#}");
     }
+
+    #[test]
+    fn of_two_that_start_at_once_neither_takes_what_the_other_prepared() {
+        let dir = tempfile::tempdir().expect("scratch");
+        // Another program is about to give it its name.
+        let prepared = dir.path().join("wg0.new");
+        let _another = std::os::unix::net::UnixListener::bind(&prepared).expect("a socket");
+        let _ours = server::listen(dir.path(), "wg0").expect("a socket");
+        assert!(prepared.exists());
+    }
 }
