@@ -100,6 +100,12 @@ fn troubles(registry: &mut Registry, snapshot: &Snapshot) {
     for drop in &snapshot.data.drops {
         add(&drops, vec![("reason", drop.reason.clone())], drop.count);
     }
+    let requests = "refused_requests";
+    let help = "Requests to the socket of wg that were refused, by reason";
+    let requests = counters(registry, requests, help, None);
+    for refused in &snapshot.refused_requests {
+        add(&requests, vec![("reason", refused.reason.clone())], refused.count);
+    }
     let repairs = "repairs";
     let repairs = counters(registry, repairs, "Kernel objects put back, by kind", None);
     for (kind, count) in &snapshot.repairs {
@@ -164,6 +170,7 @@ mod tests {
     fn a_scrape_holds_drops_repairs_refusals_and_every_peer() {
         let view = sample();
         view.count_repairs("route", 3);
+        view.refused_requests.count(crate::uapi::Refusal::NotPermitted);
         let text = render(&view.snapshot()).expect("text");
         for line in [
             r#"meshd_dropped_packets_total{reason="source_not_allowed"} 7"#,
@@ -173,6 +180,8 @@ mod tests {
             "meshd_stray_pods{} 2.0",
             "meshd_unrecorded_pods{} 3.0",
             r#"meshd_repairs_total{kind="route"} 3"#,
+            r#"meshd_refused_requests_total{reason="not_permitted"} 1"#,
+            r#"meshd_refused_requests_total{reason="invalid"} 0"#,
             r#"meshd_refused_nodes{reason="no_pod_cidr"} 1.0"#,
             r#"meshd_refused_endpoints{reason="private_far"} 1.0"#,
             r#"meshd_condition{condition="guard"} 0.0"#,

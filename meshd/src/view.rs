@@ -16,12 +16,13 @@ use mesh_core::tunnel::config::PeerConfig;
 use mesh_types::key::PublicKey;
 use mesh_types::net::{ClusterPrefixes, EndpointHint, overlay_address};
 use mesh_types::node::{NodeName, Site};
-use mesh_types::status::Condition;
+use mesh_types::status::{Condition, Counter};
 use tokio::sync::watch;
 
 use crate::figures::{DataFigures, DataSource};
 use crate::port_mapping;
 use crate::relay_link::{Board, Link};
+use crate::uapi::Refusals;
 
 /// The conditions of readiness, in the order they come to hold at start.
 pub mod condition {
@@ -126,6 +127,8 @@ pub struct View {
     pub identity: Identity,
     /// Relays over TLS; written by whoever keeps them.
     pub relay_links: Arc<Board>,
+    /// What the socket of `wg` did not do; counted where it is served.
+    pub refused_requests: Arc<Refusals>,
     began: Instant,
     inner: Mutex<Inner>,
     /// Told of every change of a condition.
@@ -161,6 +164,8 @@ pub struct Snapshot {
     pub answered: bool,
     /// Relays over TLS.
     pub relay_links: BTreeMap<PublicKey, Link>,
+    /// Requests to the socket of `wg`, by reason.
+    pub refused_requests: Vec<Counter>,
 }
 
 impl View {
@@ -168,6 +173,7 @@ impl View {
         Self {
             identity,
             relay_links: Arc::default(),
+            refused_requests: Arc::default(),
             began: Instant::now(),
             inner: Mutex::default(),
             changes: watch::Sender::new(()),
@@ -309,6 +315,7 @@ impl View {
             answered,
             data,
             relay_links: self.relay_links.links(),
+            refused_requests: self.refused_requests.counters(),
         }
     }
 

@@ -12,9 +12,11 @@ pub mod device;
 pub mod line;
 mod lines;
 mod refusal;
+mod refusals;
 pub mod server;
 
 #[cfg(test)]
 mod tests;
 
 pub use refusal::Refusal;
+pub use refusals::Refusals;

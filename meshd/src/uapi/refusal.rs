@@ -18,6 +18,27 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    pub const ALL: [Self; 6] = [
+        Self::NotPermitted,
+        Self::TooLong,
+        Self::Invalid,
+        Self::Protocol,
+        Self::InUse,
+        Self::Unknown,
+    ];
+
+    /// As metrics and counters call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NotPermitted => "not_permitted",
+            Self::TooLong => "too_long",
+            Self::Invalid => "invalid",
+            Self::Protocol => "no_line",
+            Self::InUse => "in_use",
+            Self::Unknown => "no_answer",
+        }
+    }
+
     /// What stands behind `errno=`.
     pub fn errno(self) -> i32 {
         use rustix::io::Errno;

@@ -1,5 +1,8 @@
 //! The socket: who may ask, one request after the other, and everything bounded.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _};
@@ -15,9 +18,9 @@ use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 use zeroize::Zeroizing;
 
-use super::Refusal;
 use super::line::{self, Line};
 use super::lines::{Lines, Read};
+use super::{Refusal, Refusals};
 
 /// A client that says nothing for so long is let go.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
@@ -111,8 +114,7 @@ pub fn wait_for_answer(socket: &Path) -> io::Result<()> {
 }
 
 /// Serves until dropped. Whoever asks is heard: where too many have come, the one who came first has to go.
-pub async fn serve(listener: UnixListener, handler: Arc<dyn Handler>) {
-    let service = Service { handler, turn: Arc::default() };
+pub async fn serve(listener: UnixListener, service: Service) {
     let mut conversations = VecDeque::new();
     loop {
         match listener.accept().await {
@@ -133,9 +135,17 @@ pub async fn serve(listener: UnixListener, handler: Arc<dyn Handler>) {
 
 /// Who answers, one request at a time over all connections.
 #[derive(Clone)]
-struct Service {
+pub struct Service {
     handler: Arc<dyn Handler>,
     turn: Arc<Mutex<()>>,
+    refusals: Arc<Refusals>,
+}
+
+impl Service {
+    /// Counts in `refusals` what it does not do.
+    pub fn new(handler: impl Handler, refusals: Arc<Refusals>) -> Self {
+        Self { handler: Arc::new(handler), turn: Arc::default(), refusals }
+    }
 }
 
 fn make_room(conversations: &mut VecDeque<AbortHandle>) {
@@ -156,24 +166,29 @@ fn is_trusted(stream: &UnixStream) -> bool {
 async fn converse(mut stream: UnixStream, service: Service) {
     let (reader, mut writer) = stream.split();
     let mut said = Lines::new(reader);
+    let mut told = false;
     loop {
         let asked =
             tokio::time::timeout(IDLE_TIMEOUT, request(&mut said, service.handler.is_writable()));
         let Ok(Ok(asked)) = asked.await else { return };
-        let ends = matches!(asked, Request::End | Request::Nonsense);
-        let goes_on = matches!(asked, Request::RefusedSet(_));
-        let answered = match asked {
+        let ends = matches!(asked, Request::Nonsense);
+        let goes_on = matches!(asked, Request::RefusedSet(..));
+        let (answered, key) = match asked {
             Request::End => return,
-            Request::Nonsense => Err(Refusal::Protocol),
-            Request::Refused(refusal) | Request::RefusedSet(refusal) => Err(refusal),
-            Request::Get => off_reactor(&service, |handler| handler.get()).await,
+            Request::Nonsense => (Err(Refusal::Protocol), None),
+            Request::Refused(refusal) => (Err(refusal), None),
+            Request::RefusedSet(refusal, key) => (Err(refusal), key),
+            Request::Get => (off_reactor(&service, |handler| handler.get()).await, None),
             Request::Set(lines) => {
                 let set = off_reactor(&service, |handler| handler.set(lines)).await;
-                set.map(|()| Zeroizing::new(String::new()))
+                (set.map(|()| Zeroizing::new(String::new())), None)
             }
         };
         if let Err(refusal) = &answered {
-            tracing::debug!(%refusal, "configuration socket");
+            service.refusals.count(*refusal);
+            if !std::mem::replace(&mut told, true) {
+                tracing::warn!(key, %refusal, "a request to the configuration socket was refused; others of this client are counted");
+            }
         }
         let sent = tokio::time::timeout(IDLE_TIMEOUT, answer(&mut writer, answered));
         if !matches!(sent.await, Ok(Ok(()))) || ends {
@@ -219,8 +234,9 @@ pub(super) enum Request {
     Get,
     Set(Vec<Line>),
     Refused(Refusal),
-    /// It may have more lines, which count for nothing ([`skip_request`]).
-    RefusedSet(Refusal),
+    /// For the line with this key, if it has one that there is. It may have more lines, which count for nothing
+    /// ([`skip_request`]).
+    RefusedSet(Refusal, Option<&'static str>),
     /// No request at all: what follows cannot be told apart.
     Nonsense,
     End,
@@ -247,24 +263,25 @@ pub(super) async fn request(
 
 async fn read_set(said: &mut Lines<impl AsyncRead + Unpin>, writable: bool) -> io::Result<Request> {
     if !writable {
-        return Ok(Request::RefusedSet(Refusal::NotPermitted));
+        return Ok(Request::RefusedSet(Refusal::NotPermitted, None));
     }
     let mut lines = Vec::new();
     let mut in_peer = false;
     loop {
         let read = match said.next().await? {
             Read::End | Read::Line([]) => return Ok(Request::Set(lines)),
-            Read::TooLong => Err(Refusal::TooLong),
-            Read::Cut => Err(Refusal::Protocol),
-            Read::Line(_) if lines.len() >= UAPI_LINES_MAX => Err(Refusal::TooLong),
-            Read::Line(text) => line::parse(text, in_peer, &zone),
+            Read::TooLong => Err((Refusal::TooLong, None)),
+            Read::Cut => Err((Refusal::Protocol, None)),
+            Read::Line(_) if lines.len() >= UAPI_LINES_MAX => Err((Refusal::TooLong, None)),
+            Read::Line(text) => line::parse(text, in_peer, &zone)
+                .map_err(|refusal| (refusal, line::known_key(text))),
         };
         match read {
             Ok(line) => {
                 in_peer |= matches!(line, Line::PublicKey(_));
                 lines.push(line);
             }
-            Err(refusal) => return Ok(Request::RefusedSet(refusal)),
+            Err((refusal, key)) => return Ok(Request::RefusedSet(refusal, key)),
         }
     }
 }

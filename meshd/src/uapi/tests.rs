@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::Refusal;
 use super::device::{Device, Figures, Live};
-use super::line::{Line, PeerKey, parse};
+use super::line::{Line, PeerKey, known_key, parse};
 use super::lines::Lines;
 use super::server::{Request, request, skip_request};
 
@@ -225,13 +225,24 @@ fn a_change_names_what_is_new_and_nothing_else() {
     assert_eq!(endpoints, ["192.0.2.1:1"]);
 }
 
+#[test]
+fn the_key_of_a_line_is_named_only_if_it_is_one() {
+    let peer = ["public_key", "remove", "preshared_key", "allowed_ip", "protocol_version"];
+    for key in ["private_key", "listen_port", "fwmark", "replace_peers"].iter().chain(&peer) {
+        assert_eq!(known_key(format!("{key}=x=y").as_bytes()), Some(*key));
+    }
+    for text in ["private_key", "c2VjcmV0=", "=", "", "fwmark =1"] {
+        assert_eq!(known_key(text.as_bytes()), None, "{text}");
+    }
+}
+
 async fn read(bytes: &[u8], writable: bool) -> Vec<Request> {
     let mut said = Lines::new(bytes);
     let mut all = Vec::new();
     loop {
         let next = request(&mut said, writable).await.expect("memory reads");
         let end = matches!(next, Request::End | Request::Nonsense);
-        if matches!(next, Request::RefusedSet(_)) {
+        if matches!(next, Request::RefusedSet(..)) {
             skip_request(&mut said).await.expect("memory reads");
         }
         all.push(next);
@@ -245,7 +256,7 @@ fn told(requests: &[Request]) -> String {
     let word = |request: &Request| match request {
         Request::Get => "get".to_owned(),
         Request::Set(lines) => format!("set {}", lines.len()),
-        Request::Refused(why) | Request::RefusedSet(why) => format!("{}", why.errno()),
+        Request::Refused(why) | Request::RefusedSet(why, _) => format!("{}", why.errno()),
         Request::Nonsense => "nonsense".to_owned(),
         Request::End => "end".to_owned(),
     };

@@ -256,11 +256,7 @@ impl Controller {
         let Some(Ok(snapshot)) = self.plane.as_ref().map(|plane| plane.data.snapshot()) else {
             return;
         };
-        let drops = snapshot.drops().into_iter().filter(|drop| drop.count > 0);
-        let drops = drops
-            .map(|drop| format!("{}={}", drop.reason, drop.count))
-            .collect::<Vec<_>>()
-            .join(" ");
+        let drops = super::counted(snapshot.drops());
         let tunnel = &snapshot.tunnel;
         tracing::info!(
             rx_packets = tunnel.rx_packets,

@@ -12,7 +12,7 @@ use crate::config::Kernel;
 use crate::uapi::Refusal;
 use crate::uapi::device::{Device, Figures, Live};
 use crate::uapi::line::Line;
-use crate::uapi::server::{self, Handler};
+use crate::uapi::server::{self, Handler, Service};
 use crate::view::{Snapshot, View};
 
 /// Serves until dropped; the socket goes with it.
@@ -35,8 +35,9 @@ pub fn serve_mesh(dir: &Path, kernel: &Kernel, view: Arc<View>) -> anyhow::Resul
     listener.set_nonblocking(true).context("serve the configuration socket")?;
     let listener =
         tokio::net::UnixListener::from_std(listener).context("serve the configuration socket")?;
+    let refusals = Arc::clone(&view.refused_requests);
     let answers = Answers { view, mark: kernel.mark, clocks: Mutex::default() };
-    let task = tokio::spawn(server::serve(listener, Arc::new(answers)));
+    let task = tokio::spawn(server::serve(listener, Service::new(answers, refusals)));
     Ok(MeshSocket { socket, task })
 }
 

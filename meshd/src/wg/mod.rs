@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use mesh_types::limits::TUN_QUEUES_PER_SHARD;
+use mesh_types::status::Counter;
 use netcfg::tun::{Tun, TunOptions};
 use netcfg::watch::{LinkNews, LinkWatch};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -32,7 +33,8 @@ use tokio::sync::mpsc;
 use crate::args::WgArgs;
 use crate::offload::Disabled;
 use crate::signals::Signals;
-use crate::uapi::server;
+use crate::uapi::Refusals;
+use crate::uapi::server::{self, Service};
 use crate::{config, folder};
 use controller::{Controller, Look};
 pub use mesh::{MeshSocket, serve_mesh};
@@ -205,7 +207,9 @@ async fn serve(
         disabled(args),
         news_in,
     )));
-    tokio::spawn(server::serve(listener, Arc::new(Configured(Arc::clone(&controller)))));
+    let refusals = Arc::new(Refusals::default());
+    let service = Service::new(Configured(Arc::clone(&controller)), Arc::clone(&refusals));
+    tokio::spawn(server::serve(listener, service));
     tokio::spawn(follow_routes(routes, Arc::clone(&controller)));
     tokio::select! {
         () = signals.wait() => {}
@@ -213,6 +217,7 @@ async fn serve(
         () = socket.removed() => tracing::info!("the configuration socket was removed"),
     }
     controller.lock().unwrap_or_else(PoisonError::into_inner).stop();
+    tracing::info!(refused_requests = counted(refusals.counters()), "the device ends");
     Ok(())
 }
 
@@ -269,6 +274,12 @@ async fn follow_routes(mut news: mpsc::Receiver<()>, controller: Arc<Mutex<Contr
         controller.lock().unwrap_or_else(PoisonError::into_inner).follow_routes();
         tokio::time::sleep(ROUTES_PAUSE_MAX.min(began.elapsed() * ROUTES_PAUSE)).await;
     }
+}
+
+/// What has happened, by reason, as a log tells it.
+fn counted(counters: Vec<Counter>) -> String {
+    let happened = counters.into_iter().filter(|it| it.count > 0);
+    happened.map(|it| format!("{}={}", it.reason, it.count)).collect::<Vec<_>>().join(" ")
 }
 
 /// The controller behind the socket.
