@@ -48,4 +48,9 @@ pub fn inherited_descriptor(number: i32) -> std::io::Result<std::os::fd::OwnedFd
     sys::inherited(number)
 }
 
+/// The file that a socket of the Unix domain was bound to, whatever it is called now; needs `CAP_NET_ADMIN`.
+pub fn bound_file(socket: impl std::os::fd::AsFd) -> std::io::Result<std::os::fd::OwnedFd> {
+    sys::bound_file(socket.as_fd())
+}
+
 pub use nft::{OWN_NFT, OWN_NFT_LOADER, find_program as find_nft, forwarding_closed};

@@ -191,6 +191,17 @@ pub(crate) fn inherited(number: c_int) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// `SIOCUNIXFILE` (Linux 4.11, include/uapi/linux/un.h).
+const SIOCUNIXFILE: c_uint = 0x89e0;
+
+/// The file a socket of the Unix domain is bound to, to be looked at only (`O_PATH`).
+pub(crate) fn bound_file(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    // SAFETY: SIOCUNIXFILE takes no argument.
+    let file = check(unsafe { libc::ioctl(fd.as_raw_fd(), SIOCUNIXFILE as _) })?;
+    // SAFETY: the kernel gave us this descriptor just now, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(file) })
+}
+
 // --- datagrams --------------------------------------------------------------------------------------
 
 /// Room for a `sockaddr_in6`, the larger of the two we use.

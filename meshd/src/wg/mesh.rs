@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::Context;
 use zeroize::Zeroizing;
 
-use super::Socket;
 use super::controller::WallClock;
+use super::socket::Socket;
 use crate::config::Kernel;
 use crate::uapi::Refusal;
 use crate::uapi::device::{Device, Figures, Live};
@@ -31,7 +31,7 @@ impl Drop for MeshSocket {
 /// Answers `wg` about the device of the mesh, in `dir`.
 pub fn serve_mesh(dir: &Path, kernel: &Kernel, view: Arc<View>) -> anyhow::Result<MeshSocket> {
     let listener = server::listen(dir, &kernel.tun)?;
-    let socket = Socket::at(server::path(dir, &kernel.tun));
+    let socket = Socket::ours(&listener, server::path(dir, &kernel.tun));
     listener.set_nonblocking(true).context("serve the configuration socket")?;
     let listener =
         tokio::net::UnixListener::from_std(listener).context("serve the configuration socket")?;

@@ -11,13 +11,14 @@
 
 mod controller;
 mod mesh;
+mod socket;
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -31,19 +32,22 @@ use rustix::event::{PollFd, PollFlags, poll};
 use tokio::sync::mpsc;
 
 use crate::args::WgArgs;
+use crate::config;
 use crate::offload::Disabled;
 use crate::signals::Signals;
 use crate::uapi::Refusals;
 use crate::uapi::server::{self, Service};
-use crate::{config, folder};
 use controller::{Controller, Look};
 pub use mesh::{MeshSocket, serve_mesh};
+use socket::Socket;
 
 /// What wireguard-go gives a device: WireGuard over IPv6 in Ethernet.
 const MTU: u32 = 1420;
 
-/// Set for the process that goes on in the background.
+/// Set for the process that goes on in the background, to whether the socket it is given has a file of ours.
 const DETACHED: &str = "MESHD_WG_DETACHED";
+const WITH_FILE: &str = "with-file";
+const WITHOUT_FILE: &str = "without-file";
 
 /// How often the interface is looked at, whatever netlink says: a device moved into another network namespace
 /// tells of itself there.
@@ -115,7 +119,12 @@ fn listen(args: &WgArgs, dir: &Path, device: &str) -> anyhow::Result<(UnixListen
         ),
         None => server::listen(dir, device)?,
     };
-    Ok((listener, Socket::at(server::path(dir, device))))
+    let path = server::path(dir, device);
+    let detached = std::env::var_os(DETACHED);
+    let is_ours = args.uapi_fd().is_none() || detached.is_some_and(|it| it == WITH_FILE);
+    let socket = if is_ours { Socket::ours } else { Socket::given };
+    let socket = socket(&listener, path);
+    Ok((listener, socket))
 }
 
 fn disabled(args: &WgArgs) -> Disabled {
@@ -149,7 +158,8 @@ fn detach(args: &WgArgs, tun: &Tun, listener: UnixListener, socket: &Socket) -> 
     let program = std::env::current_exe().context("find this program")?;
     let mut command = Command::new(program);
     command.arg0(name).args(argv).current_dir("/").stdin(Stdio::null());
-    command.env("WG_PROCESS_FOREGROUND", "1").env(DETACHED, "1");
+    let detached = if socket.had_file() { WITH_FILE } else { WITHOUT_FILE };
+    command.env("WG_PROCESS_FOREGROUND", "1").env(DETACHED, detached);
     for (name, fd) in [("WG_TUN_FD", tun.as_fd()), ("WG_UAPI_FD", listener.as_fd())] {
         command.env(name, keep_open(fd)?.to_string());
     }
@@ -163,10 +173,10 @@ fn detach(args: &WgArgs, tun: &Tun, listener: UnixListener, socket: &Socket) -> 
     let mut child = command.spawn().context("start this program again")?;
     // With ours open, a question to one that has ended would wait for ever.
     drop(listener);
-    if !socket.is_there() {
+    if !socket.had_file() {
         return Ok(());
     }
-    server::wait_for_answer(&socket.path).or_else(|error| {
+    server::wait_for_answer(socket.path()).or_else(|error| {
         let ended = child.try_wait().ok().flatten();
         let ended = ended.map_or_else(|| error.to_string(), |status| status.to_string());
         let _ = child.kill();
@@ -296,127 +306,5 @@ impl server::Handler for Configured {
 
     fn is_writable(&self) -> bool {
         true
-    }
-}
-
-/// The file of the socket, by its inode: one that somebody else put in its place is not ours to remove.
-struct Socket {
-    path: PathBuf,
-    /// `None`: there is none, as where a descriptor came without a file.
-    inode: Option<(u64, u64)>,
-}
-
-impl Socket {
-    fn at(path: PathBuf) -> Self {
-        let inode = inode(&path);
-        Self { path, inode }
-    }
-
-    fn is_there(&self) -> bool {
-        self.inode.is_some() && inode(&self.path) == self.inode
-    }
-
-    fn remove(&self) {
-        if self.is_there()
-            && let Err(error) = std::fs::remove_file(&self.path)
-        {
-            tracing::warn!(socket = %self.path.display(), %error, "cannot be removed");
-        }
-    }
-
-    /// Waits until it is removed.
-    async fn removed(&self) {
-        if self.inode.is_none() {
-            return std::future::pending().await;
-        }
-        let mut changes = folder::Changes::beside(&self.path);
-        while self.is_there() {
-            changes.next().await;
-        }
-    }
-}
-
-fn inode(path: &Path) -> Option<(u64, u64)> {
-    std::fs::symlink_metadata(path).ok().map(|it| (it.dev(), it.ino()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn whoever_asks_while_it_starts_takes_no_socket_away() {
-        let dir = tempfile::tempdir().expect("a folder");
-        let socket = server::path(dir.path(), "wg0");
-        let done = std::sync::atomic::AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            // As `wg show wg0` does, again and again.
-            scope.spawn(|| {
-                while !done.load(std::sync::atomic::Ordering::Relaxed) {
-                    let asked = std::os::unix::net::UnixStream::connect(&socket);
-                    if asked
-                        .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
-                    {
-                        let _ = std::fs::remove_file(&socket);
-                    }
-                }
-            });
-            // Those before answer on, so that whoever asked one of them removes nothing of the next.
-            let mut listeners = std::collections::VecDeque::new();
-            let mut lost = None;
-            for round in 0..2_000 {
-                listeners.push_back(server::listen(dir.path(), "wg0"));
-                if listeners.back().is_some_and(Result::is_err) || !socket.exists() {
-                    lost = Some((round, listeners.pop_back()));
-                    break;
-                }
-                std::fs::remove_file(&socket).expect("it is there");
-                if listeners.len() > 100 {
-                    listeners.pop_front();
-                }
-            }
-            done.store(true, std::sync::atomic::Ordering::Relaxed);
-            drop(listeners);
-            assert!(lost.is_none(), "{lost:?}");
-        });
-        assert_eq!(std::fs::read_dir(dir.path()).expect("a folder").count(), 0);
-    }
-
-    #[test]
-    fn a_socket_that_somebody_replaced_is_left_alone() {
-        let dir = tempfile::tempdir().expect("scratch");
-        let first = server::listen(dir.path(), "wg0").expect("a socket");
-        let socket = Socket::at(server::path(dir.path(), "wg0"));
-        assert!(socket.is_there());
-        let refused = server::listen(dir.path(), "wg0").expect_err("somebody answers");
-        assert!(format!("{refused:#}").contains("another program answers"), "{refused:#}");
-        // Moved out of the way first, so that the inode is not given out again.
-        std::fs::rename(&socket.path, dir.path().join("aside")).expect("renamed");
-        let _second = server::listen(dir.path(), "wg0").expect("a socket");
-        assert!(!socket.is_there());
-        socket.remove();
-        assert!(socket.path.exists());
-        drop(first);
-        assert!(server::listen(dir.path(), "aside").is_ok());
-    }
-
-    #[test]
-    fn the_socket_a_dead_program_left_is_replaced_and_a_file_is_not() {
-        let dir = tempfile::tempdir().expect("scratch");
-        drop(server::listen(dir.path(), "wg0").expect("a socket"));
-        let _again = server::listen(dir.path(), "wg0").expect("replaced");
-        std::fs::write(server::path(dir.path(), "wg1"), "x").expect("written");
-        let refused = server::listen(dir.path(), "wg1").expect_err("no socket");
-        assert!(format!("{refused:#}").contains("no socket"), "{refused:#}");
-    }
-
-    #[test]
-    fn of_two_that_start_at_once_neither_takes_what_the_other_prepared() {
-        let dir = tempfile::tempdir().expect("scratch");
-        // Another program is about to give it its name.
-        let prepared = dir.path().join("wg0.new");
-        let _another = std::os::unix::net::UnixListener::bind(&prepared).expect("a socket");
-        let _ours = server::listen(dir.path(), "wg0").expect("a socket");
-        assert!(prepared.exists());
     }
 }
