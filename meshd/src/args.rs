@@ -185,7 +185,7 @@ pub struct WgArgs {
     /// An open TUN device to serve, as a descriptor; INTERFACE is then its name.
     #[arg(long, env = "WG_TUN_FD", hide_env = true, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(NO_DESCRIPTOR..))]
     tun_fd: Option<i32>,
-    /// A listening socket to be configured at, as a descriptor.
+    /// A socket to be configured at, as a descriptor: one that listens, or one that is connected, whose end is the device's.
     #[arg(long, env = "WG_UAPI_FD", hide_env = true, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(NO_DESCRIPTOR..))]
     uapi_fd: Option<i32>,
     /// How much to log, in the words of wireguard-go: verbose, debug, info, error or silent. In place of --log; a daemon

@@ -121,7 +121,8 @@ pub async fn serve(listener: UnixListener, service: Service) {
             // The mode of the socket says the same; between binding and setting it, it does not.
             Ok((stream, _)) if is_trusted(&stream) => {
                 make_room(&mut conversations);
-                let conversation = tokio::spawn(converse(stream, service.clone()));
+                let conversation = converse(stream, service.clone(), Manner::Guest);
+                let conversation = tokio::spawn(conversation);
                 conversations.push_back(conversation.abort_handle());
             }
             Ok(_) => tracing::warn!("turned away from the configuration socket: only root may ask"),
@@ -131,6 +132,11 @@ pub async fn serve(listener: UnixListener, service: Service) {
             }
         }
     }
+}
+
+/// Holds one conversation, which whoever started us has begun, until its other end is closed.
+pub async fn serve_one(stream: UnixStream, service: Service) {
+    converse(stream, service, Manner::Only).await;
 }
 
 /// Who answers, one request at a time over all connections.
@@ -145,6 +151,25 @@ impl Service {
     /// Counts in `refusals` what it does not do.
     pub fn new(handler: impl Handler, refusals: Arc<Refusals>) -> Self {
         Self { handler: Arc::new(handler), turn: Arc::default(), refusals }
+    }
+}
+
+/// How a client is treated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Manner {
+    /// Is let go when it is silent, or talks nonsense: it can come again.
+    Guest,
+    /// Nobody else can come: is waited for, and heard whatever it said before.
+    Only,
+}
+
+impl Manner {
+    /// `None`: the client took too long.
+    async fn wait<T>(self, work: impl Future<Output = T>) -> Option<T> {
+        match self {
+            Self::Guest => tokio::time::timeout(IDLE_TIMEOUT, work).await.ok(),
+            Self::Only => Some(work.await),
+        }
     }
 }
 
@@ -163,15 +188,14 @@ fn is_trusted(stream: &UnixStream) -> bool {
     stream.peer_cred().is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own)
 }
 
-async fn converse(mut stream: UnixStream, service: Service) {
+async fn converse(mut stream: UnixStream, service: Service, manner: Manner) {
     let (reader, mut writer) = stream.split();
     let mut said = Lines::new(reader);
     let mut told = false;
     loop {
-        let asked =
-            tokio::time::timeout(IDLE_TIMEOUT, request(&mut said, service.handler.is_writable()));
-        let Ok(Ok(asked)) = asked.await else { return };
-        let ends = matches!(asked, Request::Nonsense);
+        let asked = manner.wait(request(&mut said, service.handler.is_writable()));
+        let Some(Ok(asked)) = asked.await else { return };
+        let ends = matches!(asked, Request::Nonsense) && manner == Manner::Guest;
         let goes_on = matches!(asked, Request::RefusedSet(..));
         let (answered, key) = match asked {
             Request::End => return,
@@ -190,13 +214,13 @@ async fn converse(mut stream: UnixStream, service: Service) {
                 tracing::warn!(key, %refusal, "a request to the configuration socket was refused; others of this client are counted");
             }
         }
-        let sent = tokio::time::timeout(IDLE_TIMEOUT, answer(&mut writer, answered));
-        if !matches!(sent.await, Ok(Ok(()))) || ends {
+        let sent = manner.wait(answer(&mut writer, answered));
+        if !matches!(sent.await, Some(Ok(()))) || ends {
             return;
         }
         if goes_on {
-            let skipped = tokio::time::timeout(IDLE_TIMEOUT, skip_request(&mut said));
-            if !matches!(skipped.await, Ok(Ok(()))) {
+            let skipped = manner.wait(skip_request(&mut said));
+            if !matches!(skipped.await, Some(Ok(()))) {
                 return;
             }
         }

@@ -16,7 +16,6 @@ mod socket;
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -39,7 +38,7 @@ use crate::uapi::Refusals;
 use crate::uapi::server::{self, Service};
 use controller::{Controller, Look};
 pub use mesh::{MeshSocket, serve_mesh};
-use socket::Socket;
+use socket::{Door, Socket};
 
 /// What wireguard-go gives a device: WireGuard over IPv6 in Ethernet.
 const MTU: u32 = 1420;
@@ -80,8 +79,8 @@ pub fn run(args: &WgArgs) -> anyhow::Result<()> {
     if args.foreground {
         return foreground(args, &dir, tun);
     }
-    let (listener, socket) = listen(args, &dir, tun.name())?;
-    detach(args, &tun, listener, &socket)
+    let (door, socket) = listen(args, &dir, tun.name())?;
+    detach(args, &tun, door, &socket)
         .inspect_err(|_| socket.remove())
         .context("go on in the background")
 }
@@ -102,29 +101,24 @@ fn foreground(args: &WgArgs, dir: &Path, tun: Tun) -> anyhow::Result<()> {
     let queues = queues(args, &tun);
     let name = tun.name().to_owned();
     let tuns = tun.spread(queues, TUN_QUEUES_PER_SHARD)?;
-    let (listener, socket) = listen(args, dir, &name)?;
-    let served = runtime.block_on(serve(tuns, args, listener, &socket, signals));
+    let (door, socket) = listen(args, dir, &name)?;
+    let served = runtime.block_on(serve(tuns, args, door, &socket, signals));
     socket.remove();
     // A request to a data plane that hangs must not hold up the end.
     runtime.shutdown_background();
     served
 }
 
-/// The socket for configuration: the one that was passed on, or a new one.
-fn listen(args: &WgArgs, dir: &Path, device: &str) -> anyhow::Result<(UnixListener, Socket)> {
-    let listener = match args.uapi_fd() {
-        Some(number) => UnixListener::from(
-            netcfg::inherited_descriptor(number)
-                .with_context(|| format!("descriptor {number} is not open: --uapi-fd"))?,
-        ),
-        None => server::listen(dir, device)?,
+/// What the device is configured by: what was passed on, or a new socket.
+fn listen(args: &WgArgs, dir: &Path, device: &str) -> anyhow::Result<(Door, Socket)> {
+    let door = match args.uapi_fd() {
+        Some(number) => Door::inherit(number)?,
+        None => Door::Listener(server::listen(dir, device)?),
     };
-    let path = server::path(dir, device);
     let detached = std::env::var_os(DETACHED);
     let is_ours = args.uapi_fd().is_none() || detached.is_some_and(|it| it == WITH_FILE);
-    let socket = if is_ours { Socket::ours } else { Socket::given };
-    let socket = socket(&listener, path);
-    Ok((listener, socket))
+    let socket = door.file(server::path(dir, device), is_ours);
+    Ok((door, socket))
 }
 
 fn disabled(args: &WgArgs) -> Disabled {
@@ -152,7 +146,7 @@ fn queues(args: &WgArgs, tun: &Tun) -> usize {
 
 /// Starts this program once more with what is open already, and waits for its first answer: whoever started us finds a
 /// device that can be configured when we end.
-fn detach(args: &WgArgs, tun: &Tun, listener: UnixListener, socket: &Socket) -> anyhow::Result<()> {
+fn detach(args: &WgArgs, tun: &Tun, door: Door, socket: &Socket) -> anyhow::Result<()> {
     let mut argv = std::env::args_os();
     let name = argv.next().unwrap_or_else(|| OsString::from("meshd"));
     let program = std::env::current_exe().context("find this program")?;
@@ -160,7 +154,7 @@ fn detach(args: &WgArgs, tun: &Tun, listener: UnixListener, socket: &Socket) -> 
     command.arg0(name).args(argv).current_dir("/").stdin(Stdio::null());
     let detached = if socket.had_file() { WITH_FILE } else { WITHOUT_FILE };
     command.env("WG_PROCESS_FOREGROUND", "1").env(DETACHED, detached);
-    for (name, fd) in [("WG_TUN_FD", tun.as_fd()), ("WG_UAPI_FD", listener.as_fd())] {
+    for (name, fd) in [("WG_TUN_FD", tun.as_fd()), ("WG_UAPI_FD", door.as_fd())] {
         command.env(name, keep_open(fd)?.to_string());
     }
     match &args.log_file {
@@ -172,7 +166,7 @@ fn detach(args: &WgArgs, tun: &Tun, listener: UnixListener, socket: &Socket) -> 
     };
     let mut child = command.spawn().context("start this program again")?;
     // With ours open, a question to one that has ended would wait for ever.
-    drop(listener);
+    drop(door);
     if !socket.had_file() {
         return Ok(());
     }
@@ -199,13 +193,10 @@ fn keep_open(fd: BorrowedFd<'_>) -> anyhow::Result<i32> {
 async fn serve(
     tuns: Vec<Tun>,
     args: &WgArgs,
-    listener: UnixListener,
+    door: Door,
     socket: &Socket,
     signals: Signals,
 ) -> anyhow::Result<()> {
-    listener.set_nonblocking(true).context("serve the configuration socket")?;
-    let listener = tokio::net::UnixListener::from_std(listener)
-        .context("the descriptor for configuration is no listening socket")?;
     let (version, shards) = (env!("CARGO_PKG_VERSION"), tuns.len());
     tracing::info!(version, device = tuns.first().map(Tun::name), shards, "device starts");
     let (news_in, news) = mpsc::channel(1);
@@ -219,12 +210,16 @@ async fn serve(
     )));
     let refusals = Arc::new(Refusals::default());
     let service = Service::new(Configured(Arc::clone(&controller)), Arc::clone(&refusals));
-    tokio::spawn(server::serve(listener, service));
+    let configured = tokio::spawn(door.serve(service));
     tokio::spawn(follow_routes(routes, Arc::clone(&controller)));
     tokio::select! {
         () = signals.wait() => {}
         () = deleted(news, &controller) => tracing::info!("the interface was deleted"),
         () = socket.removed() => tracing::info!("the configuration socket was removed"),
+        ended = configured => {
+            ended.context("serve the configuration socket")??;
+            tracing::info!("whoever configured the device has closed the connection");
+        }
     }
     controller.lock().unwrap_or_else(PoisonError::into_inner).stop();
     tracing::info!(refused_requests = counted(refusals.counters()), "the device ends");

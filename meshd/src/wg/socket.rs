@@ -1,10 +1,87 @@
-//! The file of the socket a device is configured at.
+//! Where a device is configured: a listening socket and its file, or a conversation that whoever started us holds.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use anyhow::{Context, bail};
+use rustix::net::{AddressFamily, SocketType, getpeername, sockopt};
+
 use crate::folder;
+use crate::uapi::server::{self, Service};
+
+/// What a device is configured by.
+#[derive(Debug)]
+pub(super) enum Door {
+    /// Whoever comes is heard.
+    Listener(UnixListener),
+    /// One conversation, as boringtun-cli is given: with its end the device ends.
+    Conversation(UnixStream),
+}
+
+impl Door {
+    /// The one that whoever started us left open as descriptor `number`.
+    pub(super) fn inherit(number: i32) -> anyhow::Result<Self> {
+        let fd = netcfg::inherited_descriptor(number)
+            .with_context(|| format!("descriptor {number} is not open: --uapi-fd (WG_UAPI_FD)"))?;
+        if !is_stream(&fd) {
+            bail!(
+                "descriptor {number} is no stream socket of the Unix domain, which --uapi-fd (WG_UAPI_FD) takes: one that \
+                 listens, or one that is connected"
+            );
+        }
+        if sockopt::socket_acceptconn(&fd).is_ok_and(|listens| listens) {
+            return Ok(Self::Listener(fd.into()));
+        }
+        getpeername(&fd).with_context(|| {
+            format!("descriptor {number} neither listens nor is connected: --uapi-fd (WG_UAPI_FD)")
+        })?;
+        Ok(Self::Conversation(fd.into()))
+    }
+
+    /// Its file, where it has one: [`Socket::given`].
+    pub(super) fn file(&self, path: PathBuf, is_ours: bool) -> Socket {
+        match self {
+            Self::Listener(listener) if is_ours => Socket::ours(listener, path),
+            Self::Listener(listener) => Socket::given(listener, path),
+            // Bound it may be, but nobody comes by that.
+            Self::Conversation(_) => Socket::none(path),
+        }
+    }
+
+    /// Serves until dropped, or until the only conversation ends.
+    pub(super) async fn serve(self, service: Service) -> anyhow::Result<()> {
+        let what = "serve the configuration socket";
+        match self {
+            Self::Listener(listener) => {
+                listener.set_nonblocking(true).context(what)?;
+                let listener = tokio::net::UnixListener::from_std(listener).context(what)?;
+                server::serve(listener, service).await;
+            }
+            Self::Conversation(stream) => {
+                stream.set_nonblocking(true).context(what)?;
+                let stream = tokio::net::UnixStream::from_std(stream).context(what)?;
+                server::serve_one(stream, service).await;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_stream(fd: &OwnedFd) -> bool {
+    sockopt::socket_domain(fd).is_ok_and(|domain| domain == AddressFamily::UNIX)
+        && sockopt::socket_type(fd).is_ok_and(|kind| kind == SocketType::STREAM)
+}
+
+impl AsFd for Door {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Listener(listener) => listener.as_fd(),
+            Self::Conversation(stream) => stream.as_fd(),
+        }
+    }
+}
 
 /// Device and number of a file.
 type Inode = (u64, u64);
@@ -30,6 +107,10 @@ impl Socket {
         let bound = bound_inode(listener).ok();
         let inode = inode(&path).ok().filter(|inode| bound == Some(*inode));
         Self { had_file: inode.is_some(), inode, path }
+    }
+
+    fn none(path: PathBuf) -> Self {
+        Self { path, inode: None, had_file: false }
     }
 
     /// Whether there is, or was, one to be connected to and watched.
@@ -79,13 +160,12 @@ fn bound_inode(socket: &impl AsFd) -> std::io::Result<Inode> {
 #[cfg(test)]
 mod tests {
     use std::io::ErrorKind;
-    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::os::unix::net::UnixDatagram;
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use futures::FutureExt as _;
 
     use super::*;
-    use crate::uapi::server;
 
     #[test]
     fn whoever_asks_while_it_starts_takes_no_socket_away() {
@@ -197,5 +277,25 @@ mod tests {
         socket.remove();
         assert!(!path.exists());
         assert!(socket.removed().now_or_never().is_some());
+    }
+
+    #[test]
+    fn a_descriptor_that_nobody_can_be_heard_at_is_refused() {
+        use std::os::fd::AsRawFd;
+        let dir = tempfile::tempdir().expect("scratch");
+        let listener = UnixListener::bind(dir.path().join("it")).expect("a socket");
+        let opened = |fd: &dyn AsRawFd| Door::inherit(fd.as_raw_fd());
+        assert!(matches!(opened(&listener), Ok(Door::Listener(_))));
+        let (near, _far) = UnixStream::pair().expect("a pair");
+        assert!(matches!(opened(&near), Ok(Door::Conversation(_))));
+        let alone = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None);
+        let alone = alone.expect("a socket");
+        let (datagrams, _far) = UnixDatagram::pair().expect("a pair");
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").expect("a socket");
+        let file = tempfile::tempfile().expect("a file");
+        for fd in [&alone as &dyn AsRawFd, &datagrams, &tcp, &file] {
+            let refused = format!("{:#}", opened(fd).expect_err("nobody can be heard"));
+            assert!(refused.contains("--uapi-fd"), "{refused}");
+        }
     }
 }

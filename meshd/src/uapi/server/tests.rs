@@ -37,6 +37,22 @@ async fn say(client: &mut UnixStream, words: &str, expected: &str) {
     assert_eq!(String::from_utf8_lossy(&answer), expected, "{words}");
 }
 
+#[tokio::test(start_paused = true)]
+async fn the_only_conversation_goes_on_until_its_other_end_is_closed() {
+    let (near, mut far) = UnixStream::pair().expect("a pair");
+    let refusals = Arc::default();
+    let served = tokio::spawn(serve_one(near, Service::new(Patient, Arc::clone(&refusals))));
+    say(&mut far, "get=2\n", "errno=-71\n\n").await;
+    tokio::time::advance(IDLE_TIMEOUT * 2).await;
+    say(&mut far, "get=1\n\n", "listen_port=1\nerrno=0\n\n").await;
+    say(&mut far, "set=1\nfwmark=x\n\n", "errno=-22\n\n").await;
+    say(&mut far, "set=1\nfwmark=1\n\n", "errno=0\n\n").await;
+    assert_eq!(counted(&refusals), [("invalid".to_owned(), 1), ("no_line".to_owned(), 1)]);
+    assert!(!served.is_finished());
+    drop(far);
+    served.await.expect("it ends");
+}
+
 /// A log that can be read.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
@@ -72,7 +88,7 @@ async fn a_refused_request_is_told_once_by_its_key_and_never_by_its_value() {
         ("c2VjcmV0", None),
     ] {
         let (near, mut far) = UnixStream::pair().expect("a pair");
-        let served = tokio::spawn(converse(near, Service::new(Patient, Arc::clone(&refusals))));
+        let served = tokio::spawn(serve_one(near, Service::new(Patient, Arc::clone(&refusals))));
         let errno = if first.contains('=') { -22 } else { -71 };
         let request = format!("set=1\npublic_key={}\n{first}\n\n", "09".repeat(32));
         say(&mut far, &request, &format!("errno={errno}\n\n")).await;
