@@ -16,6 +16,7 @@ mod shards;
 #[path = "support/privilege.rs"]
 mod privilege;
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket as StdUdpSocket};
 use std::path::{Path, PathBuf};
@@ -27,7 +28,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use mesh_core::tunnel::config::{PeerConfig, TunnelConfig};
 use mesh_types::key::{PrivateKey, PublicKey};
-use meshd::io::{DataEvent, DataPlane, DataPlaneOptions, DataSnapshot};
+use meshd::io::{DataEvent, DataPlane, DataPlaneOptions, DataSnapshot, Reconfigure};
 use netcfg::netns::{self, Netns, run_in};
 use netcfg::route::{KernelRoute, TABLE_MAIN};
 use netcfg::tun::{Tun, TunOptions};
@@ -153,7 +154,7 @@ impl Side {
             tunnel: TunnelConfig::default(),
             own_key,
             busy_poll: Duration::from_micros(50),
-            remembered: std::collections::BTreeMap::new(),
+            remembered: BTreeMap::new(),
             seed: u64::from(number),
             on_event: Box::new(move |event| {
                 let _ = sender.try_send(event);
@@ -545,6 +546,32 @@ fn a_panic_in_the_shard_costs_its_sessions_and_nothing_else() {
     assert_eq!((after.shard.panics, after.peers.len()), (1, 1), "the peer set survives");
     tcp_both_ways(&a, &b, false, 1 << 20);
     udp_echo(&b, &a, true, 8192);
+}
+
+#[test]
+fn a_peer_made_anew_begins_without_session_and_counters() {
+    if !root() {
+        return;
+    }
+    let [a, b] = everything();
+    udp_echo(&a, &b, false, 100);
+    let told = |side: &Side| {
+        let peers = side.snapshot().peers;
+        assert_eq!(peers.len(), 1);
+        (peers[0].rx_bytes, peers[0].tx_bytes, peers[0].last_handshake)
+    };
+    let again = |made_anew, other: &Side| Reconfigure {
+        made_anew,
+        own_key: None,
+        peers: vec![other.as_peer()],
+        endpoints: BTreeMap::new(),
+    };
+    let before = told(&b);
+    assert!(before.0 > 0 && before.1 > 0 && before.2.is_some());
+    b.data().configure(again(vec![], &a));
+    assert_eq!(told(&b), before, "the same peer");
+    b.data().configure(again(vec![a.public], &a));
+    assert_eq!(told(&b), (0, 0, None));
 }
 
 #[test]
