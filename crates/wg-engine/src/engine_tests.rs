@@ -551,6 +551,25 @@ fn the_front_knows_who_sent_an_initiation_and_refuses_what_is_not_for_it() {
 }
 
 #[test]
+fn the_front_knows_when_an_initiation_was_written_if_its_peer_wrote_it() {
+    let (mut a, b) = pair();
+    let peer = public_key(&a.key);
+    let stamp = |initiation: &[u8]| b.factory.stamp(OWN, &peer, initiation);
+    let first = initiation(&mut a, at(1));
+    let second = initiation(&mut a, at(2));
+    assert!(stamp(&first).expect("a stamp") < stamp(&second).expect("a stamp"));
+    let other = public_key(&generate_private_key());
+    assert_eq!(b.factory.stamp(OWN, &other, &first), None, "it names another");
+    assert_eq!(b.factory.stamp(OwnKeyId(9), &peer, &first), None);
+    for at in 8..116 {
+        let mut spoilt = first.clone();
+        spoilt[at] ^= 1;
+        assert_eq!(stamp(&spoilt), None, "byte {at}");
+    }
+    assert_eq!(stamp(&first[..115]), None);
+}
+
+#[test]
 fn an_engine_without_an_own_key_stays_silent() {
     let peer = public_key(&generate_private_key());
     let keepalive = Some(Duration::from_secs(25));

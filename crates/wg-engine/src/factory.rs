@@ -17,7 +17,7 @@ use boringtun::noise::{Packet, Tunn};
 use boringtun::x25519;
 use mesh_core::tunnel::engine::{
     COOKIE_BYTES, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, MacCheck,
-    OwnKeyId, RESPONSE_BYTES, TYPE_INITIATION, TYPE_RESPONSE,
+    OwnKeyId, RESPONSE_BYTES, Stamp, TYPE_INITIATION, TYPE_RESPONSE,
 };
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::time::MonoTime;
@@ -25,6 +25,7 @@ use mesh_types::time::MonoTime;
 use crate::engine::{BoringEngine, ephemeral_is_sound, is_message};
 use crate::index::IndexCipher;
 use crate::macs::{Cookies, MacKeys};
+use crate::noise;
 
 /// `Tunn` has 24 bits for the caller's index.
 const INDEX_MASK: u32 = 0x00ff_ffff;
@@ -162,6 +163,11 @@ impl EngineFactory for BoringFactory {
         };
         let half = parse_handshake_anon(&own.secret, &own.point, &message).ok()?;
         PublicKey::from_bytes(half.peer_static_public).ok()
+    }
+
+    fn stamp(&self, id: OwnKeyId, peer: &PublicKey, initiation: &[u8]) -> Option<Stamp> {
+        let own = self.own.get(&id).filter(|_| ephemeral_is_sound(initiation))?;
+        noise::stamp(own, peer, initiation)
     }
 
     fn cookie_reply(

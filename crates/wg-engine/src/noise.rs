@@ -12,7 +12,7 @@ use std::sync::Arc;
 use blake2::{Blake2s256, Digest};
 use boringtun::x25519;
 use chacha20poly1305::{AeadInPlace, ChaCha20Poly1305, KeyInit, Nonce};
-use mesh_core::tunnel::engine::{EngineError, HandshakeBuffer};
+use mesh_core::tunnel::engine::{EngineError, HandshakeBuffer, STAMP_BYTES, Stamp};
 use mesh_types::key::PublicKey;
 use zeroize::Zeroizing;
 
@@ -50,10 +50,6 @@ pub(crate) fn kdf(chain: &Bytes, input: &[u8]) -> [Bytes; 3] {
     [first, second, hmac(&secret, &[&second, &[3]])]
 }
 
-/// When an initiation says that it was written, big end first: later ones are greater.
-type Stamp = [u8; STAMP_BYTES];
-const STAMP_BYTES: usize = 12;
-
 /// What an engine without an initiation of its own knows of one that another accepted. From its first on `Tunn` remembers.
 pub(crate) struct Predecessor {
     own: Arc<OwnKey>,
@@ -69,8 +65,7 @@ impl Predecessor {
         peer: &PublicKey,
         accepted: &HandshakeBuffer,
     ) -> Option<Self> {
-        let shared = own.secret.diffie_hellman(&x25519::PublicKey::from(*peer.as_bytes()));
-        let shared = Zeroizing::new(shared.to_bytes());
+        let shared = shared(own, peer);
         let stamp = open(own, &shared, accepted)?;
         Some(Self { own: Arc::clone(own), shared, stamp })
     }
@@ -80,6 +75,16 @@ impl Predecessor {
         let stamp = open(&self.own, &self.shared, initiation).ok_or(EngineError::BadHandshake)?;
         if stamp > self.stamp { Ok(()) } else { Err(EngineError::StaleInitiation) }
     }
+}
+
+fn shared(own: &OwnKey, peer: &PublicKey) -> Zeroizing<Bytes> {
+    let shared = own.secret.diffie_hellman(&x25519::PublicKey::from(*peer.as_bytes()));
+    Zeroizing::new(shared.to_bytes())
+}
+
+/// The timestamp of an initiation that `peer` wrote to `own`, for who keeps nothing of the pair.
+pub(crate) fn stamp(own: &OwnKey, peer: &PublicKey, initiation: &[u8]) -> Option<Stamp> {
+    open(own, &shared(own, peer), initiation)
 }
 
 /// The timestamp of an initiation to `own`; its ephemeral key is known to be sound.

@@ -35,6 +35,10 @@ pub const TAG_BYTES: usize = 16;
 /// Smallest transport message: an empty payload (keepalive).
 pub const TRANSPORT_BYTES_MIN: usize = TRANSPORT_HEADER_BYTES + TAG_BYTES;
 
+/// When an initiation says that it was written (TAI64N, big end first): later ones are greater.
+pub type Stamp = [u8; STAMP_BYTES];
+pub const STAMP_BYTES: usize = 12;
+
 /// Room for any handshake message.
 pub type HandshakeBuffer = [u8; INITIATION_BYTES];
 
@@ -276,6 +280,9 @@ pub trait EngineFactory: Send {
 
     /// Who sent this initiation: one curve operation, nothing remembered.
     fn identify(&self, id: OwnKeyId, initiation: &[u8]) -> Option<PublicKey>;
+
+    /// When this initiation of `peer` was written, if who holds that key wrote it: two curve operations, nothing remembered.
+    fn stamp(&self, id: OwnKeyId, peer: &PublicKey, initiation: &[u8]) -> Option<Stamp>;
 
     /// Writes a cookie reply to a handshake message whose mac1 verified.
     fn cookie_reply(

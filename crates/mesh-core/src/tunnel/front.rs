@@ -10,7 +10,7 @@
 //!                    └─> identify the initiator (one curve operation) ─> 50 per second per peer ─> engine
 //! ```
 //! What a source is counted for ([`Front::spend`]) is what led nowhere: a hundred nodes behind one NAT that all begin at once are
-//! answered at once. Under load everything is counted.
+//! answered at once. Under load everything is counted. What another shard's engine will make of an initiation is told by its timestamp.
 //!
 //! Cookie replies are bounded over all sources, too: `COOKIES_PER_SECOND`, and as many for known addresses: those that
 //! configuration names and, of a device, those where its peers are.

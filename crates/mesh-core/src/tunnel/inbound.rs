@@ -322,14 +322,15 @@ impl<F: EngineFactory> Tunnel<F> {
         let (source, proven) = (meta.limited_as(), check == MacCheck::Proven);
         let verdict = self.front.admit(now, source, proven);
         self.obey(now, verdict, meta, own, datagram)?;
-        let done = self.handle_accepted(now, own, meta, datagram, proven);
-        if done.is_err() {
+        let done = self.handle_accepted(now, own, meta, datagram);
+        let futile = done != Ok(true);
+        if futile {
             self.front.led_nowhere(now);
         }
-        if done.is_err() || self.front.loaded(now) {
+        if futile || self.front.loaded(now) {
             self.front.spend(now, source, proven);
         }
-        done
+        done.map(|_| ())
     }
 
     /// Goes on only with what is accepted; asks for a cookie where one is due.
@@ -352,31 +353,27 @@ impl<F: EngineFactory> Tunnel<F> {
         }
     }
 
+    /// Answers it, or gives it to who owns the peer. False: that one will refuse it, as far as can be told here.
     fn handle_accepted(
         &mut self,
         now: MonoTime,
         own: OwnKeyId,
         meta: &UdpMeta,
         datagram: &[u8],
-        proven: bool,
-    ) -> Result<(), DropReason> {
+    ) -> Result<bool, DropReason> {
         self.counters.initiations_received += 1;
         let key = self.factory.identify(own, datagram).ok_or(DropReason::BadHandshake)?;
         if !meta.names(&key) {
             return Err(DropReason::CarriedName);
         }
         if self.foreign.holds(&key) {
-            if !self.foreign.initiates(now, &key) {
-                self.front.led_nowhere(now);
-                // Under load the caller counts it.
-                if !self.front.loaded(now) {
-                    self.front.spend(now, meta.limited_as(), proven);
-                }
-            }
+            // Its owner would find out too late: sources are limited before the next message of theirs.
+            let stamp = self.factory.stamp(own, &key, datagram).ok_or(DropReason::BadHandshake)?;
             let shard = self.config.share.owner(&key);
-            return self.admit(Admitted { shard, key, own }, meta, datagram);
+            self.admit(Admitted { shard, key, own }, meta, datagram)?;
+            return Ok(self.foreign.initiates(now, &key, stamp));
         }
-        self.answer(now, &key, own, meta, datagram)
+        self.answer(now, &key, own, meta, datagram).map(|()| true)
     }
 
     fn admit(

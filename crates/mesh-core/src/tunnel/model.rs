@@ -22,7 +22,9 @@ use std::net::SocketAddr;
 use mesh_types::key::{KEY_LEN, PrivateKey, PublicKey};
 use mesh_types::time::MonoTime;
 
-use super::engine::{EngineConfig, EngineFactory, HandshakeBuffer, MacCheck, OwnKeyId};
+use super::engine::{
+    EngineConfig, EngineFactory, HandshakeBuffer, MacCheck, OwnKeyId, STAMP_BYTES, Stamp,
+};
 use super::peers::SplitMix64;
 pub use engine::{ModelEngine, PLAINTEXT_XOR};
 
@@ -117,6 +119,15 @@ impl EngineFactory for ModelFactory {
         let own = self.keys.get(&id)?;
         let initiation = wire::Initiation::parse(initiation)?;
         initiation.verifies(wire::shared(own, &initiation.key)).then_some(initiation.key)
+    }
+
+    fn stamp(&self, id: OwnKeyId, peer: &PublicKey, initiation: &[u8]) -> Option<Stamp> {
+        if self.identify(id, initiation)? != *peer {
+            return None;
+        }
+        let mut stamp = [0; STAMP_BYTES];
+        wire::write(&mut stamp, 0, &wire::Initiation::parse(initiation)?.time.to_be_bytes());
+        Some(stamp)
     }
 
     fn cookie_reply(

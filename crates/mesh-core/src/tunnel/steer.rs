@@ -22,7 +22,7 @@ use mesh_types::key::PublicKey;
 use mesh_types::limits::{HANDSHAKES_PER_PEER_PER_SECOND, NODES_MAX, SHARDS_MAX};
 use mesh_types::time::MonoTime;
 
-use super::engine::{TYPE_COOKIE, TYPE_RESPONSE, TYPE_TRANSPORT};
+use super::engine::{Stamp, TYPE_COOKIE, TYPE_RESPONSE, TYPE_TRANSPORT};
 use super::front::{Bucket, Message};
 use super::path::plain;
 
@@ -187,7 +187,14 @@ pub(super) struct Foreign {
     /// Where they are, as their owners tell.
     places: BTreeMap<PublicKey, SocketAddr>,
     /// What came of them here.
-    initiations: BTreeMap<PublicKey, Bucket>,
+    initiations: BTreeMap<PublicKey, Initiations>,
+}
+
+/// Initiations of one peer that its owner should have accepted: how many, and the newest.
+#[derive(Debug, Default)]
+struct Initiations {
+    bucket: Bucket,
+    newest: Stamp,
 }
 
 impl Foreign {
@@ -216,11 +223,16 @@ impl Foreign {
         self.initiations.retain(|key, _| self.keys.contains(key));
     }
 
-    /// Counts an initiation of one of them; false: more than a peer's owner would answer. Recorded ones count, too, so it
-    /// must not be dropped for that.
-    pub(super) fn initiates(&mut self, now: MonoTime, key: &PublicKey) -> bool {
+    /// Notes an initiation that one of them wrote; false: not newer than the last one, or more than a peer's owner answers.
+    /// It is not to be dropped for that: the owner may know less, as of a peer that was removed and is there again.
+    pub(super) fn initiates(&mut self, now: MonoTime, key: &PublicKey, written: Stamp) -> bool {
         let rate = HANDSHAKES_PER_PEER_PER_SECOND;
-        self.initiations.entry(*key).or_default().take(now, rate, rate)
+        let seen = self.initiations.entry(*key).or_default();
+        let counts = written > seen.newest && seen.bucket.take(now, rate, rate);
+        if counts {
+            seen.newest = written;
+        }
+        counts
     }
 
     /// Where a peer is, as its owner told.

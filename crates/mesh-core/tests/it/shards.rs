@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use mesh_core::packet::{Ecn, VnetHeader};
 use mesh_core::tunnel::config::{Admitted, Event, PeerRefusal, Role, Setting};
-use mesh_core::tunnel::engine::{EngineFactory, OwnKeyId};
+use mesh_core::tunnel::engine::{
+    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId,
+};
 use mesh_core::tunnel::model::{ModelFactory, public_key};
 use mesh_core::tunnel::path::Local;
 use mesh_core::tunnel::steer::{FRONT, Share};
@@ -345,6 +347,45 @@ fn what_was_admitted_under_a_key_that_is_no_longer_ours_is_not_answered() {
 }
 
 #[test]
+fn what_leads_nowhere_at_its_owner_is_counted_against_its_source_as_with_one_shard() {
+    let foreign = (1..).filter(|n| Share::new(0, 2).owner(&key(*n)) != FRONT);
+    let foreign: Vec<_> = foreign.take(4).collect();
+    let looked_at = |of: usize, one_source: bool| {
+        let mut machine = Machine::new(0, of);
+        machine.set_peers(&foreign.iter().map(|n| config(*n)).collect::<Vec<_>>());
+        let recorded: Vec<_> = foreign.iter().map(|n| initiations(*n, 1).remove(0)).collect();
+        for (n, first) in foreign.iter().zip(&recorded) {
+            machine.receive(addr(*n), 0, first);
+        }
+        // One a millisecond.
+        for ms in 0..3_000u16 {
+            machine.now = now() + Duration::from_millis(ms.into());
+            let [high, low] = if one_source { [0, 0] } else { ms.to_be_bytes() };
+            let stranger = SocketAddr::from(([203, 0, high, low], 9));
+            machine.receive(stranger, 0, &recorded[usize::from(ms) % recorded.len()]);
+        }
+        machine.shards[FRONT].counters().initiations_received
+    };
+    for (one_source, most) in [(true, 4 + 5 + 20 * 3), (false, 4 + 100 + 1)] {
+        assert_eq!(looked_at(2, one_source), looked_at(1, one_source), "{one_source}");
+        assert!(looked_at(2, one_source) <= most);
+    }
+}
+
+/// So many initiations of machine `number` to machine 0, one later than the other.
+fn initiations(number: usize, count: usize) -> Vec<Vec<u8>> {
+    let (own, preshared, keepalive, index, seed) = (OwnKeyId(0), None, None, 1, 1);
+    let config = EngineConfig { own, peer: key(0), preshared, keepalive, index, seed };
+    let mut engine = ModelFactory::new(&private(number)).create(now(), config);
+    let one = |_| {
+        let mut out: HandshakeBuffer = [0; INITIATION_BYTES];
+        let length = engine.initiate(now(), true, &mut out).expect("an initiation");
+        out[..length].to_vec()
+    };
+    (0..count).map(one).collect()
+}
+
+#[test]
 fn a_front_that_nobody_collects_from_forgets_what_is_too_much() {
     // Peers that the front does not own itself, as many as get so much past their own limits.
     let each = HANDSHAKES_PER_PEER_PER_SECOND as usize;
@@ -353,19 +394,13 @@ fn a_front_that_nobody_collects_from_forgets_what_is_too_much() {
     let mut front = tunnels(0, 2).remove(FRONT);
     let configs: Vec<_> = foreign.iter().map(|n| config(*n)).collect();
     assert_eq!(front.set_peers(now(), &configs), []);
-    let mut sent = Vec::new();
-    for n in foreign {
-        let mut sender = Machine::new(n, 1);
-        sender.set_peers(&[config(0)]);
-        sender.send_from(0, &inner(n, 0, "hello"));
-        sender.collect(&mut sent);
-    }
-    for from in 0..ADMITTED_MAX + 3 {
+    let mut sent: Vec<_> = foreign.iter().flat_map(|n| initiations(*n, each)).collect();
+    for (from, datagram) in sent.iter_mut().enumerate().take(ADMITTED_MAX + 3) {
         // From an address of its own each, or the source limit comes first.
         let high = u8::try_from(from / 250).expect("few");
         let source = SocketAddr::from(([198, 51, high, u8::try_from(from % 250).expect("few")], 9));
         let meta = UdpMeta { source, local: None, segment_len: 0, ecn: Ecn::NotEct, carried: None };
-        front.handle_udp_input(now(), &meta, &mut sent[from / each].3.clone());
+        front.handle_udp_input(now(), &meta, datagram);
     }
     assert_eq!(front.counters().dropped(DropReason::AdmittedFull), 3);
     assert_eq!(std::iter::from_fn(|| front.poll_admitted()).count(), ADMITTED_MAX);

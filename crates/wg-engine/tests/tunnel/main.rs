@@ -3,6 +3,7 @@
 
 mod forged;
 mod replayed;
+mod shards;
 
 use std::net::SocketAddr;
 use std::time::Duration;
