@@ -50,8 +50,12 @@ pub const ENGINES_PER_PEER_MAX: usize = 8;
 /// in drivers/net/wireguard/device.h); super-packets count once.
 pub const STAGED_PACKETS_PER_PEER_MAX: usize = 128;
 
+/// Bytes of them: eight super-packets, and more than twice what 128 packets of an MTU take. Whose peers do not answer needs
+/// tens of them to fill [`STAGED_BYTES_MAX`].
+pub const STAGED_BYTES_PER_PEER_MAX: usize = 512 * 1024;
+
 /// Bytes kept for all peers together while handshakes run: a thousand dead peers must not hold
-/// more than this. One 64 KiB super-packet for each of 256 peers.
+/// more than this. One 64 KiB super-packet for each of 256 peers. Beyond it whoever holds most gives up its oldest.
 pub const STAGED_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// Handshake messages accepted from one source (IPv4 address or IPv6 /64) per second, as the kernel

@@ -43,9 +43,9 @@ drops! {
     PacketTooBig => "packet_too_big",
     /// No session, and the peer has neither endpoint nor candidate.
     NoEndpoint => "no_endpoint",
-    /// Oldest of a peer's packets waiting for a session made room for a newer one.
+    /// Oldest of a peer's packets waiting for a session made room for a newer one of its own.
     StagedPeerFull => "staged_peer_full",
-    /// All peers' waiting packets together hit their bound.
+    /// All peers' waiting packets together hit their bound: the oldest of who held most, or one that found no room.
     StagedBytesFull => "staged_bytes_full",
     /// Waited for a session that never came.
     StagedGaveUp => "staged_gave_up",

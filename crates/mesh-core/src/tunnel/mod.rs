@@ -76,7 +76,7 @@ use layers::Layers;
 use path::{Endpoint, Knocks, Pin};
 use peers::{Peers, SplitMix64};
 use relays::Relays;
-use staging::StagedBytes;
+use staging::Staging;
 use steer::Foreign;
 use transmit::TransmitQueue;
 
@@ -92,7 +92,7 @@ pub struct Tunnel<F: EngineFactory> {
     admitted: VecDeque<(Admitted, UdpMeta, HandshakeBuffer)>,
     front: Front,
     limiter: Knocks,
-    staged: StagedBytes,
+    staging: Staging,
     /// Peers whose staged packets may leave.
     draining: VecDeque<u32>,
     transmit: TransmitQueue,
@@ -133,7 +133,7 @@ impl<F: EngineFactory> Tunnel<F> {
             admitted: VecDeque::new(),
             front: Front::new(seeds.next()),
             limiter: config.knocks.clone(),
-            staged: StagedBytes::default(),
+            staging: Staging::default(),
             draining: VecDeque::new(),
             transmit: TransmitQueue::new(config.gso_segments_max),
             receive: Receive::new(config.coalesce),
@@ -187,7 +187,7 @@ impl<F: EngineFactory> Tunnel<F> {
 
     /// Bytes of packets waiting for sessions.
     pub fn staged_bytes(&self) -> usize {
-        self.staged.bytes()
+        self.staging.bytes()
     }
 
     /// What is sent leaves from this port. A [`Setting::Device`] carries no datagram of its own, which a route may lead

@@ -8,7 +8,6 @@ use super::config::{Account, Setting, Transmit};
 use super::counters::DropReason;
 use super::engine::{Engine, EngineError, EngineFactory};
 use super::path::Endpoint;
-use super::staging::Pushed;
 use super::transmit::{Flow, carried_len, padded_len, slot_len};
 use crate::packet::unreachable::unreachable;
 use crate::packet::{IpHeader, Segmenter, VnetHeader};
@@ -68,10 +67,10 @@ impl<F: EngineFactory> Tunnel<F> {
                 return None;
             }
         };
-        let Some(peer) = self.peers.get(slot) else {
+        if self.peers.get(slot).is_none() {
             return self.foreign.of(slot).map(|(_, shard)| shard);
-        };
-        if peer.staged.is_empty()
+        }
+        if self.staging.is_empty(slot)
             && let Some(flow) = self.flow(now, slot)
         {
             self.push_segments(now, Flow { hops, ..flow }, &segmenter);
@@ -137,7 +136,7 @@ impl<F: EngineFactory> Tunnel<F> {
     /// Lets `slot`'s waiting packets leave, if a session can carry them.
     pub(super) fn release_staged(&mut self, now: MonoTime, slot: u32) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
-        if !peer.draining && !peer.staged.is_empty() && peer.sender(now).is_some() {
+        if !peer.draining && !self.staging.is_empty(slot) && peer.sender(now).is_some() {
             peer.draining = true;
             self.draining.push_back(slot);
         }
@@ -236,11 +235,9 @@ impl<F: EngineFactory> Tunnel<F> {
             }
             return;
         }
-        match peer.staged.push(&mut self.staged, *header, packet) {
-            Pushed::Kept => {}
-            Pushed::OldestDropped => self.counters.count_drop(DropReason::StagedPeerFull),
-            Pushed::Refused => self.counters.count_drop(DropReason::StagedBytesFull),
-        }
+        let dropped = self.staging.push(slot, *header, packet);
+        self.counters.count_drops(DropReason::StagedPeerFull, dropped.peer_full);
+        self.counters.count_drops(DropReason::StagedBytesFull, dropped.bytes_full);
         if peer.sender(now).is_some() {
             self.release_staged(now, slot);
         } else {
@@ -265,7 +262,7 @@ impl<F: EngineFactory> Tunnel<F> {
 
     /// The session ended before all that waited for it had left: without a new one it would wait for ever.
     fn ask_for_session(&mut self, now: MonoTime, slot: u32) {
-        if self.peers.get(slot).is_some_and(|peer| !peer.staged.is_empty()) {
+        if !self.staging.is_empty(slot) {
             self.begin_handshake(now, slot, false);
         }
     }
@@ -279,7 +276,7 @@ impl<F: EngineFactory> Tunnel<F> {
             };
             let Some(peer) = self.peers.get_mut(slot) else { return true };
             let mtu = peer.config.mtu as usize;
-            let Some(staged) = peer.staged.pop(&mut self.staged) else { return true };
+            let Some(staged) = self.staging.pop(slot) else { return true };
             let segmenter = match Segmenter::new(&staged.header, &staged.packet) {
                 Ok(segmenter) => segmenter,
                 Err(error) => {
@@ -290,7 +287,7 @@ impl<F: EngineFactory> Tunnel<F> {
             let longest = slot_len(padded_len(segmenter.longest(), mtu));
             let slots = carried_len(&flow.to, longest) * segmenter.count();
             if slots > self.transmit.room() && !self.transmit.is_empty() {
-                peer.staged.unpop(&mut self.staged, staged);
+                self.staging.unpop(slot, staged);
                 return false;
             }
             match self.hops_outside(slot, &segmenter, &staged.packet) {

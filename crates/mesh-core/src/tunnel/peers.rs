@@ -5,7 +5,7 @@
 //!  index >> 8 ───┼─> slot ─> Peer ─> set ─┼ engine (previous own key)    answers, and begins while no newer can send
 //!  prefix ───────┘            │           ├ engine (newest)              begins handshakes; sends once it can
 //!                             │           └ ...at most ENGINES_PER_PEER_MAX
-//!                             └ path, staged packets, counters
+//!                             └ path, counters; by the slot: packets that wait
 //! ```
 //! A peer owns a set of engines with disjoint receiver indexes: the newest that has a session sends, all
 //! receive. Indexes are random 24-bit numbers (the engine adds 8 bits), so they say nothing about the peer, and
@@ -28,7 +28,6 @@ use super::front::Bucket;
 use super::path::Path;
 use super::recorded::Recorded;
 use super::sight::Look;
-use super::staging::StagedQueue;
 use super::steer::Share;
 use super::ways::Ways;
 
@@ -75,7 +74,6 @@ pub struct Peer<E> {
     pub look: Look,
     /// Of a relay: which way it is asked.
     pub(super) link: Link,
-    pub staged: StagedQueue,
     /// Initiations accepted: how many, and the newest.
     pub initiations: Bucket,
     pub recorded: Recorded,
@@ -103,7 +101,6 @@ impl<E: Engine> Peer<E> {
             ways: Ways::default(),
             look: Look::default(),
             link: Link::default(),
-            staged: StagedQueue::default(),
             initiations: Bucket::default(),
             recorded: Recorded::default(),
             initiate_at: None,

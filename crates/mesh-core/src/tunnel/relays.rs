@@ -306,7 +306,7 @@ impl<F: EngineFactory> Tunnel<F> {
         let slots: Vec<u32> = self.peers.slots().collect();
         for slot in slots {
             let Some(peer) = self.peers.get_mut(slot) else { continue };
-            let waits = peer.path.is_waiting() || !peer.staged.is_empty();
+            let waits = peer.path.is_waiting() || !self.staging.is_empty(slot);
             if peer.config.relays.contains(key) && waits && peer.sender(now).is_none() {
                 (peer.initiate_at, peer.initiate_anew) = (Some(now), true);
                 self.peers.reschedule(now, slot);

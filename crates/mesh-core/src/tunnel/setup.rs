@@ -109,7 +109,7 @@ impl<F: EngineFactory> Tunnel<F> {
             if let Some(newest) = peer.members.last_mut() {
                 newest.engine.postpone_keepalive(now);
             }
-            if !peer.staged.is_empty() {
+            if !self.staging.is_empty(slot) {
                 self.begin_anew(now, slot);
             }
         }
@@ -124,7 +124,7 @@ impl<F: EngineFactory> Tunnel<F> {
         };
         let Some(peer) = self.peers.get_mut(slot) else { return };
         let before = peer.path.endpoint().map(|endpoint| endpoint.addr);
-        let wants = !peer.staged.is_empty() || peer.config.keepalive.is_some();
+        let wants = !self.staging.is_empty(slot) || peer.config.keepalive.is_some();
         let new = peer.path.set_endpoint(addr);
         let after = peer.path.endpoint().map(|endpoint| endpoint.addr);
         if new && wants && peer.sender(now).is_none() {
@@ -205,10 +205,9 @@ impl<F: EngineFactory> Tunnel<F> {
     fn remove_peer(&mut self, now: MonoTime, slot: u32) {
         self.to_initiate.retain(|waiting| *waiting != slot);
         self.draining.retain(|waiting| *waiting != slot);
-        if let Some(mut peer) = self.peers.remove(now, slot) {
-            let dropped = peer.staged.clear(&mut self.staged);
-            self.counters.count_drops(DropReason::StagedPeerRemoved, dropped);
-        }
+        self.peers.remove(now, slot);
+        let dropped = self.staging.clear(slot);
+        self.counters.count_drops(DropReason::StagedPeerRemoved, dropped);
     }
 
     /// Creates or updates one peer and returns its slot.
@@ -239,7 +238,7 @@ impl<F: EngineFactory> Tunnel<F> {
         }
         if before.candidates != config.candidates {
             let new = peer.path.set_candidates(now, &config.candidates);
-            let wants = !peer.staged.is_empty() || config.keepalive.is_some();
+            let wants = !self.staging.is_empty(slot) || config.keepalive.is_some();
             if new && wants && peer.sender(now).is_none() {
                 peer.initiate_at = Some(now);
                 peer.initiate_anew = true;
@@ -249,7 +248,7 @@ impl<F: EngineFactory> Tunnel<F> {
             self.add_engines(now, slot);
             // A device is silent until it has something to say.
             let speaks =
-                |peer: &Peer<F::Engine>| peer.sender(now).is_some() || !peer.staged.is_empty();
+                |peer: &Peer<F::Engine>| peer.sender(now).is_some() || !self.staging.is_empty(slot);
             if self.config.setting == Setting::Mesh || self.peers.get(slot).is_some_and(speaks) {
                 self.begin_anew(now, slot);
             }
@@ -289,7 +288,7 @@ impl<F: EngineFactory> Tunnel<F> {
         let Some(peer) = self.peers.get(slot) else { return };
         let kept = peer.members.iter().filter(|member| member.retire_at.is_none());
         let spent: Vec<_> = kept.filter(|member| member.engine.spent()).map(|m| m.own).collect();
-        let wanted = peer.sender(now).is_some() || !peer.staged.is_empty();
+        let wanted = peer.sender(now).is_some() || !self.staging.is_empty(slot);
         for own in &spent {
             self.add_engine(now, slot, *own);
         }

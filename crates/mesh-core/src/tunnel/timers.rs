@@ -188,7 +188,7 @@ impl<F: EngineFactory> Tunnel<F> {
             peer.initiate_at = Some(now + RELAY_AGAIN);
         }
         let key = peer.config.key;
-        let dropped = peer.staged.clear(&mut self.staged);
+        let dropped = self.staging.clear(slot);
         self.counters.count_drops(DropReason::StagedGaveUp, dropped);
         self.event(Event::HandshakeGaveUp { key });
         self.renew_spent(now, slot);

@@ -8,7 +8,7 @@ use mesh_core::tunnel::{DropReason, PeerConfig};
 use mesh_types::key::PrivateKey;
 use mesh_types::limits::{
     FUTILE_HANDSHAKES_PER_SECOND_BEFORE_COOKIES, INITIATIONS_PER_TURN, STAGED_BYTES_MAX,
-    STAGED_PACKETS_PER_PEER_MAX,
+    STAGED_BYTES_PER_PEER_MAX, STAGED_PACKETS_PER_PEER_MAX, TRANSMIT_ARENA_BYTES,
 };
 
 use crate::network::{Nat, Network, ipv4};
@@ -41,24 +41,33 @@ fn packets_that_waited_arrive_in_order_and_before_later_ones() {
 
 #[test]
 fn packets_do_not_overtake_those_that_still_wait_for_room() {
-    let mut net = Network::mesh(9, 2);
-    let big = |number: u8| ipv4([10, 0, 0, 1], [10, 1, 0, 1], 0, &[number; 1_360]);
-    // More than the arena holds at once: 100 super-packets would, so give each many segments.
-    let (header, packet) = crate::traffic::udp_super_packet(60_000, 1_300);
-    for _ in 0..20 {
-        net.send_super(0, &header, &packet);
+    let mut net = Network::mesh(9, 9);
+    // More than the arena holds at once, of all peers together.
+    let each = 8;
+    assert!(8 * each * 60_000 > TRANSMIT_ARENA_BYTES);
+    for to in 1..9 {
+        let (header, packet) = crate::traffic::udp_super_packet(60_000, 1_300, to);
+        for _ in 0..each {
+            net.send_super(0, &header, &packet);
+        }
     }
     net.run_ms(15);
     net.hosts[0].busy = true;
     net.run_ms(10);
-    assert!(net.snapshot(0, 1).session);
-    net.send_inner(0, &big(7));
+    let last = |to: u8| ipv4([10, 0, 0, 1], [10, to, 0, 1], 0, &[7; 1_360]);
+    for to in 1..9 {
+        assert!(net.snapshot(0, to.into()).session);
+        net.send_inner(0, &last(to));
+    }
     net.hosts[0].busy = false;
     net.collect(0);
     net.run_ms(100);
-    assert_eq!(net.hosts[1].delivered.last(), Some(&big(7)));
-    let bytes: usize = net.hosts[1].delivered.iter().map(Vec::len).sum();
-    assert!(bytes > 20 * 60_000, "{bytes}");
+    for to in 1..9 {
+        let delivered = &net.hosts[usize::from(to)].delivered;
+        assert_eq!(delivered.last(), Some(&last(to)));
+        let bytes: usize = delivered.iter().map(Vec::len).sum();
+        assert!(bytes > each * 60_000, "{bytes}");
+    }
 }
 
 #[test]
@@ -258,6 +267,31 @@ fn handshakes_with_a_thousand_peers_are_spread_over_turns_and_all_begun_within_a
         sent = net.log.len();
     }
     assert_eq!(sent, 1_000);
+}
+
+#[test]
+fn a_few_dead_peers_of_much_traffic_keep_no_first_packet_to_another_out() {
+    let mut net = Network::mesh(4, 6);
+    let dead = 1..4;
+    for peer in dead.clone() {
+        net.hosts[peer].up = false;
+        let to = [10, u8::try_from(peer).expect("few"), 0, 1];
+        for _ in 0..200 {
+            net.send_inner(0, &ipv4([10, 0, 0, 1], to, 0, &[0; 65_000]));
+        }
+    }
+    let texts = ["first", "second"].map(|text| text.repeat(150));
+    for peer in 4..6 {
+        texts.iter().for_each(|text| net.send(0, peer, text));
+    }
+    net.run_ms(100);
+    assert_eq!(net.texts(4, 0), texts);
+    assert_eq!(net.texts(5, 0), texts);
+    let staged = net.hosts[0].tunnel.staged_bytes();
+    assert!(staged <= dead.len() * STAGED_BYTES_PER_PEER_MAX, "{staged}");
+    // What did not leave and does not wait is counted, each.
+    let waiting = (staged / 65_020) as u64;
+    assert_eq!(net.dropped(0, DropReason::StagedPeerFull) + waiting, 3 * 200);
 }
 
 #[test]

@@ -59,7 +59,7 @@ fn a_tcp_super_packet_leaves_in_few_sends_and_arrives_as_one() {
 fn a_super_packet_that_waited_for_the_session_arrives_whole() {
     let mut net = Network::mesh(4, 2);
     let mut sent = Vec::new();
-    for _ in 0..20 {
+    for _ in 0..8 {
         let (header, packet, payload) = tcp_super_packet(60_000, 1_300);
         net.send_super(0, &header, &packet);
         sent.extend(payload);
@@ -221,12 +221,12 @@ fn payload_of(frames: &[(VnetHeader, Vec<u8>)]) -> Vec<u8> {
     tcp.flat_map(|(_, bytes)| bytes[40..].iter().copied()).collect()
 }
 
-/// UDP over IPv4 from host 0 to host 1 as the kernel hands it over.
-pub(crate) fn udp_super_packet(len: u16, size: u16) -> (VnetHeader, Vec<u8>) {
+/// UDP over IPv4 from host 0 to host `to` as the kernel hands it over.
+pub(crate) fn udp_super_packet(len: u16, size: u16, to: u8) -> (VnetHeader, Vec<u8>) {
     let mut udp = vec![0x1f, 0x90, 0x04, 0xd2, 0, 0, 0, 0];
     udp[4..6].copy_from_slice(&(len + 8).to_be_bytes());
     udp.extend(std::iter::repeat_n(3, usize::from(len)));
-    let mut packet = ipv4([10, 0, 0, 1], [10, 1, 0, 1], 0, &udp);
+    let mut packet = ipv4([10, 0, 0, 1], [10, to, 0, 1], 0, &udp);
     packet[9] = 17;
     packet[10..12].fill(0);
     let sum = checksum::checksum(&packet[..20]);
