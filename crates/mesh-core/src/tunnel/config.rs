@@ -232,7 +232,7 @@ pub enum Event {
     SessionEstablished {
         key: PublicKey,
     },
-    /// Authenticated packets now come from there.
+    /// Authenticated packets now come from there. For other shards it is said of a relay whenever a session with it stands.
     EndpointChanged {
         key: PublicKey,
         endpoint: SocketAddr,

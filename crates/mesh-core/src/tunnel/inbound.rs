@@ -521,8 +521,16 @@ impl<F: EngineFactory> Tunnel<F> {
         let stray = peer.config.role == Role::Relay
             && !peer.path.candidates().contains(&meta.source)
             && !self.relays.is_bridge(&meta.source);
+        if !carried && !stray {
+            self.heard_at(now, slot, meta);
+        }
+    }
+
+    /// The peer is where this came from: whoever keeps its place hears of that if it is another.
+    pub(super) fn heard_at(&mut self, now: MonoTime, slot: u32, meta: &UdpMeta) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
         let before = peer.path.endpoint().map(|endpoint| endpoint.addr);
-        if !carried && !stray && peer.path.heard(now, meta.source, meta.local) {
+        if peer.path.heard(now, meta.source, meta.local) {
             let key = peer.config.key;
             self.moved(before, Some(meta.source));
             self.counters.endpoint_changes += 1;

@@ -265,9 +265,13 @@ impl<F: EngineFactory> Tunnel<F> {
     pub(super) fn registered(&mut self, now: MonoTime, slot: u32) {
         let Some(relay) = self.peers.get_mut(slot) else { return };
         relay.look.ask_now(now);
-        let key = relay.config.key;
+        let (key, at) = (relay.config.key, relay.path.endpoint());
         // At once: until a first transport message came, nobody is registered.
         self.ask_address(now, slot);
+        if let Some(at) = at.filter(|_| self.config.share.of() > 1) {
+            // Peers of other shards waited, too, and it may be where it was.
+            self.event(Event::EndpointChanged { key, endpoint: at.addr });
+        }
         self.relay_is_there(now, &key);
     }
 
@@ -512,8 +516,7 @@ impl<F: EngineFactory> Tunnel<F> {
                     self.limiter.lock().answered(now, meta.source.ip());
                 }
                 if peer.ways.answered(now, token, meta.source, carried).is_some() {
-                    peer.path.heard(now, meta.source, meta.local);
-                    self.counters.endpoint_changes += 1;
+                    self.heard_at(now, slot, meta);
                 }
             }
             Frame::CallMeNow { addresses, nat } => {

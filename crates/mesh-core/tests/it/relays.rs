@@ -6,6 +6,7 @@ use std::time::Duration;
 use mesh_core::tunnel::config::Role;
 use mesh_core::tunnel::{DropReason, Event, PeerConfig};
 use mesh_types::carry;
+use mesh_types::key::PublicKey;
 use mesh_types::nat::{self, Filtering, Mapping};
 use mesh_types::net::{Reach, reach};
 use mesh_types::status::PathKind;
@@ -112,6 +113,26 @@ fn two_homes_speak_through_the_relay_at_once_and_directly_within_seconds() {
     // Each names its address at home to the other, whose neighbour that might be.
     let at_home = |to: &SocketAddr| reach(to.ip()) != Reach::Public;
     assert_eq!(net.log.iter().map(|sent| sent.to).find(at_home), None);
+}
+
+#[test]
+fn other_shards_hear_where_a_peer_is_reached_whichever_side_found_the_way() {
+    let mut net = homes([home(0), home(1)], &[RELAY]);
+    talk(&mut net, 5_000);
+    assert!(kinds(&net).into_iter().all(is_direct), "{:?}", kinds(&net));
+    for (host, other) in [(0, 1), (1, 0)] {
+        let told = told_places(&net, host, net.hosts[other].key);
+        assert_eq!(told.last().copied(), net.snapshot(host, other).endpoint, "host {host}");
+    }
+}
+
+/// Where other shards of `host` were told that this peer is.
+fn told_places(net: &Network, host: usize, of: PublicKey) -> Vec<SocketAddr> {
+    let told = net.hosts[host].events.iter().filter_map(|event| match event {
+        Event::EndpointChanged { key, endpoint } if *key == of => Some(*endpoint),
+        _ => None,
+    });
+    told.collect()
 }
 
 #[test]

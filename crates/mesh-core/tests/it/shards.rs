@@ -563,10 +563,43 @@ fn what_a_relay_says_of_itself_and_of_a_peer_counts_in_every_shard() {
     }
 }
 
+#[test]
+fn peers_of_all_shards_begin_at_once_when_a_relay_is_back_where_it_was() {
+    let count = 7;
+    for of in [1, 3] {
+        let mut relays = [Relay::new(200, "203.0.113.1:15192", (0..count).map(key).collect())];
+        let place = (relays[0].key, relays[0].addr);
+        // As after a restart: it is known where the relay is, but this node is not registered there.
+        let mut machines = relayed_with(&[of, 1, 1, 1, 1, 1, 1], &relays, |machine| {
+            machine.shards.iter_mut().for_each(|shard| shard.remember([place]));
+        });
+        let mut late = machines.remove(0);
+        settle_by(&mut machines, &mut relays);
+        for to in 1..count {
+            late.send_from(0, &inner(0, to, "first"));
+        }
+        machines.insert(0, late);
+        settle_by(&mut machines, &mut relays);
+        for machine in &machines[1..] {
+            assert_eq!(machine.texts(), ["first"], "of {}, with {of} shards", machine.number);
+        }
+    }
+}
+
 /// Machines of so many shards each, who know each other by these relays alone.
 fn relayed(shards: &[usize], relays: &[Relay]) -> Vec<Machine> {
+    relayed_with(shards, relays, |_| {})
+}
+
+/// As [`relayed`], with something done before they hear of each other.
+fn relayed_with(
+    shards: &[usize],
+    relays: &[Relay],
+    prepare: impl Fn(&mut Machine),
+) -> Vec<Machine> {
     let one = |(number, of): (usize, &usize)| {
         let mut machine = Machine::new(number, *of);
+        prepare(&mut machine);
         let others = (0..shards.len()).filter(|other| *other != number).map(|other| PeerConfig {
             candidates: Vec::new(),
             relays: relays.iter().map(|relay| relay.key).collect(),
@@ -587,16 +620,19 @@ fn relayed(shards: &[usize], relays: &[Relay]) -> Vec<Machine> {
 
 /// As [`settle`], with relays alone in between, which send what they have for one machine together.
 fn settle_by(machines: &mut [Machine], relays: &mut [Relay]) {
+    let mut silent = false;
     for _ in 0..100 {
         let mut sent = Vec::new();
         for machine in machines.iter_mut() {
-            machine.tell_shards();
             machine.shards.iter_mut().for_each(|shard| shard.handle_timeout(now()));
             machine.collect(&mut sent);
+            // As the shards' loops do: when everything has left.
+            machine.tell_shards();
         }
-        if sent.is_empty() {
+        if sent.is_empty() && silent {
             return;
         }
+        silent = sent.is_empty();
         let mut together: BTreeMap<(SocketAddr, SocketAddr, usize), Vec<u8>> = BTreeMap::new();
         for (from, to, segment_len, bytes) in sent {
             // Nothing else passes: probes of direct ways are lost.
