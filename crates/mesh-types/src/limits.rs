@@ -206,9 +206,10 @@ pub const UDP_DRAIN_BUFFERS: usize = 4;
 /// a turn.
 pub const UDP_DRAIN_BYTES: usize = TUN_DRAIN_BYTES;
 
-/// Inner packets one TUN read may stand for: 64 KiB at Linux' smallest segment (`TCP_MIN_SND_MSS`, 48 bytes).
-/// A crafted segment size of 1 must not become 65,000 datagrams.
-pub const SEGMENTS_PER_SUPER_PACKET_MAX: usize = 1_366;
+/// Inner packets one TUN read may stand for: 64 KiB at Linux' smallest segment, of 48 bytes (`TCP_MIN_SND_MSS`) less TCP options,
+/// which take 12 where timestamps are used and 40 at most (`TCP_MIN_GSO_SIZE`, 8). They take some milliseconds, and end the turn
+/// (`PACKET_COST_BYTES`). A crafted segment size of 1 must not become 65,000 datagrams.
+pub const SEGMENTS_PER_SUPER_PACKET_MAX: usize = 64 * 1024 / 8;
 
 /// Packets the coalescer holds before it is emptied into the TUN: `UDP_DRAIN_BUFFERS` GRO buffers of 128
 /// datagrams. One frame of so many pieces stays below writev's 1,024 vectors (`UIO_MAXIOV`).
@@ -289,9 +290,13 @@ pub const PEER_TIMERS_PER_TURN: usize = 64;
 pub const INITIATIONS_PER_TURN: usize = 32;
 pub const INITIATIONS_PAUSE_MS: u64 = 10;
 
-/// Sealed datagrams waiting to be sent: a drain of the TUN (`TUN_DRAIN_BYTES`) with its overhead, and
-/// one super-packet of smallest segments (300 KiB).
-pub const TRANSMIT_ARENA_BYTES: usize = 640 * 1024;
+/// Sealed datagrams waiting to be sent: what is left of the reads before, and one super-packet of smallest segments, over IPv6
+/// and to a relay (1.5 MiB). Memory that no such packet came to use is none.
+pub const TRANSMIT_ARENA_BYTES: usize = 1_792 * 1024;
+
+/// Where in it an open batch may begin when all others have left and the TUN is read on: a send is moved after twice its length
+/// has left, and a bulk flow goes through no more memory than a processor has at hand.
+pub const TRANSMIT_BEGIN_MAX: usize = 160 * 1024;
 
 /// Decrypted packets waiting for the TUN: `UDP_DRAIN_BUFFERS` GRO buffers.
 pub const RECEIVE_ARENA_BYTES: usize = UDP_DRAIN_BUFFERS * 64 * 1024;

@@ -14,7 +14,10 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use mesh_types::carry::{self, CARRY_HEADER_BYTES};
-use mesh_types::limits::{GSO_BYTES_MAX, GSO_SEGMENTS_MAX, TRANSMIT_ARENA_BYTES};
+use mesh_types::limits::{
+    GSO_BYTES_MAX, GSO_SEGMENTS_MAX, SEGMENTS_PER_SUPER_PACKET_MAX, TRANSMIT_ARENA_BYTES,
+    TRANSMIT_BEGIN_MAX,
+};
 
 use super::config::{Account, Transmit};
 use super::engine::{EngineError, SealBatch, TAG_BYTES, TRANSPORT_HEADER_BYTES};
@@ -23,6 +26,14 @@ use crate::packet::Ecn;
 
 /// Whitepaper section 5.4.6: the encapsulated packet is padded to a multiple of 16 bytes.
 const PADDING: usize = 16;
+
+/// A smallest segment on its way to a relay: headers of IPv6 and TCP with all options (100), 8 bytes, padding.
+const SMALLEST_SLOT: usize = CARRY_HEADER_BYTES
+    + TRANSPORT_HEADER_BYTES
+    + (100_usize + 8).next_multiple_of(PADDING)
+    + TAG_BYTES;
+const SMALLEST_SLOTS: usize = SEGMENTS_PER_SUPER_PACKET_MAX * SMALLEST_SLOT;
+const _: () = assert!(TRANSMIT_BEGIN_MAX + GSO_BYTES_MAX + SMALLEST_SLOTS <= TRANSMIT_ARENA_BYTES);
 
 /// What all packets of a batch share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -223,12 +234,11 @@ impl TransmitQueue {
         }
     }
 
-    /// Everything closed has left: what is read next has three quarters of the arena, less an open batch. One send is moved
-    /// at most, after a quarter of the arena left.
+    /// Everything closed has left: what is read next has room, though it be a super-packet of smallest segments.
     fn begin_anew(&mut self) {
         match self.open {
             None => self.used = 0,
-            Some(open) if open.start >= self.arena.len() / 4 => self.compact(),
+            Some(open) if open.start >= TRANSMIT_BEGIN_MAX => self.compact(),
             Some(_) => {}
         }
     }
@@ -310,7 +320,7 @@ mod tests {
                 );
             }
             assert!(queue.pop().is_none());
-            assert!(queue.room() >= 400 * 1024, "{}", queue.room());
+            assert!(queue.room() >= SMALLEST_SLOTS, "{}", queue.room());
         }
     }
 

@@ -56,6 +56,23 @@ fn a_tcp_super_packet_leaves_in_few_sends_and_arrives_as_one() {
 }
 
 #[test]
+fn a_super_packet_of_the_smallest_segments_leaves_whole() {
+    let mut net = Network::mesh(3, 2);
+    net.send(0, 1, "open the session");
+    net.run_ms(100);
+    let (mut header, mut packet, _) = tcp_super_packet(65_495, 8);
+    // The first 40 bytes of the payload are options that do nothing.
+    packet[32] = 0xf0;
+    packet[40..80].fill(1);
+    header.hdr_len = 80;
+    net.send_super(0, &header, &packet);
+    net.run_ms(100);
+    let segments = (packet.len() - 80).div_ceil(8) as u64;
+    assert_eq!(net.hosts[1].tunnel.counters().rx_packets, 1 + segments);
+    assert_eq!(net.hosts[0].tunnel.counters().drops().map(|(_, count)| count).sum::<u64>(), 0);
+}
+
+#[test]
 fn a_super_packet_that_waited_for_the_session_arrives_whole() {
     let mut net = Network::mesh(4, 2);
     let mut sent = Vec::new();
