@@ -99,6 +99,8 @@ drops! {
     CarriedName => "carried_name",
     /// A control message that makes no sense, or of somebody it is not meant for.
     BadFrame => "bad_frame",
+    /// Control messages of one burst beyond those that are looked at.
+    FramesFull => "frames_full",
     /// Initiations of another shard's peers that the shard did not collect.
     AdmittedFull => "admitted_full",
 }

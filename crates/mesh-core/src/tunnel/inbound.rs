@@ -274,7 +274,7 @@ impl<F: EngineFactory> Tunnel<F> {
         }
         let receive = &mut self.receive;
         let packet = receive.arena.get_mut(range.clone()).ok_or(DropReason::NotIp)?;
-        if self.relays.take_frame(packet) {
+        if self.relays.take_frame(packet)? {
             return Ok(());
         }
         let header = IpHeader::parse(packet).map_err(|_| DropReason::NotIp)?;

@@ -79,15 +79,16 @@ impl Relays {
         self.bridges.values().any(|bridge| bridge == address)
     }
 
-    /// Takes a control message aside: it is no traffic, whoever sent it.
-    pub(super) fn take_frame(&mut self, packet: &[u8]) -> bool {
+    /// Takes a control message aside: it is no traffic, whoever sent it. False: the packet is none.
+    pub(super) fn take_frame(&mut self, packet: &[u8]) -> Result<bool, DropReason> {
         if !self.used || !relay_frame::is_frame(packet) {
-            return false;
+            return Ok(false);
         }
-        if self.frames.len() < FRAMES_MAX {
-            self.frames.push(Frame::decode(packet));
+        if self.frames.len() >= FRAMES_MAX {
+            return Err(DropReason::FramesFull);
         }
-        true
+        self.frames.push(Frame::decode(packet));
+        Ok(true)
     }
 }
 

@@ -7,11 +7,12 @@ use std::time::Duration;
 use mesh_core::tunnel::PeerConfig;
 use mesh_core::tunnel::engine::INITIATION_BYTES;
 use mesh_types::carry;
+use mesh_types::limits::FRAMES_MAX;
 use mesh_types::relay_frame::Frame;
 
-use crate::besieged::{Besieged, addr};
+use crate::besieged::{Besieged, PEER, addr};
 use crate::network::{Nat, Network, PORT};
-use crate::relay::Relay;
+use crate::relay::{Relay, seal};
 use crate::relays::{
     RELAY, SECOND, home, homes, homes_with, is_direct, kinds, peers_of, strict, talk,
 };
@@ -66,6 +67,19 @@ fn probes_in_others_names_send_them_no_more_than_came_and_one_probe_a_second() {
             it.sent.iter().filter(|it| it.to.ip() == ip).map(|it| it.bytes.len()).sum();
         assert!(left <= came + 5 * probe, "{ip}: {left} for {came}");
     }
+}
+
+#[test]
+fn of_a_burst_of_control_messages_so_many_are_answered_and_the_others_counted() {
+    let mut it = Besieged::new();
+    let probes = (0..100)
+        .map(|token| seal(it.now, &mut it.peer, Frame::Probe { token }).expect("a session"));
+    let probes: Vec<_> = probes.collect();
+    let dropped = |it: &Besieged| it.tunnel.counters().drops().map(|(_, count)| count).sum::<u64>();
+    let before = (it.sent.len(), dropped(&it));
+    it.hear_burst(addr(PEER), &probes.concat(), probes[0].len());
+    assert_eq!(it.sent.len() - before.0, FRAMES_MAX);
+    assert_eq!(dropped(&it) - before.1, (100 - FRAMES_MAX) as u64);
 }
 
 /// What a relay says to a host of its own accord.
