@@ -7,12 +7,16 @@
 //!  type of the message ──> top byte of the index modulo shards  payload: offset 0; a load beyond the end returns 0
 //!                     └──> the front
 //! ```
+//! The kernel merges an initiation with a shorter transport message behind it. That one decides then: the next goes straight to
+//! its owner, and it would be overtaken on a way over the front. The initiation may go round.
 
 use std::net::IpAddr;
 
 use mesh_types::limits::GATHERED_ADDRESSES_MAX;
 
-use super::engine::{TYPE_COOKIE, TYPE_RESPONSE, TYPE_TRANSPORT};
+use super::engine::{
+    INITIATION_BYTES, TYPE_COOKIE, TYPE_INITIATION, TYPE_RESPONSE, TYPE_TRANSPORT,
+};
 use super::steer::{FRONT, INDEX_TOP, RESPONSE_INDEX_TOP, Share};
 
 /// One instruction of classic BPF (`struct sock_filter`, include/uapi/linux/filter.h).
@@ -53,10 +57,16 @@ pub fn filter(shards: usize, gathered: &[IpAddr]) -> Vec<Instruction> {
     let shards = number(share.of());
     program.extend([
         op(LOAD_BYTE, 0),
-        jump_if(u32::from(TYPE_TRANSPORT), 3, 0),
-        jump_if(u32::from(TYPE_COOKIE), 2, 0),
-        jump_if(u32::from(TYPE_RESPONSE), 4, 0),
+        jump_if(u32::from(TYPE_TRANSPORT), 9, 0),
+        jump_if(u32::from(TYPE_COOKIE), 8, 0),
+        jump_if(u32::from(TYPE_RESPONSE), 10, 0),
+        jump_if(u32::from(TYPE_INITIATION), 1, 0),
         op(RETURN, number(FRONT)),
+        op(LOAD_BYTE, number(INITIATION_BYTES)),
+        jump_if(u32::from(TYPE_TRANSPORT), 1, 0),
+        op(RETURN, number(FRONT)),
+        op(LOAD_BYTE, number(INITIATION_BYTES + INDEX_TOP)),
+        op(JUMP, 1),
         op(LOAD_BYTE, number(INDEX_TOP)),
         op(MODULO, shards),
         op(RETURN_A, 0),
@@ -179,11 +189,33 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn what_was_merged_behind_an_initiation_goes_where_it_would_alone(
+            kind in 0u8..6,
+            rest in proptest::collection::vec(any::<u8>(), 31..100),
+            of in 1..=SHARDS_MAX,
+        ) {
+            let second = [vec![kind], rest].concat();
+            let mut merged = vec![0; INITIATION_BYTES];
+            merged[0] = TYPE_INITIATION;
+            let program = filter(of, &[]);
+            let source = header([192, 0, 2, 1].into());
+            prop_assert_eq!(run(&program, &source, &merged) as usize, FRONT);
+            merged.extend(&second);
+            let taker = match kind {
+                TYPE_TRANSPORT => Share::new(0, of).taker(&second),
+                _ => FRONT,
+            };
+            prop_assert_eq!(run(&program, &source, &merged) as usize, taker);
+        }
+    }
+
     #[test]
     fn a_program_stays_far_below_what_the_kernel_takes() {
         let many: Vec<IpAddr> = (0..100_u128).map(|n| IpAddr::V6(n.into())).collect();
         // BPF_MAXINSNS is 4,096.
-        assert_eq!(filter(4, &many).len(), 11 + 5 + 9 * GATHERED_ADDRESSES_MAX);
-        assert_eq!(filter(4, &[]).len(), 11);
+        assert_eq!(filter(4, &many).len(), 17 + 5 + 9 * GATHERED_ADDRESSES_MAX);
+        assert_eq!(filter(4, &[]).len(), 17);
     }
 }
