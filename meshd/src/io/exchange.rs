@@ -20,7 +20,9 @@ use mesh_core::tunnel::engine::EngineFactory;
 use mesh_core::tunnel::sight::Sight;
 use mesh_core::tunnel::steer::Share;
 use mesh_types::key::PublicKey;
+use mesh_types::limits::{HANDOVER_PARCEL_BYTES, HANDOVER_PARCELS_MAX, UDP_DRAIN_BUFFERS};
 use mesh_types::time::MonoTime;
+use netcfg::udp::RECV_BUFFER_BYTES;
 
 use super::Mailbox;
 use super::handover::{Bell, Inbox, Outbox, ring};
@@ -29,9 +31,15 @@ use super::handover::{Bell, Inbox, Outbox, ring};
 /// us), so that its owner never runs dry.
 const RETRY: Duration = Duration::from_micros(100);
 
-/// How long the TUN is not read for want of room: many times what a shard takes for a full ring, though it share its core;
-/// and no more than others' packets may wait once when it does not run at all.
+/// How long TUN or socket are not read while a shard that has no room takes nothing: many times what it takes for a full
+/// ring, though it share its core; and no more than others' packets may wait once when it does not run at all.
 const HELD_BACK_MAX: Duration = Duration::from_millis(20);
+
+/// Parcels that one receive call may fill, where the kernel merges: they come at once, and cannot be put back.
+const RECEIVED_PARCELS: usize = UDP_DRAIN_BUFFERS * RECV_BUFFER_BYTES / HANDOVER_PARCEL_BYTES;
+
+/// Or parcels that are not full would hold back by themselves.
+const _: () = assert!(RECEIVED_PARCELS <= HANDOVER_PARCELS_MAX / 2);
 
 /// A message of a handshake: as it came, or admitted by the front.
 pub(super) type Knock = (UdpMeta, Option<Admitted>);
@@ -62,11 +70,75 @@ impl HandoverCounters {
     }
 }
 
+/// A ring to another shard, and how long that has taken nothing from it.
+#[derive(Debug)]
+struct Way<M> {
+    outbox: Outbox<M>,
+    /// Parcels there must be room for before more is read, besides the one in hand.
+    spare: usize,
+    /// Since when something has waited here, and nothing was taken.
+    still_since: Option<MonoTime>,
+    taken: usize,
+}
+
+impl<M> Way<M> {
+    fn new(outbox: Outbox<M>, spare: usize) -> Self {
+        Self { outbox, spare, still_since: None, taken: 0 }
+    }
+
+    /// Whether it was taken in.
+    fn push(&mut self, now: MonoTime, meta: M, packet: &[u8]) -> bool {
+        let pushed = self.outbox.push(meta, packet);
+        if !self.outbox.has_room(self.spare) {
+            self.look(now);
+        }
+        pushed
+    }
+
+    /// Lets go of what is in hand, as far as there is room.
+    fn send(&mut self, now: MonoTime) {
+        self.outbox.send();
+        self.look(now);
+    }
+
+    fn look(&mut self, now: MonoTime) {
+        let taken = self.outbox.taken();
+        let moves = std::mem::replace(&mut self.taken, taken) != taken;
+        let since = self.still_since.filter(|_| !moves).unwrap_or(now);
+        self.still_since = self.waits().then_some(since);
+    }
+
+    fn waits(&self) -> bool {
+        self.outbox.has_unsent() || !self.outbox.has_room(self.spare)
+    }
+
+    fn is_patient(&self, now: MonoTime) -> bool {
+        self.still_since.is_none_or(|since| now.since(since) < HELD_BACK_MAX)
+    }
+
+    /// Whether what would fill it is to be left where it is.
+    fn holds_back(&self, now: MonoTime) -> bool {
+        !self.outbox.has_room(self.spare) && self.is_patient(now)
+    }
+
+    /// When to look again whether it has room. A shard that has not run for long is no reason to wake all the time.
+    fn retry_at(&self, now: MonoTime) -> Option<MonoTime> {
+        let pause = if self.is_patient(now) { RETRY } else { HELD_BACK_MAX };
+        self.waits().then(|| now + pause)
+    }
+}
+
 #[derive(Debug)]
 struct Outboxes {
-    handshakes: Outbox<Knock>,
-    datagrams: Outbox<UdpMeta>,
-    packets: Outbox<VnetHeader>,
+    handshakes: Way<Knock>,
+    datagrams: Way<UdpMeta>,
+    packets: Way<VnetHeader>,
+}
+
+impl Outboxes {
+    fn mailbox(&self) -> &Mailbox {
+        self.packets.outbox.mailbox()
+    }
 }
 
 #[derive(Debug)]
@@ -83,8 +155,6 @@ pub(super) struct Exchange {
     /// By shard; none to ourselves.
     to: Vec<Option<Outboxes>>,
     from: Vec<Inboxes>,
-    /// Since when a ring for packets has been full.
-    stuck_since: Option<MonoTime>,
     pub(super) counters: HandoverCounters,
 }
 
@@ -97,7 +167,6 @@ impl Exchange {
             bell: Arc::new(Bell::new(Arc::clone(mailbox))),
             to: Vec::new(),
             from: Vec::new(),
-            stuck_since: None,
             counters: HandoverCounters::default(),
         };
         let mut all: Vec<Self> = mailboxes.iter().enumerate().map(one).collect();
@@ -118,7 +187,11 @@ impl Exchange {
         let (datagrams, came) = ring(&self.bell);
         let (packets, read) = ring(&self.bell);
         self.from.push(Inboxes { handshakes: knocks, datagrams: came, packets: read });
-        Outboxes { handshakes, datagrams, packets }
+        Outboxes {
+            handshakes: Way::new(handshakes, 0),
+            datagrams: Way::new(datagrams, RECEIVED_PARCELS),
+            packets: Way::new(packets, 0),
+        }
     }
 
     pub(super) fn bell(&self) -> &Bell {
@@ -148,31 +221,36 @@ impl Exchange {
             let bytes = input.get_mut(run.range).unwrap_or_default();
             if run.taker == self.share.index() {
                 tunnel.handle_udp_input(now, meta, bytes);
-                self.hand_admitted(tunnel);
+                self.hand_admitted(tunnel, now);
             } else if run.transport {
                 self.counters.datagrams += 1;
                 if let Some(Some(to)) = self.to.get_mut(run.taker) {
-                    self.counters.datagrams_full += u64::from(!to.datagrams.push(*meta, bytes));
+                    self.counters.datagrams_full +=
+                        u64::from(!to.datagrams.push(now, *meta, bytes));
                 }
             } else {
                 for datagram in bytes.chunks(meta.datagram_len(bytes.len()).max(1)) {
-                    self.knock(run.taker, (*meta, None), datagram);
+                    self.knock(now, run.taker, (*meta, None), datagram);
                 }
             }
         }
     }
 
     /// Gives initiations that the front admitted to their senders' owners.
-    pub(super) fn hand_admitted<F: EngineFactory>(&mut self, tunnel: &mut Tunnel<F>) {
+    pub(super) fn hand_admitted<F: EngineFactory>(
+        &mut self,
+        tunnel: &mut Tunnel<F>,
+        now: MonoTime,
+    ) {
         while let Some((admitted, meta, datagram)) = tunnel.poll_admitted() {
-            self.knock(admitted.shard, (meta, Some(admitted)), &datagram);
+            self.knock(now, admitted.shard, (meta, Some(admitted)), &datagram);
         }
     }
 
-    fn knock(&mut self, to: usize, knock: Knock, datagram: &[u8]) {
+    fn knock(&mut self, now: MonoTime, to: usize, knock: Knock, datagram: &[u8]) {
         self.counters.handshakes += 1;
         if let Some(Some(to)) = self.to.get_mut(to) {
-            self.counters.handshakes_full += u64::from(!to.handshakes.push(knock, datagram));
+            self.counters.handshakes_full += u64::from(!to.handshakes.push(now, knock, datagram));
         }
     }
 
@@ -186,63 +264,205 @@ impl Exchange {
     ) {
         self.counters.packets += 1;
         if let Some(Some(to)) = self.to.get_mut(to) {
-            self.counters.packets_full += u64::from(!to.packets.push(*header, packet));
-            if to.packets.is_stuck() {
-                self.stuck_since.get_or_insert(now);
-            }
+            self.counters.packets_full += u64::from(!to.packets.push(now, *header, packet));
         }
     }
 
     /// Tells the other shards where a peer of ours was heard.
     pub(super) fn tell_place(&self, key: PublicKey, at: SocketAddr) {
         for to in self.to.iter().flatten() {
-            to.packets.mailbox().note_place(key, at);
+            to.mailbox().note_place(key, at);
         }
     }
 
     /// Tells the other shards what a relay of ours shows of this node.
     pub(super) fn tell_seen(&self, relay: PublicKey, sight: Sight) {
         for to in self.to.iter().flatten() {
-            to.packets.mailbox().note_seen(relay, sight);
+            to.mailbox().note_seen(relay, sight);
         }
     }
 
     /// Tells the shard whose relay this is that nothing comes back through it.
     pub(super) fn tell_doubt(&self, relay: PublicKey, doubt: Doubt) {
         for to in self.to.iter().flatten() {
-            to.packets.mailbox().doubt_relay(relay, doubt);
+            to.mailbox().doubt_relay(relay, doubt);
         }
     }
 
     /// Tells the other shards that a relay of ours is not to be used.
     pub(super) fn tell_passed_over(&self, relay: SocketAddr, peer: Option<PublicKey>) {
         for to in self.to.iter().flatten() {
-            to.packets.mailbox().pass_over(relay, peer);
+            to.mailbox().pass_over(relay, peer);
         }
     }
 
     /// Whether the TUN is not to be read: an owner has more than it can seal. What waits stays in the kernel's queue, where
     /// it would with one shard. Not for long, or one that does not run would stop all others' packets, too.
-    pub(super) fn holds_back(&self, now: MonoTime) -> bool {
-        self.stuck_since.is_some_and(|since| now.since(since) < HELD_BACK_MAX)
+    pub(super) fn holds_back_packets(&self, now: MonoTime) -> bool {
+        self.to.iter().flatten().any(|to| to.packets.holds_back(now))
+    }
+
+    /// Likewise, whether the socket is not to be read.
+    pub(super) fn holds_back_datagrams(&self, now: MonoTime) -> bool {
+        self.to.iter().flatten().any(|to| to.datagrams.holds_back(now))
     }
 
     /// Lets everything go that is in hand, as far as there is room.
     pub(super) fn send(&mut self, now: MonoTime) {
-        let mut stuck = false;
         for to in self.to.iter_mut().flatten() {
-            to.handshakes.send();
-            to.datagrams.send();
-            stuck |= !to.packets.send();
+            to.handshakes.send(now);
+            to.datagrams.send(now);
+            to.packets.send(now);
         }
-        self.stuck_since = stuck.then(|| self.stuck_since.unwrap_or(now));
     }
 
-    /// When to try again what is in hand still, if anything is.
+    /// When to try again what is in hand still, and to look whether more can be read.
     pub(super) fn retry_at(&self, now: MonoTime) -> Option<MonoTime> {
-        let has_unsent = |to: &Outboxes| {
-            to.handshakes.has_unsent() || to.datagrams.has_unsent() || to.packets.has_unsent()
+        let each = |to: &Outboxes| {
+            [to.handshakes.retry_at(now), to.datagrams.retry_at(now), to.packets.retry_at(now)]
         };
-        self.to.iter().flatten().any(has_unsent).then(|| now + RETRY)
+        self.to.iter().flatten().flat_map(each).flatten().min()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_core::tunnel::config::TunnelConfig;
+    use wg_engine::BoringFactory;
+
+    /// More than any ring holds.
+    const MANY: usize = 100;
+
+    fn at(ms: u64) -> MonoTime {
+        MonoTime::ZERO + Duration::from_millis(ms)
+    }
+
+    fn exchanges(shards: usize) -> Vec<Exchange> {
+        let mailboxes: Vec<_> =
+            (0..shards).map(|_| Arc::new(Mailbox::new().expect("a mailbox"))).collect();
+        Exchange::of_all(&mailboxes)
+    }
+
+    fn tunnel() -> Tunnel<BoringFactory> {
+        let config = TunnelConfig { share: Share::new(0, 2), ..TunnelConfig::default() };
+        Tunnel::new(config, BoringFactory::of_shards(2), 1)
+    }
+
+    /// A transport message for the second of two shards.
+    fn datagram(len: usize) -> Vec<u8> {
+        let mut datagram = vec![0; len];
+        datagram[0] = 4;
+        datagram[7] = 1;
+        datagram
+    }
+
+    fn meta(segment_len: usize) -> UdpMeta {
+        let source = SocketAddr::from(([192, 0, 2, 1], 1));
+        UdpMeta { segment_len, ..UdpMeta::alone(source) }
+    }
+
+    /// Reads super-packets for shard `to` until the TUN is to be left alone; how many of them were handed over.
+    fn fill(exchange: &mut Exchange, now: MonoTime, to: usize) -> usize {
+        let packet = vec![0; 65_000];
+        let read = (0..MANY).take_while(|_| {
+            let reads = !exchange.holds_back_packets(now);
+            if reads {
+                exchange.hand_packet(now, to, &VnetHeader::PLAIN, &packet);
+            }
+            reads
+        });
+        read.count()
+    }
+
+    #[test]
+    fn a_few_packets_for_a_shard_that_does_not_run_hold_nobody_back() {
+        let mut all = exchanges(2);
+        let exchange = &mut all[0];
+        for turn in 0..MANY as u64 {
+            exchange.hand_packet(at(turn), 1, &VnetHeader::PLAIN, &[0; 100]);
+            exchange.send(at(turn));
+            assert!(!exchange.holds_back_packets(at(turn)), "turn {turn}");
+        }
+        assert_eq!(exchange.counters.packets_full, 0);
+    }
+
+    #[test]
+    fn each_ring_holds_back_for_its_own_time_and_is_asked_seldom_after_that() {
+        let mut all = exchanges(3);
+        let exchange = &mut all[0];
+        assert_eq!(exchange.retry_at(at(0)), None);
+        assert!(fill(exchange, at(0), 1) < MANY);
+        exchange.send(at(1));
+        assert_eq!(exchange.retry_at(at(1)), Some(at(1) + RETRY));
+        assert!(exchange.holds_back_packets(at(19)) && !exchange.holds_back_packets(at(20)));
+        assert_eq!(exchange.retry_at(at(20)), Some(at(20) + HELD_BACK_MAX));
+        // The first shard does not run yet, the second is busy for a moment.
+        exchange.hand_packet(at(30), 1, &VnetHeader::PLAIN, &[0; 100]);
+        let before = exchange.counters.packets_full;
+        assert!(before > 0, "not held back for ever");
+        assert!(fill(exchange, at(30), 2) < MANY);
+        assert!(exchange.holds_back_packets(at(49)) && !exchange.holds_back_packets(at(50)));
+        assert_eq!(exchange.counters.packets_full, before, "the second lost nothing");
+    }
+
+    #[test]
+    fn an_owner_that_takes_something_is_waited_for_again() {
+        let mut all = exchanges(2);
+        let (owner, mut exchange) = (all.remove(1), all.remove(0));
+        fill(&mut exchange, at(0), 1);
+        assert!(owner.from(0).expect("rings").packets.take().is_some());
+        exchange.send(at(15));
+        assert!(fill(&mut exchange, at(15), 1) > 0, "there was room for more");
+        assert!(exchange.holds_back_packets(at(34)) && !exchange.holds_back_packets(at(35)));
+    }
+
+    #[test]
+    fn datagrams_stay_in_the_socket_while_a_full_batch_might_be_dropped() {
+        let mut all = exchanges(2);
+        let (owner, mut exchange) = (all.remove(1), all.remove(0));
+        let mut tunnel = tunnel();
+        for turn in 0..20 {
+            exchange.receive(&mut tunnel, at(0), &meta(0), &mut datagram(1400));
+            exchange.send(at(0));
+            assert!(!exchange.holds_back_datagrams(at(0)), "alone they take little room: {turn}");
+        }
+        let mut handed = 20;
+        while !exchange.holds_back_datagrams(at(0)) {
+            for _ in 0..UDP_DRAIN_BUFFERS {
+                let mut buffer = datagram(1400).repeat(RECV_BUFFER_BYTES / 1400);
+                exchange.receive(&mut tunnel, at(0), &meta(1400), &mut buffer);
+                handed += buffer.len() / 1400;
+            }
+            assert!(handed < 1000, "never held back");
+        }
+        assert_eq!(exchange.counters.datagrams_full, 0);
+        assert!(!exchange.holds_back_packets(at(0)), "packets have their own");
+        exchange.send(at(0));
+        assert_eq!(exchange.retry_at(at(0)), Some(at(0) + RETRY), "nobody else wakes us");
+        let (mut taken, inbox) = (0, &owner.from(0).expect("rings").datagrams);
+        while let Some(mut parcel) = inbox.take() {
+            let datagrams = |(_, bytes): (_, &mut [u8])| bytes.len().div_ceil(1400);
+            taken += parcel.packets().map(datagrams).sum::<usize>();
+            inbox.give_back(parcel);
+            exchange.send(at(0));
+        }
+        assert_eq!(taken, handed);
+        assert!(!exchange.holds_back_datagrams(at(0)) && exchange.retry_at(at(0)).is_none());
+    }
+
+    #[test]
+    fn datagrams_for_a_shard_that_does_not_run_stop_the_socket_for_a_while_only() {
+        let mut all = exchanges(2);
+        let exchange = &mut all[0];
+        let mut tunnel = tunnel();
+        for _ in 0..MANY {
+            let mut buffer = datagram(1400).repeat(40);
+            exchange.receive(&mut tunnel, at(0), &meta(1400), &mut buffer);
+        }
+        assert!(exchange.holds_back_datagrams(at(19)) && !exchange.holds_back_datagrams(at(20)));
+        assert!(exchange.counters.datagrams_full > 0);
+        exchange.knock(at(0), 1, (meta(0), None), &[1; 148]);
+        assert_eq!(exchange.counters.handshakes_full, 0, "these have rings of their own");
     }
 }

@@ -2,21 +2,27 @@
 //!
 //! ```text
 //!  push ──> parcel in hand ──send──> ring, `HANDOVER_PARCELS_MAX` ──> take ──> its owner works it off
-//!              ^   └ full: stays in hand; full, too: the newest is dropped       │
+//!              ^   └ ring half full: fills further; full, too, and the ring:     │
+//!              │     the newest is dropped                                       │
 //!              └───────────────── emptied parcels go back ───────────────────────┘
 //! ```
 //! One thread pushes and one takes. The ring is the standard library's bounded channel, an array that is written and read
 //! without locks; parcels go round, so that nothing is allocated once they have their size. What is pushed in one turn
-//! leaves at its end or when a parcel is full: nothing waits for a timer. Rings belong to the shards' threads and not to
-//! their tunnels, so they and what they hold survive a panic.
+//! leaves at its end or when a parcel is full. Parcels that are not full take half of the ring at most: then the one in
+//! hand is filled further, so that a few packets do not use up the room of many while their owner does not run. Rings
+//! belong to the shards' threads and not to their tunnels, so they and what they hold survive a panic.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
 use mesh_types::limits::{HANDOVER_PARCEL_BYTES, HANDOVER_PARCEL_PACKETS, HANDOVER_PARCELS_MAX};
 
 use super::Mailbox;
+
+/// Parcels in a ring beyond which only full ones are sent. The owner takes one in a turn, so these keep it busy until more
+/// come.
+const HALF: usize = HANDOVER_PARCELS_MAX / 2;
 
 /// Packets in one piece of memory, each with what is to be known of it.
 #[derive(Debug)]
@@ -97,6 +103,10 @@ pub(super) struct Outbox<M> {
     in_hand: Parcel<M>,
     ring: SyncSender<Parcel<M>>,
     emptied: Receiver<Parcel<M>>,
+    /// Parcels in the ring; one that is just being taken may be counted still.
+    queued: Arc<AtomicUsize>,
+    /// Parcels that went into the ring.
+    posted: usize,
     bell: Arc<Bell>,
 }
 
@@ -105,6 +115,7 @@ pub(super) struct Outbox<M> {
 pub(super) struct Inbox<M> {
     ring: Receiver<Parcel<M>>,
     emptied: SyncSender<Parcel<M>>,
+    queued: Arc<AtomicUsize>,
     bell: Arc<Bell>,
 }
 
@@ -112,36 +123,48 @@ pub(super) struct Inbox<M> {
 pub(super) fn ring<M>(bell: &Arc<Bell>) -> (Outbox<M>, Inbox<M>) {
     let (ring_in, ring_out) = sync_channel(HANDOVER_PARCELS_MAX);
     let (emptied_in, emptied_out) = sync_channel(HANDOVER_PARCELS_MAX);
+    let queued = Arc::new(AtomicUsize::new(0));
     let outbox = Outbox {
         in_hand: Parcel::default(),
         ring: ring_in,
         emptied: emptied_out,
+        queued: Arc::clone(&queued),
+        posted: 0,
         bell: Arc::clone(bell),
     };
-    (outbox, Inbox { ring: ring_out, emptied: emptied_in, bell: Arc::clone(bell) })
+    (outbox, Inbox { ring: ring_out, emptied: emptied_in, queued, bell: Arc::clone(bell) })
 }
 
 impl<M> Outbox<M> {
     /// Adds a packet; false if it was dropped, since the ring is full and so is the parcel in hand.
     pub(super) fn push(&mut self, meta: M, packet: &[u8]) -> bool {
-        if self.is_stuck() && !self.send() {
+        if self.in_hand.is_full() && !self.post() {
             return false;
         }
         self.in_hand.items.push((meta, packet.len()));
         self.in_hand.bytes.extend_from_slice(packet);
         if self.in_hand.is_full() {
-            self.send();
+            self.post();
         }
         true
     }
 
-    /// No packet can be added before the other shard has taken a parcel.
-    pub(super) fn is_stuck(&self) -> bool {
-        self.in_hand.is_full()
+    /// Whether a packet can be added and so many full parcels besides.
+    pub(super) fn has_room(&self, parcels: usize) -> bool {
+        !self.in_hand.is_full() && self.queued() + parcels <= HANDOVER_PARCELS_MAX
     }
 
     pub(super) fn has_unsent(&self) -> bool {
         !self.in_hand.items.is_empty()
+    }
+
+    /// How many parcels the other shard has taken. Only to be compared with what it was.
+    pub(super) fn taken(&self) -> usize {
+        self.posted.wrapping_sub(self.queued())
+    }
+
+    fn queued(&self) -> usize {
+        self.queued.load(Ordering::Relaxed)
     }
 
     /// Where the other shard is told what is no packet.
@@ -149,24 +172,33 @@ impl<M> Outbox<M> {
         self.bell.mailbox()
     }
 
-    /// Lets go of what is in hand; false if it stays there, since the ring is full.
+    /// Lets go of what is in hand, unless the other shard has enough to do and more fits in; false if it stays there.
     pub(super) fn send(&mut self) -> bool {
-        if self.in_hand.items.is_empty() {
-            return true;
-        }
+        !self.has_unsent() || (self.in_hand.is_full() || self.queued() < HALF) && self.post()
+    }
+
+    /// Puts what is in hand into the ring; false if that is full.
+    fn post(&mut self) -> bool {
         let parcel = std::mem::take(&mut self.in_hand);
+        // Counted before it can be taken, so that the count never falls below zero.
+        self.queued.fetch_add(1, Ordering::Relaxed);
         match self.ring.try_send(parcel) {
             Ok(()) => {
+                self.posted = self.posted.wrapping_add(1);
                 self.bell.sent();
                 self.in_hand = self.emptied.try_recv().unwrap_or_default();
                 true
             }
             Err(TrySendError::Full(parcel)) => {
+                self.queued.fetch_sub(1, Ordering::Relaxed);
                 self.in_hand = parcel;
                 false
             }
             // The other shard was told to stop, as we are.
-            Err(TrySendError::Disconnected(_)) => true,
+            Err(TrySendError::Disconnected(_)) => {
+                self.queued.fetch_sub(1, Ordering::Relaxed);
+                true
+            }
         }
     }
 }
@@ -175,6 +207,7 @@ impl<M> Inbox<M> {
     /// The oldest parcel.
     pub(super) fn take(&self) -> Option<Parcel<M>> {
         let parcel = self.ring.try_recv().ok()?;
+        self.queued.fetch_sub(1, Ordering::Relaxed);
         self.bell.waiting.fetch_sub(1, Ordering::SeqCst);
         Some(parcel)
     }
@@ -233,7 +266,7 @@ mod tests {
         let room = HANDOVER_PARCELS_MAX as u32 + 1;
         let kept = (0..room + 5).filter(|number| outbox.push(*number, &packet)).count();
         assert_eq!(kept, room as usize);
-        assert!(outbox.is_stuck() && !outbox.send());
+        assert!(!outbox.has_room(0) && !outbox.send());
         let mut seen = Vec::new();
         while let Some(mut parcel) = inbox.take() {
             assert!(parcel.bytes.len() <= 2 * HANDOVER_PARCEL_BYTES);
@@ -242,7 +275,38 @@ mod tests {
             outbox.send();
         }
         assert_eq!(seen, (0..room).collect::<Vec<_>>());
-        assert!(!outbox.is_stuck() && outbox.push(1, &[1]) && outbox.send(), "there is room again");
+        assert!(outbox.has_room(0) && outbox.push(1, &[1]) && outbox.send(), "there is room again");
+    }
+
+    #[test]
+    fn packets_that_come_one_by_one_leave_half_of_the_ring_to_full_parcels() {
+        let bell = bell();
+        let (mut outbox, inbox) = ring(&bell);
+        let mut next = 0_u32;
+        let mut one_by_one = |outbox: &mut Outbox<u32>, count: usize| {
+            for _ in 0..count {
+                assert!(outbox.push(next, &[1]), "{next}");
+                outbox.send();
+                next += 1;
+            }
+        };
+        one_by_one(&mut outbox, HALF + HANDOVER_PARCEL_PACKETS - 1);
+        assert!(outbox.has_unsent() && outbox.has_room(HANDOVER_PARCELS_MAX - HALF));
+        assert!(!outbox.has_room(HANDOVER_PARCELS_MAX - HALF + 1));
+        let full = HANDOVER_PARCELS_MAX - HALF;
+        one_by_one(&mut outbox, 1 + full * HANDOVER_PARCEL_PACKETS - 1);
+        assert!(outbox.has_room(0), "room for one more");
+        one_by_one(&mut outbox, 1);
+        assert!(!outbox.has_room(0) && !outbox.push(u32::MAX, &[1]) && !outbox.send());
+        let (mut seen, before) = (Vec::new(), outbox.taken());
+        while let Some(mut parcel) = inbox.take() {
+            seen.extend(content(&mut parcel).into_iter().map(|(number, _)| number));
+            inbox.give_back(parcel);
+            outbox.send();
+        }
+        assert_eq!(seen, (0..next).collect::<Vec<_>>());
+        assert_eq!(outbox.taken() - before, HANDOVER_PARCELS_MAX + 1);
+        assert!(!outbox.has_unsent());
     }
 
     #[test]

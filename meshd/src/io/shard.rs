@@ -237,10 +237,11 @@ impl Shard {
             .map(|at| Some(at).filter(|at| *at > now));
         let [tun_until, udp_until] = until;
         let tun = self.tun.as_ref().filter(|_| tun_until.is_none() && self.may_read_tun(now));
+        let reads_udp = udp_until.is_none() && self.may_read_udp(now);
         let mut queues = tun.into_iter().flat_map(Tun::queues);
         let mut fds: [_; 2 + TUN_QUEUES_PER_SHARD] = std::array::from_fn(|at| match at {
             0 => PollFd::new(mailbox, PollFlags::IN),
-            1 if udp_until.is_none() => PollFd::new(&self.udp, PollFlags::IN),
+            1 if reads_udp => PollFd::new(&self.udp, PollFlags::IN),
             1 => paused(),
             _ => {
                 queues.next().map_or_else(paused, |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
@@ -264,7 +265,7 @@ impl Shard {
                 // Memory for the call, nothing else: look at everything after a moment.
                 tracing::warn!(%error, "poll failed");
                 std::thread::sleep(ERROR_PAUSE);
-                return Ready { tun: tun.is_some(), udp: udp_until.is_none(), mail: true };
+                return Ready { tun: tun.is_some(), udp: reads_udp, mail: true };
             }
         }
         drop(queues);
@@ -430,7 +431,8 @@ impl Shard {
     /// Receives until nothing waits or the budget is spent. What a call brought goes to the TUN before the next.
     fn drain_udp(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
         let (mut messages, mut bytes) = (0, 0);
-        while messages < UDP_RECV_MESSAGES_MAX && bytes < UDP_DRAIN_BYTES {
+        while messages < UDP_RECV_MESSAGES_MAX && bytes < UDP_DRAIN_BYTES && self.may_read_udp(now)
+        {
             let Some((filled, received)) = self.receive(tunnel, now) else { return };
             if filled < self.batch.room() {
                 return;

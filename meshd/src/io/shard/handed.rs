@@ -64,7 +64,12 @@ impl Shard {
 
     /// Whether the TUN is left alone as another shard cannot take more.
     pub(super) fn is_held_back(&self, now: MonoTime) -> bool {
-        self.exchange.as_ref().is_some_and(|exchange| exchange.holds_back(now))
+        self.exchange.as_ref().is_some_and(|exchange| exchange.holds_back_packets(now))
+    }
+
+    /// Whether other shards can take what the socket may bring for them.
+    pub(super) fn may_read_udp(&self, now: MonoTime) -> bool {
+        !self.exchange.as_ref().is_some_and(|exchange| exchange.holds_back_datagrams(now))
     }
 
     /// Lies down, if other shards have nothing for us; until when at most.
@@ -100,7 +105,7 @@ fn take_handshakes<F: EngineFactory>(
         }
     }
     inboxes.handshakes.give_back(parcel);
-    exchange.hand_admitted(tunnel);
+    exchange.hand_admitted(tunnel, now);
     true
 }
 
