@@ -10,6 +10,8 @@
 
 #[path = "support/forwarded.rs"]
 mod forwarded;
+#[path = "support/panics.rs"]
+mod panics;
 #[path = "support/shards.rs"]
 mod shards;
 
@@ -52,6 +54,8 @@ struct Side {
     events: Mutex<Receiver<DataEvent>>,
     /// The next event makes the shard's thread panic.
     panic_next: Arc<AtomicBool>,
+    /// Every refusal of peers does.
+    panic_at_refusals: Arc<AtomicBool>,
 }
 
 impl Drop for Side {
@@ -150,6 +154,8 @@ impl Side {
         let (sender, events) = sync_channel(64);
         let panic_next = Arc::new(AtomicBool::new(false));
         let panics = Arc::clone(&panic_next);
+        let panic_at_refusals = Arc::new(AtomicBool::new(false));
+        let at_refusals = Arc::clone(&panic_at_refusals);
         let options = DataPlaneOptions {
             tunnel: TunnelConfig::default(),
             own_key,
@@ -157,7 +163,9 @@ impl Side {
             remembered: BTreeMap::new(),
             seed: u64::from(number),
             on_event: Box::new(move |event| {
+                let refused = matches!(event, DataEvent::Refused(_));
                 let _ = sender.try_send(event);
+                assert!(!refused || !at_refusals.load(Ordering::SeqCst), "asked for by a test");
                 assert!(!panics.swap(false, Ordering::SeqCst), "asked for by a test");
             }),
         };
@@ -171,6 +179,7 @@ impl Side {
             data: Some(data),
             events: Mutex::new(events),
             panic_next,
+            panic_at_refusals,
         }
     }
 }

@@ -90,6 +90,84 @@ impl<P, T, S> Default for Letters<P, T, S> {
     }
 }
 
+impl<P, T, S> Letters<P, T, S> {
+    /// Adds what was posted since, as if nobody had looked between: of what both say, the newer counts.
+    pub(super) fn add(&mut self, newer: Self) {
+        let Self {
+            peers,
+            tun,
+            udp,
+            rerouted,
+            astray,
+            made_anew,
+            own_key,
+            endpoints,
+            own_addresses,
+            local_addresses,
+            places,
+            seen,
+            doubted,
+            passed_over,
+            check_relays,
+            bridges,
+            initiate_all,
+            initiate_anew,
+            initiate_forgotten,
+            stop,
+            snapshots,
+        } = newer;
+        self.peers = peers.or(self.peers.take());
+        self.tun = tun.or(self.tun.take());
+        self.udp = udp.or(self.udp.take());
+        self.rerouted |= rerouted;
+        self.astray.extend(astray);
+        self.make_anew(made_anew);
+        self.own_key = own_key.or(self.own_key.take());
+        self.endpoints.extend(endpoints);
+        self.own_addresses = own_addresses.or(self.own_addresses.take());
+        self.local_addresses = local_addresses.or(self.local_addresses.take());
+        places.into_iter().for_each(|(key, at)| note(&mut self.places, NODES_MAX, key, at));
+        seen.into_iter().for_each(|(relay, sight)| note(&mut self.seen, RELAYS_MAX, relay, sight));
+        doubted.into_iter().for_each(|(relay, doubt)| self.doubt(relay, doubt));
+        passed_over.into_iter().for_each(|(peer, relay)| self.pass_over(relay, peer));
+        self.check_relays |= check_relays;
+        bridges.into_iter().for_each(|(relay, at)| note(&mut self.bridges, RELAYS_MAX, relay, at));
+        self.initiate_all |= initiate_all;
+        self.initiate_anew |= initiate_anew;
+        self.initiate_forgotten |= initiate_forgotten;
+        self.stop |= stop;
+        self.snapshots.extend(snapshots);
+        // Those who have waited longest may have given up.
+        let over = self.snapshots.len().saturating_sub(SNAPSHOT_REQUESTS_MAX);
+        self.snapshots.drain(..over);
+    }
+
+    fn make_anew(&mut self, peers: impl IntoIterator<Item = PublicKey>) {
+        // Whoever finds no room here keeps a session that the other side may have, too.
+        let room = NODES_MAX.saturating_sub(self.made_anew.len());
+        self.made_anew.extend(peers.into_iter().take(room));
+    }
+
+    fn doubt(&mut self, relay: PublicKey, doubt: Doubt) {
+        let doubt = self.doubted.get(&relay).map_or(doubt, |before| doubt.max(*before));
+        note(&mut self.doubted, RELAYS_MAX, relay, doubt);
+    }
+
+    fn pass_over(&mut self, relay: SocketAddr, peer: Option<PublicKey>) {
+        // What finds no room here is found out by silence.
+        if self.passed_over.len() < NODES_MAX {
+            self.passed_over.insert((peer, relay));
+        }
+    }
+}
+
+/// Notes the last word on something, of `max` things at most.
+fn note<V>(words: &mut BTreeMap<PublicKey, V>, max: usize, key: PublicKey, word: V) {
+    if words.len() < max || words.contains_key(&key) {
+        words.insert(key, word);
+    }
+}
+
 /// A device configured anew by its operator.
 #[derive(Debug)]
 pub struct Reconfigure<P, K = PrivateKey> {
@@ -146,9 +224,7 @@ impl<P, T, S> Mailbox<P, T, S> {
     pub(super) fn configure(&self, change: Reconfigure<P, (OwnKeyId, PrivateKey)>) {
         let Reconfigure { made_anew, own_key, peers, endpoints } = change;
         self.post(|letters| {
-            // Whoever finds no room here keeps a session that the other side may have, too.
-            let room = NODES_MAX.saturating_sub(letters.made_anew.len());
-            letters.made_anew.extend(made_anew.into_iter().take(room));
+            letters.make_anew(made_anew);
             letters.own_key = own_key.or(letters.own_key.take());
             letters.peers = Some(peers);
             letters.endpoints.extend(endpoints);
@@ -157,48 +233,26 @@ impl<P, T, S> Mailbox<P, T, S> {
 
     /// Tells where a peer of another shard was heard.
     pub(super) fn note_place(&self, key: PublicKey, at: SocketAddr) {
-        self.post(|letters| {
-            if letters.places.len() < NODES_MAX || letters.places.contains_key(&key) {
-                letters.places.insert(key, at);
-            }
-        });
+        self.post(|letters| note(&mut letters.places, NODES_MAX, key, at));
     }
 
     /// Tells what a relay of another shard shows of this node.
     pub(super) fn note_seen(&self, relay: PublicKey, sight: Sight) {
-        self.post(|letters| {
-            if letters.seen.len() < RELAYS_MAX || letters.seen.contains_key(&relay) {
-                letters.seen.insert(relay, sight);
-            }
-        });
+        self.post(|letters| note(&mut letters.seen, RELAYS_MAX, relay, sight));
     }
 
     pub(super) fn set_bridge(&self, relay: PublicKey, bridge: Option<SocketAddr>) {
-        self.post(|letters| {
-            if letters.bridges.len() < RELAYS_MAX || letters.bridges.contains_key(&relay) {
-                letters.bridges.insert(relay, bridge);
-            }
-        });
+        self.post(|letters| note(&mut letters.bridges, RELAYS_MAX, relay, bridge));
     }
 
     /// Tells that nothing comes back through a relay.
     pub(super) fn doubt_relay(&self, relay: PublicKey, doubt: Doubt) {
-        self.post(|letters| {
-            if letters.doubted.len() < RELAYS_MAX || letters.doubted.contains_key(&relay) {
-                let before = letters.doubted.entry(relay).or_insert(doubt);
-                *before = doubt.max(*before);
-            }
-        });
+        self.post(|letters| letters.doubt(relay, doubt));
     }
 
     /// Tells that a relay of another shard is not to be used.
     pub(super) fn pass_over(&self, relay: SocketAddr, peer: Option<PublicKey>) {
-        self.post(|letters| {
-            // What finds no room here is found out by silence.
-            if letters.passed_over.len() < NODES_MAX {
-                letters.passed_over.insert((peer, relay));
-            }
-        });
+        self.post(|letters| letters.pass_over(relay, peer));
     }
 
     pub(super) fn check_relays(&self) {
@@ -305,6 +359,42 @@ mod tests {
         assert_eq!(letters.made_anew, BTreeSet::from([key(1), key(2)]));
         assert_eq!(letters.own_key.map(|(id, _)| id), Some(OwnKeyId(7)));
         assert_eq!(letters.peers, Some(vec![1, 2]));
+    }
+
+    #[test]
+    fn letters_left_over_are_read_with_newer_ones_as_if_they_had_come_together() {
+        let key = |n: u8| wg_engine::public_key(&PrivateKey::from_bytes([n; 32]));
+        let at = |port| SocketAddr::from(([192, 0, 2, 1], port));
+        let mailbox = Numbers::new().expect("mailbox");
+        mailbox.set_peers(vec![1]);
+        mailbox.replace_tun(());
+        mailbox.note_place(key(1), at(1));
+        mailbox.note_place(key(2), at(2));
+        mailbox.doubt_relay(key(1), Doubt::All);
+        mailbox.initiate_all();
+        let anew = |number, peers| Reconfigure {
+            made_anew: vec![key(number)],
+            own_key: None,
+            peers,
+            endpoints: BTreeMap::new(),
+        };
+        mailbox.configure(anew(8, vec![1]));
+        let _first = mailbox.request_snapshot().expect("room");
+        let mut left = mailbox.take();
+        mailbox.configure(anew(9, vec![2]));
+        mailbox.note_place(key(2), at(3));
+        mailbox.doubt_relay(key(1), Doubt::Owing);
+        mailbox.stop();
+        let newest: Vec<_> =
+            (0..SNAPSHOT_REQUESTS_MAX).map(|_| mailbox.request_snapshot().expect("room")).collect();
+        left.add(mailbox.take());
+        assert_eq!((&left.peers, left.tun), (&Some(vec![2]), Some(())));
+        assert_eq!(left.made_anew, BTreeSet::from([key(8), key(9)]));
+        assert_eq!(left.places, BTreeMap::from([(key(1), at(1)), (key(2), at(3))]));
+        assert_eq!(left.doubted, BTreeMap::from([(key(1), Doubt::All)]));
+        assert!(left.initiate_all && left.stop && !left.rerouted);
+        left.snapshots.iter().for_each(|asker| asker.send(1).expect("somebody waits"));
+        assert!(newest.iter().all(|asker| asker.recv() == Ok(1)), "bounded, the newest are kept");
     }
 
     #[test]

@@ -9,8 +9,8 @@
 //!  on_event  <──────────────── │   time: handle_timeout                                     │
 //!                              └────────────────────────────────────────────────────────────┘
 //! ```
-//! Packets meet no lock and no allocation. A panic in the loop is caught outside of it: TUN, socket
-//! and the last peer set survive, the tunnel is made anew, and peers find back by their own
+//! Packets meet no lock and no allocation. A panic in the loop is caught outside of it: TUN, socket, the last peer set and
+//! the letters not worked off survive, the tunnel is made anew of what is newest, and peers find back by their own
 //! handshakes. Stopping closes the file descriptors only; the persistent TUN, routes and guard stay.
 //!
 //! # Several shards
@@ -66,6 +66,7 @@ pub use snapshot::{DataSnapshot, ShardCounters};
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(2);
 
 type Mailbox = mailbox::Mailbox<Arc<Vec<PeerConfig>>, Tun, DataSnapshot>;
+type Letters = mailbox::Letters<Arc<Vec<PeerConfig>>, Tun, DataSnapshot>;
 
 /// What the data plane tells control.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,9 +3,10 @@
 
 mod bridges;
 mod handed;
+mod mail;
 mod steering;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,7 +16,7 @@ use std::time::Duration;
 use mesh_core::packet::{CoalesceOptions, Ecn, VNET_HEADER_BYTES, VnetHeader};
 use mesh_core::tunnel::Tunnel;
 use mesh_core::tunnel::config::{Account, PeerConfig, Transmit, TunnelConfig, UdpMeta};
-use mesh_core::tunnel::engine::{EngineFactory as _, OwnKeyId};
+use mesh_core::tunnel::engine::EngineFactory as _;
 use mesh_core::tunnel::path::Local;
 use mesh_core::tunnel::places::Places;
 use mesh_types::key::{PrivateKey, PublicKey};
@@ -37,7 +38,7 @@ use super::exchange::Exchange;
 use super::frame::{Device, FrameWriter, PACKET_BYTES_MAX};
 use super::merging::Merging;
 use super::snapshot::{DataSnapshot, Past, ShardCounters};
-use super::{DataEvent, DataPlaneOptions, Mailbox, OnEvent};
+use super::{DataEvent, DataPlaneOptions, Letters, Mailbox, OnEvent};
 
 /// First pause after a panic, doubled for each that follows within [`CALM`] up to [`RESTART_PAUSE_MAX`]:
 /// a peer set that always panics must not burn a core.
@@ -62,6 +63,8 @@ pub(super) struct Shard {
     seed: u64,
     on_event: OnEvent,
     mailbox: Arc<Mailbox>,
+    /// What was taken out of it and is yet to be worked off.
+    letters: Letters,
     /// Until they are told, what the device and the other shards bring waits: nobody knows yet where it goes.
     peers: Option<Arc<Vec<PeerConfig>>>,
     /// Where this node can be reached.
@@ -125,6 +128,7 @@ impl Shard {
             seed,
             on_event,
             mailbox,
+            letters: Letters::default(),
             peers: None,
             own_addresses: Vec::new(),
             local_addresses: Vec::new(),
@@ -163,12 +167,17 @@ impl Shard {
             if clock::now().since(begun) >= CALM {
                 pause = RESTART_PAUSE;
             }
-            std::thread::sleep(pause);
+            if self.pause(pause) {
+                return;
+            }
             pause = (pause * 2).min(RESTART_PAUSE_MAX);
         }
     }
 
     fn serve(&mut self) {
+        if self.read_settings() {
+            return;
+        }
         let mut factory = BoringFactory::of_shards(self.config.share.of());
         factory.set_own_key(self.config.own, &self.own_key);
         // Each life draws other receiver indexes than the one before.
@@ -188,6 +197,10 @@ impl Shard {
             // Peers still send on sessions that are gone, and would notice after 15 s only.
             tunnel.initiate_all(clock::now());
             (self.on_event)(DataEvent::Restarted);
+        }
+        // What was read with the settings rings no more.
+        if self.read_mail(&mut tunnel, clock::now()) {
+            return;
         }
         let mut ready = Ready::NOTHING;
         loop {
@@ -275,122 +288,6 @@ impl Shard {
             device.set_ready(bits.sum());
         }
         Ready { mail, udp, tun: tun.contains(&true) }
-    }
-
-    /// Does what control asked; true: stop.
-    fn read_mail(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) -> bool {
-        let letters = self.mailbox.take();
-        if letters.stop {
-            return true;
-        }
-        if let Some(tun) = letters.tun {
-            self.writer.vnet_hdr = tun.features().vnet_hdr;
-            self.writer.merging = Merging::new(possible(self.config.coalesce, tun.features()));
-            tunnel.set_coalesce(self.writer.merging.options());
-            // Somebody renamed it: left alone it would keep the overlay addresses for ever.
-            if let Some(before) = self.tun.replace(tun) {
-                before.retire();
-            }
-            self.tun_paused_until = MonoTime::ZERO;
-        }
-        if let Some(udp) = letters.udp {
-            // What was written for the old one leaves by it.
-            self.transmit(tunnel, now);
-            self.past.udp.add(self.udp.counters());
-            self.udp = udp;
-            tunnel.set_port(self.udp.local_port());
-            self.udp_paused_until = MonoTime::ZERO;
-            // A new group has the filter of one without such addresses.
-            self.steer_anew = true;
-            tunnel.forget_locals();
-        }
-        if letters.rerouted {
-            tunnel.forget_locals();
-        }
-        for (key, pin) in letters.astray {
-            tunnel.forget_pin(now, &key, pin);
-        }
-        self.remove_peers(tunnel, &letters.made_anew, now);
-        if let Some((id, key)) = letters.own_key {
-            self.change_own_key(tunnel, id, key, now);
-        }
-        if let Some(peers) = letters.peers {
-            self.forget_removed(&peers);
-            self.peers = Some(peers);
-            self.apply_peers(tunnel, now);
-        }
-        if let Some(own) = letters.own_addresses {
-            self.own_addresses = own;
-            tunnel.set_own_addresses(self.own_addresses.clone());
-        }
-        if let Some(local) = letters.local_addresses {
-            self.local_addresses = local;
-            tunnel.set_local_addresses(self.local_addresses.clone());
-        }
-        for (key, endpoint) in letters.endpoints {
-            tunnel.set_endpoint(now, &key, endpoint);
-            self.note_place(key, endpoint);
-        }
-        for (key, at) in letters.places {
-            tunnel.note_endpoint(now, key, at);
-            self.note_place(key, at);
-        }
-        for (relay, sight) in letters.seen {
-            tunnel.note_seen(relay, sight);
-        }
-        for (relay, doubt) in &letters.doubted {
-            tunnel.doubt_relay(now, relay, *doubt);
-        }
-        for (peer, relay) in &letters.passed_over {
-            tunnel.pass_over(now, *relay, peer.as_ref());
-        }
-        if letters.check_relays {
-            tunnel.check_relays(now);
-        }
-        self.set_bridges(tunnel, letters.bridges, now);
-        if letters.initiate_all {
-            tunnel.initiate_all(now);
-        }
-        if letters.initiate_anew {
-            tunnel.initiate_anew(now);
-        }
-        if letters.initiate_forgotten {
-            tunnel.initiate_forgotten(now);
-        }
-        self.transmit(tunnel, now);
-        for asker in letters.snapshots {
-            // An asker that gave up is gone: nothing to do about it.
-            let _ = asker.try_send(self.snapshot(tunnel, now));
-        }
-        false
-    }
-
-    fn change_own_key(
-        &mut self,
-        tunnel: &mut BoringTunnel,
-        id: OwnKeyId,
-        key: PrivateKey,
-        now: MonoTime,
-    ) {
-        tunnel.factory_mut().set_own_key(id, &key);
-        tunnel.replace_own(now, id);
-        self.config.own = id;
-        self.own_key = key;
-    }
-
-    /// Removes these of the peers, with all that is known of them.
-    fn remove_peers(
-        &mut self,
-        tunnel: &mut BoringTunnel,
-        removed: &BTreeSet<PublicKey>,
-        now: MonoTime,
-    ) {
-        let Some(peers) = self.peers.as_deref().filter(|_| !removed.is_empty()) else { return };
-        let kept = peers.iter().filter(|peer| !removed.contains(&peer.key));
-        let kept: Vec<_> = kept.cloned().collect();
-        self.forget_removed(&kept);
-        self.peers = Some(Arc::new(kept));
-        self.apply_peers(tunnel, now);
     }
 
     fn apply_peers(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {

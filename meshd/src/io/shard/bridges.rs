@@ -1,6 +1,5 @@
 //! Bridges to relays, told to the tunnel and kept for one made anew after a panic.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use mesh_types::key::PublicKey;
@@ -9,19 +8,18 @@ use mesh_types::time::MonoTime;
 use super::{BoringTunnel, Shard};
 
 impl Shard {
-    pub(super) fn set_bridges(
+    pub(super) fn set_bridge(
         &mut self,
         tunnel: &mut BoringTunnel,
-        bridges: BTreeMap<PublicKey, Option<SocketAddr>>,
+        relay: PublicKey,
+        bridge: Option<SocketAddr>,
         now: MonoTime,
     ) {
-        for (relay, bridge) in bridges {
-            tunnel.set_bridge(now, &relay, bridge);
-            let before = match bridge {
-                Some(at) => self.bridges.insert(relay, at),
-                None => self.bridges.remove(&relay),
-            };
-            self.steer_anew |= before != bridge;
-        }
+        tunnel.set_bridge(now, &relay, bridge);
+        let before = match bridge {
+            Some(at) => self.bridges.insert(relay, at),
+            None => self.bridges.remove(&relay),
+        };
+        self.steer_anew |= before != bridge;
     }
 }
