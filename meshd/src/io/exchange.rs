@@ -194,8 +194,18 @@ impl Exchange {
         }
     }
 
-    pub(super) fn bell(&self) -> &Bell {
-        &self.bell
+    /// Lies down until others ring; returns when to get up all the same. At once, if they have something for us and we take
+    /// it: while we do not, it wakes nobody.
+    pub(super) fn lie_down(&self, now: MonoTime, takes: bool) -> Option<MonoTime> {
+        if takes && !self.bell.lie_down() {
+            return Some(now);
+        }
+        self.retry_at(now)
+    }
+
+    /// Others need not wake us.
+    pub(super) fn get_up(&self) {
+        self.bell.get_up();
     }
 
     pub(super) fn from(&self, number: usize) -> Option<&Inboxes> {
@@ -317,7 +327,7 @@ impl Exchange {
     }
 
     /// When to try again what is in hand still, and to look whether more can be read.
-    pub(super) fn retry_at(&self, now: MonoTime) -> Option<MonoTime> {
+    fn retry_at(&self, now: MonoTime) -> Option<MonoTime> {
         let each = |to: &Outboxes| {
             [to.handshakes.retry_at(now), to.datagrams.retry_at(now), to.packets.retry_at(now)]
         };
@@ -385,6 +395,29 @@ mod tests {
             assert!(!exchange.holds_back_packets(at(turn)), "turn {turn}");
         }
         assert_eq!(exchange.counters.packets_full, 0);
+    }
+
+    #[test]
+    fn who_does_not_take_yet_sleeps_although_something_waits() {
+        let mailboxes = [(); 2].map(|()| Arc::new(Mailbox::new().expect("a mailbox")));
+        let mut all = Exchange::of_all(&mailboxes);
+        let (owner, mut other) = (all.remove(1), all.remove(0));
+        let mut send = || {
+            other.receive(&mut tunnel(), at(0), &meta(0), &mut datagram(60));
+            other.send(at(0));
+        };
+        send();
+        assert_eq!(owner.lie_down(at(1), false), None, "no reason to get up");
+        send();
+        assert!(!mailboxes[1].rings(), "nor to be woken");
+        owner.get_up();
+        assert_eq!(owner.lie_down(at(1), true), Some(at(1)), "it is taken at once");
+        owner.get_up();
+        let inbox = &owner.from(0).expect("rings").datagrams;
+        while inbox.take().is_some() {}
+        assert_eq!(owner.lie_down(at(1), true), None);
+        send();
+        assert!(mailboxes[1].rings());
     }
 
     #[test]

@@ -222,17 +222,10 @@ impl<M> Inbox<M> {
 
 #[cfg(test)]
 mod tests {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
     use super::*;
 
     fn bell() -> Arc<Bell> {
         Arc::new(Bell::new(Arc::new(Mailbox::new().expect("a mailbox"))))
-    }
-
-    fn rings(bell: &Bell, seconds: i64) -> bool {
-        let mut fds = [PollFd::new(&*bell.mailbox, PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec { tv_sec: seconds, tv_nsec: 0 })).expect("poll") == 1
     }
 
     fn content(parcel: &mut Parcel<u32>) -> Vec<(u32, Vec<u8>)> {
@@ -326,16 +319,16 @@ mod tests {
         let (mut outbox, inbox) = ring(&bell);
         let send = |outbox: &mut Outbox<u32>| assert!(outbox.push(1, &[1]) && outbox.send());
         send(&mut outbox);
-        assert!(!rings(&bell, 0), "awake");
+        assert!(!bell.mailbox.rings(), "awake");
         assert!(!bell.lie_down(), "something waits");
         bell.get_up();
         assert!(inbox.take().is_some());
         assert!(bell.lie_down());
         send(&mut outbox);
-        assert!(rings(&bell, 0), "asleep");
+        assert!(bell.mailbox.rings(), "asleep");
         bell.mailbox.take();
         send(&mut outbox);
-        assert!(!rings(&bell, 0), "woken already");
+        assert!(!bell.mailbox.rings(), "woken already");
     }
 
     #[test]
@@ -363,7 +356,7 @@ mod tests {
         let (mut seen, mut last, mut ended) = (0_u64, None, false);
         while !ended {
             if bell.lie_down() {
-                assert!(rings(&bell, 20), "asleep though something was sent");
+                assert!(bell.mailbox.rings_within(20), "asleep though something was sent");
                 bell.mailbox.take();
             }
             bell.get_up();

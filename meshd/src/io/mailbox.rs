@@ -319,27 +319,35 @@ impl<P, T, S> AsFd for Mailbox<P, T, S> {
 }
 
 #[cfg(test)]
-mod tests {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+impl<P, T, S> Mailbox<P, T, S> {
+    /// Whether the shard is woken, now or within some seconds.
+    pub(super) fn rings_within(&self, seconds: i64) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+        let mut fds = [PollFd::new(self, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: seconds, tv_nsec: 0 })).expect("poll") == 1
+    }
+
+    pub(super) fn rings(&self) -> bool {
+        self.rings_within(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
     use super::*;
 
     type Numbers = Mailbox<Vec<u8>, (), u8>;
 
-    fn rings(mailbox: &Numbers) -> bool {
-        let mut fds = [PollFd::new(mailbox, PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).expect("poll") == 1
-    }
-
     #[test]
     fn the_newest_peer_set_wins_and_is_taken_once() {
         let mailbox = Numbers::new().expect("mailbox");
-        assert!(!rings(&mailbox));
+        assert!(!mailbox.rings());
         mailbox.set_peers(vec![1]);
         mailbox.set_peers(vec![2, 3]);
-        assert!(rings(&mailbox));
+        assert!(mailbox.rings());
         assert_eq!(mailbox.take().peers, Some(vec![2, 3]));
-        assert!(!rings(&mailbox));
+        assert!(!mailbox.rings());
         assert_eq!(mailbox.take().peers, None);
     }
 

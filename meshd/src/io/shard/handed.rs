@@ -75,16 +75,13 @@ impl Shard {
     /// Lies down, if other shards have nothing for us; until when at most.
     pub(super) fn rest_until(&self, now: MonoTime, deadline: Option<MonoTime>) -> Option<MonoTime> {
         let Some(exchange) = &self.exchange else { return deadline };
-        if !exchange.bell().lie_down() {
-            return Some(now);
-        }
-        deadline.into_iter().chain(exchange.retry_at(now)).min()
+        deadline.into_iter().chain(exchange.lie_down(now, self.peers.is_some())).min()
     }
 
     /// Others need not wake us.
     pub(super) fn get_up(&self) {
         if let Some(exchange) = &self.exchange {
-            exchange.bell().get_up();
+            exchange.get_up();
         }
     }
 }
