@@ -29,6 +29,7 @@ mod busy_poll;
 mod exchange;
 mod frame;
 mod handover;
+mod losses;
 mod mailbox;
 mod merging;
 mod shard;
@@ -37,7 +38,7 @@ mod snapshot;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -58,6 +59,7 @@ use netcfg::udp::{FilterInstruction, UdpOptions, UdpSocket};
 use exchange::Exchange;
 pub use exchange::HandoverCounters;
 pub use frame::TunCounters;
+use losses::{Generation, Losses};
 pub use mailbox::Reconfigure;
 pub use snapshot::{DataSnapshot, ShardCounters};
 
@@ -65,8 +67,8 @@ pub use snapshot::{DataSnapshot, ShardCounters};
 /// than this means it is stuck.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(2);
 
-type Mailbox = mailbox::Mailbox<Arc<Vec<PeerConfig>>, Tun, DataSnapshot>;
-type Letters = mailbox::Letters<Arc<Vec<PeerConfig>>, Tun, DataSnapshot>;
+type Mailbox = mailbox::Mailbox<Arc<Vec<PeerConfig>>, (Generation, Tun), DataSnapshot>;
+type Letters = mailbox::Letters<Arc<Vec<PeerConfig>>, (Generation, Tun), DataSnapshot>;
 
 /// What the data plane tells control.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -113,8 +115,7 @@ pub struct DataPlane {
     threads: Vec<JoinHandle<()>>,
     /// Id of the own key that was last told.
     own: AtomicU8,
-    /// Control was told that the device is gone.
-    tun_lost: Arc<AtomicBool>,
+    losses: Arc<Losses>,
 }
 
 impl DataPlane {
@@ -135,18 +136,20 @@ impl DataPlane {
         let mailboxes: anyhow::Result<Vec<_>> =
             (0..count).map(|_| Mailbox::new().map(Arc::new)).collect();
         let shards = Mailboxes(mailboxes?.into());
-        let tun_lost = Arc::new(AtomicBool::new(false));
+        let losses = Arc::new(Losses::default());
         let exchanges: Vec<_> = match count {
             1 => vec![None],
             _ => Exchange::of_all(&shards.0).into_iter().map(Some).collect(),
         };
         let own = AtomicU8::new(options.tunnel.own.0);
-        let all = share_out(options, count, &tun_lost);
-        let mut plane = Self { shards, threads: Vec::with_capacity(count), own, tun_lost };
+        let all = share_out(options, count);
+        let mut plane =
+            Self { shards, threads: Vec::with_capacity(count), own, losses: Arc::clone(&losses) };
         let parts = all.into_iter().zip(tuns).zip(sockets).zip(exchanges).enumerate();
         for (number, (((options, tun), udp), exchange)) in parts {
             let Some(mailbox) = plane.shards.0.get(number).map(Arc::clone) else { break };
-            let shard = shard::Shard::new(options, tun, udp, mailbox, exchange);
+            let losses = Arc::clone(&losses);
+            let shard = shard::Shard::new(options, tun, udp, mailbox, exchange, losses);
             let thread = std::thread::Builder::new()
                 .name(format!("shard-{number}"))
                 .spawn(move || shard.run())
@@ -240,9 +243,9 @@ impl DataPlane {
 
     /// Serves `queues`, one for each shard, in place of a device that is gone.
     pub fn replace_tun(&self, queues: Vec<Tun>) {
-        self.tun_lost.store(false, Ordering::SeqCst);
+        let device = self.losses.replace();
         for (shard, tun) in self.shards.0.iter().zip(queues) {
-            shard.replace_tun(tun);
+            shard.replace_tun((device, tun));
         }
     }
 
@@ -317,12 +320,8 @@ fn filter_of(shards: usize, gathered: &[IpAddr]) -> Vec<FilterInstruction> {
     raw.collect()
 }
 
-/// The options of each of `count` shards. Control hears each event once.
-fn share_out(
-    options: DataPlaneOptions,
-    count: usize,
-    tun_lost: &Arc<AtomicBool>,
-) -> Vec<DataPlaneOptions> {
+/// The options of each of `count` shards.
+fn share_out(options: DataPlaneOptions, count: usize) -> Vec<DataPlaneOptions> {
     if count == 1 {
         return vec![options];
     }
@@ -330,7 +329,7 @@ fn share_out(
     let on_event = Arc::new(Mutex::new(on_event));
     let mut seeds = SplitMix64(seed);
     let one = |index| {
-        let (on_event, tun_lost) = (Arc::clone(&on_event), Arc::clone(tun_lost));
+        let on_event = Arc::clone(&on_event);
         let share = Share::new(index, count);
         DataPlaneOptions {
             tunnel: TunnelConfig { share, ..tunnel.clone() },
@@ -339,9 +338,7 @@ fn share_out(
             busy_poll,
             remembered: remembered.clone(),
             on_event: Box::new(move |event| {
-                if event != DataEvent::TunLost || !tun_lost.swap(true, Ordering::SeqCst) {
-                    on_event.lock().unwrap_or_else(PoisonError::into_inner)(event);
-                }
+                on_event.lock().unwrap_or_else(PoisonError::into_inner)(event);
             }),
         }
     };

@@ -36,6 +36,7 @@ use super::budget::cost;
 use super::busy_poll::{BusyPoll, busily, timespec};
 use super::exchange::Exchange;
 use super::frame::{Device, FrameWriter, PACKET_BYTES_MAX};
+use super::losses::{Generation, Losses};
 use super::merging::Merging;
 use super::snapshot::{DataSnapshot, Past, ShardCounters};
 use super::{DataEvent, DataPlaneOptions, Letters, Mailbox, OnEvent};
@@ -76,6 +77,8 @@ pub(super) struct Shard {
     /// Where the peers of all shards were last heard, in this life or one before.
     places: Places,
     tun: Option<Tun>,
+    device: Generation,
+    losses: Arc<Losses>,
     /// The device is not read before this instant.
     tun_paused_until: MonoTime,
     tun_buffer: Vec<u8>,
@@ -116,6 +119,7 @@ impl Shard {
         udp: UdpSocket,
         mailbox: Arc<Mailbox>,
         exchange: Option<Exchange>,
+        losses: Arc<Losses>,
     ) -> Self {
         let DataPlaneOptions { tunnel, own_key, seed, busy_poll, remembered, on_event } = options;
         let mut places = Places::new(tunnel.share);
@@ -138,6 +142,8 @@ impl Shard {
             tun_buffer: vec![0; VNET_HEADER_BYTES + PACKET_BYTES_MAX],
             writer: FrameWriter::new(features.vnet_hdr, possible(tunnel.coalesce, features)),
             tun: Some(tun),
+            device: Generation::FIRST,
+            losses,
             udp,
             udp_paused_until: MonoTime::ZERO,
             batch: RecvBatch::new(messages),
@@ -427,9 +433,9 @@ impl Shard {
         }
     }
 
-    /// The device was deleted: closes our end and tells control, once.
+    /// The device was deleted: closes our end and tells control, one shard for all.
     fn lose_tun(&mut self) {
-        if let Some(tun) = self.tun.take() {
+        if let Some(tun) = self.tun.take().filter(|_| self.losses.note(self.device)) {
             tracing::warn!(device = tun.name(), "the TUN device was deleted");
             (self.on_event)(DataEvent::TunLost);
         }

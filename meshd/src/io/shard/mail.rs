@@ -54,7 +54,8 @@ impl Shard {
         if self.letters.stop {
             return true;
         }
-        if let Some(tun) = self.letters.tun.take() {
+        if let Some((device, tun)) = self.letters.tun.take() {
+            self.device = device;
             self.replace_tun(tunnel, tun);
         }
         if self.letters.udp.is_some() {
