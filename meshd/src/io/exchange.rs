@@ -48,9 +48,8 @@ pub(super) type Knock = (UdpMeta, Option<Admitted>);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct HandoverCounters {
     pub handshakes: u64,
-    /// Receive buffers, or parts of them, of one or more datagrams.
     pub datagrams: u64,
-    /// Packets and super-packets.
+    /// Packets, those that super-packets stand for.
     pub packets: u64,
     /// Dropped as the other shard's ring was full.
     pub handshakes_full: u64,
@@ -225,6 +224,10 @@ impl Exchange {
         meta: &UdpMeta,
         input: &mut [u8],
     ) {
+        if input.is_empty() {
+            // Nobody's: counted as one shard alone would.
+            tunnel.handle_udp_input(now, meta, input);
+        }
         let mut at = 0;
         while let Some(run) = self.share.runs(input, meta.segment_len).from(at).next() {
             at = run.range.end;
@@ -232,17 +235,25 @@ impl Exchange {
             if run.taker == self.share.index() {
                 tunnel.handle_udp_input(now, meta, bytes);
                 self.hand_admitted(tunnel, now);
-            } else if run.transport {
-                self.counters.datagrams += 1;
-                if let Some(Some(to)) = self.to.get_mut(run.taker) {
-                    self.counters.datagrams_full +=
-                        u64::from(!to.datagrams.push(now, *meta, bytes));
-                }
             } else {
-                for datagram in bytes.chunks(meta.datagram_len(bytes.len()).max(1)) {
-                    self.knock(now, run.taker, (*meta, None), datagram);
-                }
+                self.hand_run(now, meta, run.taker, run.transport, bytes);
             }
+        }
+    }
+
+    /// Gives datagrams of one kind to the shard whose they are.
+    fn hand_run(&mut self, now: MonoTime, meta: &UdpMeta, to: usize, transport: bool, run: &[u8]) {
+        let datagrams = run.chunks(meta.datagram_len(run.len()).max(1));
+        if !transport {
+            datagrams.for_each(|datagram| self.knock(now, to, (*meta, None), datagram));
+            return;
+        }
+        let count = datagrams.len() as u64;
+        self.counters.datagrams += count;
+        if let Some(Some(to)) = self.to.get_mut(to)
+            && !to.datagrams.push(now, *meta, run)
+        {
+            self.counters.datagrams_full += count;
         }
     }
 
@@ -272,9 +283,12 @@ impl Exchange {
         header: &VnetHeader,
         packet: &[u8],
     ) {
-        self.counters.packets += 1;
-        if let Some(Some(to)) = self.to.get_mut(to) {
-            self.counters.packets_full += u64::from(!to.packets.push(now, *header, packet));
+        let count = header.packets(packet.len()) as u64;
+        self.counters.packets += count;
+        if let Some(Some(to)) = self.to.get_mut(to)
+            && !to.packets.push(now, *header, packet)
+        {
+            self.counters.packets_full += count;
         }
     }
 
@@ -338,6 +352,8 @@ impl Exchange {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use mesh_core::packet::GsoType;
+    use mesh_core::tunnel::DropReason;
     use mesh_core::tunnel::config::TunnelConfig;
     use wg_engine::BoringFactory;
 
@@ -372,6 +388,11 @@ mod tests {
         UdpMeta { segment_len, ..UdpMeta::alone(source) }
     }
 
+    fn dropped(tunnel: &Tunnel<BoringFactory>, reason: DropReason) -> u64 {
+        let mut drops = tunnel.counters().drops();
+        drops.find(|drop| drop.0 == reason).map_or(0, |drop| drop.1)
+    }
+
     /// Reads super-packets for shard `to` until the TUN is to be left alone; how many of them were handed over.
     fn fill(exchange: &mut Exchange, now: MonoTime, to: usize) -> usize {
         let packet = vec![0; 65_000];
@@ -395,6 +416,27 @@ mod tests {
             assert!(!exchange.holds_back_packets(at(turn)), "turn {turn}");
         }
         assert_eq!(exchange.counters.packets_full, 0);
+    }
+
+    #[test]
+    fn what_is_handed_over_or_dropped_is_counted_by_datagrams_and_packets() {
+        let mut all = exchanges(2);
+        let exchange = &mut all[0];
+        let mut tunnel = tunnel();
+        let bulk = VnetHeader { gso: GsoType::TcpV4, gso_size: 1000, ..VnetHeader::PLAIN };
+        for _ in 0..MANY {
+            exchange.receive(&mut tunnel, at(0), &meta(1400), &mut datagram(1400).repeat(40));
+            exchange.hand_packet(at(0), 1, &bulk, &[0; 60_000]);
+        }
+        let counters = exchange.counters;
+        let many = MANY as u64;
+        assert_eq!((counters.datagrams, counters.packets), (40 * many, 60 * many));
+        for (lost, each) in [(counters.datagrams_full, 40), (counters.packets_full, 60)] {
+            assert!(lost > 0 && lost.is_multiple_of(each) && lost < each * many, "{lost}");
+        }
+        assert_eq!(dropped(&tunnel, DropReason::UdpMalformed), 0);
+        exchange.receive(&mut tunnel, at(0), &meta(0), &mut []);
+        assert_eq!(dropped(&tunnel, DropReason::UdpMalformed), 1, "an empty one is counted, too");
     }
 
     #[test]
