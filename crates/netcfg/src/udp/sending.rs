@@ -104,7 +104,7 @@ impl UdpSocket {
     }
 
     /// Sends one datagram that no router may fragment, whatever the kernel believes of the path; an error where it is too long for
-    /// the link. For a question now and then: it switches the socket over and back.
+    /// the link, which is the answer and not counted. For a question now and then: it switches the socket over and back.
     pub fn send_whole(
         &mut self,
         destination: SocketAddr,
@@ -119,7 +119,12 @@ impl UdpSocket {
             }
         };
         sys::set_option(&self.fd, level, option, probe)?;
+        let before = self.gone();
         let sent = self.send_one(destination, source, Marks::default(), None, bytes);
+        let is_fault = |error: &&io::Error| error.raw_os_error() != Some(libc::EMSGSIZE);
+        if let Some(error) = sent.as_ref().err().filter(is_fault) {
+            self.note_error(destination, error, before, 0, bytes.len());
+        }
         sys::set_option(&self.fd, level, option, usual)?;
         sent
     }

@@ -153,6 +153,17 @@ fn a_source_that_is_not_ours_says_nothing_about_segments() {
 }
 
 #[test]
+fn a_question_of_length_that_finds_no_way_is_counted_and_one_that_is_too_long_is_answered() {
+    let mut sender = open(&UdpOptions::default());
+    let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 9);
+    let gone = "192.0.2.77".parse().unwrap();
+    assert!(sender.send_whole(to, Some(gone), &payload(100)).is_err());
+    assert_eq!(sender.counters().tx_errors, 1);
+    let too_long = sender.send_whole(to, None, &payload(65_508)).map_err(|it| it.raw_os_error());
+    assert_eq!((too_long, sender.counters().tx_errors), (Err(Some(libc::EMSGSIZE)), 1));
+}
+
+#[test]
 fn a_socket_of_one_address_hears_that_one_alone_and_answers_from_another_thread() {
     for address in ["127.0.0.8", "::1"] {
         let ip: IpAddr = address.parse().expect("an address");
