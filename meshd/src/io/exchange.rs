@@ -9,6 +9,7 @@
 //! ```
 //! Handshakes have rings of their own, so that no flood of packets or datagrams is in their way.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +20,7 @@ use mesh_core::tunnel::config::{Admitted, Doubt, UdpMeta};
 use mesh_core::tunnel::engine::EngineFactory;
 use mesh_core::tunnel::sight::Sight;
 use mesh_core::tunnel::steer::Share;
+use mesh_types::carry;
 use mesh_types::key::PublicKey;
 use mesh_types::limits::{HANDOVER_PARCEL_BYTES, HANDOVER_PARCELS_MAX, UDP_DRAIN_BUFFERS};
 use mesh_types::time::MonoTime;
@@ -40,6 +42,15 @@ const RECEIVED_PARCELS: usize = UDP_DRAIN_BUFFERS * RECV_BUFFER_BYTES / HANDOVER
 
 /// Or parcels that are not full would hold back by themselves.
 const _: () = assert!(RECEIVED_PARCELS <= HANDOVER_PARCELS_MAX / 2);
+
+/// Relays are told apart by it.
+fn plain(at: SocketAddr) -> SocketAddr {
+    SocketAddr::new(at.ip().to_canonical(), at.port())
+}
+
+fn holds_carried(meta: &UdpMeta, run: &[u8]) -> bool {
+    run.chunks(meta.datagram_len(run.len()).max(1)).any(carry::is_carried)
+}
 
 /// A message of a handshake: as it came, or admitted by the front.
 pub(super) type Knock = (UdpMeta, Option<Admitted>);
@@ -154,6 +165,8 @@ pub(super) struct Exchange {
     /// By shard; none to ourselves.
     to: Vec<Option<Outboxes>>,
     from: Vec<Inboxes>,
+    /// Where relays send from.
+    relays: BTreeSet<SocketAddr>,
     pub(super) counters: HandoverCounters,
 }
 
@@ -166,6 +179,7 @@ impl Exchange {
             bell: Arc::new(Bell::new(Arc::clone(mailbox))),
             to: Vec::new(),
             from: Vec::new(),
+            relays: BTreeSet::new(),
             counters: HandoverCounters::default(),
         };
         let mut all: Vec<Self> = mailboxes.iter().enumerate().map(one).collect();
@@ -207,6 +221,11 @@ impl Exchange {
         self.bell.get_up();
     }
 
+    /// From where relays may carry; whatever else is said to be carried bothers no other shard.
+    pub(super) fn set_relays(&mut self, addresses: impl Iterator<Item = SocketAddr>) {
+        self.relays = addresses.map(plain).collect();
+    }
+
     pub(super) fn from(&self, number: usize) -> Option<&Inboxes> {
         self.from.get(number)
     }
@@ -228,6 +247,7 @@ impl Exchange {
             // Nobody's: counted as one shard alone would.
             tunnel.handle_udp_input(now, meta, input);
         }
+        let is_relay = self.relays.contains(&plain(meta.source));
         let mut at = 0;
         while let Some(run) = self.share.runs(input, meta.segment_len).from(at).next() {
             at = run.range.end;
@@ -235,8 +255,17 @@ impl Exchange {
             if run.taker == self.share.index() {
                 tunnel.handle_udp_input(now, meta, bytes);
                 self.hand_admitted(tunnel, now);
-            } else {
+            } else if is_relay || !holds_carried(meta, bytes) {
                 self.hand_run(now, meta, run.taker, run.transport, bytes);
+            } else {
+                let len = meta.datagram_len(bytes.len()).max(1);
+                for datagram in bytes.chunks_mut(len) {
+                    match carry::is_carried(datagram) {
+                        // Who is no relay carries nothing: dropped and counted here.
+                        true => tunnel.handle_udp_input(now, meta, datagram),
+                        false => self.hand_run(now, meta, run.taker, run.transport, datagram),
+                    }
+                }
             }
         }
     }
@@ -352,6 +381,8 @@ impl Exchange {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::Ipv4Addr;
+
     use mesh_core::packet::GsoType;
     use mesh_core::tunnel::DropReason;
     use mesh_core::tunnel::config::TunnelConfig;
@@ -437,6 +468,23 @@ mod tests {
         assert_eq!(dropped(&tunnel, DropReason::UdpMalformed), 0);
         exchange.receive(&mut tunnel, at(0), &meta(0), &mut []);
         assert_eq!(dropped(&tunnel, DropReason::UdpMalformed), 1, "an empty one is counted, too");
+    }
+
+    #[test]
+    fn what_no_relay_carried_bothers_no_other_shard_and_takes_nothing_with_it() {
+        let mut all = exchanges(2);
+        let exchange = &mut all[0];
+        let mut tunnel = tunnel();
+        let carried = [&carry::header(&[7; 32])[..], &datagram(60)].concat();
+        let burst = || [carried.clone(), datagram(100), carried.clone()].concat();
+        exchange.receive(&mut tunnel, at(0), &meta(100), &mut burst());
+        assert_eq!(exchange.counters.datagrams, 1, "the plain one");
+        assert_eq!(dropped(&tunnel, DropReason::NoRelay), 2);
+        let relay = SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1).to_ipv6_mapped(), 1));
+        exchange.set_relays([relay].into_iter());
+        exchange.receive(&mut tunnel, at(0), &meta(100), &mut burst());
+        assert_eq!(exchange.counters.datagrams, 1 + 3);
+        assert_eq!(dropped(&tunnel, DropReason::NoRelay), 2);
     }
 
     #[test]

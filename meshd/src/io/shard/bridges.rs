@@ -20,6 +20,9 @@ impl Shard {
             Some(at) => self.bridges.insert(relay, at),
             None => self.bridges.remove(&relay),
         };
-        self.steer_anew |= before != bridge;
+        if before != bridge {
+            self.steer_anew = true;
+            self.note_relays();
+        }
     }
 }

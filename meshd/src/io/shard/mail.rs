@@ -157,6 +157,7 @@ impl Shard {
     fn keep_peers(&mut self, peers: Arc<Vec<PeerConfig>>) {
         self.forget_removed(&peers);
         self.peers = Some(peers);
+        self.note_relays();
     }
 
     fn read_places(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {

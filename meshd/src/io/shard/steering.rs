@@ -61,6 +61,21 @@ impl Shard {
         self.steer_anew |= self.places.retain(|key| after.contains(key) || !before.contains(key));
     }
 
+    /// For the shard's exchange, after peers or bridges have changed.
+    pub(super) fn note_relays(&mut self) {
+        let relays: Vec<_> = self.relay_addresses().collect();
+        if let Some(exchange) = &mut self.exchange {
+            exchange.set_relays(relays.into_iter());
+        }
+    }
+
+    /// Where relays are reached, and so send from.
+    fn relay_addresses(&self) -> impl Iterator<Item = SocketAddr> + '_ {
+        let relays = self.known_peers().iter().filter(|peer| peer.role == Role::Relay);
+        let candidates = relays.flat_map(|relay| relay.candidates.iter());
+        candidates.chain(self.bridges.values()).copied()
+    }
+
     fn known_peers(&self) -> &[PeerConfig] {
         self.peers.as_deref().map_or(&[], Vec::as_slice)
     }
@@ -72,9 +87,7 @@ impl Shard {
         if !std::mem::take(&mut self.steer_anew) || !sees_to_it {
             return;
         }
-        let relays = self.known_peers().iter().filter(|peer| peer.role == Role::Relay);
-        let relays = relays.flat_map(|relay| relay.candidates.iter().copied());
-        let gathered = self.places.gathered(relays.chain(self.bridges.values().copied()));
+        let gathered = self.places.gathered(self.relay_addresses());
         if let Err(error) = self.udp.set_filter(&filter_of(self.config.share.of(), &gathered)) {
             tracing::debug!(%error, "the kernel takes no filter");
         }
