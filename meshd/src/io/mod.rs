@@ -28,6 +28,7 @@ mod budget;
 mod busy_poll;
 mod exchange;
 mod frame;
+mod gathering;
 mod handover;
 mod losses;
 mod mailbox;

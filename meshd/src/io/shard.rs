@@ -36,6 +36,7 @@ use super::budget::cost;
 use super::busy_poll::{BusyPoll, busily, timespec};
 use super::exchange::Exchange;
 use super::frame::{Device, FrameWriter, PACKET_BYTES_MAX};
+use super::gathering::Gathering;
 use super::losses::{Generation, Losses};
 use super::merging::Merging;
 use super::snapshot::{DataSnapshot, Past, ShardCounters};
@@ -91,6 +92,7 @@ pub(super) struct Shard {
     past: Past,
     /// The kernel's filter may be another now.
     steer_anew: bool,
+    gathering: Gathering,
     /// Rings to the other shards, if there are any.
     exchange: Option<Exchange>,
     /// Whose packets come first in the next turn.
@@ -150,6 +152,7 @@ impl Shard {
             counters: ShardCounters::default(),
             past: Past::default(),
             steer_anew,
+            gathering: Gathering::default(),
             exchange,
             config: tunnel,
             handed_next: 0,
@@ -238,7 +241,7 @@ impl Shard {
             if !filtered.is_empty() {
                 (self.on_event)(DataEvent::Filtered(filtered));
             }
-            self.steer();
+            self.steer(now);
         }
     }
 
@@ -267,7 +270,8 @@ impl Shard {
             }
         });
         let deadline = tunnel.next_deadline().map(|(at, _)| at);
-        let deadline = deadline.into_iter().chain(until.into_iter().flatten()).min();
+        let deadline = deadline.into_iter().chain(until.into_iter().flatten());
+        let deadline = deadline.chain(self.gathering.look_at()).min();
         let deadline = self.rest_until(now, deadline);
         let look = look.min(deadline.map_or(look, |at| at.since(now)));
         let (mut polled, looked) = busily(&mut fds, now, look);

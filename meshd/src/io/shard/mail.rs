@@ -95,6 +95,7 @@ impl Shard {
         tunnel.set_port(self.udp.local_port());
         self.udp_paused_until = MonoTime::ZERO;
         // A new group has the filter of one without such addresses.
+        self.gathering.begin_anew();
         self.steer_anew = true;
         tunnel.forget_locals();
     }

@@ -1,11 +1,13 @@
 //! Where peers are, told among shards, and what the kernel's filter makes of it.
 
 use std::collections::BTreeSet;
+use std::mem::take;
 use std::net::SocketAddr;
 
 use mesh_core::tunnel::config::{Event, PeerConfig, Role};
 use mesh_core::tunnel::steer::FRONT;
 use mesh_types::key::PublicKey;
+use mesh_types::time::MonoTime;
 
 use super::Shard;
 use crate::io::filter_of;
@@ -82,12 +84,13 @@ impl Shard {
 
     /// Has the kernel bring what comes from addresses that peers of several shards share to one of them. One shard sees to it
     /// for all, and all hear of the same places.
-    pub(super) fn steer(&mut self) {
+    pub(super) fn steer(&mut self, now: MonoTime) {
         let sees_to_it = self.exchange.is_some() && self.config.share.index() == FRONT;
-        if !std::mem::take(&mut self.steer_anew) || !sees_to_it {
-            return;
+        if take(&mut self.steer_anew) && sees_to_it {
+            let addresses = self.places.gathered(self.relay_addresses());
+            self.gathering.want(now, addresses);
         }
-        let gathered = self.places.gathered(self.relay_addresses());
+        let Some(gathered) = self.gathering.look(now) else { return };
         if let Err(error) = self.udp.set_filter(&filter_of(self.config.share.of(), &gathered)) {
             tracing::debug!(%error, "the kernel takes no filter");
         }
