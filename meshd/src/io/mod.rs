@@ -35,6 +35,7 @@ mod mailbox;
 mod merging;
 mod shard;
 mod snapshot;
+mod whereabouts;
 
 use std::collections::BTreeMap;
 use std::fmt;

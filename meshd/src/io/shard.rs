@@ -18,7 +18,6 @@ use mesh_core::tunnel::Tunnel;
 use mesh_core::tunnel::config::{Account, PeerConfig, Transmit, TunnelConfig, UdpMeta};
 use mesh_core::tunnel::engine::EngineFactory as _;
 use mesh_core::tunnel::path::Local;
-use mesh_core::tunnel::places::Places;
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::{
     TUN_DRAIN_BYTES, TUN_DRAIN_READS, TUN_QUEUES_PER_SHARD, UDP_DRAIN_BUFFERS, UDP_DRAIN_BYTES,
@@ -40,6 +39,7 @@ use super::gathering::Gathering;
 use super::losses::{Generation, Losses};
 use super::merging::Merging;
 use super::snapshot::{DataSnapshot, Past, ShardCounters};
+use super::whereabouts::Whereabouts;
 use super::{DataEvent, DataPlaneOptions, Letters, Mailbox, OnEvent};
 
 /// First pause after a panic, doubled for each that follows within [`CALM`] up to [`RESTART_PAUSE_MAX`]:
@@ -76,7 +76,7 @@ pub(super) struct Shard {
     /// Where relays are reached that UDP does not lead to.
     bridges: BTreeMap<PublicKey, SocketAddr>,
     /// Where the peers of all shards were last heard, in this life or one before.
-    places: Places,
+    places: Whereabouts,
     tun: Option<Tun>,
     device: Generation,
     losses: Arc<Losses>,
@@ -124,7 +124,7 @@ impl Shard {
         losses: Arc<Losses>,
     ) -> Self {
         let DataPlaneOptions { tunnel, own_key, seed, busy_poll, remembered, on_event } = options;
-        let mut places = Places::new(tunnel.share);
+        let mut places = Whereabouts::new(tunnel.share);
         let steer_anew =
             remembered.into_iter().fold(false, |anew, (key, at)| places.note(key, at) | anew);
         let features = tun.features();

@@ -164,11 +164,11 @@ impl Shard {
     fn read_places(&mut self, tunnel: &mut BoringTunnel, now: MonoTime) {
         while let Some((key, endpoint)) = self.letters.endpoints.pop_first() {
             tunnel.set_endpoint(now, &key, endpoint);
-            self.note_place(key, endpoint);
+            self.note_told_place(key, endpoint);
         }
         while let Some((key, at)) = self.letters.places.pop_first() {
             tunnel.note_endpoint(now, key, at);
-            self.note_place(key, at);
+            self.note_told_place(key, at);
         }
     }
 

@@ -1,6 +1,5 @@
 //! Where peers are, told among shards, and what the kernel's filter makes of it.
 
-use std::collections::BTreeSet;
 use std::mem::take;
 use std::net::SocketAddr;
 
@@ -16,6 +15,11 @@ impl Shard {
     /// For a tunnel made anew after a panic, and for the filter.
     pub(super) fn note_place(&mut self, key: PublicKey, at: SocketAddr) {
         self.steer_anew |= self.places.note(key, at);
+    }
+
+    /// Likewise, as others tell.
+    pub(super) fn note_told_place(&mut self, key: PublicKey, at: SocketAddr) {
+        self.steer_anew |= self.places.note_told(key, at);
     }
 
     /// What other shards have to know of what happened to peers of ours.
@@ -51,16 +55,13 @@ impl Shard {
 
     /// Whoever is no peer any more is nowhere; of those who are yet to be one it is known where they were.
     pub(super) fn forget_removed(&mut self, peers: &[PeerConfig]) {
-        let keys =
-            |peers: &[PeerConfig]| peers.iter().map(|peer| peer.key).collect::<BTreeSet<_>>();
         let known = self.known_peers();
-        let (before, after) = (keys(known), keys(peers));
         let relays = |peers: &[PeerConfig]| {
             peers.iter().filter(|peer| peer.role == Role::Relay).cloned().collect::<Vec<_>>()
         };
         self.steer_anew |= relays(known) != relays(peers);
-        self.past.retain(|key| after.contains(key));
-        self.steer_anew |= self.places.retain(|key| after.contains(key) || !before.contains(key));
+        self.steer_anew |= self.places.set_peers(peers.iter().map(|peer| peer.key).collect());
+        self.past.retain(|key| self.places.is_peer(key));
     }
 
     /// For the shard's exchange, after peers or bridges have changed.
