@@ -274,6 +274,9 @@ pub const INDEX_QUARANTINE_MAX: usize = NODES_MAX * ENGINES_PER_PEER_MAX;
 /// Initiations handled per peer and second (`INITIATIONS_PER_SECOND`, drivers/net/wireguard/messages.h).
 pub const HANDSHAKES_PER_PEER_PER_SECOND: u32 = 50;
 
+/// Copies of an initiation that are no flood: who begins sends it to every candidate, and one comes first.
+pub const INITIATION_COPIES_MAX: usize = CANDIDATES_PER_NODE_MAX;
+
 /// Time within which known candidates are tried again while packets come from an address that is
 /// none of them. Less than 15 s, so that a peer captured on the way is back within 15 s.
 pub const PROBE_INTERVAL_SECONDS: u64 = 10;

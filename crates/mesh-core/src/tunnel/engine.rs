@@ -28,6 +28,8 @@ pub const TYPE_TRANSPORT: u8 = 4;
 pub const INITIATION_BYTES: usize = 148;
 pub const RESPONSE_BYTES: usize = 92;
 pub const COOKIE_BYTES: usize = 64;
+/// The last field of an initiation and of a response.
+pub const MAC2_BYTES: usize = 16;
 /// Type, receiver index, counter: what stands before the ciphertext of a transport message.
 pub const TRANSPORT_HEADER_BYTES: usize = 16;
 /// Poly1305 tag behind it.

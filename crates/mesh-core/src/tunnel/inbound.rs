@@ -373,7 +373,21 @@ impl<F: EngineFactory> Tunnel<F> {
             self.admit(Admitted { shard, key, own }, meta, datagram)?;
             return Ok(self.foreign.initiates(now, &key, stamp));
         }
-        self.answer(now, &key, own, meta, datagram).map(|()| true)
+        let done = self.answer(now, &key, own, meta, datagram);
+        if let Err(reason @ DropReason::StaleInitiation) = done
+            && self.is_copy(now, &key, own, datagram)
+        {
+            self.counters.count_drop(reason);
+            return Ok(true);
+        }
+        done.map(|()| true)
+    }
+
+    /// Whether it is what its peer sent by several ways at once, of which the first was answered.
+    fn is_copy(&mut self, now: MonoTime, key: &PublicKey, own: OwnKeyId, datagram: &[u8]) -> bool {
+        let Some(own) = self.factory.public_key(own) else { return false };
+        let peer = self.peers.slot_of(key).and_then(|slot| self.peers.get_mut(slot));
+        peer.is_some_and(|peer| peer.recorded.is_copy(now, &own, datagram))
     }
 
     fn admit(
@@ -440,7 +454,7 @@ impl<F: EngineFactory> Tunnel<F> {
         let fresh = member.met || peer.path.endpoint().is_none();
         peer.initiations.take(now, rate, rate);
         if let Some(own) = self.factory.public_key(own) {
-            peer.recorded.note(own, datagram);
+            peer.recorded.note(now, own, datagram);
         }
         if fresh && outcome.authenticated {
             self.heard(now, slot, meta, Heard::Handshake);

@@ -25,6 +25,7 @@ use mesh_types::time::MonoTime;
 use super::engine::{Stamp, TYPE_COOKIE, TYPE_RESPONSE, TYPE_TRANSPORT};
 use super::front::{Bucket, Message};
 use super::path::plain;
+use super::recorded::Copies;
 
 /// The shard that hears strangers.
 pub const FRONT: usize = 0;
@@ -138,7 +139,7 @@ impl Runs<'_> {
 
     fn class(&self, datagram: &Range<usize>) -> (usize, bool) {
         let datagram = self.input.get(datagram.clone()).unwrap_or(&[]);
-        // Its owner asks whether a relay may have carried it.
+        // Whoever received it asks whether a relay may have carried it.
         let datagram = carry::parse(datagram).map_or(datagram, |carried| carried.message);
         match Message::of(datagram) {
             Some(Message::Transport(_)) => (self.share.taker(datagram), true),
@@ -195,6 +196,7 @@ pub(super) struct Foreign {
 struct Initiations {
     bucket: Bucket,
     newest: Stamp,
+    copies: Copies,
 }
 
 impl Foreign {
@@ -223,14 +225,18 @@ impl Foreign {
         self.initiations.retain(|key, _| self.keys.contains(key));
     }
 
-    /// Notes an initiation that one of them wrote; false: not newer than the last one, or more than a peer's owner answers.
+    /// Notes an initiation that one of them wrote; false: neither newer than the last one nor that one by another way, or more
+    /// than a peer's owner answers.
     /// It is not to be dropped for that: the owner may know less, as of a peer that was removed and is there again.
     pub(super) fn initiates(&mut self, now: MonoTime, key: &PublicKey, written: Stamp) -> bool {
         let rate = HANDSHAKES_PER_PEER_PER_SECOND;
         let seen = self.initiations.entry(*key).or_default();
+        if written == seen.newest {
+            return seen.copies.another(now);
+        }
         let counts = written > seen.newest && seen.bucket.take(now, rate, rate);
         if counts {
-            seen.newest = written;
+            (seen.newest, seen.copies) = (written, Copies::of_one_that_came(now));
         }
         counts
     }

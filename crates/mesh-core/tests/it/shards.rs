@@ -357,9 +357,9 @@ fn what_leads_nowhere_at_its_owner_is_counted_against_its_source_as_with_one_sha
         for (n, first) in foreign.iter().zip(&recorded) {
             machine.receive(addr(*n), 0, first);
         }
-        // One a millisecond.
+        // One a millisecond, later than a copy by another way would be.
         for ms in 0..3_000u16 {
-            machine.now = now() + Duration::from_millis(ms.into());
+            machine.now = now() + Duration::from_millis(1_000 + u64::from(ms));
             let [high, low] = if one_source { [0, 0] } else { ms.to_be_bytes() };
             let stranger = SocketAddr::from(([203, 0, high, low], 9));
             machine.receive(stranger, 0, &recorded[usize::from(ms) % recorded.len()]);

@@ -138,15 +138,20 @@ fn a_flood_in_the_names_of_peers_of_another_shard_is_looked_at_no_more_than_of_o
 fn true_peers_of_all_shards_behind_one_address_are_answered_at_once() {
     let to = node(1);
     let peers: Vec<_> = std::iter::repeat_with(generate_private_key).take(150).collect();
-    for of in [1, 3] {
+    // Each begins by all ways it knows at once: to each address of ours, and by relays.
+    for (of, ways) in [(1, 1), (3, 1), (1, 4), (3, 4)] {
         let mut shards = Shards::new(&to, &peers, of);
         let source = "192.0.2.9:9".parse().expect("an address");
         for seconds in [10, 130] {
             for peer in &peers {
-                shards.hear(at(seconds), source, &initiation_of(peer, &to, at(seconds)));
+                let initiation = initiation_of(peer, &to, at(seconds));
+                for _ in 0..ways {
+                    shards.hear(at(seconds), source, &initiation);
+                }
             }
         }
-        let all = Told { looked_at: 300, responses: 300, cookies: 0, dropped: 0 };
-        assert_eq!(shards.told(), all, "{of} shards");
+        let (looked_at, dropped) = (300 * ways, 300 * (ways - 1));
+        let all = Told { looked_at, responses: 300, cookies: 0, dropped };
+        assert_eq!(shards.told(), all, "{of} shards, {ways} ways");
     }
 }
