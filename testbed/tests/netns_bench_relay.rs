@@ -38,7 +38,7 @@ fn the_relay_and_the_plain_forwarder_carry_what_the_load_sends_and_the_document_
     if !common::root() {
         return;
     }
-    let report = bench("forward_1");
+    let report = bench("forward");
     for key in ["processor", "kernel", "rounds", "seconds", "figures", "spreads"] {
         assert!(!report[key].is_null(), "no {key}: {report}");
     }
