@@ -127,6 +127,31 @@ fn a_connection_that_was_given_is_served_and_its_end_is_the_end() {
 }
 
 #[test]
+fn without_descriptors_said_to_be_none_it_goes_on_in_the_background() {
+    if !root() {
+        return;
+    }
+    let place = Place::new();
+    // As boringtun-cli is started by those who pass all its options.
+    let started = Command::new("nsenter")
+        .arg(format!("--net={}", place.netns.display()))
+        .args(["--", env!("CARGO_BIN_EXE_meshd"), "wg", "--tun-fd", "-1", "--uapi-fd", "-1"])
+        .arg(format!("--uapi-dir={}", place.dir.path().display()))
+        .args(["--", "wg0"])
+        .env_remove("LOG_LEVEL")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status()
+        .expect("meshd starts");
+    assert!(started.success(), "{started}");
+    let mut configured = UnixStream::connect(place.socket()).expect("it listens");
+    ask(&mut configured);
+    std::fs::remove_file(place.socket()).expect("removed, which ends it");
+    configured.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    assert_eq!(configured.read(&mut [0]).ok(), Some(0), "it is still there");
+}
+
+#[test]
 fn the_socket_of_another_program_is_left_alone() {
     if !root() {
         return;

@@ -32,6 +32,12 @@ impl Release {
         self < Self(6, 9, 0)
     }
 
+    /// A TUN device tells in which network namespace it is (since 5.2), also of one that ends: a reference too many to what is
+    /// being freed (Linux ff960f9d3edb, "netns: Make get_net_ns() handle zero refcount net", in 6.10 and later in older series).
+    pub fn tells_namespaces_of_devices(self) -> bool {
+        self >= Self(6, 10, 0)
+    }
+
     /// Drivers that segment in part (`NETIF_F_GSO_PARTIAL`) send damaged UDP headers: begun by Linux b10b446 in
     /// 7.0, ended by 78effd8 and 5f17ae0, which 7.1.5 has.
     pub fn mangles_udp_segments(self) -> bool {

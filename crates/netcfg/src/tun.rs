@@ -22,6 +22,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::link::Link;
+use crate::release::Release;
 use crate::{addr, link, netns, sys};
 
 /// Bytes of the virtio network header in front of each packet.
@@ -184,22 +185,36 @@ impl Tun {
     ///
     /// Neither name nor index say that an interface is this one: after it was moved another may have come to have them.
     pub fn link(&self) -> anyhow::Result<Option<Link>> {
-        let found = match sys::tun_netns(self.fd.as_fd()) {
-            Ok(netns) if is_own(&netns) => self.link_here()?,
-            Ok(netns) => match netns::run_in(&netns, || Ok(self.link_here())) {
+        let found = match self.netns()? {
+            // Not to be asked here.
+            None => return Ok(self.link_here()?.filter(|link| link.index == self.index)),
+            Some(Place::Here) => self.link_here()?,
+            Some(Place::Elsewhere(netns)) => match netns::run_in(&netns, || Ok(self.link_here())) {
                 Ok(found) => found?,
-                Err(error) => {
+                Err(error) if is_refusal(&error) => {
                     let error = format!("{error:#}");
                     tracing::debug!(device = self.name, error, "not to be seen where it is");
                     return Ok(None);
                 }
+                Err(error) => return Err(error),
             },
-            // The kernel does not know the question, or does not answer us.
-            Err(_) => return Ok(self.link_here()?.filter(|link| link.index == self.index)),
         };
         found.map(Some).with_context(|| {
             format!("TUN device {} was moved or renamed while it was looked at", self.name)
         })
+    }
+
+    /// The network namespace its interface is in. `None`: the kernel is not to be asked, or does not tell us.
+    fn netns(&self) -> anyhow::Result<Option<Place>> {
+        let asked = Release::running().is_some_and(Release::tells_namespaces_of_devices);
+        let Some(own) = netns::current_inode().ok().filter(|_| asked) else { return Ok(None) };
+        match sys::tun_netns(self.fd.as_fd()) {
+            Ok(netns) if rustix::fs::fstat(&netns)?.st_ino == own => Ok(Some(Place::Here)),
+            Ok(netns) => Ok(Some(Place::Elsewhere(netns))),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(None),
+            // As while the namespace ends.
+            Err(error) => Err(error).context("ask in which network namespace a TUN device is"),
+        }
     }
 
     /// The TUN interface that is called like this one, in the namespace of the calling thread.
@@ -381,10 +396,16 @@ impl AsFd for Tun {
     }
 }
 
-/// Whether it is the namespace of the calling thread; where that cannot be told, it is another.
-fn is_own(netns: &OwnedFd) -> bool {
-    let inode = rustix::fs::fstat(netns).map(|it| it.st_ino).ok();
-    inode.is_some() && inode == netns::current_inode().ok()
+/// Where an interface is, as the calling thread sees it.
+enum Place {
+    Here,
+    Elsewhere(OwnedFd),
+}
+
+/// Whether we may not go there: nothing that another try would change.
+fn is_refusal(error: &anyhow::Error) -> bool {
+    let kind = error.root_cause().downcast_ref().map(io::Error::kind);
+    kind == Some(io::ErrorKind::PermissionDenied)
 }
 
 fn read_one(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {

@@ -45,6 +45,10 @@ const MTU: u32 = 1420;
 
 /// Set for the process that goes on in the background, to whether the socket it is given has a file of ours.
 const DETACHED: &str = "MESHD_WG_DETACHED";
+
+/// Where a descriptor is told by whoever starts us.
+const TUN_FD: &str = "WG_TUN_FD";
+const UAPI_FD: &str = "WG_UAPI_FD";
 const WITH_FILE: &str = "with-file";
 const WITHOUT_FILE: &str = "without-file";
 
@@ -63,7 +67,7 @@ const ROUTES_PAUSE_MAX: Duration = Duration::from_millis(100);
 /// `meshd wg`.
 pub fn run(args: &WgArgs) -> anyhow::Result<()> {
     let dir = config::uapi_dir(&args.uapi)?.context("--uapi-dir may not be empty here")?;
-    let tun = match args.tun_fd() {
+    let tun = match descriptor(args.tun_fd(), TUN_FD) {
         Some(number) => {
             // The one of our own start has what its operator may have given it meanwhile.
             let mtu = std::env::var_os(DETACHED).is_none().then_some(MTU);
@@ -109,14 +113,23 @@ fn foreground(args: &WgArgs, dir: &Path, tun: Tun) -> anyhow::Result<()> {
     served
 }
 
+/// A descriptor we were given. The command line is that of our first start, which has opened what it did not get.
+fn descriptor(told: Option<i32>, name: &str) -> Option<i32> {
+    if std::env::var_os(DETACHED).is_none() {
+        return told;
+    }
+    std::env::var(name).ok()?.parse().ok()
+}
+
 /// What the device is configured by: what was passed on, or a new socket.
 fn listen(args: &WgArgs, dir: &Path, device: &str) -> anyhow::Result<(Door, Socket)> {
-    let door = match args.uapi_fd() {
+    let uapi_fd = descriptor(args.uapi_fd(), UAPI_FD);
+    let door = match uapi_fd {
         Some(number) => Door::inherit(number)?,
         None => Door::Listener(server::listen(dir, device)?),
     };
     let detached = std::env::var_os(DETACHED);
-    let is_ours = args.uapi_fd().is_none() || detached.is_some_and(|it| it == WITH_FILE);
+    let is_ours = uapi_fd.is_none() || detached.is_some_and(|it| it == WITH_FILE);
     let socket = door.file(server::path(dir, device), is_ours);
     Ok((door, socket))
 }
@@ -154,7 +167,7 @@ fn detach(args: &WgArgs, tun: &Tun, door: Door, socket: &Socket) -> anyhow::Resu
     command.arg0(name).args(argv).current_dir("/").stdin(Stdio::null());
     let detached = if socket.had_file() { WITH_FILE } else { WITHOUT_FILE };
     command.env("WG_PROCESS_FOREGROUND", "1").env(DETACHED, detached);
-    for (name, fd) in [("WG_TUN_FD", tun.as_fd()), ("WG_UAPI_FD", door.as_fd())] {
+    for (name, fd) in [(TUN_FD, tun.as_fd()), (UAPI_FD, door.as_fd())] {
         command.env(name, keep_open(fd)?.to_string());
     }
     match &args.log_file {

@@ -1,12 +1,14 @@
 //! Where a device is configured: a listening socket and its file, or a conversation that whoever started us holds.
 
+use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use rustix::net::{AddressFamily, SocketType, getpeername, sockopt};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, getpeername, sockopt};
 
 use crate::folder;
 use crate::uapi::server::{self, Service};
@@ -104,8 +106,12 @@ impl Socket {
 
     /// That of a listener that we were given, if it is at `path`. Anywhere else it is whoever's made it.
     pub(super) fn given(listener: &impl AsFd, path: PathBuf) -> Self {
-        let bound = bound_inode(listener).ok();
-        let inode = inode(&path).ok().filter(|inode| bound == Some(*inode));
+        let there = inode(&path).ok();
+        let inode = match bound_inode(listener) {
+            Ok(bound) => there.filter(|inode| bound == *inode),
+            // Without CAP_NET_ADMIN, or before Linux 4.11: as it was called when it was bound.
+            Err(_) => there.filter(|_| bound_path(listener).is_ok_and(|bound| bound == path)),
+        };
         Self { had_file: inode.is_some(), inode, path }
     }
 
@@ -155,6 +161,12 @@ fn inode(path: &Path) -> std::io::Result<Inode> {
 fn bound_inode(socket: &impl AsFd) -> std::io::Result<Inode> {
     let file = std::fs::File::from(netcfg::bound_file(socket)?);
     file.metadata().map(|it| (it.dev(), it.ino()))
+}
+
+fn bound_path(socket: &impl AsFd) -> std::io::Result<PathBuf> {
+    let address = SocketAddrUnix::try_from(rustix::net::getsockname(socket)?)?;
+    let path = address.path().ok_or(std::io::ErrorKind::NotFound)?;
+    Ok(OsStr::from_bytes(path.to_bytes()).into())
 }
 
 #[cfg(test)]
