@@ -18,6 +18,7 @@ use mesh_core::packet::VnetHeader;
 use mesh_core::tunnel::Tunnel;
 use mesh_core::tunnel::config::{Admitted, Doubt, UdpMeta};
 use mesh_core::tunnel::engine::EngineFactory;
+use mesh_core::tunnel::path::plain;
 use mesh_core::tunnel::sight::Sight;
 use mesh_core::tunnel::steer::Share;
 use mesh_types::carry;
@@ -42,11 +43,6 @@ const RECEIVED_PARCELS: usize = UDP_DRAIN_BUFFERS * RECV_BUFFER_BYTES / HANDOVER
 
 /// Or parcels that are not full would hold back by themselves.
 const _: () = assert!(RECEIVED_PARCELS <= HANDOVER_PARCELS_MAX / 2);
-
-/// Relays are told apart by it.
-fn plain(at: SocketAddr) -> SocketAddr {
-    SocketAddr::new(at.ip().to_canonical(), at.port())
-}
 
 fn holds_carried(meta: &UdpMeta, run: &[u8]) -> bool {
     run.chunks(meta.datagram_len(run.len()).max(1)).any(carry::is_carried)
@@ -247,7 +243,6 @@ impl Exchange {
             // Nobody's: counted as one shard alone would.
             tunnel.handle_udp_input(now, meta, input);
         }
-        let is_relay = self.relays.contains(&plain(meta.source));
         let mut at = 0;
         while let Some(run) = self.share.runs(input, meta.segment_len).from(at).next() {
             at = run.range.end;
@@ -255,7 +250,7 @@ impl Exchange {
             if run.taker == self.share.index() {
                 tunnel.handle_udp_input(now, meta, bytes);
                 self.hand_admitted(tunnel, now);
-            } else if is_relay || !holds_carried(meta, bytes) {
+            } else if !holds_carried(meta, bytes) || self.relays.contains(&plain(meta.source)) {
                 self.hand_run(now, meta, run.taker, run.transport, bytes);
             } else {
                 let len = meta.datagram_len(bytes.len()).max(1);

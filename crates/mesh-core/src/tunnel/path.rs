@@ -452,7 +452,7 @@ impl Path {
 }
 
 /// Without what does not tell addresses apart: IPv4 as IPv4, no flow label.
-pub(super) fn plain(addr: SocketAddr) -> SocketAddr {
+pub fn plain(addr: SocketAddr) -> SocketAddr {
     match addr {
         SocketAddr::V6(v6) if v6.ip().to_ipv4_mapped().is_none() => {
             let mut v6 = v6;

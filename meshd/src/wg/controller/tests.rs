@@ -53,6 +53,16 @@ fn index(controller: &Controller) -> u32 {
     controller.tuns[0].index()
 }
 
+/// One whose interface is up, and its index.
+fn served() -> (Controller, u32) {
+    let mut controller = controller();
+    let index = index(&controller);
+    link::set_up(index).expect("up");
+    assert_eq!(controller.look(), Look::There);
+    assert!(controller.plane.is_some());
+    (controller, index)
+}
+
 fn lines(text: &str) -> Vec<Line> {
     let mut in_peer = false;
     let lines = text.split_whitespace().map(|text| {
@@ -74,11 +84,7 @@ fn another_link_of_its_index_is_not_the_device() {
     }
     let (home, away) = (Space::new(), Space::new());
     home.run(|| {
-        let mut controller = controller();
-        let index = index(&controller);
-        link::set_up(index).expect("up");
-        assert_eq!(controller.look(), Look::There);
-        assert!(controller.plane.is_some());
+        let (mut controller, index) = served();
         link::set_netns(index, &away.netns).expect("moved");
         away.run(|| {
             link::set_mtu(index, 1300).expect("an MTU");
@@ -100,11 +106,7 @@ fn a_device_elsewhere_is_down_where_it_is_down() {
     }
     let (home, away) = (Space::new(), Space::new());
     home.run(|| {
-        let mut controller = controller();
-        let index = index(&controller);
-        link::set_up(index).expect("up");
-        controller.look();
-        assert!(controller.plane.is_some());
+        let (mut controller, index) = served();
         // Which sets it down.
         link::set_netns(index, &away.netns).expect("moved");
         assert_eq!(controller.look(), Look::There);
