@@ -16,9 +16,12 @@ use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use mesh_types::key::{KeyError, PublicKey};
 use mesh_types::limits::{FILE_BYTES_MAX, RELAY_CLIENTS_MAX, RELAY_ROSTERS_MAX};
+
+/// Looks at a file that changes under them.
+const LOOKS_MAX: usize = 4;
 
 /// A line of a keys file that is no key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -172,20 +175,39 @@ fn stamp(path: &Path) -> Option<Stamp> {
 
 /// Reads a keys file: one public key per line; what follows `#` is a comment.
 pub fn read(path: &Path) -> anyhow::Result<(BTreeSet<PublicKey>, Vec<BadLine>)> {
-    let mut text = String::new();
-    let file = File::open(path)
-        .with_context(|| format!("cannot open the keys file {}", path.display()))?;
-    // One byte more than allowed shows that the file is too large.
-    let read = file
-        .take(FILE_BYTES_MAX.saturating_add(1))
-        .read_to_string(&mut text)
-        .with_context(|| format!("cannot read the keys file {}", path.display()))?;
+    // A pipe says a thing once.
+    let regular = std::fs::metadata(path).is_ok_and(|data| data.is_file());
+    let read = if regular { same_twice(|| whole(path)) } else { whole(path) };
+    let bytes = read.with_context(|| format!("cannot read the keys file {}", path.display()))?;
     ensure!(
-        read as u64 <= FILE_BYTES_MAX,
+        bytes.len() as u64 <= FILE_BYTES_MAX,
         "the keys file {} is larger than {FILE_BYTES_MAX} bytes: is it the right file?",
         path.display()
     );
+    let text = String::from_utf8(bytes)
+        .with_context(|| format!("the keys file {} is no text", path.display()))?;
     Ok(parse(&text))
+}
+
+/// One look at the file. One byte more than allowed shows that it is too large.
+fn whole(path: &Path) -> anyhow::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(FILE_BYTES_MAX.saturating_add(1)).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// What two looks in a row show alike. A file that is written in place during a look may show the beginning of its old
+/// content and the end of its new one: keys that are in both would be missing.
+fn same_twice(mut look: impl FnMut() -> anyhow::Result<Vec<u8>>) -> anyhow::Result<Vec<u8>> {
+    let mut before = look()?;
+    for _ in 1..LOOKS_MAX {
+        let now = look()?;
+        if now == before {
+            return Ok(now);
+        }
+        before = now;
+    }
+    bail!("it changes while it is read: write it beside and rename it into place")
 }
 
 fn parse(text: &str) -> (BTreeSet<PublicKey>, Vec<BadLine>) {
@@ -225,6 +247,21 @@ mod tests {
         let (keys, bad) = parse(&text);
         assert_eq!(keys, BTreeSet::from([key]));
         assert_eq!(bad, [BadLine { number: 4, why: KeyError::NotBase64 }]);
+    }
+
+    #[test]
+    fn half_of_one_content_and_half_of_another_is_nobodys() {
+        let looks = |contents: &[&str]| {
+            let mut contents = contents.iter();
+            same_twice(|| Ok(contents.next().expect("another look").as_bytes().to_vec()))
+        };
+        assert_eq!(looks(&["new", "new"]).expect("read"), b"new");
+        assert_eq!(
+            looks(&["# nobody\nof the new", "the new", "the new"]).expect("read"),
+            b"the new"
+        );
+        assert!(looks(&["a", "b", "a", "b"]).is_err(), "it is written all the time");
+        assert!(same_twice(|| bail!("gone")).is_err());
     }
 
     #[test]
