@@ -172,8 +172,16 @@ fn every_request_is_answered_and_shown_as_wireguard_go_does() {
         };
         assert_eq!(device(ours, port), device(theirs, port), "after {text}");
     }
-    // A question with more behind it.
-    assert_eq!(ours.say(b"get=1\nx\n"), theirs.say(b"get=1\nx\n"));
+    // A question with more behind it; what is none, and is left without a word; lines as long as they may be, and longer.
+    let long = |bytes: usize| format!("set=1\nfwmark={}\n\n", "1".repeat(bytes - 7));
+    let scanned = 64 * 1024 - 1;
+    for text in ["get=1\nx\n", "get=2\n\n", "set=2\nfwmark=1\n\n", "\n\n", "get=1", "nonsense"]
+        .map(str::to_owned)
+        .into_iter()
+        .chain([2_000, scanned, scanned + 1, 200_000].map(long))
+    {
+        assert_eq!(ours.say(text.as_bytes()), theirs.say(text.as_bytes()), "{text:.40}");
+    }
     // Of a device that is up, with a port that is taken.
     for node in [ours, theirs] {
         node.set(&format!("listen-port 7005 private-key {}", node.key_file()));

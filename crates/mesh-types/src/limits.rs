@@ -313,8 +313,9 @@ pub const POD_CHECK_ADDRESSES_MAX: usize = 4096;
 /// Questions `meshd ping` asks of each address: a measure, not a load.
 pub const PING_COUNT_MAX: u8 = 20;
 
-/// Longest line of a configuration request: a key of 64 digits or an endpoint with its zone takes a tenth of it.
-pub const UAPI_LINE_BYTES_MAX: usize = 1024;
+/// Longest line of a configuration request, without its end: as wireguard-go's scanner of lines takes them. One that makes sense
+/// takes a hundred.
+pub const UAPI_LINE_BYTES_MAX: usize = 64 * 1024 - 1;
 
 /// Lines of one request: every peer with everything that can be said of it, and all allowed prefixes.
 pub const UAPI_LINES_MAX: usize = 8 * NODES_MAX + ALLOWED_IPS_MAX + 16;

@@ -157,7 +157,7 @@ impl Service {
 /// How a client is treated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Manner {
-    /// Is let go when it is silent, or talks nonsense: it can come again.
+    /// Is let go when it is silent, and without a word when it talks nonsense: it can come again.
     Guest,
     /// Nobody else can come: is waited for, and heard whatever it said before.
     Only,
@@ -214,8 +214,11 @@ async fn converse(mut stream: UnixStream, service: Service, manner: Manner) {
                 tracing::warn!(key, %refusal, "a request to the configuration socket was refused; others of this client are counted");
             }
         }
+        if ends {
+            return;
+        }
         let sent = manner.wait(answer(&mut writer, answered));
-        if !matches!(sent.await, Some(Ok(()))) || ends {
+        if !matches!(sent.await, Some(Ok(()))) {
             return;
         }
         if goes_on {

@@ -53,6 +53,23 @@ async fn the_only_conversation_goes_on_until_its_other_end_is_closed() {
     served.await.expect("it ends");
 }
 
+#[tokio::test]
+async fn who_begins_no_request_is_let_go_without_a_word_and_counted() {
+    for words in ["get=2\n\nget=1\n\n", "\n", "get=1", "GET / HTTP/1.1\r\n\r\n"] {
+        let (near, mut far) = UnixStream::pair().expect("a pair");
+        let refusals = Arc::default();
+        let service = Service::new(Patient, Arc::clone(&refusals));
+        far.write_all(words.as_bytes()).await.expect("written");
+        far.shutdown().await.expect("shut");
+        converse(near, service, Manner::Guest).await;
+        let mut answer = Vec::new();
+        // What it did not read is lost with the connection.
+        let _ = far.read_to_end(&mut answer).await;
+        assert_eq!(answer, b"", "{words}");
+        assert_eq!(counted(&refusals), [("no_line".to_owned(), 1)]);
+    }
+}
+
 /// A log that can be read.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
