@@ -7,7 +7,8 @@
 //!     |            90 s: give up      |  +--+ 5 s + 0..333 ms: again
 //!     +-------------------------------+
 //!     |
-//!     +-- keepalive wanted: a new attempt after a back-off of 10 s doubling to 25 s, and jitter
+//!     +-- keepalive wanted: a new attempt after a back-off of 10 s doubling to 25 s, or the interval
+//!         where that is shorter (5 s at least), and jitter
 //! ```
 //!
 //! Pure: time is an argument, jitter comes from the seed. Nothing here knows a key or a message.
@@ -31,7 +32,8 @@ const JITTER_MS_MAX: u64 = 333;
 
 /// Pause before a peer that never answered is tried again unasked. We are asked for keepalives because a NAT stands
 /// between: our packets alone open it, so the pause stays within the usual interval (25 s, wg(8)) and below the time a
-/// NAT remembers us (30 s and more, RFC 4787 section 4.3), and a peer that was away is back within it.
+/// NAT remembers us (30 s and more, RFC 4787 section 4.3), and a peer that was away is back within it. Whoever asks for a
+/// shorter interval is not made to wait longer than that: the kernel's keepalives go on, too, and begin handshakes.
 const BACKOFF_FIRST: Duration = Duration::from_secs(10);
 const BACKOFF_MAX: Duration = Duration::from_secs(25);
 
@@ -242,8 +244,9 @@ impl Timers {
         self.unanswered_at = None;
         self.passive_at = None;
         self.touch_persistent(now);
-        if self.keepalive.is_some() {
-            self.revive_at = Some(now + self.backoff + self.jitter());
+        if let Some(interval) = self.keepalive {
+            self.revive_at =
+                Some(now + self.backoff.min(interval.max(REKEY_TIMEOUT)) + self.jitter());
             self.backoff = self.backoff.saturating_mul(2).min(BACKOFF_MAX);
         }
     }
@@ -333,20 +336,22 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_peer_with_keepalive_is_tried_for_ever_with_pauses_up_to_25_s() {
-        let mut timers = Timers::new(at(0), Some(Duration::from_secs(25)), 7);
-        let (sent, given_up) = alone(&mut timers, at(0), Duration::from_secs(3600));
-        assert!(sent[0] <= at(1), "a wanted keepalive begins at once");
-        let last = sent.last().expect("initiations");
-        assert!(last.since(at(3600 - 300)) > Duration::ZERO, "still trying at the end: {last:?}");
-        let mut pauses = Vec::new();
-        for end in &given_up {
-            if let Some(next) = sent.iter().find(|&sent| sent > end) {
-                pauses.push(next.since(*end).as_secs());
-            }
+    fn a_dead_peer_with_keepalive_is_tried_for_ever_with_pauses_up_to_25_s_or_the_interval() {
+        for (interval, pauses) in
+            [(25, [10, 20, 25, 25]), (600, [10, 20, 25, 25]), (15, [10, 15, 15, 15]), (1, [5; 4])]
+        {
+            let mut timers = Timers::new(at(0), Some(Duration::from_secs(interval)), 7);
+            let (sent, given_up) = alone(&mut timers, at(0), Duration::from_secs(3600));
+            assert!(sent[0] <= at(1), "a wanted keepalive begins at once");
+            let last = sent.last().expect("initiations");
+            assert!(last.since(at(3600 - 300)) > Duration::ZERO, "trying at the end: {last:?}");
+            let after =
+                |end: &MonoTime| sent.iter().find(|sent| *sent > end).map(|next| next.since(*end));
+            let seen: Vec<_> =
+                given_up.iter().filter_map(after).map(|pause| pause.as_secs()).collect();
+            assert_eq!(seen[..4], pauses, "{interval}");
+            assert!(seen[4..].iter().all(|pause| *pause == pauses[3]), "{interval}: {seen:?}");
         }
-        assert_eq!(pauses[..3], [10, 20, 25]);
-        assert!(pauses[3..].iter().all(|&pause| pause == 25), "{pauses:?}");
     }
 
     #[test]
