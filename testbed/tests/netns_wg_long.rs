@@ -235,10 +235,10 @@ fn a_tunnel_carries_a_tunnel() {
     }
     let _server = b.serve_iperf3();
     for address in ["10.245.2.1", "fd00:10:245:2::1"] {
-        a.done(&format!("ping -n -q -f -c 500 -W 2 {address}"));
+        a.flood(500, address);
         for way in ["", "-R"] {
             a.iperf3(&format!("-n 64M {way} -c {address}"));
-            a.iperf3(&format!("-u -b 0 -t 2 {way} -c {address}"));
+            a.udp_at_full_rate(&format!("-t 2 {way} -c {address}"));
         }
     }
     a.iperf3("-n 64M -P 20 -c 10.245.2.1");

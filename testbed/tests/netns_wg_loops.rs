@@ -83,7 +83,7 @@ fn layers(what: &str, program: Program) {
         let _server = b.serve_iperf3();
         for way in ["", "-R"] {
             a.iperf3(&format!("-n 16M {way} -c 10.245.2.1"));
-            a.iperf3(&format!("-u -b 0 -t 1 {way} -c 10.245.2.1"));
+            a.udp_at_full_rate(&format!("-t 1 {way} -c 10.245.2.1"));
         }
     }
     // All there is belongs to the inner peer, as of a way out through two hops.

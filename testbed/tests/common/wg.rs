@@ -294,6 +294,23 @@ impl Node {
         wait_for("a free server", run)
     }
 
+    /// UDP as fast as it goes: part of it arrives, in order.
+    pub(crate) fn udp_at_full_rate(&self, options: &str) {
+        let text = self.iperf3(&format!("-u -b 0 {options}"));
+        let received = text.lines().find(|line| line.trim_end().ends_with("receiver"));
+        let Some((lost, all)) = received.and_then(lost_of) else {
+            panic!("nothing counted: {text}")
+        };
+        assert!(all > 1_000 && lost < all, "{text}");
+        assert!(!text.contains("out-of-order"), "{text}");
+    }
+
+    /// `count` pings, each as soon as the one before is answered, which all are.
+    pub(crate) fn flood(&self, count: u32, options: &str) {
+        let text = self.done(&format!("ping -n -q -f -c {count} -W 2 {options}"));
+        assert!(text.contains(" 0% packet loss"), "{text}");
+    }
+
     /// Whether the other answers, before a handshake would be tried again.
     pub(crate) fn ping(&self, to: &Node) -> Result<String, String> {
         self.run(&format!("ping -n -c 1 -W 4 {}", to.address()))
@@ -318,4 +335,12 @@ impl Node {
         let _ = socket.read_to_string(&mut answer);
         answer
     }
+}
+
+/// Datagrams lost and sent, in iperf3's line `… 0.012 ms  3/4567 (0.07%)  receiver`.
+fn lost_of(line: &str) -> Option<(u64, u64)> {
+    line.split_whitespace().find_map(|word| {
+        let (lost, all) = word.split_once('/')?;
+        Some((lost.parse().ok()?, all.parse().ok()?))
+    })
 }
