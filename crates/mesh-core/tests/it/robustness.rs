@@ -194,7 +194,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_a_peer_seals_what_comes_out_is_an_ip_packet_of_its_own(
+    fn whatever_a_peer_seals_what_comes_out_is_an_ip_packet_of_its_own_and_others_do_not_notice(
         bursts in proptest::collection::vec(
             proptest::collection::vec(
                 prop_oneof![
@@ -208,9 +208,13 @@ proptest! {
                 1..20),
             1..4),
     ) {
-        let mut net = living();
+        let mut net = Network::mesh(1, 3);
+        net.send(2, 0, "open");
+        net.run_ms(100);
+        net.hosts[1].up = false;
         let mut insider = Insider::new(&mut net);
-        for contents in &bursts {
+        let before = net.snapshot(0, 2);
+        for (number, contents) in bursts.iter().enumerate() {
             insider.send(&mut net, contents);
             while let Some(frame) = net.hosts[0].tunnel.poll_tun() {
                 let bytes: Vec<u8> = frame.pieces().flatten().copied().collect();
@@ -223,9 +227,16 @@ proptest! {
                 };
                 prop_assert!(own, "{} came out", ip.source);
             }
+            net.send(2, 0, &format!("to {number}"));
+            net.send(0, 2, &format!("from {number}"));
+            net.run_ms(100);
+            prop_assert_eq!(net.texts(0, 2).last().cloned(), Some(format!("to {number}")));
+            prop_assert_eq!(net.texts(2, 0).last().cloned(), Some(format!("from {number}")));
         }
-        net.send(0, 1, "still here");
-        prop_assert!(net.hosts[0].tunnel.counters().tx_packets > 0);
+        prop_assert_eq!(net.texts(0, 2).len(), 1 + bursts.len());
+        prop_assert_eq!(net.texts(2, 0).len(), bursts.len());
+        let after = net.snapshot(0, 2);
+        prop_assert_eq!((after.endpoint, after.last_handshake), (before.endpoint, before.last_handshake));
     }
 }
 
