@@ -6,6 +6,7 @@
 
 mod engine;
 mod keyrelay;
+mod packer;
 mod packet;
 mod relayed;
 mod texts;
@@ -25,6 +26,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("segment", packet::segment),
     ("coalesce", packet::coalesce),
     ("identity", packet::identity),
+    ("packer", packer::packer),
     ("tunnel_udp", tunnel::udp),
     ("tunnel_tun", tunnel::tun),
     ("uapi", uapi::lines),
