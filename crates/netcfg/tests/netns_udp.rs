@@ -75,6 +75,40 @@ fn segments_larger_than_the_link_go_singly_in_fragments() {
     assert_eq!(receiver.counters().rx_malformed, 0);
 }
 
+/// Datagrams of `len` bytes, every fourth of which begins with a zero.
+fn numbered(datagrams: u8, len: usize) -> Vec<u8> {
+    (0..datagrams).flat_map(|i| [vec![i % 4], vec![i; len - 1]].concat()).collect()
+}
+
+#[test]
+fn a_filter_that_takes_some_datagrams_costs_no_others_of_the_same_send() {
+    if !privileged() {
+        return;
+    }
+    let (one, two) = pair(1280);
+    let mut receiver = two.run(|| UdpSocket::open(&UdpOptions::default()));
+    let to = SocketAddr::new("192.0.2.2".parse().unwrap(), receiver.local_port());
+    // By the first byte behind the header of UDP.
+    one.sh(&format!(
+        "nft 'table inet t {{ chain o {{ type filter hook output priority 0; udp dport {} @th,64,8 0 drop; }}; }}'",
+        to.port()
+    ));
+    // Without segments, and where this link refuses them: that is remembered all the same.
+    for (gso, len) in [(false, 1_000), (true, 1_452)] {
+        let mut sender = one.run(|| UdpSocket::open(&UdpOptions { gso, ..UdpOptions::default() }));
+        let sent = numbered(40, len);
+        for round in 1..=2 {
+            let told = sender.send(to, None, 0, len, &sent).expect_err("some were taken");
+            assert_eq!(told.kind(), std::io::ErrorKind::PermissionDenied);
+            let left: Vec<u8> =
+                sent.chunks(len).filter(|it| it[0] != 0).flatten().copied().collect();
+            assert_eq!(receive(&mut receiver, left.len()), left);
+            assert_eq!(sender.counters().tx_errors, round * 10);
+            assert_eq!(sender.counters().gso_refused, u64::from(gso));
+        }
+    }
+}
+
 #[test]
 fn without_ipv6_addresses_ipv4_still_works() {
     if !privileged() {

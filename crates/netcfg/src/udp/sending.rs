@@ -42,7 +42,7 @@ impl From<u8> for Marks {
 impl UdpSocket {
     /// Sends `bytes` to `destination` as datagrams of `segment_len` (the last may be shorter), from `source` if
     /// given, marked as told. Never blocks: what does not fit is dropped and counted, as any
-    /// router would do. An error tells that nothing (more) was sent.
+    /// router would do. An error tells that nothing (more) was sent, or that a packet filter took some of them.
     pub fn send(
         &mut self,
         destination: SocketAddr,
@@ -155,8 +155,11 @@ impl UdpSocket {
                 Err(error) if segment.is_some() && may_be_of_segments(&error) => {
                     // These errors may have another cause (a source address that is gone): only what then
                     // goes singly was refused for its segments.
-                    self.send_singly(destination, source, marks, segment_len, burst)?;
-                    self.remember_refusal(destination, &error);
+                    let singly = self.send_singly(destination, source, marks, segment_len, burst);
+                    if singly.as_ref().err().is_none_or(is_of_filter) {
+                        self.remember_refusal(destination, &error);
+                    }
+                    singly?;
                 }
                 Err(error) => return Err(error),
             }
@@ -203,11 +206,16 @@ impl UdpSocket {
         segment_len: usize,
         bytes: &[u8],
     ) -> io::Result<()> {
+        let mut filtered = Ok(());
         for datagram in bytes.chunks(segment_len) {
             self.counters.gso_bypassed += 1;
-            self.send_one(destination, source, marks, None, datagram)?;
+            match self.send_one(destination, source, marks, None, datagram) {
+                Ok(()) => {}
+                Err(error) if is_of_filter(&error) => filtered = Err(error),
+                Err(error) => return Err(error),
+            }
         }
-        Ok(())
+        filtered
     }
 
     fn send_one(
@@ -259,6 +267,11 @@ impl UdpSocket {
 fn is_of_source(error: &io::Error) -> bool {
     let errno = Errno::from_io_error(error);
     matches!(errno, Some(Errno::INVAL | Errno::ADDRNOTAVAIL | Errno::NETUNREACH))
+}
+
+/// A packet filter of this machine took it (`nf_hook_slow` in net/netfilter/core.c): that one, and not those behind it.
+fn is_of_filter(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EPERM)
 }
 
 /// What the kernel says of segments it cannot make on this interface (`EIO`: no checksum offload before Linux 6.11, or
