@@ -5,7 +5,8 @@
 //!             └──────┬───────┘              └───┬───┘              └───┬───┘
 //!  frame:   vnet +  piece 0               + piece 1              + piece 2      one writev
 //! ```
-//! The rules are those of Linux' GRO (`tcp_gro_receive`, `udp_gro_receive`), narrowed to appending: a packet
+//! The rules are those of Linux' GRO (`tcp_gro_receive`, `udp_gro_receive`), wider for the ID of IPv4 packets that are never
+//! fragmented, which means nothing (RFC 6864), and narrowed to appending: a packet
 //! joins only the most recent item of its connection, so the order within a connection never
 //! changes, and nothing outlives the burst. The kernel trusts what we write (`NEEDS_CSUM`), so a packet is
 //! merged only when its own transport checksum verifies; otherwise damage inside would be given

@@ -48,22 +48,22 @@ impl<F: EngineFactory> Tunnel<F> {
                 return None;
             }
         };
-        let ip = segmenter.ip();
+        let (ip, packets) = (segmenter.ip(), segmenter.count() as u64);
         let Some(slot) = self.allowed.lookup(ip.destination) else {
-            self.counters.count_drop(DropReason::NoPeer);
+            self.counters.count_drops(DropReason::NoPeer, packets);
             if by == ReadBy::Us {
                 self.tell_unreachable(now, ip, packet);
             }
             return None;
         };
         if self.config.setting == Setting::Mesh && self.allowed.lookup(ip.source).is_some() {
-            self.counters.count_drop(DropReason::LocalSourceForeign);
+            self.counters.count_drops(DropReason::LocalSourceForeign, packets);
             return None;
         }
         let hops = match self.hops_outside(slot, &segmenter, packet) {
             Ok(hops) => hops,
             Err(reason) => {
-                self.counters.count_drop(reason);
+                self.counters.count_drops(reason, packets);
                 return None;
             }
         };
@@ -76,7 +76,7 @@ impl<F: EngineFactory> Tunnel<F> {
             self.push_segments(now, Flow { hops, ..flow }, &segmenter);
             return None;
         }
-        self.stage(now, slot, header, packet);
+        self.stage(now, slot, header, packets, packet);
         None
     }
 
@@ -85,7 +85,8 @@ impl<F: EngineFactory> Tunnel<F> {
     /// other shard it goes somewhere: one of the two is about to read the newer set.
     pub fn handle_handed_packet(&mut self, now: MonoTime, header: &VnetHeader, packet: &mut [u8]) {
         if self.take_read(now, header, packet, ReadBy::Another).is_some() {
-            self.counters.count_drop(DropReason::NoPeer);
+            let packets = Segmenter::new(header, packet).map_or(1, |segmenter| segmenter.count());
+            self.counters.count_drops(DropReason::NoPeer, packets as u64);
         }
     }
 
@@ -217,7 +218,7 @@ impl<F: EngineFactory> Tunnel<F> {
             };
             if let Err(error) = segmenter.write(i, room) {
                 self.transmit.unpush();
-                self.counters.count_drop(error.into());
+                self.counters.count_drops(error.into(), (segmenter.count() - i) as u64);
                 return;
             }
             if let Some(padding) = room.get_mut(len..) {
@@ -226,16 +227,24 @@ impl<F: EngineFactory> Tunnel<F> {
         }
     }
 
-    fn stage(&mut self, now: MonoTime, slot: u32, header: &VnetHeader, packet: &[u8]) {
+    /// `packets`: how many `packet` will be cut into.
+    fn stage(
+        &mut self,
+        now: MonoTime,
+        slot: u32,
+        header: &VnetHeader,
+        packets: u64,
+        packet: &[u8],
+    ) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         if !peer.is_known() {
-            self.counters.count_drop(DropReason::NoEndpoint);
+            self.counters.count_drops(DropReason::NoEndpoint, packets);
             if let Ok(ip) = IpHeader::parse(packet) {
                 self.tell_unreachable(now, &ip, packet);
             }
             return;
         }
-        let dropped = self.staging.push(slot, *header, packet);
+        let dropped = self.staging.push(slot, *header, packets, packet);
         self.counters.count_drops(DropReason::StagedPeerFull, dropped.peer_full);
         self.counters.count_drops(DropReason::StagedBytesFull, dropped.bytes_full);
         if peer.sender(now).is_some() {
@@ -280,7 +289,7 @@ impl<F: EngineFactory> Tunnel<F> {
             let segmenter = match Segmenter::new(&staged.header, &staged.packet) {
                 Ok(segmenter) => segmenter,
                 Err(error) => {
-                    self.counters.count_drop(error.into());
+                    self.counters.count_drops(error.into(), staged.packets);
                     continue;
                 }
             };
@@ -292,7 +301,7 @@ impl<F: EngineFactory> Tunnel<F> {
             }
             match self.hops_outside(slot, &segmenter, &staged.packet) {
                 Ok(hops) => self.push_segments(now, Flow { hops, ..flow }, &segmenter),
-                Err(reason) => self.counters.count_drop(reason),
+                Err(reason) => self.counters.count_drops(reason, staged.packets),
             }
         }
     }

@@ -5,8 +5,8 @@
 //!                                 │ full: oldest out      └─(gave up, peer removed)──> dropped
 //!                                 └ all full: oldest of the peer that holds most out
 //! ```
-//! A waiting packet is a whole TUN read with its vnet header: super-packets count once and are cut only when
-//! they leave. The oldest is dropped, as the kernel does (`wg_xmit`): the newest is the likelier retry. Whoever holds little
+//! A waiting packet is a whole TUN read with its vnet header: of super-packets as many may wait, and they are cut only when
+//! they leave; dropped, each of their packets counts. The oldest is dropped, as the kernel does (`wg_xmit`): the newest is the likelier retry. Whoever holds little
 //! loses nothing to who holds much: some peers that never answer keep nobody's first packets out.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -21,6 +21,8 @@ use crate::packet::VnetHeader;
 #[derive(Debug)]
 pub struct Staged {
     pub header: VnetHeader,
+    /// How many it will be cut into.
+    pub packets: u64,
     pub packet: Box<[u8]>,
 }
 
@@ -60,23 +62,26 @@ impl Staging {
         !self.queues.contains_key(&slot)
     }
 
-    pub fn push(&mut self, slot: u32, header: VnetHeader, packet: &[u8]) -> Dropped {
+    /// `packets`: how many `packet` will be cut into.
+    pub fn push(&mut self, slot: u32, header: VnetHeader, packets: u64, packet: &[u8]) -> Dropped {
         let mut dropped = Dropped::default();
         let Some(giver) = self.giver(slot, packet.len()) else {
-            dropped.bytes_full = 1;
+            dropped.bytes_full = packets;
             return dropped;
         };
-        while !self.has_room(slot, packet.len()) && self.pop(slot).is_some() {
-            dropped.peer_full += 1;
+        while !self.has_room(slot, packet.len())
+            && let Some(oldest) = self.pop(slot)
+        {
+            dropped.peer_full += oldest.packets;
         }
         while self.bytes.saturating_add(packet.len()) > STAGED_BYTES_MAX
-            && self.pop(giver).is_some()
+            && let Some(oldest) = self.pop(giver)
         {
-            dropped.bytes_full += 1;
+            dropped.bytes_full += oldest.packets;
         }
         self.change(slot, |queue| {
             queue.bytes += packet.len();
-            queue.packets.push_back(Staged { header, packet: packet.into() });
+            queue.packets.push_back(Staged { header, packets, packet: packet.into() });
         });
         dropped
     }
@@ -100,7 +105,8 @@ impl Staging {
 
     /// Drops everything and returns how many packets that were.
     pub fn clear(&mut self, slot: u32) -> u64 {
-        let dropped = self.queues.get(&slot).map_or(0, |queue| queue.packets.len() as u64);
+        let packets = |queue: &Queue| queue.packets.iter().map(|staged| staged.packets).sum();
+        let dropped = self.queues.get(&slot).map_or(0, packets);
         self.change(slot, |queue| *queue = Queue::default());
         dropped
     }
@@ -152,7 +158,7 @@ mod tests {
     const LARGE: &[u8] = &[0; 65_535];
 
     fn push(staging: &mut Staging, slot: u32, packet: &[u8]) -> Dropped {
-        staging.push(slot, VnetHeader::PLAIN, packet)
+        staging.push(slot, VnetHeader::PLAIN, 1, packet)
     }
 
     fn count(staging: &Staging, slot: u32) -> usize {
@@ -235,15 +241,15 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_held_and_what_was_dropped_is_what_was_pushed(
-            pushes in proptest::collection::vec((0u32..60, 0usize..65_536, 0u8..40), 1..900),
+            pushes in proptest::collection::vec((0u32..60, 0usize..65_536, 0u8..40, 1u64..65), 1..900),
         ) {
             let mut staging = Staging::default();
             let (mut pushed, mut gone) = (0, 0);
-            for (slot, len, act) in pushes {
+            for (slot, len, act, packets) in pushes {
                 let before = staging.held(slot);
                 match act {
                     0 => gone += staging.clear(slot),
-                    1 => gone += u64::from(staging.pop(slot).is_some()),
+                    1 => gone += staging.pop(slot).map_or(0, |staged| staged.packets),
                     2 => {
                         if let Some(staged) = staging.pop(slot) {
                             staging.unpop(slot, staged);
@@ -251,8 +257,9 @@ mod tests {
                         prop_assert_eq!(staging.held(slot), before);
                     }
                     _ => {
-                        pushed += 1;
-                        let dropped = push(&mut staging, slot, &LARGE[..len]);
+                        pushed += packets;
+                        let dropped =
+                            staging.push(slot, VnetHeader::PLAIN, packets, &LARGE[..len]);
                         gone += dropped.peer_full + dropped.bytes_full;
                     }
                 }
@@ -262,8 +269,8 @@ mod tests {
             }
             let held = |queue: &Queue| queue.packets.iter().map(|s| s.packet.len()).sum::<usize>();
             prop_assert_eq!(staging.queues.values().map(held).sum::<usize>(), staging.bytes());
-            let kept: usize = staging.queues.values().map(|queue| queue.packets.len()).sum();
-            prop_assert_eq!(pushed, kept as u64 + gone);
+            let kept = staging.queues.values().flat_map(|queue| &queue.packets);
+            prop_assert_eq!(pushed, kept.map(|staged| staged.packets).sum::<u64>() + gone);
             prop_assert_eq!(staging.by_bytes.len(), staging.queues.len());
             let slots: Vec<u32> = staging.queues.keys().copied().collect();
             for slot in slots {

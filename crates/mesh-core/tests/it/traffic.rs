@@ -3,6 +3,7 @@
 use mesh_core::packet::{Ecn, GsoType, IpHeader, VnetHeader, checksum};
 use mesh_core::tunnel::model::PLAINTEXT_XOR;
 use mesh_core::tunnel::{DropReason, PeerRefusal};
+use mesh_types::limits::{STAGED_BYTES_PER_PEER_MAX, STAGED_PACKETS_PER_PEER_MAX};
 
 use crate::network::{MTU, Network, inner, ipv4, ipv6, net};
 
@@ -142,6 +143,30 @@ fn a_packet_for_nobody_is_dropped_and_counted() {
     net.send_inner(0, &ipv4([10, 0, 0, 1], [10, 77, 0, 1], 0, b"?"));
     assert_eq!(net.dropped(0, DropReason::NoPeer), 1);
     assert!(net.log.is_empty());
+}
+
+#[test]
+fn each_packet_of_a_super_packet_that_goes_nowhere_is_counted() {
+    let mut net = Network::mesh(8, 3);
+    let send = |net: &mut Network, to| {
+        let (header, packet) = udp_super_packet(20_000, 1_000, to);
+        net.send_super(0, &header, &packet);
+    };
+    send(&mut net, 77);
+    assert_eq!(net.dropped(0, DropReason::NoPeer), 20);
+    let mut nowhere = net.config_of(1);
+    nowhere.candidates.clear();
+    let dead = net.config_of(2);
+    net.set_peers(0, &[nowhere, dead]);
+    send(&mut net, 1);
+    assert_eq!(net.dropped(0, DropReason::NoEndpoint), 20);
+    net.hosts[2].up = false;
+    let reads = STAGED_PACKETS_PER_PEER_MAX as u64;
+    let kept = (STAGED_BYTES_PER_PEER_MAX / 20_028) as u64;
+    (0..reads).for_each(|_| send(&mut net, 2));
+    assert_eq!(net.dropped(0, DropReason::StagedPeerFull), 20 * (reads - kept));
+    net.run_s(100);
+    assert_eq!(net.dropped(0, DropReason::StagedGaveUp), 20 * kept);
 }
 
 #[test]
