@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::{Tunn, TunnResult};
@@ -15,6 +15,7 @@ use mesh_core::tunnel::engine::{
 };
 use mesh_types::key::PublicKey;
 use mesh_types::time::MonoTime;
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::factory::OwnKey;
 use crate::index::IndexCipher;
@@ -78,6 +79,8 @@ pub struct BoringEngine {
     scratch: Vec<u8>,
     /// Largest plaintext `Tunn` was ever given.
     plaintext_max: usize,
+    /// When `Tunn` was made.
+    wall_clock_lead: Duration,
 }
 
 impl BoringEngine {
@@ -105,6 +108,7 @@ impl BoringEngine {
             wipe_at: None,
             scratch: Vec::new(),
             plaintext_max: 0,
+            wall_clock_lead: wall_clock_lead(),
         }
     }
 
@@ -119,7 +123,7 @@ impl BoringEngine {
             let _ = tunn.update_timers(&mut unused);
         });
         let expired = tunn.is_expired();
-        self.ring.expire(now);
+        self.ring.expire(now, |local| holds(tunn, local));
         if expired && !expired_before {
             self.ring.clear();
             if self.pending.in_progress() {
@@ -258,7 +262,7 @@ impl BoringEngine {
     fn established(&mut self, now: MonoTime) {
         self.last_handshake = Some(now);
         // An initiation left open in `Tunn` would make it drop every session 90 s later: it is finished first.
-        self.timers.established(!self.pending.in_progress());
+        self.timers.established(now, !self.pending.in_progress());
     }
 
     fn seal_slot(&mut self, slot: &mut [u8], session: &Session) -> Result<(), EngineError> {
@@ -349,7 +353,10 @@ impl BoringEngine {
             self.established(now);
         }
         self.timers.received(now, data);
-        if session.initiator && now.since(session.established) >= REKEY_AFTER_ON_RECEIVE {
+        let old = now.since(session.established) >= REKEY_AFTER_ON_RECEIVE;
+        // What was sealed before the peer had the next session asks for no other one.
+        let in_use = || self.ring.sender(now).is_ok_and(|sender| sender.local == session.local);
+        if session.initiator && old && in_use() {
             self.timers.want_rekey();
         }
     }
@@ -358,6 +365,7 @@ impl BoringEngine {
 impl Engine for BoringEngine {
     fn initiate(&mut self, now: MonoTime, force: bool, out: &mut HandshakeBuffer) -> Option<usize> {
         if !force && !self.timers.may_initiate(now) {
+            self.timers.begin_later();
             return None;
         }
         self.write_initiation(now, out)
@@ -401,9 +409,12 @@ impl Engine for BoringEngine {
             Due::Nothing => None,
             Due::Initiation => self.write_initiation(now, out).map(TimerOutcome::Initiation),
             Due::Keepalive => self.write_keepalive(now, out).map(TimerOutcome::Keepalive),
-            // Keys stay noted until `Tunn` forgets them: at once, or with an attempt that it began later.
             Due::GiveUp => {
-                self.ring.end();
+                // `Tunn` forgets all sessions with an attempt, at this tick or the next; with one that began later, then. Keys stay
+                // noted until it has.
+                if self.pending.is_over(now) {
+                    self.ring.end();
+                }
                 Some(TimerOutcome::GaveUp)
             }
         };
@@ -465,7 +476,9 @@ impl Engine for BoringEngine {
     }
 
     fn spent(&self) -> bool {
-        self.ring.issues() >= INDEXES_USED_MAX
+        // Initiations go on from the time at which `Tunn` was made: peers that remember a later one refuse them all.
+        let set_forward = wall_clock_lead() > self.wall_clock_lead + CLOCK_SLACK;
+        self.ring.issues() >= INDEXES_USED_MAX || set_forward
     }
 
     fn status(&self, now: MonoTime) -> EngineStatus {
@@ -474,6 +487,26 @@ impl Engine for BoringEngine {
             session: self.can_send(now),
         }
     }
+}
+
+/// How far the wall clock is ahead of the one that nobody sets: another figure later tells that it was set.
+fn wall_clock_lead() -> Duration {
+    let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let boot = clock_gettime(ClockId::Boottime);
+    wall.saturating_sub(Duration::try_from(boot).unwrap_or_default())
+}
+
+/// Whether `Tunn` has the session with this index: it looks for that before it finds that nobody sealed the message.
+fn holds(tunn: &mut Tunn, local: u32) -> bool {
+    let mut forged = [0; TRANSPORT_BYTES_MIN];
+    forged[0] = TYPE_TRANSPORT;
+    let written = write_u32(&mut forged, TRANSPORT_RECEIVER_AT, local);
+    let answer = tunn.decapsulate(None, &forged, &mut [0; TRANSPORT_BYTES_MIN]);
+    let gone = matches!(
+        answer,
+        TunnResult::Err(WireGuardError::NoCurrentSession | WireGuardError::WrongIndex)
+    );
+    written.is_some() && !gone
 }
 
 /// Type with its reserved zeroes, and length.

@@ -389,9 +389,20 @@ fn an_initiator_that_sends_rekeys_after_120_seconds_and_a_responder_does_not() {
 fn an_initiator_that_only_receives_rekeys_after_165_seconds() {
     let (mut a, mut b) = pair();
     connect(&mut a, &mut b, at(0));
-    let sealed = seal(&mut b, at(165), &padded(ipv4(20))).expect("sealed");
-    open(&mut a, at(165), &sealed).expect("opened");
-    assert_eq!(a.engine.handle_timeout(at(165), &mut buffer()), TimerOutcome::Initiation(148));
+    let sealed = [164, 165, 165, 165]
+        .map(|second| seal(&mut b, at(second), &padded(ipv4(20))).expect("sealed"));
+    open(&mut a, at(164), &sealed[0]).expect("opened");
+    assert_eq!(a.engine.handle_timeout(at(164), &mut buffer()), TimerOutcome::Idle, "too early");
+    open(&mut a, at(165), &sealed[1]).expect("opened");
+    let mut first = buffer();
+    assert_eq!(a.engine.handle_timeout(at(165), &mut first), TimerOutcome::Initiation(148));
+    open(&mut a, at(165), &sealed[2]).expect("opened");
+    assert_eq!(a.engine.handle_timeout(at(165), &mut buffer()), TimerOutcome::Idle, "once");
+    // What was on its way under the old session asks for no other one.
+    let (_, second) = hand(&mut b, at(165), &first).expect("accepted");
+    hand(&mut a, at(165), &second).expect("accepted");
+    open(&mut a, at(166), &sealed[3]).expect("opened");
+    assert_eq!(a.engine.handle_timeout(at(166), &mut buffer()), TimerOutcome::Idle);
 }
 
 #[test]
@@ -457,6 +468,65 @@ fn a_handshake_nobody_answers_is_given_up_after_90_seconds_and_begun_again_on_re
     assert_eq!(a.engine.initiate(at(900), false, &mut buffer()), Some(148));
     assert_eq!(a.engine.initiate(at(901), false, &mut buffer()), None);
     connect(&mut a, &mut b, at(902));
+}
+
+#[test]
+fn a_handshake_asked_for_just_after_one_was_given_up_begins_five_seconds_after_the_last_initiation()
+{
+    let (mut a, mut b) = pair();
+    initiation(&mut a, at(0));
+    let mut last = at(0);
+    follow(&mut a, at(0), at(89), |now, _| last = now);
+    assert_eq!(a.engine.handle_timeout(at(90), &mut buffer()), TimerOutcome::GaveUp);
+    assert!(at_ms(90_500).since(last) < Duration::from_secs(5));
+    assert_eq!(a.engine.initiate(at_ms(90_500), false, &mut buffer()), None);
+    let mut begun = Vec::new();
+    follow(&mut a, at_ms(90_500), at(94), |now, first| begun.push((now, first.to_vec())));
+    let [(now, first)] = &begun[..] else { panic!("{}", begun.len()) };
+    assert_eq!(*now, last + Duration::from_secs(5));
+    let (_, second) = hand(&mut b, at(94), first).expect("accepted");
+    assert!(hand(&mut a, at(94), &second).expect("accepted").0.session_ready);
+    // One that has a session by then does not begin.
+    assert_eq!(a.engine.initiate(at(95), false, &mut buffer()), None);
+    connect(&mut b, &mut a, at(96));
+    follow(&mut a, at(96), at(110), |_, _| panic!("nothing is wanted any more"));
+}
+
+#[test]
+fn an_attempt_given_up_costs_no_session_that_the_peer_began_meanwhile() {
+    let (mut a, mut b) = pair();
+    initiation(&mut a, at(0));
+    follow(&mut a, at(0), at(89), |_, _| ());
+    // Met, and confirmed after the attempt's end.
+    let first = initiation(&mut b, at_ms(89_500));
+    let (_, second) = hand(&mut a, at_ms(89_500), &first).expect("accepted");
+    let (_, keepalive) = hand(&mut b, at(90), &second).expect("accepted");
+    assert_eq!(a.engine.handle_timeout(at(90), &mut buffer()), TimerOutcome::GaveUp);
+    assert_eq!(open(&mut a, at_ms(90_500), &keepalive), Ok(vec![]));
+    let sealed = seal(&mut a, at(91), &padded(ipv4(20))).expect("it sends");
+    assert_eq!(open(&mut b, at(91), &sealed), Ok(ipv4(20)));
+}
+
+#[test]
+fn an_open_initiation_that_goes_unanswered_costs_no_session_confirmed_after_it() {
+    let (mut a, mut b) = pair();
+    initiation(&mut a, at(0));
+    follow(&mut a, at(0), at(80), |_, _| ());
+    let retry = a.engine.next_timeout(at(80)).expect("a retry");
+    let first = initiation(&mut b, retry);
+    let (_, second) = hand(&mut a, retry, &first).expect("accepted");
+    assert_eq!(a.engine.handle_timeout(retry, &mut buffer()), TimerOutcome::Initiation(148));
+    let (_, keepalive) = hand(&mut b, retry, &second).expect("accepted");
+    assert_eq!(open(&mut a, retry, &keepalive), Ok(vec![]));
+    // Its answer is lost, as are those of all that follow.
+    let mut now = retry;
+    while let Some(next) = a.engine.next_timeout(now).filter(|next| *next < at(165)) {
+        now = now.max(next);
+        assert_ne!(a.engine.handle_timeout(now, &mut buffer()), TimerOutcome::GaveUp, "{now:?}");
+        let sealed = seal(&mut b, now, &padded(ipv4(20))).expect("sealed");
+        assert_eq!(open(&mut a, now, &sealed), Ok(ipv4(20)));
+    }
+    seal(&mut a, at(165), &padded(ipv4(20))).expect("it sends");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::tests::*;
 use super::*;
-use crate::test_clock::set_ahead;
+use crate::test_clock::{set_ahead, set_wall_clock_ahead};
 
 /// `Tunn` forgets a whole second late at most.
 const LATE: u64 = 1;
@@ -123,6 +123,54 @@ fn a_session_used_until_just_before_its_end_is_forgotten_at_180_seconds() {
     a.engine.retire();
     run(&mut a, at_ms(179_500), at(182));
     assert!(!has_keys(&mut a, local));
+}
+
+#[test]
+fn a_session_carries_both_ways_to_its_last_moment_though_a_timer_runs_in_its_last_second() {
+    let (mut a, mut b) = pair();
+    connect(&mut a, &mut b, at(0));
+    for tick in [179_200, 179_899] {
+        a.engine.handle_timeout(go(at_ms(tick)), &mut buffer());
+        b.engine.handle_timeout(at_ms(tick), &mut buffer());
+        for milliseconds in [tick, 179_900] {
+            let now = at_ms(milliseconds);
+            let there = seal(&mut a, now, &padded(ipv4(20))).expect("sealed");
+            assert_eq!(open(&mut b, now, &there), Ok(ipv4(20)));
+            let back = seal(&mut b, now, &padded(ipv4(20))).expect("sealed");
+            assert_eq!(open(&mut a, now, &back), Ok(ipv4(20)));
+        }
+    }
+    let last = seal(&mut b, at_ms(179_999), &padded(ipv4(20))).expect("sealed");
+    assert_eq!(open(&mut a, at(180), &last), Err(EngineError::Expired));
+    assert_eq!(seal(&mut a, at(180), &padded(ipv4(20))), Err(EngineError::Expired));
+    // `Tunn` comes to the end first: what it has forgotten is not asked of it.
+    let (mut a, mut b) = pair();
+    set_ahead(Duration::ZERO);
+    connect(&mut a, &mut b, at(0));
+    set_ahead(Duration::from_secs(181));
+    a.engine.handle_timeout(at_ms(179_500), &mut buffer());
+    assert_eq!(seal(&mut a, at_ms(179_600), &padded(ipv4(20))), Err(EngineError::NoSession));
+}
+
+#[test]
+fn an_engine_from_before_the_wall_clock_was_set_forward_gives_way_to_one_that_is_believed() {
+    let (mut a, mut b) = pair();
+    set_wall_clock_ahead(Duration::from_secs(3_600));
+    let mut before = side(&a.key, &b.key, None, 7);
+    connect(&mut before, &mut b, at(0));
+    set_wall_clock_ahead(Duration::ZERO);
+    assert!(!before.engine.spent(), "set back, the older engine is the better one");
+    let first = initiation(&mut a, at(1));
+    assert_eq!(hand(&mut b, at(1), &first).map(|_| ()), Err(EngineError::StaleInitiation));
+    assert!(!a.engine.spent());
+    set_wall_clock_ahead(Duration::from_secs(3_605));
+    let first = initiation(&mut a, at(2));
+    assert_eq!(hand(&mut b, at(2), &first).map(|_| ()), Err(EngineError::StaleInitiation));
+    assert!(a.engine.spent());
+    let mut after = side(&a.key, &b.key, None, 8);
+    assert!(!after.engine.spent());
+    connect(&mut after, &mut b, at(3));
+    set_wall_clock_ahead(Duration::ZERO);
 }
 
 #[test]

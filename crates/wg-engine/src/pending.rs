@@ -38,6 +38,11 @@ impl Pending {
         self.newest.and(self.begun).map(|begun| begun + REKEY_ATTEMPT + CLOCK_SLACK)
     }
 
+    /// Whether `Tunn` may have given the attempt up, with every session.
+    pub(crate) fn is_over(&self, now: MonoTime) -> bool {
+        self.in_progress() && self.begun.is_some_and(|begun| now.since(begun) >= REKEY_ATTEMPT)
+    }
+
     /// It was told, and would have cleared this: one that has not given up by then is asked again as much later.
     pub(crate) fn told(&mut self, now: MonoTime) {
         if self.given_up_at().is_some_and(|at| now >= at) {

@@ -46,7 +46,7 @@ pub(crate) struct Session {
     pub(crate) sent: u64,
     /// Something was authenticated under it then.
     heard: MonoTime,
-    /// Not to be used any more: kept until `Tunn` was told the time by which it forgets the keys.
+    /// Not to be used any more: kept until `Tunn` was told the time by which it surely forgets the keys.
     over: bool,
     /// Order of establishment.
     order: u64,
@@ -139,12 +139,13 @@ impl Ring {
         Ok(*session)
     }
 
-    /// `Tunn` was told the time: forgets what it has forgotten, and uses no more what it is about to.
-    pub(crate) fn expire(&mut self, now: MonoTime) {
+    /// `Tunn` was told the time, and what it has forgotten then, asked by `holds`, is forgotten here. Its clock may have come to
+    /// the end of a session before ours, or will after.
+    pub(crate) fn expire(&mut self, now: MonoTime, mut holds: impl FnMut(u32) -> bool) {
         for slot in &mut self.slots {
             let Some(session) = slot else { continue };
             let age = now.since(session.established);
-            session.over |= age + CLOCK_SLACK >= REJECT_AFTER;
+            session.over |= age + CLOCK_SLACK >= REJECT_AFTER && !holds(session.local);
             if age >= REJECT_AFTER + CLOCK_SLACK {
                 *slot = None;
             }

@@ -9,11 +9,17 @@ use rustix::time::{ClockId, clock_gettime as system_clock};
 
 thread_local! {
     static AHEAD: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+    static WALL_CLOCK_AHEAD: Cell<Duration> = const { Cell::new(Duration::ZERO) };
 }
 
 /// On this thread the clock is so far ahead from now on. Never less than before: it does not go back.
 pub(crate) fn set_ahead(by: Duration) {
     AHEAD.set(by);
+}
+
+/// As somebody sets it, on this thread: `CLOCK_REALTIME`.
+pub(crate) fn set_wall_clock_ahead(by: Duration) {
+    WALL_CLOCK_AHEAD.set(by);
 }
 
 /// `struct timespec` of 64-bit Linux.
@@ -31,6 +37,7 @@ extern "C" fn clock_gettime(id: i32, out: *mut Timespec) -> i32 {
     let now = system_clock(clock);
     let ahead = match clock {
         ClockId::Boottime => AHEAD.try_with(Cell::get).unwrap_or_default(),
+        ClockId::Realtime => WALL_CLOCK_AHEAD.try_with(Cell::get).unwrap_or_default(),
         _ => Duration::ZERO,
     };
     let nanoseconds = now.tv_nsec + i64::from(ahead.subsec_nanos());

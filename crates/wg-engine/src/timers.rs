@@ -63,6 +63,8 @@ pub(crate) struct Timers {
     last_initiation: Option<MonoTime>,
     /// The session is old: begin a handshake at the next turn.
     rekey: bool,
+    /// A handshake was asked for too soon after the last initiation: it begins then.
+    begin_at: Option<MonoTime>,
     /// Data went out and nothing came back: begin a handshake then.
     unanswered_at: Option<MonoTime>,
     /// Data came in and nothing went out: send a keepalive then.
@@ -83,6 +85,7 @@ impl Timers {
             attempt: None,
             last_initiation: None,
             rekey: false,
+            begin_at: None,
             unanswered_at: None,
             passive_at: None,
             keepalive: None,
@@ -121,6 +124,13 @@ impl Timers {
         self.last_initiation.is_none_or(|sent| now.since(sent) >= REKEY_TIMEOUT)
     }
 
+    /// One was asked for that may not go yet. What waits for a session is not asked for again: it goes as soon as it may.
+    pub(crate) fn begin_later(&mut self) {
+        if self.attempt.is_none() {
+            self.begin_at = self.last_initiation.map(|sent| sent + REKEY_TIMEOUT);
+        }
+    }
+
     #[cfg(test)]
     pub(crate) fn in_attempt(&self) -> bool {
         self.attempt.is_some()
@@ -132,6 +142,7 @@ impl Timers {
         self.attempt = Some(Attempt { started, retry_at });
         self.last_initiation = Some(now);
         self.rekey = false;
+        self.begin_at = None;
         self.unanswered_at = None;
         self.revive_at = None;
     }
@@ -143,12 +154,12 @@ impl Timers {
         }
     }
 
-    /// A session that can send exists. `answered`: no initiation of ours is still open.
-    pub(crate) fn established(&mut self, answered: bool) {
-        if answered {
-            self.attempt = None;
-        }
+    /// A session that can send exists. `answered`: no initiation of ours is still open; else that attempt is to be finished, and
+    /// has its time anew, as the kernel counts the tries of one from the last handshake.
+    pub(crate) fn established(&mut self, now: MonoTime, answered: bool) {
+        self.attempt = self.attempt.filter(|_| !answered).map(|it| Attempt { started: now, ..it });
         self.rekey = false;
+        self.begin_at = None;
         self.revive_at = None;
         self.backoff = BACKOFF_FIRST;
     }
@@ -206,9 +217,10 @@ impl Timers {
         let attempt = self.attempt.map(|a| a.retry_at.min(a.started + REKEY_ATTEMPT));
         let idle = self.attempt.is_none() && !self.retired;
         let rekey = (idle && self.rekey).then_some(now);
+        let begin = self.begin_at.filter(|_| idle);
         let unanswered = self.unanswered_at.filter(|_| idle);
         let revive = self.revive_at.filter(|_| idle);
-        [attempt, rekey, unanswered, revive, self.passive_at, self.persistent_at]
+        [attempt, rekey, begin, unanswered, revive, self.passive_at, self.persistent_at]
             .into_iter()
             .flatten()
             .min()
@@ -220,6 +232,7 @@ impl Timers {
             return false;
         }
         self.rekey
+            || reached(self.begin_at)
             || reached(self.unanswered_at)
             || reached(self.revive_at)
             || (!can_send && self.revive_at.is_none() && reached(self.persistent_at))
@@ -241,6 +254,7 @@ impl Timers {
     fn give_up(&mut self, now: MonoTime) {
         self.attempt = None;
         self.rekey = false;
+        self.begin_at = None;
         self.unanswered_at = None;
         self.passive_at = None;
         self.touch_persistent(now);
@@ -450,7 +464,7 @@ mod tests {
         let mut timers = Timers::new(at(0), Some(Duration::from_secs(25)), 7);
         alone(&mut timers, at(0), Duration::from_secs(1000));
         assert!(timers.backoff > BACKOFF_FIRST);
-        timers.established(true);
+        timers.established(at(1_000), true);
         assert_eq!(timers.backoff, BACKOFF_FIRST);
         assert!(!timers.in_attempt());
     }

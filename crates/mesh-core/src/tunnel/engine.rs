@@ -213,8 +213,8 @@ pub trait Engine: Send {
     /// Begins no handshake any more and gives none up: another engine does. What it has lives to its end.
     fn retire(&mut self);
 
-    /// Whether its receiver indexes will soon come back, by which somebody on the way could tell two sessions to be of one
-    /// peer: another engine is to take its place.
+    /// Whether another engine is to take its place: its receiver indexes will soon come back, by which somebody on the way
+    /// could tell two sessions to be of one peer, or its initiations are of a time that the wall clock has left behind.
     fn spent(&self) -> bool {
         false
     }

@@ -461,7 +461,7 @@ impl<F: EngineFactory> Tunnel<F> {
         }
         self.finish_handshake(now, slot, meta, datagram.len(), outcome);
         // Also for one that never completes a handshake.
-        self.renew_spent(now, slot);
+        self.renew_spent(now, slot, false);
         Ok(())
     }
 
@@ -573,7 +573,7 @@ impl<F: EngineFactory> Tunnel<F> {
         self.counters.sessions_established += 1;
         let role = peer.config.role;
         self.event(Event::SessionEstablished { key });
-        self.renew_spent(now, slot);
+        self.renew_spent(now, slot, false);
         if role == Role::Relay {
             self.registered(now, slot);
         }

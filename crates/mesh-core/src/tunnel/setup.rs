@@ -283,18 +283,22 @@ impl<F: EngineFactory> Tunnel<F> {
         self.peers.reschedule(now, slot);
     }
 
-    /// Puts new engines beside those of the peer whose indexes are used up; a living session goes on meanwhile.
-    pub(super) fn renew_spent(&mut self, now: MonoTime, slot: u32) {
-        let Some(peer) = self.peers.get(slot) else { return };
+    /// Puts new engines beside those of the peer that are spent; a living session goes on meanwhile. The new ones begin a
+    /// handshake if one is `wanted`, or packets go or wait. Whether there are any.
+    pub(super) fn renew_spent(&mut self, now: MonoTime, slot: u32, wanted: bool) -> bool {
+        let Some(peer) = self.peers.get(slot) else { return false };
         let kept = peer.members.iter().filter(|member| member.retire_at.is_none());
-        let spent: Vec<_> = kept.filter(|member| member.engine.spent()).map(|m| m.own).collect();
-        let wanted = peer.sender(now).is_some() || !self.staging.is_empty(slot);
-        for own in &spent {
+        // Also those behind it: they keep their order, by which the last one speaks.
+        let renewed: Vec<_> =
+            kept.skip_while(|member| !member.engine.spent()).map(|member| member.own).collect();
+        let wanted = wanted || peer.sender(now).is_some() || !self.staging.is_empty(slot);
+        for own in &renewed {
             self.add_engine(now, slot, *own);
         }
-        if wanted && !spent.is_empty() {
+        if wanted && !renewed.is_empty() {
             self.begin_anew(now, slot);
         }
+        !renewed.is_empty()
     }
 
     /// Under the new keys as soon as may be: an old session lives at most 180 s more.

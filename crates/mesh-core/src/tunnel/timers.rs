@@ -160,7 +160,10 @@ impl<F: EngineFactory> Tunnel<F> {
                 TimerOutcome::GaveUp if !newest || peer.sender(now).is_some() => {
                     peer.path.gave_up();
                 }
+                // It has given an initiation away that will not be sent: who takes its place begins at once.
+                TimerOutcome::Initiation(_) if self.renew_spent(now, slot, true) => return,
                 TimerOutcome::Initiation(len) => {
+                    let Some(peer) = self.peers.get_mut(slot) else { return };
                     // While the other side may know any of our keys, all knock together.
                     if peer.speakers(now) > 1 {
                         (peer.initiate_at, peer.initiate_anew) = (Some(now), true);
@@ -191,7 +194,7 @@ impl<F: EngineFactory> Tunnel<F> {
         let dropped = self.staging.clear(slot);
         self.counters.count_drops(DropReason::StagedGaveUp, dropped);
         self.event(Event::HandshakeGaveUp { key });
-        self.renew_spent(now, slot);
+        self.renew_spent(now, slot, false);
     }
 
     /// Asks known candidates again while packets come from an address that is none of them. The

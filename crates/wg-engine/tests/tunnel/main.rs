@@ -235,7 +235,7 @@ fn a_preshared_key_the_other_side_never_gets_costs_nothing_until_the_old_session
     settle(&mut a, &mut b, at(1));
     introduce(&mut a, &b, at(2), Some([7; 32]), false);
     // One way only: what the other side answers to our tries is all it says.
-    for second in 3..180 {
+    for second in 3..=180 {
         run(&mut a, &mut b, at(second - 1), at(second));
         let there = packet(&a, &b, 100, 3);
         send(&mut a, at(second), there.clone());
@@ -244,6 +244,30 @@ fn a_preshared_key_the_other_side_never_gets_costs_nothing_until_the_old_session
     let late = packet(&a, &b, 100, 4);
     send(&mut a, at(182), late);
     assert_eq!(settle(&mut a, &mut b, at(182)).1, Vec::<Vec<u8>>::new());
+}
+
+#[test]
+fn what_is_sent_just_after_an_attempt_was_given_up_arrives_when_the_peer_is_back() {
+    let (mut a, mut b) = pair(at(0));
+    let (early, late) = (packet(&a, &b, 100, 1), packet(&a, &b, 100, 2));
+    send(&mut a, at(0), early);
+    let mut now = at(0);
+    while let Some((next, _)) = a.tunnel.next_deadline().filter(|(next, _)| *next <= at(90)) {
+        now = now.max(next);
+        a.tunnel.handle_timeout(now);
+        while a.tunnel.poll_transmit().is_some() {}
+    }
+    assert_eq!(a.tunnel.staged_bytes(), 0, "given up");
+    let now = at(90) + Duration::from_millis(500);
+    send(&mut a, now, late.clone());
+    let mut arrived = settle(&mut a, &mut b, now).1;
+    // Before the second second an address is not asked again.
+    for second in 91..=96 {
+        a.tunnel.handle_timeout(at(second));
+        arrived.extend(settle(&mut a, &mut b, at(second)).1);
+    }
+    assert_eq!(arrived, [late]);
+    assert_eq!(a.tunnel.staged_bytes(), 0);
 }
 
 /// A TCP super-packet as the kernel hands it over: checksums are still to be completed.
