@@ -115,6 +115,7 @@ pub(super) fn run(options: &TunnelOptions) -> Result<bool> {
     report.print(options.json)?;
     if let Some(path) = &options.svg {
         pages::replace(path, &chart::draw(&report))?;
+        progress(&format!("chart: {}", path.display()));
     }
     if let Some(path) = &options.page {
         pages::put(path, Section::First, &page::write(&report))?;
