@@ -492,10 +492,26 @@ const WG_NAMES: [&str; 3] = ["meshd-wg", "wireguard-go", "boringtun-cli"];
 
 fn by_name(mut argv: Vec<std::ffi::OsString>) -> Vec<std::ffi::OsString> {
     let name = argv.first().map(std::path::Path::new).and_then(std::path::Path::file_name);
-    if name.is_some_and(|name| WG_NAMES.iter().any(|wg| name == *wg)) {
-        argv.insert(1, "wg".into());
+    let Some(name) = WG_NAMES.iter().find(|wg| name.is_some_and(|name| name == **wg)) else {
+        return argv;
+    };
+    if *name == "boringtun-cli" {
+        argv.iter_mut().for_each(log_as_boringtun_means_it);
     }
+    argv.insert(1, "wg".into());
     argv
+}
+
+/// Its `--log` is a file, where ours is a filter.
+fn log_as_boringtun_means_it(word: &mut std::ffi::OsString) {
+    let renamed = match word.to_str() {
+        Some("--log") => Some("--log-file".to_owned()),
+        Some(text) => text.strip_prefix("--log=").map(|file| format!("--log-file={file}")),
+        None => None,
+    };
+    if let Some(renamed) = renamed {
+        *word = renamed.into();
+    }
 }
 
 /// The report without usage and tips, on one line.
@@ -618,6 +634,12 @@ mod tests {
                 assert_eq!(wg.log_file, Some(PathBuf::from("/tmp/it.log")));
             }
             other => panic!("{other:?}"),
+        }
+        for words in [&["--log", "/tmp/it.log"][..], &["--log=/tmp/it.log"]] {
+            match parsed(&[&["boringtun-cli", "wg7"], words].concat()) {
+                Ok(Command::Wg(wg)) => assert_eq!(wg.log_file, Some(PathBuf::from("/tmp/it.log"))),
+                other => panic!("{other:?}"),
+            }
         }
         assert!(matches!(parsed(&["./meshd", "wg", "wg7"]), Ok(Command::Wg(_))));
         assert!(matches!(parsed(&["/opt/meshd-wg/meshd", "status"]), Ok(Command::Status(_))));
