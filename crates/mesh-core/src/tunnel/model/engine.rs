@@ -25,6 +25,8 @@ const GIVE_UP_AFTER: Duration = Duration::from_secs(90);
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
 const SILENT_AFTER: Duration = Duration::from_secs(15);
 const COOKIE_LIVES: Duration = Duration::from_secs(115);
+/// Of its 256 indexes, as the engine in use has them.
+const INDEXES_USED_MAX: u8 = 192;
 /// Previous, current and next.
 const SESSIONS_MAX: usize = 3;
 /// As many counters as the engine in use remembers (`docs/guide/conformance.md`), which is fewer than the kernel does.
@@ -429,6 +431,10 @@ impl Engine for ModelEngine {
     fn retire(&mut self) {
         self.retired = true;
         self.handshake = None;
+    }
+
+    fn spent(&self) -> bool {
+        self.sessions_made >= INDEXES_USED_MAX
     }
 
     fn status(&self, now: MonoTime) -> EngineStatus {
