@@ -47,7 +47,7 @@ fn a_new_peer_is_met_at_its_first_try_while_small_packets_fill_the_device() {
     a.set(&format!("peer {} allowed-ips {}", c.name(), c.inside()));
     let _server = b.serve_iperf3();
     std::thread::scope(|scope| {
-        let load = scope.spawn(|| a.udp_at_full_rate(&format!("-l 64 -t 8 -c {}", b.address())));
+        let load = scope.spawn(|| a.udp_at_full_rate(&format!("-l 64 -t 10 -c {}", b.address())));
         std::thread::sleep(Duration::from_secs(1));
         for _ in 0..3 {
             c.set(&format!("peer {} allowed-ips {} endpoint 10.8.0.1:7001", a.name(), a.inside()));
@@ -111,7 +111,7 @@ fn noise_at_line_rate_costs_no_memory_and_no_session() {
     let before = (a.resident_kib(), a.shown("endpoints"), a.shown("latest-handshakes"));
     assert!(flood(1 << 20) > 1_000);
     let grown = a.resident_kib().saturating_sub(before.0);
-    assert!(grown < 1_024, "{grown} KiB more");
+    assert!(grown < 4_096, "{grown} KiB more");
     a.ping(b).expect("the session goes on");
     b.ping(a).expect("both ways");
     assert_eq!((a.shown("endpoints"), a.shown("latest-handshakes")), (before.1, before.2));

@@ -365,7 +365,10 @@ impl BoringEngine {
 impl Engine for BoringEngine {
     fn initiate(&mut self, now: MonoTime, force: bool, out: &mut HandshakeBuffer) -> Option<usize> {
         if !force && !self.timers.may_initiate(now) {
-            self.timers.begin_later();
+            // What asks once more while a new session is there asks for nothing.
+            if !self.can_send(now) {
+                self.timers.begin_later();
+            }
             return None;
         }
         self.write_initiation(now, out)
@@ -501,7 +504,8 @@ fn holds(tunn: &mut Tunn, local: u32) -> bool {
     let mut forged = [0; TRANSPORT_BYTES_MIN];
     forged[0] = TYPE_TRANSPORT;
     let written = write_u32(&mut forged, TRANSPORT_RECEIVER_AT, local);
-    let answer = tunn.decapsulate(None, &forged, &mut [0; TRANSPORT_BYTES_MIN]);
+    let mut room = [0; TRANSPORT_BYTES_MIN];
+    let answer = tunn.decapsulate(None, &forged, &mut room);
     let gone = matches!(
         answer,
         TunnResult::Err(WireGuardError::NoCurrentSession | WireGuardError::WrongIndex)

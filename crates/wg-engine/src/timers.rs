@@ -154,10 +154,11 @@ impl Timers {
         }
     }
 
-    /// A session that can send exists. `answered`: no initiation of ours is still open; else that attempt is to be finished, and
-    /// has its time anew, as the kernel counts the tries of one from the last handshake.
+    /// A session that can send exists. `answered`: no initiation of ours is still open; else that is to be finished, be its attempt
+    /// given up, and has its time anew, as the kernel counts the tries of one from the last handshake.
     pub(crate) fn established(&mut self, now: MonoTime, answered: bool) {
-        self.attempt = self.attempt.filter(|_| !answered).map(|it| Attempt { started: now, ..it });
+        let retry_at = self.attempt.map_or(now + REKEY_TIMEOUT, |attempt| attempt.retry_at);
+        self.attempt = (!answered && !self.retired).then_some(Attempt { started: now, retry_at });
         self.rekey = false;
         self.begin_at = None;
         self.revive_at = None;

@@ -294,7 +294,7 @@ impl Node {
         wait_for("a free server", run)
     }
 
-    /// UDP as fast as it goes: part of it arrives, in order.
+    /// UDP as fast as it goes: part of it arrives.
     pub(crate) fn udp_at_full_rate(&self, options: &str) {
         let text = self.iperf3(&format!("-u -b 0 {options}"));
         let received = text.lines().find(|line| line.trim_end().ends_with("receiver"));
@@ -302,7 +302,6 @@ impl Node {
             panic!("nothing counted: {text}")
         };
         assert!(all > 1_000 && lost < all, "{text}");
-        assert!(!text.contains("out-of-order"), "{text}");
     }
 
     /// `count` pings, each as soon as the one before is answered, which all are.

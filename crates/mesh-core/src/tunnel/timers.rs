@@ -97,6 +97,9 @@ impl<F: EngineFactory> Tunnel<F> {
             self.peers.reschedule(now, slot);
             return;
         }
+        // Nobody would believe one from before the clock was set forward.
+        self.renew_spent(now, slot, false);
+        let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.initiate_at = None;
         let force = std::mem::take(&mut peer.initiate_anew) || force;
         self.initiate(now, slot, session, force);

@@ -147,6 +147,7 @@ impl UdpSocket {
         let Ok(segment_bytes) = u16::try_from(segment_len) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
+        let mut filtered = Ok(());
         let segments = (GSO_BYTES_MAX / segment_len).clamp(1, GSO_SEGMENTS_MAX);
         for burst in bytes.chunks(segment_len.saturating_mul(segments)) {
             let segment = (burst.len() > segment_len).then_some(segment_bytes);
@@ -159,12 +160,16 @@ impl UdpSocket {
                     if singly.as_ref().err().is_none_or(is_of_filter) {
                         self.remember_refusal(destination, &error);
                     }
-                    singly?;
+                    match singly {
+                        Err(error) if is_of_filter(&error) => filtered = Err(error),
+                        other => other?,
+                    }
                 }
+                Err(error) if is_of_filter(&error) => filtered = Err(error),
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        filtered
     }
 
     /// A segmented send failed and went singly: so do the next ones to this destination. Others may leave by another

@@ -270,6 +270,26 @@ fn what_is_sent_just_after_an_attempt_was_given_up_arrives_when_the_peer_is_back
     assert_eq!(a.tunnel.staged_bytes(), 0);
 }
 
+#[test]
+fn packets_that_wait_for_one_handshake_ask_for_no_second() {
+    let (mut a, mut b) = pair(at(0));
+    for mark in 0..3 {
+        let it = packet(&a, &b, 100, mark);
+        send(&mut a, at(1), it);
+    }
+    assert_eq!(settle(&mut a, &mut b, at(1)).1.len(), 3);
+    for second in 2..30 {
+        run(&mut a, &mut b, at(second - 1), at(second));
+        let there = packet(&a, &b, 100, 9);
+        send(&mut a, at(second), there.clone());
+        assert_eq!(settle(&mut a, &mut b, at(second)).1, [there]);
+        let back = packet(&b, &a, 100, 9);
+        send(&mut b, at(second), back.clone());
+        assert_eq!(settle(&mut a, &mut b, at(second)).0, [back]);
+    }
+    assert_eq!(a.tunnel.counters().sessions_established, 1);
+}
+
 /// A TCP super-packet as the kernel hands it over: checksums are still to be completed.
 fn super_packet(from: &Node, to: &Node, total: u16) -> (VnetHeader, Vec<u8>) {
     let mut bytes = packet(from, to, total, 7);
