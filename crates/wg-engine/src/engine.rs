@@ -8,10 +8,10 @@ use std::time::{Duration, SystemTime};
 use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::{Tunn, TunnResult};
 use mesh_core::tunnel::engine::{
-    COOKIE_BYTES, Engine, EngineConfig, EngineError, EngineStatus, HandshakeBuffer,
+    COOKIE_BYTES, EngineConfig, EngineError, EngineStatus, HandshakeBuffer, HandshakeHalf,
     HandshakeOutcome, INITIATION_BYTES, OpenBurst, RESPONSE_BYTES, SealBatch, TAG_BYTES,
     TRANSPORT_BYTES_MIN, TRANSPORT_HEADER_BYTES, TYPE_COOKIE, TYPE_INITIATION, TYPE_RESPONSE,
-    TYPE_TRANSPORT, TimerOutcome,
+    TYPE_TRANSPORT, TimerOutcome, TransportHalf,
 };
 use mesh_types::key::PublicKey;
 use mesh_types::time::MonoTime;
@@ -362,7 +362,7 @@ impl BoringEngine {
     }
 }
 
-impl Engine for BoringEngine {
+impl HandshakeHalf for BoringEngine {
     fn initiate(&mut self, now: MonoTime, force: bool, out: &mut HandshakeBuffer) -> Option<usize> {
         if !force && !self.timers.may_initiate(now) {
             // What asks once more while a new session is there asks for nothing.
@@ -430,6 +430,33 @@ impl Engine for BoringEngine {
         forgets.into_iter().chain([self.timers.next(now)]).flatten().min()
     }
 
+    fn set_keepalive(&mut self, now: MonoTime, interval: Option<Duration>) {
+        self.timers.set_keepalive(now, interval);
+    }
+
+    fn postpone_keepalive(&mut self, now: MonoTime) {
+        self.timers.postpone_keepalive(now);
+    }
+
+    fn retire(&mut self) {
+        self.timers.retire();
+    }
+
+    fn spent(&self) -> bool {
+        // Initiations go on from the time at which `Tunn` was made: peers that remember a later one refuse them all.
+        let set_forward = wall_clock_lead() > self.wall_clock_lead + CLOCK_SLACK;
+        self.ring.issues() >= INDEXES_USED_MAX || set_forward
+    }
+
+    fn status(&self, now: MonoTime) -> EngineStatus {
+        EngineStatus {
+            since_handshake: self.last_handshake.map(|at| now.since(at)),
+            session: self.can_send(now),
+        }
+    }
+}
+
+impl TransportHalf for BoringEngine {
     fn can_send(&self, now: MonoTime) -> bool {
         self.tunn.is_some() && self.ring.sender(now).is_ok()
     }
@@ -463,31 +490,6 @@ impl Engine for BoringEngine {
                 None => Err(EngineError::Malformed),
             };
             results.push(result);
-        }
-    }
-
-    fn set_keepalive(&mut self, now: MonoTime, interval: Option<Duration>) {
-        self.timers.set_keepalive(now, interval);
-    }
-
-    fn postpone_keepalive(&mut self, now: MonoTime) {
-        self.timers.postpone_keepalive(now);
-    }
-
-    fn retire(&mut self) {
-        self.timers.retire();
-    }
-
-    fn spent(&self) -> bool {
-        // Initiations go on from the time at which `Tunn` was made: peers that remember a later one refuse them all.
-        let set_forward = wall_clock_lead() > self.wall_clock_lead + CLOCK_SLACK;
-        self.ring.issues() >= INDEXES_USED_MAX || set_forward
-    }
-
-    fn status(&self, now: MonoTime) -> EngineStatus {
-        EngineStatus {
-            since_handshake: self.last_handshake.map(|at| now.since(at)),
-            session: self.can_send(now),
         }
     }
 }

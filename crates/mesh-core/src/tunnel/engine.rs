@@ -135,7 +135,7 @@ pub struct OpenBurst<'a> {
 }
 
 /// Seals one packet into a datagram of its own; `None` where no session can. For who has no bursts: it makes room for each.
-pub fn seal_one(engine: &mut impl Engine, now: MonoTime, packet: &[u8]) -> Option<Vec<u8>> {
+pub fn seal_one(engine: &mut impl TransportHalf, now: MonoTime, packet: &[u8]) -> Option<Vec<u8>> {
     let mut datagram = vec![0; TRANSPORT_HEADER_BYTES + packet.len() + TAG_BYTES];
     let whole = 0..datagram.len();
     datagram.get_mut(TRANSPORT_HEADER_BYTES..)?.get_mut(..packet.len())?.copy_from_slice(packet);
@@ -145,7 +145,11 @@ pub fn seal_one(engine: &mut impl Engine, now: MonoTime, packet: &[u8]) -> Optio
 }
 
 /// Opens one datagram; `None` where it does not open.
-pub fn open_one(engine: &mut impl Engine, now: MonoTime, datagram: &[u8]) -> Option<Vec<u8>> {
+pub fn open_one(
+    engine: &mut impl TransportHalf,
+    now: MonoTime,
+    datagram: &[u8],
+) -> Option<Vec<u8>> {
     let (mut input, mut output) = (datagram.to_vec(), vec![0; datagram.len()]);
     let (whole, mut used, mut results) = (0..datagram.len(), 0, Vec::with_capacity(1));
     let burst = OpenBurst {
@@ -167,8 +171,13 @@ pub struct EngineStatus {
     pub session: bool,
 }
 
-/// One WireGuard protocol instance. Not shared between threads.
-pub trait Engine: Send {
+/// One WireGuard protocol instance: both halves, which share its sessions and nothing else. Not shared between threads.
+pub trait Engine: HandshakeHalf + TransportHalf + Send {}
+
+impl<T: HandshakeHalf + TransportHalf + Send> Engine for T {}
+
+/// Who makes sessions: keys, handshakes and timers, some messages a minute.
+pub trait HandshakeHalf {
     /// Writes a handshake initiation, or returns `None` while one sent less than 5 s ago is unanswered and
     /// `force` is false.
     fn initiate(&mut self, now: MonoTime, force: bool, out: &mut HandshakeBuffer) -> Option<usize>;
@@ -195,15 +204,6 @@ pub trait Engine: Send {
     /// When [`Self::handle_timeout`] has something to do; `None` while nothing runs.
     fn next_timeout(&self, now: MonoTime) -> Option<MonoTime>;
 
-    /// Whether [`Self::seal`] would succeed now. Checked at use: a session past 180 s is not one.
-    fn can_send(&self, now: MonoTime) -> bool;
-
-    /// Seals every slot or, on an error, none that may be sent.
-    fn seal(&mut self, now: MonoTime, batch: SealBatch<'_>) -> Result<(), EngineError>;
-
-    /// Opens every datagram of the burst; one result each.
-    fn open(&mut self, now: MonoTime, burst: OpenBurst<'_>);
-
     /// Changes the interval of persistent keepalives without touching sessions.
     fn set_keepalive(&mut self, now: MonoTime, interval: Option<Duration>);
 
@@ -220,6 +220,18 @@ pub trait Engine: Send {
     }
 
     fn status(&self, now: MonoTime) -> EngineStatus;
+}
+
+/// Who uses them: packets by the batch. Ciphers are known here alone.
+pub trait TransportHalf {
+    /// Whether [`Self::seal`] would succeed now. Checked at use: a session past 180 s is not one.
+    fn can_send(&self, now: MonoTime) -> bool;
+
+    /// Seals every slot or, on an error, none that may be sent.
+    fn seal(&mut self, now: MonoTime, batch: SealBatch<'_>) -> Result<(), EngineError>;
+
+    /// Opens every datagram of the burst; one result each.
+    fn open(&mut self, now: MonoTime, burst: OpenBurst<'_>);
 }
 
 /// Which of our own keys: a node holds its current and, during rotation, its next.

@@ -9,10 +9,10 @@ use mesh_types::time::MonoTime;
 
 use super::wire;
 use crate::tunnel::engine::{
-    Engine, EngineConfig, EngineError, EngineStatus, HandshakeBuffer, HandshakeOutcome,
+    EngineConfig, EngineError, EngineStatus, HandshakeBuffer, HandshakeHalf, HandshakeOutcome,
     INITIATION_BYTES, OpenBurst, RESPONSE_BYTES, SealBatch, TAG_BYTES, TRANSPORT_BYTES_MIN,
     TRANSPORT_HEADER_BYTES, TYPE_COOKIE, TYPE_INITIATION, TYPE_RESPONSE, TYPE_TRANSPORT,
-    TimerOutcome,
+    TimerOutcome, TransportHalf,
 };
 use crate::tunnel::peers::SplitMix64;
 
@@ -309,7 +309,7 @@ impl ModelEngine {
     }
 }
 
-impl Engine for ModelEngine {
+impl HandshakeHalf for ModelEngine {
     fn initiate(&mut self, now: MonoTime, force: bool, out: &mut HandshakeBuffer) -> Option<usize> {
         if let Some(handshake) = self.handshake
             && !force
@@ -393,6 +393,36 @@ impl Engine for ModelEngine {
         handshake.into_iter().chain(passive).chain(self.keepalive_at()).min()
     }
 
+    fn set_keepalive(&mut self, now: MonoTime, interval: Option<Duration>) {
+        // A newly wanted keepalive is due at once, as in the kernel.
+        let new = interval.is_some() && self.keepalive.is_none();
+        self.wants_handshake |= new && self.sender(now).is_none();
+        self.keepalive = interval;
+    }
+
+    fn postpone_keepalive(&mut self, now: MonoTime) {
+        self.wants_handshake = false;
+        self.last_traffic = now;
+    }
+
+    fn retire(&mut self) {
+        self.retired = true;
+        self.handshake = None;
+    }
+
+    fn spent(&self) -> bool {
+        self.sessions_made >= INDEXES_USED_MAX
+    }
+
+    fn status(&self, now: MonoTime) -> EngineStatus {
+        EngineStatus {
+            since_handshake: self.last_handshake.map(|at| now.since(at)),
+            session: self.can_send(now),
+        }
+    }
+}
+
+impl TransportHalf for ModelEngine {
     fn can_send(&self, now: MonoTime) -> bool {
         self.sender(now).is_some()
     }
@@ -413,34 +443,6 @@ impl Engine for ModelEngine {
             let bytes = burst.input.get(datagram.clone()).unwrap_or(&[]);
             let opened = self.open_one(now, bytes, burst.output, burst.output_used);
             burst.results.push(opened);
-        }
-    }
-
-    fn postpone_keepalive(&mut self, now: MonoTime) {
-        self.wants_handshake = false;
-        self.last_traffic = now;
-    }
-
-    fn set_keepalive(&mut self, now: MonoTime, interval: Option<Duration>) {
-        // A newly wanted keepalive is due at once, as in the kernel.
-        let new = interval.is_some() && self.keepalive.is_none();
-        self.wants_handshake |= new && self.sender(now).is_none();
-        self.keepalive = interval;
-    }
-
-    fn retire(&mut self) {
-        self.retired = true;
-        self.handshake = None;
-    }
-
-    fn spent(&self) -> bool {
-        self.sessions_made >= INDEXES_USED_MAX
-    }
-
-    fn status(&self, now: MonoTime) -> EngineStatus {
-        EngineStatus {
-            since_handshake: self.last_handshake.map(|at| now.since(at)),
-            session: self.can_send(now),
         }
     }
 }
