@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use mesh_core::tunnel::engine::{Engine, HandshakeBuffer, INITIATION_BYTES};
+use mesh_core::tunnel::engine::{HandshakeBuffer, HandshakeHalf, INITIATION_BYTES};
 use mesh_types::carry;
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::relay_frame::Frame;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use keyrelay::streams::HALF_OPEN_FOR;
-use mesh_core::tunnel::engine::{Engine, HandshakeBuffer, INITIATION_BYTES};
+use mesh_core::tunnel::engine::{HandshakeBuffer, HandshakeHalf, INITIATION_BYTES};
 use mesh_types::carry;
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::limits::{

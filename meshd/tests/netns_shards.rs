@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use mesh_core::packet::checksum::checksum;
 use mesh_core::packet::{CoalesceOptions, Ecn, VnetHeader};
 use mesh_core::tunnel::engine::{
-    Engine as _, EngineConfig, EngineFactory as _, INITIATION_BYTES, OwnKeyId,
+    EngineConfig, EngineFactory as _, HandshakeHalf, INITIATION_BYTES, OwnKeyId,
 };
 use mesh_core::tunnel::path::Local;
 use mesh_core::tunnel::steer::Share;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use common::wireguard_go::{configure, hex};
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, INITIATION_BYTES, OwnKeyId, RESPONSE_BYTES,
+    EngineConfig, EngineFactory, HandshakeHalf, INITIATION_BYTES, OwnKeyId, RESPONSE_BYTES,
 };
 use testbed::lab::{Kind, Lab};
 use wg_engine::{BoringFactory, generate_private_key, public_key};

@@ -73,7 +73,7 @@ fn noise(number: usize, bytes: &mut [u8]) -> &[u8] {
         *byte = random[place % 4].wrapping_add(place as u8);
     }
     // Mostly of a kind that there is.
-    if length >= 8 && number % 8 != 0 {
+    if length >= 8 && !number.is_multiple_of(8) {
         bytes[..4].copy_from_slice(&[1 + (number % 4) as u8, 0, 0, 0]);
     }
     &bytes[..length]

@@ -24,8 +24,9 @@ use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineError, EngineFactory, HandshakeBuffer, INITIATION_BYTES, MacCheck,
-    OpenBurst, OwnKeyId, SealBatch, TAG_BYTES, TRANSPORT_HEADER_BYTES,
+    Engine, EngineConfig, EngineError, EngineFactory, HandshakeBuffer, HandshakeHalf,
+    INITIATION_BYTES, MacCheck, OpenBurst, OwnKeyId, SealBatch, TAG_BYTES, TRANSPORT_HEADER_BYTES,
+    TransportHalf,
 };
 use mesh_core::tunnel::front::{Front, Message, Verdict};
 use mesh_types::carry;
@@ -553,7 +554,7 @@ impl<F: EngineFactory> Relay<F> {
         let written = seal_frame(engine, now, frame, &mut worker.reply).ok_or(Reason::Unopened);
         worker.counters.add(Event::Answers, usize::from(written.is_ok()));
         // After a question alone: initiations may be recorded ones, and a new engine remembers none.
-        if control.engine.as_ref().is_some_and(Engine::spent) {
+        if control.engine.as_ref().is_some_and(HandshakeHalf::spent) {
             self.set_aside(client, control);
         }
         written.map(|length| (length, elsewhere))

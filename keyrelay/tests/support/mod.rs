@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use keyrelay::clock;
 use mesh_core::tunnel::engine::{
-    COOKIE_BYTES, Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId,
-    RESPONSE_BYTES, open_one, seal_one,
+    COOKIE_BYTES, EngineConfig, EngineFactory, HandshakeBuffer, HandshakeHalf, INITIATION_BYTES,
+    OwnKeyId, RESPONSE_BYTES, open_one, seal_one,
 };
 use mesh_types::carry;
 use mesh_types::key::{PrivateKey, PublicKey};

@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, MacCheck, OpenBurst,
-    OwnKeyId, TimerOutcome,
+    EngineConfig, EngineFactory, HandshakeBuffer, HandshakeHalf, INITIATION_BYTES, MacCheck,
+    OpenBurst, OwnKeyId, TimerOutcome, TransportHalf,
 };
 use mesh_types::key::PrivateKey;
 use mesh_types::time::MonoTime;

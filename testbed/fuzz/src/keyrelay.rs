@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId,
+    EngineConfig, EngineFactory, HandshakeBuffer, HandshakeHalf, INITIATION_BYTES, OwnKeyId,
 };
 use mesh_types::carry;
 use mesh_types::key::{PrivateKey, PublicKey};

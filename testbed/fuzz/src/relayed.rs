@@ -8,8 +8,8 @@ use ipnet::IpNet;
 use mesh_core::packet::{Ecn, IpHeader, VnetHeader};
 use mesh_core::tunnel::config::Role;
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId, open_one,
-    seal_one,
+    EngineConfig, EngineFactory, HandshakeBuffer, HandshakeHalf, INITIATION_BYTES, OwnKeyId,
+    open_one, seal_one,
 };
 use mesh_core::tunnel::front::Message;
 use mesh_core::tunnel::model::{ModelEngine, ModelFactory, public_key};

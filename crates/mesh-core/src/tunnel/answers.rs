@@ -12,7 +12,7 @@ use mesh_types::time::MonoTime;
 use super::Tunnel;
 use super::config::UdpMeta;
 use super::counters::DropReason;
-use super::engine::{Engine, EngineFactory, HandshakeOutcome, MacCheck, OwnKeyId};
+use super::engine::{Engine, EngineFactory, HandshakeHalf, HandshakeOutcome, MacCheck, OwnKeyId};
 use super::inbound::Heard;
 use super::peers::{Member, Peers};
 

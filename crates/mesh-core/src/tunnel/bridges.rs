@@ -21,7 +21,7 @@ use mesh_types::time::MonoTime;
 
 use super::Tunnel;
 use super::config::{Event, Role};
-use super::engine::{Engine, EngineFactory};
+use super::engine::{EngineFactory, HandshakeHalf};
 use super::path::Endpoint;
 use super::sight::Question;
 

@@ -13,8 +13,8 @@ use super::Tunnel;
 use super::config::{Admitted, Event, Role, TunFrame, UdpMeta};
 use super::counters::DropReason;
 use super::engine::{
-    Engine, EngineError, EngineFactory, HandshakeBuffer, HandshakeOutcome, MacCheck, OpenBurst,
-    OwnKeyId, TRANSPORT_BYTES_MIN,
+    EngineError, EngineFactory, HandshakeBuffer, HandshakeHalf, HandshakeOutcome, MacCheck,
+    OpenBurst, OwnKeyId, TRANSPORT_BYTES_MIN, TransportHalf,
 };
 use super::front::{Message, Verdict};
 use super::path::plain;

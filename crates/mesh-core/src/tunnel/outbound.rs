@@ -6,7 +6,7 @@ use mesh_types::time::MonoTime;
 use super::Tunnel;
 use super::config::{Account, Setting, Transmit};
 use super::counters::DropReason;
-use super::engine::{Engine, EngineError, EngineFactory};
+use super::engine::{EngineError, EngineFactory, TransportHalf};
 use super::path::Endpoint;
 use super::transmit::{Flow, carried_len, padded_len, slot_len};
 use crate::packet::unreachable::unreachable;

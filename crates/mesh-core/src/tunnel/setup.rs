@@ -11,7 +11,7 @@ use super::Tunnel;
 use super::allowed_ips::InsertError;
 use super::config::{PeerConfig, PeerRefusal, Role, Setting};
 use super::counters::DropReason;
-use super::engine::{Engine, EngineConfig, EngineFactory, OwnKeyId};
+use super::engine::{EngineConfig, EngineFactory, HandshakeHalf, OwnKeyId};
 use super::peers::{Member, Peer};
 
 impl<F: EngineFactory> Tunnel<F> {

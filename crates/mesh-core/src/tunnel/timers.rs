@@ -8,7 +8,7 @@ use mesh_types::time::MonoTime;
 use super::Tunnel;
 use super::config::{Event, Reason, Role};
 use super::counters::DropReason;
-use super::engine::{Engine, EngineFactory, TimerOutcome};
+use super::engine::{EngineFactory, HandshakeHalf, TimerOutcome};
 use super::peers::Peer;
 
 /// An engine answers `Idle` after a few outcomes; this bounds one that never does.

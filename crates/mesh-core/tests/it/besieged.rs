@@ -12,7 +12,7 @@ use std::time::Duration;
 use mesh_core::packet::Ecn;
 use mesh_core::tunnel::config::Role;
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId,
+    EngineConfig, EngineFactory, HandshakeBuffer, HandshakeHalf, INITIATION_BYTES, OwnKeyId,
     RESPONSE_BYTES, open_one, seal_one,
 };
 use mesh_core::tunnel::front::Message;

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, INITIATION_BYTES, OpenBurst, OwnKeyId, SealBatch,
-    TAG_BYTES, TRANSPORT_HEADER_BYTES,
+    EngineConfig, EngineFactory, HandshakeHalf, INITIATION_BYTES, OpenBurst, OwnKeyId, SealBatch,
+    TAG_BYTES, TRANSPORT_HEADER_BYTES, TransportHalf,
 };
 use mesh_core::tunnel::front::Message;
 use mesh_core::tunnel::model::{ModelEngine, ModelFactory, public_key};

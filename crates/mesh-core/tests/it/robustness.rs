@@ -6,8 +6,8 @@ use std::time::Duration;
 use mesh_core::packet::{Ecn, IpHeader, VnetHeader};
 use mesh_core::tunnel::UdpMeta;
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, INITIATION_BYTES, OwnKeyId, SealBatch, TAG_BYTES,
-    TRANSPORT_HEADER_BYTES,
+    EngineConfig, EngineFactory, HandshakeHalf, INITIATION_BYTES, OwnKeyId, SealBatch, TAG_BYTES,
+    TRANSPORT_HEADER_BYTES, TransportHalf,
 };
 use mesh_core::tunnel::model::{ModelEngine, ModelFactory};
 use mesh_core::tunnel::peers::SplitMix64;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use mesh_core::packet::{Ecn, VnetHeader};
 use mesh_core::tunnel::config::{Admitted, Event, PeerRefusal, Role, Setting};
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId,
+    EngineConfig, EngineFactory, HandshakeBuffer, HandshakeHalf, INITIATION_BYTES, OwnKeyId,
 };
 use mesh_core::tunnel::model::{ModelFactory, public_key};
 use mesh_core::tunnel::path::Local;

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId, open_one,
-    seal_one,
+    EngineConfig, EngineFactory, HandshakeBuffer, HandshakeHalf, INITIATION_BYTES, OwnKeyId,
+    open_one, seal_one,
 };
 use mesh_types::carry;
 use mesh_types::key::{PrivateKey, PublicKey};

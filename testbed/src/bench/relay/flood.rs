@@ -10,7 +10,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use mesh_core::tunnel::engine::{Engine, EngineConfig, EngineFactory, INITIATION_BYTES, OwnKeyId};
+use mesh_core::tunnel::engine::{
+    EngineConfig, EngineFactory, HandshakeHalf, INITIATION_BYTES, OwnKeyId,
+};
 use mesh_types::carry;
 use mesh_types::key::PublicKey;
 use netcfg::clock;

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use mesh_core::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, HandshakeBuffer, INITIATION_BYTES, OwnKeyId, open_one,
-    seal_one,
+    EngineConfig, EngineFactory, HandshakeBuffer, HandshakeHalf, INITIATION_BYTES, OwnKeyId,
+    open_one, seal_one,
 };
 use mesh_types::key::{PrivateKey, PublicKey};
 use mesh_types::relay_frame::{Frame, PACKET_BYTES_MAX};

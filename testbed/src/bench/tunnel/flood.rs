@@ -11,7 +11,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use mesh_core::tunnel::engine::{Engine, EngineConfig, EngineFactory, INITIATION_BYTES, OwnKeyId};
+use mesh_core::tunnel::engine::{
+    EngineConfig, EngineFactory, HandshakeHalf, INITIATION_BYTES, OwnKeyId,
+};
 use mesh_types::key::PublicKey;
 use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sendto, socket};
 use wg_engine::{BoringFactory, generate_private_key};

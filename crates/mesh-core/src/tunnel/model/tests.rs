@@ -8,8 +8,8 @@ use mesh_types::time::MonoTime;
 
 use super::{ModelEngine, ModelFactory, public_key};
 use crate::tunnel::engine::{
-    Engine, EngineConfig, EngineFactory, INITIATION_BYTES, OwnKeyId, TimerOutcome, open_one,
-    seal_one,
+    EngineConfig, EngineFactory, HandshakeHalf, INITIATION_BYTES, OwnKeyId, TimerOutcome,
+    TransportHalf, open_one, seal_one,
 };
 
 fn at(seconds: u64) -> MonoTime {
