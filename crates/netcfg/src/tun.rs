@@ -15,6 +15,7 @@ use std::ffi::{c_int, c_uint};
 use std::io::{self, IoSlice};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail, ensure};
 use mesh_types::limits::{TUN_QUEUE_BYTES, TUN_QUEUE_READS, TUN_QUEUES_PER_SHARD};
@@ -30,6 +31,10 @@ pub const VNET_HEADER_BYTES: usize = 10;
 
 /// Smallest MTU of an interface with IPv6 (RFC 8200 section 5).
 const IPV6_MTU_MIN: u32 = 1280;
+
+/// How long a device that is held is waited for.
+const LOOKS_AT_OWNER: u32 = 25;
+const LOOK_AT_OWNER_EVERY: Duration = Duration::from_millis(10);
 
 /// How to open the device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -154,7 +159,7 @@ impl Tun {
             let (fd, vnet_hdr) = attach(&options)?;
             return Self::set_up(fd, vnet_hdr, &options);
         }
-        refuse_owned(&options.name, 0)?;
+        wait_until_free(&options.name)?;
         let (fd, vnet_hdr) = attach(options)?;
         // Another program may have attached since the check; now both see two and neither goes on.
         refuse_owned(&options.name, 1)?;
@@ -533,6 +538,18 @@ fn busy(name: &str) -> anyhow::Error {
 fn may_have_queues(name: &str) -> anyhow::Result<bool> {
     let link = link::get(name).with_context(|| format!("look for TUN device {name}"))?;
     Ok(link.is_none_or(|link| check_kind(&link).is_ok()))
+}
+
+/// [`refuse_owned`], once whoever is about to let go has: a program that was ended a moment ago, or a child of its owner that
+/// has not begun its own program yet.
+fn wait_until_free(name: &str) -> anyhow::Result<()> {
+    for _ in 0..LOOKS_AT_OWNER {
+        if refuse_owned(name, 0).is_ok() {
+            return Ok(());
+        }
+        std::thread::sleep(LOOK_AT_OWNER_EVERY);
+    }
+    refuse_owned(name, 0)
 }
 
 /// Fails when the interface is none of ours, or when more than `own` queues of it are open.

@@ -216,7 +216,14 @@ fn a_tun_device_outlives_its_owner_and_has_one_at_a_time() {
     let error = scratch.run(|| Ok(Tun::open(&options).expect_err("held").to_string()));
     assert!(error.contains("another meshd"), "{error}");
     let second_queue = scratch.run(|| first.open_queue());
-    drop((first, second_queue));
+    // Held a moment longer, as by a child between fork and exec.
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            drop((first, second_queue));
+        });
+        drop(scratch.run(|| Tun::open(&options)));
+    });
     let shown = scratch.sh("ip -d link show meshd0");
     assert!(shown.contains("multi_queue") && shown.contains("persist on"), "{shown}");
     assert!(shown.contains("mtu 1380"), "{shown}");
