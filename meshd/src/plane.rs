@@ -10,7 +10,7 @@ use mesh_core::packet::CoalesceOptions;
 use mesh_core::tunnel::config::{Event, PeerConfig, TunnelConfig};
 use mesh_types::defaults;
 use mesh_types::key::PrivateKey;
-use mesh_types::limits::TUN_QUEUES_PER_SHARD;
+use mesh_types::limits::{TUN_QUEUES_PER_SHARD, UDP_SOCKET_BUFFER_BYTES};
 use mesh_types::status::Counter;
 use netcfg::release::Release;
 use netcfg::tun::{Tun, TunOptions};
@@ -97,6 +97,7 @@ impl NodePlane {
         let options = UdpOptions {
             port: self.listen_port,
             mark: self.kernel.mark,
+            buffer_bytes: UDP_SOCKET_BUFFER_BYTES,
             gso: self.udp_gso.unwrap_or_else(gso_is_sound),
             ..UdpOptions::default()
         };

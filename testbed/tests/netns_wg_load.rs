@@ -11,6 +11,7 @@ use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
 use common::wg::{Bench, Node, Program, wait_for};
+use mesh_types::limits::UDP_SOCKET_BUFFER_BYTES;
 use testbed::lab::{Kind, Namespace};
 use wg_engine::generate_private_key;
 
@@ -57,6 +58,19 @@ fn a_new_peer_is_met_at_its_first_try_while_small_packets_fill_the_device() {
         }
         load.join().expect("packets of the flood arrive, too");
     });
+}
+
+#[test]
+fn sockets_have_room_for_the_windows_of_several_streams() {
+    if !common::root() {
+        return;
+    }
+    let bench = Bench::tunnel("load-room", [Program::Meshd, Program::MeshdShards], "10.9.0.2");
+    for (node, sockets) in bench.nodes.iter().zip([1, 3]) {
+        let shown = node.done("ss -Hlunm");
+        let room = format!("rb{}", 2 * UDP_SOCKET_BUFFER_BYTES);
+        assert!(shown.matches(&room).count() >= sockets, "{shown}");
+    }
 }
 
 /// One datagram that is nothing, of all kinds and lengths in turn.

@@ -16,6 +16,7 @@ use std::time::{Duration, SystemTime};
 
 use mesh_core::tunnel::config::{Setting, TunnelConfig};
 use mesh_types::key::{PrivateKey, PublicKey};
+use mesh_types::limits::UDP_SOCKET_BUFFER_BYTES;
 use mesh_types::time::MonoTime;
 use netcfg::link::Link;
 use netcfg::release::Release;
@@ -220,6 +221,7 @@ impl Controller {
         let options = UdpOptions {
             port: device.listen_port,
             mark: device.fwmark,
+            buffer_bytes: UDP_SOCKET_BUFFER_BYTES,
             gso: plane::gso_is_sound(),
             ..UdpOptions::default()
         };
