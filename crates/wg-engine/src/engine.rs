@@ -444,8 +444,8 @@ impl HandshakeHalf for BoringEngine {
 
     fn spent(&self) -> bool {
         // Initiations go on from the time at which `Tunn` was made: peers that remember a later one refuse them all.
-        let set_forward = wall_clock_lead() > self.wall_clock_lead + CLOCK_SLACK;
-        self.ring.issues() >= INDEXES_USED_MAX || set_forward
+        let set_forward = || wall_clock_lead() > self.wall_clock_lead + CLOCK_SLACK;
+        self.ring.issues() >= INDEXES_USED_MAX || set_forward()
     }
 
     fn status(&self, now: MonoTime) -> EngineStatus {

@@ -97,9 +97,6 @@ impl<F: EngineFactory> Tunnel<F> {
             self.peers.reschedule(now, slot);
             return;
         }
-        // Nobody would believe one from before the clock was set forward.
-        self.renew_spent(now, slot, false);
-        let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.initiate_at = None;
         let force = std::mem::take(&mut peer.initiate_anew) || force;
         self.initiate(now, slot, session, force);
@@ -118,6 +115,10 @@ impl<F: EngineFactory> Tunnel<F> {
             }
             let Some(member) = peer.members.get_mut(at) else { return };
             let Some(len) = member.engine.initiate(now, force, &mut self.buffer) else { continue };
+            // As of a timer's: it is not sent.
+            if self.renew_spent(now, slot, true) {
+                return;
+            }
             if !std::mem::replace(&mut aimed, true) {
                 self.aim(now, slot, session);
             }

@@ -151,8 +151,7 @@ impl UdpSocket {
         let segments = (GSO_BYTES_MAX / segment_len).clamp(1, GSO_SEGMENTS_MAX);
         for burst in bytes.chunks(segment_len.saturating_mul(segments)) {
             let segment = (burst.len() > segment_len).then_some(segment_bytes);
-            match self.send_one(destination, source, marks, segment, burst) {
-                Ok(()) => {}
+            let sent = match self.send_one(destination, source, marks, segment, burst) {
                 Err(error) if segment.is_some() && may_be_of_segments(&error) => {
                     // These errors may have another cause (a source address that is gone): only what then
                     // goes singly was refused for its segments.
@@ -160,13 +159,13 @@ impl UdpSocket {
                     if singly.as_ref().err().is_none_or(is_of_filter) {
                         self.remember_refusal(destination, &error);
                     }
-                    match singly {
-                        Err(error) if is_of_filter(&error) => filtered = Err(error),
-                        other => other?,
-                    }
+                    singly
                 }
+                other => other,
+            };
+            match sent {
                 Err(error) if is_of_filter(&error) => filtered = Err(error),
-                Err(error) => return Err(error),
+                other => other?,
             }
         }
         filtered
